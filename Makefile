@@ -1,0 +1,52 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+FLOOR := .venv-floor
+FLOOR_TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test bench docs floor clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.complete  ## fill .venv with everything for development
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: setup  ## compress a real language model into out/demo
+	$(BIN)/python scripts/fetch_demo.py
+	$(BIN)/lrc compress configs/demo.yaml
+	@echo "report: out/demo/report.html"
+
+check: setup  ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup  ## fetch what the tests need, run them
+	$(BIN)/python scripts/fetch_demo.py --tests
+	$(BIN)/python -m pytest
+
+bench: setup  ## print the figures of docs/benchmarks.md
+	$(BIN)/python scripts/fetch_demo.py --tests
+	$(BIN)/python scripts/benchmark.py
+
+docs: setup  ## regenerate the command reference
+	$(BIN)/python scripts/command_reference.py
+
+floor: $(FLOOR)/.complete setup  ## run the tests on the oldest versions pyproject.toml allows
+	$(BIN)/python scripts/fetch_demo.py --tests
+	$(FLOOR)/bin/python -m pytest $(FLOOR_TESTS)
+
+$(FLOOR)/.complete: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[dev,demo]'
+	@touch $@
+
+clean:  ## remove outputs and build leavings; keeps .venv and .cache
+	rm -rf out .lrc-work build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: `source` opens one, `writer` writes one, `manifest` pins one."""

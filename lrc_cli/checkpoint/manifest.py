@@ -1,0 +1,42 @@
+"""manifest.json: the sha256 of every file and of every tensor's bytes."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lrc_cli.checkpoint.source import hash_file
+
+MANIFEST_NAME = "manifest.json"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor as safetensors stores them (row-major, little-endian)."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def build_manifest(directory: Path) -> dict[str, Any]:
+    """Hash every file of `directory` but the manifest itself, and every tensor in its weight files.
+
+    Returns:
+        {"files": {relative name: sha256}, "tensors": {key: sha256}}, both sorted.
+    """
+    names = sorted(
+        file.relative_to(directory).as_posix()
+        for file in directory.rglob("*")
+        if file.is_file() and file.name != MANIFEST_NAME
+    )
+    tensors: dict[str, str] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            with safe_open(directory / name, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
+                    tensors[key] = hashlib.sha256(tensor_bytes(handle.get_tensor(key))).hexdigest()
+    return {
+        "manifest_version": 1,
+        "files": {name: hash_file(directory / name) for name in names},
+        "tensors": dict(sorted(tensors.items())),
+    }

@@ -1,0 +1,194 @@
+"""Write a checkpoint tensor by tensor, in shards, and put it in place with one rename.
+
+A shard's header holds names, dtypes, shapes and offsets only, so it is written first and the data
+streamed behind it: no shard is ever held in memory (safetensors' own `save_file` takes all tensors
+of a file at once).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lrc_cli.checkpoint.manifest import tensor_bytes
+from lrc_cli.checkpoint.source import DTYPES, INDEX_NAME, SINGLE_NAME
+from lrc_cli.errors import InputError, RunError
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PARTIAL_SUFFIX = ".partial"
+OLD_SUFFIX = ".lrc-old"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor to be written: its header fields now, its data when its turn comes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_weights(
+    directory: Path, entries: Iterable[Entry], *, shard_bytes: int, metadata: dict[str, Any]
+) -> None:
+    """Write safetensors shards of at most `shard_bytes` of data each (a larger tensor gets its own).
+
+    Args:
+        directory: an existing directory.
+        entries: the tensors; every shard is filled in this order.
+        shard_bytes: data bytes a shard may take.
+        metadata: stored as canonical JSON under the key `lrc` beside `format: pt`; the only two
+            keys, because more would need an order of their own.
+    """
+    shards = _split(entries, shard_bytes)
+    names = (
+        [SINGLE_NAME]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        with (directory / name).open("wb") as handle:
+            _write_shard(handle, shard, metadata)
+            sync(handle)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard)},
+            "weight_map": {
+                entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard
+            },
+        }
+        write_json(directory / INDEX_NAME, index)
+
+
+def _split(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+    return shards
+
+
+def _write_shard(handle: BinaryIO, entries: list[Entry], metadata: dict[str, Any]) -> None:
+    # Widest dtype first keeps every tensor aligned to its own item size.
+    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "lrc": canonical_json(metadata)}}
+    offset = 0
+    for entry in ordered:
+        header[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.num_bytes],
+        }
+        offset += entry.num_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    handle.write(len(text).to_bytes(8, "little") + text)
+    for entry in ordered:
+        tensor = entry.read()
+        assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.key
+        handle.write(tensor_bytes(tensor.cpu()))
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON (two spaces, a newline at the end) and flush it to the disk."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text and flush it to the disk."""
+    with path.open("wb") as handle:
+        handle.write(text.encode())
+        sync(handle)
+
+
+def sync(handle: BinaryIO) -> None:
+    """Flush a file to the disk, so that a rename after it never shows an empty one."""
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def begin(output: Path) -> Path:
+    """An empty `OUT.partial/` beside the output, in place of whatever a crash left there."""
+    tidy(output)
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def discard(output: Path) -> None:
+    """Remove `OUT.partial/`, so that a failed run leaves nothing that looks like an output."""
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def publish(output: Path, *, force: bool) -> None:
+    """Rename `OUT.partial/` to the output; with `force`, an old output is replaced.
+
+    The old output is renamed aside first and deleted last, so one whole copy exists at any moment.
+
+    Raises:
+        RunError: the output exists and `force` is False.
+    """
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    old = output.with_name(output.name + OLD_SUFFIX)
+    if output.exists():
+        if not force:
+            raise RunError(f"{output}: appeared while the run went on", "give --force to replace it")
+        output.rename(old)
+    sync_directory(partial)
+    partial.rename(output)
+    sync_directory(output.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def tidy(output: Path) -> None:
+    """Finish what a crash inside `publish` left: exactly one whole output, and no old copy."""
+    old = output.with_name(output.name + OLD_SUFFIX)
+    if not old.exists():
+        return
+    if output.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(output)
+
+
+def check_writable(output: Path) -> None:
+    """Raise InputError if no directory can be made at `output`."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{output}: {parent} is not a writable directory", "choose another output.path")

@@ -1,0 +1,92 @@
+"""The config of a job: strict YAML with positions in, frozen dataclasses out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrc_cli.config.canonical import config_hash, to_dict, to_yaml
+from lrc_cli.config.constraints import FieldError, matches, parse_bytes
+from lrc_cli.config.reader import read
+from lrc_cli.config.schema import json_schema
+from lrc_cli.config.sections import (
+    Calibration,
+    Certification,
+    Compression,
+    Config,
+    EvaluationText,
+    Gates,
+    LayerOverride,
+    Model,
+    Output,
+    Recover,
+    Runtime,
+)
+from lrc_cli.config.tree import Position, Problem, fail, override, parse
+from lrc_cli.errors import InputError
+
+__all__ = [
+    "Calibration",
+    "Certification",
+    "Compression",
+    "Config",
+    "EvaluationText",
+    "FieldError",
+    "Gates",
+    "LayerOverride",
+    "Model",
+    "Output",
+    "Recover",
+    "Runtime",
+    "config_hash",
+    "json_schema",
+    "load_config",
+    "matches",
+    "parse_bytes",
+    "parse_config",
+    "to_dict",
+    "to_yaml",
+]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file.
+
+    Args:
+        path: a YAML file in UTF-8.
+        overrides: assignments "key.sub=value" that replace keys of the file, values in YAML.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it is wrong; see `parse_config`.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file", "check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a directory", "give the YAML file itself") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "check the file") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text", "save the file as UTF-8") from error
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a config from a text; `name` stands for the file in messages.
+
+    Raises:
+        InputError: one line for each thing wrong, "name:line:column: key: what is allowed".
+    """
+    problems: list[Problem] = []
+    root = parse(text, name, problems)
+    if root is None:
+        message = "the config is empty; it needs model, calibration, compression and output"
+        raise fail([Problem(Position(1, 1, name), "", message)])
+    for assignment in overrides:
+        root = override(root, assignment, problems)
+    config = read(root, problems)
+    if config is None or problems:
+        raise fail(problems)
+    return config

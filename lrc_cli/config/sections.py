@@ -1,0 +1,299 @@
+"""The config as frozen dataclasses: their fields, defaults and docstrings are the reference.
+
+The reader, the JSON Schema and the messages are all derived from the annotations here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+from lrc_cli.config.constraints import (
+    ByteSize,
+    Count,
+    Device,
+    Factory,
+    FieldError,
+    FilePart,
+    Fraction,
+    Pattern,
+    Positive,
+    Seed,
+    SequenceLength,
+    Share,
+    Text,
+    matches,
+    parse_bytes,
+)
+
+Method = Literal["svd", "frobenius", "nuclear", "relu", "curvature"]
+Loss = Literal["auto", "nll", "sampled", "output"]
+Allocation = Literal["global", "relative", "uniform"]
+Storage = Literal["auto", "interpolative", "factors"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+TARGETS = ("size", "max_layer_error", "max_loss_increase")
+
+
+def hidden_flag() -> Any:
+    """A field that is no key of the config: only the reader sets it."""
+    return field(default=False, compare=False, metadata={"hidden": True})
+
+
+def _given(**values: object) -> list[str]:
+    """Names of the values that are not None."""
+    return [name for name, value in values.items() if value is not None]
+
+
+def _not_null(key: str) -> dict[str, Any]:
+    """JSON Schema: the key is there and not null."""
+    return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The checkpoint to compress."""
+
+    path: Text
+    """Directory of a transformers checkpoint, a .safetensors file, or .pt, .pth, .bin."""
+    factory: Factory | None = None
+    """"package.module:function" that returns the torch.nn.Module, if it is not transformers'."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the checkpoint may run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The data that the factors are fitted to."""
+
+    path: Text
+    """File of texts (.txt, .jsonl) or of model inputs (.safetensors)."""
+    part: FilePart | None = None
+    """Share of the file, by position; null: all."""
+    text_field: Text = "text"
+    """Field of a .jsonl record that holds the text."""
+    chat_template: bool = False
+    """Whether records are conversations, rendered by the tokenizer's chat template."""
+    num_sequences: Count = 64
+    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    sequence_length: SequenceLength = 512
+    """Tokens in a sequence."""
+    seed: Seed = 0
+    """Seed of the permutation that draws the sequences of every purpose."""
+    num_sequences_is_default: bool = hidden_flag()
+    """Whether num_sequences was left out of the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certification:
+    """Data held back for statements: never used for fitting or choosing."""
+
+    path: Text | None = None
+    """A file of its own; null: the calibration file."""
+    part: FilePart | None = None
+    """Share of the file, by position; null: all."""
+    num_sequences: Count = 128
+    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    sequence_length: SequenceLength | None = None
+    """Tokens in a sequence; null: as calibration's."""
+    confidence: Fraction = 0.95
+    """Probability with which all statements hold together."""
+    quantile: Fraction = 0.95
+    """Share of sequences that a bound on the error covers."""
+    num_sequences_is_default: bool = hidden_flag()
+    """Whether num_sequences was left out of the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """One text on which quality is measured before and after."""
+
+    name: Text
+    """Name of its row in the report; no other text has it."""
+    path: Text
+    """File of texts or of model inputs."""
+    part: FilePart | None = None
+    """Share of the file, by position; null: all."""
+    num_sequences: Count = 64
+    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    sequence_length: SequenceLength | None = None
+    """Tokens in a sequence; null: as calibration's."""
+    text_field: Text = "text"
+    """Field of a .jsonl record that holds the text."""
+    num_sequences_is_default: bool = hidden_flag()
+    """Whether num_sequences was left out of the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOverride:
+    """What some layers do differently from the rest; null: as the rest."""
+
+    SCHEMA: ClassVar = {"not": {"allOf": [_not_null("size"), _not_null("rank")]}}
+
+    size: Share | None = None
+    """Share of the layer's weight bytes to keep; 1: stays dense."""
+    rank: Count | None = None
+    """Rank, in place of a size."""
+    method: Method | None = None
+    """Method for these layers."""
+    storage: Storage | None = None
+    """Storage for these layers."""
+
+    def __post_init__(self) -> None:
+        if len(_given(size=self.size, rank=self.rank)) > 1:
+            raise FieldError("rank", "at most one of size, rank may be given; leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How much is compressed, and how; exactly one of the three targets is given."""
+
+    SCHEMA: ClassVar = {"oneOf": [_not_null(target) for target in TARGETS]}
+
+    method: Method = "curvature"
+    """The metric in which factors are best."""
+    loss: Loss = "auto"
+    """The loss whose curvature is taken, for method curvature."""
+    size: Share | None = None
+    """Target: share of the bytes to keep."""
+    max_layer_error: Fraction | None = None
+    """Target: the largest relative error of any layer's output on calibration data."""
+    max_loss_increase: Positive | None = None
+    """Target: predicted increase of the loss, in nats a token; for method curvature."""
+    size_of: Literal["compressible", "checkpoint"] = "compressible"
+    """What size is a share of: the layers that can be compressed, or all tensors."""
+    allocation: Allocation = field(default=cast(Allocation, None), metadata={"derived": True})
+    """How ranks are shared out; left out: global for method curvature, relative for others."""
+    sequential: Literal["auto"] | bool = "auto"
+    """Whether each layer is fitted to the inputs that the compressed layers before it give."""
+    ridge: Positive = 0.01
+    """Regularisation of the Gram matrices, relative to their mean diagonal."""
+    center: bool = False
+    """Whether the mean input is split off into the bias."""
+    storage: Storage = "auto"
+    """How factors are stored; auto: the smaller of the two that is accurate."""
+    rank_multiple: Literal["auto"] | Count = "auto"
+    """What ranks are multiples of; auto: the pivot block where both sides divide by it, else 1."""
+    include: tuple[Pattern, ...] = ("*",)
+    """Layers to compress: globs or "re:..." on whole module names."""
+    exclude: tuple[Pattern, ...] = ("lm_head",)
+    """Layers to leave as they are, taken from those included."""
+    layers: Mapping[Pattern, LayerOverride] = field(default_factory=dict)
+    """Differences for some layers, by pattern; of several that match, the last one counts."""
+
+    def __post_init__(self) -> None:
+        given = _given(**{target: getattr(self, target) for target in TARGETS})
+        if len(given) != 1:
+            remedy = f"set all but one of {', '.join(given)} to null" if given else "none is"
+            message = f"exactly one of {', '.join(TARGETS)} must be given; {remedy}"
+            raise FieldError(given[1] if given else "", message)
+        if self.max_loss_increase is not None and self.method != "curvature":
+            message = f"needs method curvature, not {self.method}; set size instead"
+            raise FieldError("max_loss_increase", message)
+        if self.allocation is None:
+            allocation = "global" if self.method == "curvature" else "relative"
+            object.__setattr__(self, "allocation", allocation)
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """The one target that is given: its key and its value."""
+        (name,) = _given(**{target: getattr(self, target) for target in TARGETS})
+        return name, getattr(self, name)
+
+    def override(self, name: str) -> LayerOverride:
+        """What is set for the layer of this module name by the last pattern that matches it."""
+        found = [layer for pattern, layer in self.layers.items() if matches(pattern, name)]
+        return found[-1] if found else LayerOverride()
+
+    def selects(self, name: str) -> bool:
+        """Whether include and exclude together choose the layer of this module name."""
+        included = any(matches(pattern, name) for pattern in self.include)
+        return included and not any(matches(pattern, name) for pattern in self.exclude)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Optional training of the factors."""
+
+    scope: Literal["none", "block", "model"] = "none"
+    """What is trained at a time."""
+    tokens: Literal["auto"] | Count = "auto"
+    """Number of training tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how the job runs."""
+
+    device: Device = "auto"
+    """Device; auto: a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Data type of activations."""
+    memory_limit: ByteSize | None = None
+    """Memory beyond which activations and statistics go to disk; null: no limit."""
+    work_dir: Text | None = None
+    """Directory of finished units; null: .lrc-work/<statistics fingerprint> beside the output."""
+    seed: Seed = 0
+    """Seed of everything random but the draw of sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The checkpoint that is written."""
+
+    path: Text
+    """Directory to write."""
+    dtype: Dtype = "auto"
+    """Data type of the factors; auto: that of each weight."""
+    shard_size: ByteSize = "5GB"
+    """Largest size of one weight file, such as 5GB, 500MB or 1GiB, or a number of bytes."""
+    remote_code: bool = False
+    """Whether a self-registering modeling file is written beside the weights."""
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise FieldError("shard_size", "must be at least one byte")
+
+    @property
+    def shard_bytes(self) -> int:
+        """shard_size in bytes."""
+        return parse_bytes(self.shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Limits on what was measured; a miss is exit code 3."""
+
+    max_perplexity_increase: Positive | None = None
+    """Largest relative increase on any evaluation text: 0.25 is +25 %."""
+    max_layer_error: Fraction | None = None
+    """Largest relative error of any layer on certification data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole compression job."""
+
+    model: Model
+    """The checkpoint to compress."""
+    calibration: Calibration
+    """The data that the factors are fitted to."""
+    certification: Certification | None = None
+    """Data held back for statements; null: none is held back."""
+    evaluation: tuple[EvaluationText, ...] | None = None
+    """Texts to measure quality on; null: blocks held back from the calibration file; []: none."""
+    compression: Compression
+    """How much is compressed, and how."""
+    recover: Recover = field(default_factory=Recover)
+    """Optional training of the factors."""
+    runtime: Runtime = field(default_factory=Runtime)
+    """Where and how the job runs."""
+    output: Output
+    """The checkpoint that is written."""
+    gates: Gates = field(default_factory=Gates)
+    """Limits on what was measured."""
+
+    def __post_init__(self) -> None:
+        names = [text.name for text in self.evaluation or ()]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise FieldError(f"evaluation.{i}.name", f"{name!r} is given twice; rename one")

@@ -1,0 +1,58 @@
+"""Symmetric eigenproblems in float64, ordered and cleaned as the solvers need them."""
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.problem import Factors, SolveError
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs omit it
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues (k,) of a positive semidefinite (k, k), descending, 0 below the floor."""
+    try:
+        values = torch.linalg.eigvalsh(matrix)
+    except LinAlgError as error:
+        raise SolveError("the eigenvalues did not converge") from error
+    return _cleaned(values.flip(0))
+
+
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) as `eigenvalues`, and the eigenvectors (k, k) as columns."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except LinAlgError as error:
+        raise SolveError("the eigenvectors did not converge") from error
+    return _cleaned(values.flip(0)), vectors.flip(1)
+
+
+def _cleaned(values: Tensor) -> Tensor:
+    """Descending values with everything at or below k * eps * the largest set to 0."""
+    if not torch.isfinite(values).all():
+        raise SolveError("the eigenvalues are not finite")
+    floor = len(values) * torch.finfo(values.dtype).eps * values[0].clamp(min=0.0)
+    return torch.where(values > floor, values, 0.0)
+
+
+def root(gram: Tensor) -> Tensor:
+    """R (n, n) with G = R R^T, for a G that may be singular (no Cholesky would do)."""
+    values, vectors = eigenpairs(gram)
+    return vectors * values.sqrt()
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower triangular C with C C^T = matrix; SolveError where it is not positive definite."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0 or not torch.isfinite(factor).all():
+        raise SolveError("the curvature matrix is not positive definite")
+    return factor
+
+
+def balanced(outer: Tensor, inner: Tensor) -> Factors:
+    """The same product with |outer[:, i]| = |inner[i]|, so that neither leaves fp16's range."""
+    outer_norms = torch.linalg.vector_norm(outer, dim=0)
+    inner_norms = torch.linalg.vector_norm(inner, dim=1)
+    ratio = torch.sqrt(inner_norms / outer_norms)
+    scale = torch.where((outer_norms > 0) & (inner_norms > 0), ratio, 1.0)
+    return Factors(outer * scale, inner / scale[:, None])

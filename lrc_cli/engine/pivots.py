@@ -1,0 +1,121 @@
+"""Choice of the rows of an interpolative decomposition, in blocks of neighbouring rows.
+
+For a basis Q (m, r) of the range of Z and a set J of r rows, Z = P [I; T] Z_J holds exactly
+with T = Q_R Q_J^-1. Rounding T and Z_J costs in proportion to T, so J is chosen for a small
+||T||_F: a greedy start, then swaps that enlarge |det Q_J| while ||T||_F falls (block maximum
+volume; Goreinov et al. 2010 for single rows).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SWAPS = 20
+"""Swaps tried per layer; 0 to 5 are usual for blocks of 8."""
+
+LARGEST = 1e3
+"""Entries of T above this mean that no well-conditioned set of blocks was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pivots:
+    """The chosen rows and the coefficients of the others."""
+
+    order: Tensor
+    """(m / block,) int64: the blocks of rows, the r / block chosen ones first."""
+
+    coefficients: Tensor
+    """T (m - r, r) float64: row i of the others is T[i] @ (the chosen rows)."""
+
+
+def select(basis: Tensor, block: int) -> Pivots | None:
+    """Pivots for orthonormal columns `basis` (m, r) float64; `block` divides m and r < m.
+
+    None where every choice of whole blocks is badly conditioned (zero rows spread over all
+    blocks, say); blocks of 1 always succeed.
+    """
+    basis = basis.contiguous()  # QR's is column-major, which makes thin products slow
+    chosen = _partial_pivoting(basis) if block == 1 else _greedy(basis, block)
+    if chosen is None:
+        return None
+    pivots = _improved(basis, chosen, block)
+    bounded = pivots.coefficients.abs().amax() <= LARGEST
+    return pivots if block == 1 or bounded else None
+
+
+def _partial_pivoting(basis: Tensor) -> Tensor:
+    """(r,) int64: the rows that LU with partial pivoting moves to the top."""
+    packed, exchanges = torch.linalg.lu_factor(basis)
+    permutation, _, _ = torch.lu_unpack(packed, exchanges, unpack_data=False)
+    return permutation.argmax(dim=0)[: basis.shape[1]]
+
+
+def _greedy(basis: Tensor, block: int) -> Tensor | None:
+    """(r / block,) int64: repeatedly the block whose rows, less their projection on the rows
+    chosen so far, have the largest Gram determinant; None where all of these vanish."""
+    num_blocks, rank = len(basis) // block, basis.shape[1]
+    rows = basis.view(num_blocks, block, rank)
+    grams = rows @ rows.mT
+    span = basis.new_zeros(rank, 0)
+    chosen: list[int] = []
+    for _ in range(rank // block):
+        sign, volume = torch.linalg.slogdet(grams)
+        volume = torch.where(sign > 0, volume, -torch.inf)
+        volume[chosen] = -torch.inf
+        best = int(volume.argmax())
+        if not volume[best].isfinite():
+            return None
+        chosen.append(best)
+        directions = _orthonormalised(rows[best].T, span)
+        span = torch.cat([span, directions], dim=1)
+        seen = (basis @ directions).view(num_blocks, block, block)
+        grams = grams - seen @ seen.mT
+    return torch.tensor(chosen, device=basis.device)
+
+
+def _orthonormalised(columns: Tensor, span: Tensor) -> Tensor:
+    """Orthonormal (r, b) spanning `columns` less `span`; twice, as once loses orthogonality."""
+    for _ in range(2):
+        columns, _ = torch.linalg.qr(columns - span @ (span.T @ columns))
+    return columns
+
+
+def _improved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
+    """Swap outside block i for chosen block j with the largest |det T_ij| while T shrinks."""
+    pivots = _solved(basis, chosen, block)
+    for _ in range(MAX_SWAPS):
+        volumes = _block_volumes(pivots.coefficients, block)
+        outside, inside = divmod(int(volumes.argmax()), volumes.shape[1])
+        if volumes[outside, inside] <= 1:
+            break
+        swapped = pivots.order[: len(chosen)].clone()
+        swapped[inside] = pivots.order[len(chosen) + outside]
+        candidate = _solved(basis, swapped, block)
+        if not candidate.coefficients.norm() < pivots.coefficients.norm():
+            break
+        pivots = candidate
+    return pivots
+
+
+def _solved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
+    """Pivots of the given blocks, both parts in ascending order (contiguous reads)."""
+    num_blocks = len(basis) // block
+    is_chosen = torch.zeros(num_blocks, dtype=torch.bool, device=basis.device)
+    is_chosen[chosen] = True
+    order = torch.cat([is_chosen.nonzero()[:, 0], (~is_chosen).nonzero()[:, 0]])
+    rows = basis.view(num_blocks, block, -1)[order].reshape(basis.shape)
+    rank = basis.shape[1]
+    coefficients, info = torch.linalg.solve_ex(rows[:rank], rows[rank:], left=False)
+    if info.item() != 0:
+        coefficients = torch.full_like(coefficients, torch.inf)
+    return Pivots(order=order, coefficients=coefficients)
+
+
+def _block_volumes(coefficients: Tensor, block: int) -> Tensor:
+    """|det T_ij| of every block of T: ((m - r) / block, r / block)."""
+    if block == 1:
+        return coefficients.abs()
+    outside, inside = (size // block for size in coefficients.shape)
+    blocks = coefficients.view(outside, block, inside, block).transpose(1, 2)
+    return torch.linalg.det(blocks).abs().nan_to_num(nan=0.0)

@@ -1,0 +1,131 @@
+"""What a solver is given, what it returns and in which unit it is judged.
+
+Conventions of docs/theory.md: a layer is y = W x + b with W of shape (m, n); G = X X^T / T is
+the Gram matrix of its inputs over T tokens, F = sum g g^T / T that of the gradients of the
+summed loss by its outputs. Everything here is float64 and lives on the device of its inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SolveError(ArithmeticError):
+    """A layer could not be factorised or stored; the caller leaves it dense and says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Second moments of one layer's calibration data."""
+
+    gram: Tensor | None = None
+    """G = X X^T / T of the inputs, (n, n) float64: symmetric, positive semidefinite up to
+    rounding, possibly singular."""
+
+    fisher: Tensor | None = None
+    """F = sum g g^T / T of the output gradients, (m, m) float64, undamped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The quadratic form scale * tr(F D G D^T) that judges a difference D (m, n)."""
+
+    gram: Tensor | None = None
+    """G (n, n) float64, or None for the identity."""
+
+    fisher: Tensor | None = None
+    """F (m, m) float64, positive definite (already damped), or None for the identity."""
+
+    scale: float = 1.0
+    """Factor that turns the form into the method's unit."""
+
+    def error(self, difference: Tensor) -> float:
+        """scale * tr(F D G D^T) of a difference (m, n), evaluated from D itself.
+
+        No large quantities are subtracted, so the relative accuracy is about
+        eps * |F| |D|^2 |G| / error.
+        """
+        difference = difference.double()
+        weighted = difference if self.fisher is None else self.fisher @ difference
+        return self.scale * max(torch.sum(weighted * self.times_gram(difference)).item(), 0.0)
+
+    def times_gram(self, rows: Tensor) -> Tensor:
+        """rows (k, n) @ G, or the rows themselves where G is the identity."""
+        return rows if self.gram is None else rows @ self.gram
+
+
+class Factors(NamedTuple):
+    """Z = outer @ inner in float64, of rank at most r.
+
+    Column i of `outer` and row i of `inner` have the same norm, and the directions come in
+    descending importance: `truncated(k)` is the solution of rank k of every solver here.
+    """
+
+    outer: Tensor
+    """(m, r)"""
+
+    inner: Tensor
+    """(r, n)"""
+
+    @property
+    def rank(self) -> int:
+        """The number of directions r."""
+        return self.inner.shape[0]
+
+    def truncated(self, rank: int) -> "Factors":
+        """The leading `rank` directions (all of them if there are fewer)."""
+        return Factors(self.outer[:, :rank], self.inner[:rank])
+
+    def dense(self) -> Tensor:
+        """Z, (m, n) float64."""
+        return self.outer @ self.inner
+
+
+Spectrum = Callable[[Tensor, Statistics], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """One way to approximate a matrix (m, n) of any float dtype by one of rank r.
+
+    The matrix is an argument, not a member of the statistics: it may be a weight, the target
+    of a sequential fit or a quantisation residual.
+    """
+
+    name: str
+    """The name in configs and reports."""
+
+    unit: str
+    """What `spectrum` and `error` measure, in words."""
+
+    needs: frozenset[str]
+    """The fields of Statistics that must not be None: of "gram" and "fisher"."""
+
+    metric: Callable[[Statistics], Metric]
+    """The quadratic form this solver minimises."""
+
+    spectrum: Spectrum
+    """(k,) float64, descending, >= 0: the least error of rank r is spectrum[r:].sum(), in the
+    unit of `metric`. Eigenvalues only. 0 stands for "below the numerical floor"."""
+
+    output_spectrum: Spectrum
+    """(k,) float64, >= 0, in the order of the solver's directions: [r:].sum() is the plain
+    output error tr(D G D^T) (mean squared error per token) of this solver's solution of rank r."""
+
+    factorize: Callable[[Tensor, Statistics, int], Factors]
+    """The solution of a rank in 1..min(m, n). Its rank is lower where the spectrum beyond is
+    below the numerical floor."""
+
+    def error(self, difference: Tensor, statistics: Statistics) -> float:
+        """The error of W - Z = difference (m, n), in this solver's unit."""
+        return self.metric(statistics).error(difference)
+
+
+def required(value: Tensor | None, name: str) -> Tensor:
+    """The statistic in float64; ValueError where it was not collected."""
+    if value is None:
+        raise ValueError(f"this method needs the statistic `{name}`, which was not collected")
+    return value.double()

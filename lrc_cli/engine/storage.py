@@ -1,0 +1,184 @@
+"""How a matrix of rank r is written down: two factors, or an interpolative decomposition.
+
+The errors that decide here are those of the stored, rounded tensors in the solver's metric.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.pivots import select
+from lrc_cli.engine.problem import Factors, Metric, SolveError
+from lrc_cli.engine.refit import conditional_target, refitted
+
+PIVOT_BLOCK = 8
+"""Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
+
+PERM_ITEMSIZE = 4
+"""Bytes of one int32 of the permutation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The tensors of one layer as they are written (docs/format.md)."""
+
+    storage: str
+    """The name in STORAGES."""
+
+    weight: Tensor
+    """inner (r, n), or the chosen rows Z_J (r, n); stored dtype."""
+
+    up: Tensor
+    """outer (m, r), or T (m - r, r); stored dtype."""
+
+    perm: Tensor | None = None
+    """int32 (m / block,) of interpolative storage: block i of y is block perm[i] of (z, T z)."""
+
+    block: int = 1
+    """Rows per entry of perm."""
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.weight.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.weight, self.up, self.perm)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A packed layer with what it costs in quality."""
+
+    packed: Packed
+    error: float
+    """Of the rounded tensors, in the metric it was packed for."""
+
+    reason: str
+    """Why this form, in words for the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One form of storage."""
+
+    num_bytes: Callable[[int, int, int, int, int], int]
+    """(m, n, rank, itemsize, block) -> bytes."""
+
+    pack: Callable[[Factors, Tensor, Metric, torch.dtype, int], Stored]
+    """(factors, target (m, n), metric, stored dtype, block) -> the rounded tensors, refitted
+    to the target in the metric where that lowers the error."""
+
+
+def pivot_block(m: int, rank: int, block: int = PIVOT_BLOCK) -> int:
+    """`block` where it divides m and the rank, else 1."""
+    return block if m % block == 0 and rank % block == 0 else 1
+
+
+def factors_bytes(m: int, n: int, rank: int, itemsize: int, block: int) -> int:
+    """Bytes of two factors."""
+    return itemsize * rank * (m + n)
+
+
+def interpolative_bytes(m: int, n: int, rank: int, itemsize: int, block: int) -> int:
+    """Bytes of the chosen rows, the coefficients and the permutation."""
+    return itemsize * rank * (n + m - rank) + PERM_ITEMSIZE * (m // block)
+
+
+def dense(packed: Packed) -> Tensor:
+    """The matrix (m, n) that the stored tensors stand for, float64."""
+    weight, up = packed.weight.double(), packed.up.double()
+    if packed.perm is None:
+        return up @ weight
+    stacked = torch.cat([weight, up @ weight])
+    blocks = stacked.view(len(packed.perm), -1, weight.shape[1])
+    return blocks[packed.perm.long()].reshape(stacked.shape)
+
+
+def pack_factors(
+    factors: Factors, target: Tensor, metric: Metric, dtype: torch.dtype, block: int
+) -> Stored:
+    """Two factors; the outer one is refitted against the rounded inner one (F drops out)."""
+    target, weight = target.double(), factors.inner.to(dtype)
+    unit = torch.finfo(dtype).eps
+    fitted = refitted(factors.outer, target, weight.double(), metric, unit)
+    candidates = [
+        Packed(storage="factors", weight=weight, up=up.to(dtype)) for up in (factors.outer, fitted)
+    ]
+    return _lowest(candidates, target, metric)
+
+
+def pack_interpolative(
+    factors: Factors, target: Tensor, metric: Metric, dtype: torch.dtype, block: int
+) -> Stored:
+    """P [I; T] Z_J with pivots in blocks, T refitted against the rounded Z_J.
+
+    `block` divides m. A rank that it does not divide (lowered by the numerical cap) is filled
+    up with idle rows. Where no set of whole blocks is well conditioned the block becomes 1, at
+    the largest rank that takes no more bytes.
+    """
+    target = target.double()
+    factors = _filled(factors, block)
+    basis, _ = torch.linalg.qr(factors.outer)
+    pivots = select(basis, block)
+    if pivots is None:
+        rank = _rank_in_the_same_bytes(factors, dtype.itemsize, block)
+        return pack_interpolative(factors.truncated(rank), target, metric, dtype, 1)
+    rows = torch.arange(len(target), device=target.device).view(-1, block)[pivots.order].flatten()
+    chosen, others = rows[: factors.rank], rows[factors.rank :]
+    weight = (factors.outer[chosen] @ factors.inner).to(dtype)
+    aim = conditional_target(target, target[chosen] - weight.double(), chosen, others, metric)
+    unit = torch.finfo(dtype).eps
+    fitted = refitted(pivots.coefficients, aim, weight.double(), metric, unit)
+    perm = pivots.order.argsort().to(torch.int32)
+    candidates = [
+        Packed(storage="interpolative", weight=weight, up=up.to(dtype), perm=perm, block=block)
+        for up in (pivots.coefficients, fitted)
+    ]
+    return _lowest(candidates, target, metric)
+
+
+def _filled(factors: Factors, block: int) -> Factors:
+    """Zero directions up to a multiple of the block."""
+    m, missing = len(factors.outer), -factors.rank % block
+    if m % block or factors.rank + missing >= m:
+        raise ValueError(f"rank {factors.rank} of {m} rows has no pivots in blocks of {block}")
+    outer = torch.nn.functional.pad(factors.outer, (0, missing))
+    return Factors(outer, torch.nn.functional.pad(factors.inner, (0, 0, 0, missing)))
+
+
+def _rank_in_the_same_bytes(factors: Factors, itemsize: int, block: int) -> int:
+    """The largest rank whose permutation of single rows fits the bytes of the blocked form."""
+    (m, rank), n = factors.outer.shape, factors.inner.shape[1]
+    budget = interpolative_bytes(m, n, rank, itemsize, block)
+    while rank > 1 and interpolative_bytes(m, n, rank, itemsize, 1) > budget:
+        rank -= 1
+    return rank
+
+
+def _lowest(candidates: list[Packed], target: Tensor, metric: Metric) -> Stored:
+    """The first candidate with the lowest error; SolveError where all of them overflow."""
+    errors = [metric.error(target - dense(packed)) for packed in candidates]
+    finite = [i for i, error in enumerate(errors) if torch.isfinite(torch.tensor(error))]
+    if not finite:
+        raise SolveError(f"the factors do not fit {candidates[0].weight.dtype}")
+    best = min(finite, key=lambda i: errors[i])
+    storage = candidates[best].storage
+    return Stored(packed=candidates[best], error=errors[best], reason=f"{storage} as asked for")
+
+
+STORAGES: dict[str, Storage] = {
+    "factors": Storage(num_bytes=factors_bytes, pack=pack_factors),
+    "interpolative": Storage(num_bytes=interpolative_bytes, pack=pack_interpolative),
+}
+
+
+def storage_bytes(storage: str, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
+    """Bytes of a storage by name; "auto" takes those of interpolative, which it starts from."""
+    name = "interpolative" if storage == "auto" else storage
+    return STORAGES[name].num_bytes(m, n, rank, itemsize, block)

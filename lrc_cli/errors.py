@@ -1,0 +1,41 @@
+"""Errors a user can mend: a cause, a remedy and the exit code of `lrc`."""
+
+
+class LrcError(Exception):
+    """A failure with a one-line explanation.
+
+    Args:
+        message: the cause, in one sentence without a full stop.
+        remedy: what the user can do about it, or None where there is nothing to add.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(message if remedy is None else f"{message}; {remedy}")
+
+
+class InputError(LrcError):
+    """Bad usage, config or input, found before the first forward pass."""
+
+    exit_code = 2
+
+
+class RunError(LrcError):
+    """The run failed after it had begun."""
+
+    exit_code = 1
+
+
+class GateMissed(LrcError):
+    """The output is written, and misses a gate that the config sets."""
+
+    exit_code = 3
+
+
+class StrictFallback(LrcError):
+    """`--strict` was given and at least one layer fell back."""
+
+    exit_code = 4

@@ -1,0 +1,129 @@
+"""Quality of a compressed network beside the dense one, block by block, on text it was not fitted to."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.errors import InputError, RunError
+from lrc_cli.losses import Loss, choose_loss, floating_outputs, prepare
+from lrc_cli.models import Network
+
+MICRO_BATCH_TOKENS = 512
+OUTPUT_ONLY = Loss(kind="output")
+
+
+@dataclass
+class _Sums:
+    """Running totals of one text."""
+
+    tokens: int = 0
+    nll_before: float = 0.0
+    nll_after: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    difference: float = 0.0
+    energy: float = 0.0
+
+
+def scoring(network: Network, batch: Batch, tokenizer: Any) -> Loss:
+    """How outputs are scored: the likelihood of tokens for a language model, else their change."""
+    try:
+        loss = choose_loss("nll", network, batch, tokenizer)
+    except InputError:
+        return OUTPUT_ONLY
+    return loss
+
+
+def compare(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    *,
+    loss: Loss,
+    seed: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run both networks over the same blocks.
+
+    Args:
+        loss: of `scoring`.
+        seed: of the masked tokens where the network predicts those.
+        advance: called with the number of sequences done.
+
+    Returns:
+        For a language model: mean loss (nats per scored token) and perplexity of both, KL divergence
+        of the predictions (nats, dense to compressed) and top-1 agreement. For any other network:
+        `relative_output_error` = ||f~(x) - f(x)|| / ||f(x)|| over the first output, and KL and
+        agreement where that output is called logits.
+
+    Raises:
+        RunError: a network's outputs are not finite.
+    """
+    sums = _Sums()
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, MICRO_BATCH_TOKENS * len(sequences) // sequences.num_tokens)
+    for batch in sequences.batches(size):
+        inputs, labels = prepare(loss, batch, generator)
+        with torch.no_grad():
+            old, new = before(inputs), after(inputs)
+        _add(sums, old, new, labels)
+        advance(len(next(iter(batch.values()))))
+    return {"num_sequences": len(sequences), **_result(sums, loss)}
+
+
+def _add(sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None) -> None:
+    if labels is None:
+        first, second = floating_outputs(old)[0].float(), floating_outputs(new)[0].float()
+        sums.difference += (second - first).double().square().sum().item()
+        sums.energy += first.double().square().sum().item()
+        if getattr(old, "logits", None) is not None and first.shape[-1] > 1:
+            _add_predictions(sums, first.flatten(0, -2), second.flatten(0, -2))
+        else:
+            sums.tokens += first[..., 0].numel() if first.ndim else 1
+        return
+    scored = (labels != -100).to(old.logits.device)
+    first, second = old.logits[scored].float(), new.logits[scored].float()
+    wanted = labels.to(scored.device)[scored]
+    sums.nll_before += functional.cross_entropy(first, wanted, reduction="sum").item()
+    sums.nll_after += functional.cross_entropy(second, wanted, reduction="sum").item()
+    _add_predictions(sums, first, second)
+
+
+def _add_predictions(sums: _Sums, old: torch.Tensor, new: torch.Tensor) -> None:
+    sums.tokens += len(old)
+    log_old, log_new = old.log_softmax(-1), new.log_softmax(-1)
+    sums.kl += functional.kl_div(log_new, log_old, reduction="sum", log_target=True).item()
+    sums.agree += int((old.argmax(-1) == new.argmax(-1)).sum())
+
+
+def _result(sums: _Sums, loss: Loss) -> dict[str, Any]:
+    result: dict[str, Any] = {"num_scored": sums.tokens}
+    if loss.kind == "output":
+        if not math.isfinite(sums.difference + sums.energy):
+            raise RunError("evaluation: the outputs are not finite", "set runtime.dtype: float32")
+        result["relative_output_error"] = math.sqrt(sums.difference / sums.energy) if sums.energy else 0.0
+        if not sums.kl and not sums.agree:
+            return result
+    else:
+        before, after = sums.nll_before / sums.tokens, sums.nll_after / sums.tokens
+        if not math.isfinite(before + after):
+            raise RunError("evaluation: the loss is not finite", "set runtime.dtype: float32")
+        result |= {
+            "scored": loss.description,
+            "loss_before": before,
+            "loss_after": after,
+            "perplexity_before": _exp(before),
+            "perplexity_after": _exp(after),
+        }
+    result |= {"kl": sums.kl / sums.tokens, "top1_agreement": sums.agree / sums.tokens}
+    return result
+
+
+def _exp(value: float) -> float:
+    # A ruined network may lose more nats than a float can exponentiate.
+    return math.exp(value) if value < 700 else math.inf

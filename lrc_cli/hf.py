@@ -1,0 +1,172 @@
+"""The transformers plugin: `import lrc_cli.hf` lets `from_pretrained` load factorised checkpoints.
+
+Registers the quantization method "lrc": transformers has no entry point for that. Which layers are
+factorised, and their ranks, come from the safetensors headers. While loading, each is a slot that
+owns the tensors under their disk names; afterwards it has plain `nn.Linear` parts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrc_cli.errors import InputError
+from lrc_cli.layers import (
+    LowRankLayer,
+    LowRankSlot,
+    damaged,
+    dense_weight,
+    low_rank_layers,
+    replace_modules,
+)
+from lrc_cli.names import FORMAT_VERSION, check_version, read_headers
+from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
+
+METHOD = "lrc"
+"""The `quant_method` of a factorised checkpoint's config.json."""
+
+
+class LrcConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a factorised checkpoint.
+
+    Args:
+        format_version: of the files, see docs/format.md.
+        layers: disk name -> storage, rank, block. For people and for checks; shapes decide.
+        quant_method: always "lrc".
+        extra: anything else that config.json says, carried over when the model is saved.
+
+    Raises:
+        InputError: for a format version that this lrc does not read.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        quant_method: str = METHOD,
+        **extra: Any,
+    ) -> None:
+        check_version(format_version, "the checkpoint's quantization_config")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.layers = {name: dict(entry) for name, entry in (layers or {}).items()}
+        for key, value in extra.items():
+            setattr(self, key, value)
+
+
+class LrcQuantizer(HfQuantizer):
+    """Loads, saves and multiplies out factorised checkpoints; transformers calls it."""
+
+    requires_calibration = True  # refuses to make a dense checkpoint factorised while it loads
+    quantization_config: LrcConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The factors can be trained without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers trace."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes the disk names again."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Puts slots in the place of the factorised layers, after checking the headers."""
+        factors = find_factors(model, read_headers(checkpoint_files or ()))
+        insert_slots(model, factors)
+        check_table(model, self.quantization_config.layers)
+        if not factors:
+            raise InputError(
+                f"no factorised layer of {type(model).__name__} is in the checkpoint's files",
+                "remove quantization_config from config.json if the checkpoint is dense",
+            )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Checks that every tensor came from the files, then makes the run-time modules."""
+        for name, layer in low_rank_layers(model):
+            if isinstance(layer, LowRankSlot):
+                _check_loaded(name, layer)
+        finish_slots(model)
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear:
+                _check_dense(name, module)
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """Multiplies every layer's factors out, in place."""
+        replace_modules(model, {layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)})
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Names the layers in config.json as this class saves them; the tensors need no change."""
+        layers = {f"{name}.weight": layer for name, layer in low_rank_layers(model)}
+        keys = {key: torch.empty(0, device="meta") for key in layers}
+        disk = {id(tensor): key for key, tensor in revert_weight_conversion(model, keys).items()}
+        self.quantization_config.layers = {
+            disk.get(id(tensor), key).removesuffix(".weight"): layers[key].table_entry()
+            for key, tensor in keys.items()
+        }
+        return None, {}
+
+
+def _check_loaded(name: str, layer: LowRankSlot) -> None:
+    """transformers only warns about a missing tensor, and leaves uninitialised memory there."""
+    missing = [
+        key
+        for key, tensor in layer.state_dict(keep_vars=True).items()
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise damaged(f"layer {name}: {', '.join(missing)} missing from the checkpoint's files")
+
+
+def _check_dense(name: str, linear: nn.Linear) -> None:
+    """Under `ignore_mismatched_sizes` an unread factor must not stand in for a dense weight."""
+    shape = (linear.out_features, linear.in_features)
+    if tuple(linear.weight.shape) != shape:
+        raise damaged(
+            f"layer {name}: weight of shape {tuple(linear.weight.shape)} instead of {shape}"
+        )
+
+
+def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
+    """A dense module of the kind that was factorised, in `dtype` or the factors' own."""
+    weight = dense_weight(layer).to(dtype or layer.up.weight.dtype)
+    out_features, in_features = layer.shape
+    with torch.device("meta"):
+        if layer.transposed:
+            dense: nn.Module = Conv1D(out_features, in_features)
+        else:
+            dense = nn.Linear(in_features, out_features, bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return dense.train(layer.training)
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(LrcConfig)
+    register_quantizer(METHOD)(LrcQuantizer)

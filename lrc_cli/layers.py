@@ -1,0 +1,293 @@
+"""The low-rank modules: a slot while a checkpoint loads, plain `nn.Linear` parts at run time.
+
+A layer of m outputs and n inputs at rank r is stored, and named in every state dict, as
+
+    weight      (r, n)      inner factor; interpolative: the chosen rows Z_J
+    up.weight   (m, r)      outer factor; interpolative: T, (m - r, r)
+    perm        (m / block) int32, interpolative only
+    bias        (m,)        optional
+
+and computes z = weight x, y = up z; interpolative: y = concat(z, T z), its rows of `block` entries
+put in the order `perm`. Pure torch: nothing here knows transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lrc_cli.errors import InputError
+
+
+def damaged(cause: str) -> InputError:
+    """The error for a checkpoint whose tensors contradict each other."""
+    return InputError(cause, "write the checkpoint again, it is damaged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorShapes:
+    """Shapes of one factorised layer's tensors, as found in a checkpoint."""
+
+    name: str
+    """The layer's name in the checkpoint, for messages."""
+    weight: tuple[int, ...]
+    """Shape of the inner factor, (r, n)."""
+    up: tuple[int, ...]
+    """Shape of the outer factor, (m, r), or of T, (m - r, r)."""
+    perm: tuple[int, ...] | None = None
+    """Shape of the permutation, (m / block,); None for two factors."""
+    bias: bool = False
+    """Whether the checkpoint has a bias for the layer."""
+
+    @property
+    def rank(self) -> int:
+        """The second dimension of the outer factor."""
+        return self.up[-1]
+
+    def block(self, out_features: int) -> int:
+        """Rows that the permutation moves together, 0 for two factors.
+
+        Raises:
+            InputError: if the shapes cannot be those of a layer with `out_features` outputs.
+        """
+        if self.perm is None:
+            return 0
+        if len(self.perm) != 1 or not self.perm[0] or out_features % self.perm[0]:
+            raise self._misfit(f"perm {self.perm} does not divide {out_features} rows")
+        block = out_features // self.perm[0]
+        if self.rank % block:
+            raise self._misfit(f"rank {self.rank} is not a multiple of the block {block}")
+        return block
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raises InputError unless the tensors make a matrix (out_features, in_features)."""
+        rows = out_features - self.rank if self.block(out_features) else out_features
+        fits = self.weight == (self.rank, in_features) and self.up == (rows, self.rank)
+        if not fits or not 0 < self.rank < out_features:
+            raise self._misfit(
+                f"factors of shape {self.weight} and {self.up} do not make "
+                f"a matrix of shape {(out_features, in_features)}"
+            )
+
+    def _misfit(self, cause: str) -> InputError:
+        return damaged(f"layer {self.name}: {cause}")
+
+
+class LowRankLayer(nn.Module):
+    """What both forms of a factorised layer share; subclasses own the inner factor.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r, below m.
+        block: rows moved together by the permutation; 0 for two factors.
+        transposed: the dense layer stores its weight as (n, m), as GPT-2's `Conv1D` does.
+    """
+
+    up: nn.Linear
+    bias: nn.Parameter | None
+    perm: Tensor | None
+
+    def __init__(
+        self, *, in_features: int, out_features: int, rank: int, block: int, transposed: bool
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.block = block
+        self.transposed = transposed
+
+    @property
+    def storage(self) -> str:
+        """`factors` or `interpolative`."""
+        return "interpolative" if self.block else "factors"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the dense weight that the factors stand for."""
+        return self.out_features, self.in_features
+
+    def table_entry(self) -> dict[str, Any]:
+        """What a checkpoint's layer table says of this layer; `block` is None for two factors."""
+        return {"storage": self.storage, "rank": self.rank, "block": self.block or None}
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to (..., r)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to outputs (..., m)."""
+        z = self.inner(x)
+        y = self.assemble(z, self.up(z))
+        return y if self.bias is None else y + self.bias
+
+    def assemble(self, z: Tensor, y: Tensor) -> Tensor:
+        """Puts z (..., r) and T z (..., m - r) into the output's order; two factors: returns y."""
+        if self.perm is None:
+            return y
+        rows = torch.cat([z, y], dim=-1)
+        blocks = rows.view(*rows.shape[:-1], -1, self.block)
+        return blocks.index_select(-2, self.perm).flatten(-2)
+
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        sizes = f"{self.in_features}, {self.out_features}, rank={self.rank}, storage={self.storage}"
+        return sizes + (f", block={self.block}" if self.block else "")
+
+
+class LowRankSlot(LowRankLayer):
+    """The form of a factorised layer while loading: owns `weight` (r, n) under its disk name.
+
+    A layer whose tensors stay offloaded keeps this form, because the hooks that fetch them hold it.
+    """
+
+    def __init__(
+        self, dense: nn.Module, factors: FactorShapes, *, out_features: int, in_features: int
+    ) -> None:
+        super().__init__(
+            in_features=in_features,
+            out_features=out_features,
+            rank=factors.rank,
+            block=factors.block(out_features),
+            transposed=not isinstance(dense, nn.Linear),
+        )
+        place: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        bias = factors.bias or dense.bias is not None
+        self.weight = nn.Parameter(torch.empty(factors.weight, **place))
+        self.up = nn.Linear(factors.up[1], factors.up[0], bias=False, **place)
+        self.bias = nn.Parameter(torch.empty(out_features, **place)) if bias else None
+        perm = None
+        if factors.perm is not None:
+            perm = torch.empty(factors.perm, dtype=torch.int32, device=place["device"])
+        self.register_buffer("perm", perm)
+        self.train(dense.training)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to (..., r)."""
+        return F.linear(x, self.weight)
+
+    def check(self, name: str) -> None:
+        """Raises InputError unless the tensors have their shapes and `perm` is a permutation."""
+        shapes = FactorShapes(
+            name=name,
+            weight=tuple(self.weight.shape),
+            up=tuple(self.up.weight.shape),
+            perm=None if self.perm is None else tuple(self.perm.shape),
+        )
+        shapes.check(self.out_features, self.in_features)
+        if self.perm is not None:
+            order = torch.arange(len(self.perm), dtype=self.perm.dtype, device=self.perm.device)
+            if not torch.equal(self.perm.sort().values, order):
+                raise damaged(f"layer {name}: perm is not a permutation")
+
+
+class LowRankLinear(LowRankLayer):
+    """The run-time form: `down` and `up` are plain `nn.Linear`, which PEFT and torchao recognise.
+
+    Shares its tensors with the slot it is made from. State dicts keep the disk names.
+    """
+
+    def __init__(self, slot: LowRankSlot) -> None:
+        super().__init__(
+            in_features=slot.in_features,
+            out_features=slot.out_features,
+            rank=slot.rank,
+            block=slot.block,
+            transposed=slot.transposed,
+        )
+        self.down = nn.Linear(slot.in_features, slot.rank, bias=False, device="meta")
+        self.down.weight = slot.weight
+        self.up = slot.up
+        self.bias = slot.bias
+        # Some loaders cast every tensor of a module that is kept in float32, the permutation too.
+        self.register_buffer("perm", None if slot.perm is None else slot.perm.to(torch.int32))
+        self.register_state_dict_post_hook(_to_disk_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_from_disk_names)  # type: ignore[no-untyped-call]
+        self.train(slot.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The inner factor (r, n): some models read the dtype of a layer's `weight`."""
+        return self.down.weight
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to (..., r)."""
+        z: Tensor = self.down(x)
+        return z
+
+
+def _to_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if prefix + "down.weight" in state:
+        state[prefix + "weight"] = state.pop(prefix + "down.weight")
+
+
+def _from_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if prefix + "weight" in state:
+        state[prefix + "down.weight"] = state.pop(prefix + "weight")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(m, n) of a dense layer that can be factorised, None for any other module.
+
+    Those are `nn.Linear` and transformers' `Conv1D`, known by its `nx` and `nf`, whose weight is
+    (n, m). The output projection of `nn.MultiheadAttention` is none: its weight is read directly.
+    """
+    if isinstance(module, nn.Linear):
+        fused = isinstance(module, NonDynamicallyQuantizableLinear)
+        return None if fused else (module.out_features, module.in_features)
+    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
+    if (
+        nf is None
+        or nx is None
+        or tuple(getattr(module, "weight", torch.empty(0)).shape) != (nx, nf)
+    ):
+        return None
+    return nf, nx
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
+    """The factorised layers of a model with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer):
+            yield name, module
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts `new[old]` wherever `old` hangs below `model`, under every name of a shared module."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight (m, n) that a layer applies, multiplied out where it is factorised.
+
+    Products are taken in float32, or in the factors' dtype where that is wider.
+
+    Raises:
+        InputError: for an offloaded layer, or a module that is no linear layer.
+    """
+    if isinstance(module, LowRankLayer):
+        if is_offloaded(module):
+            raise InputError("a layer is offloaded", "load the model without offloading first")
+        weight, up = module.weight, module.up.weight
+        assert isinstance(weight, Tensor)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        z = weight.to(wide).T
+        return module.assemble(z, z @ up.to(wide).T).T.contiguous()
+    if linear_shape(module) is None:
+        raise InputError(f"{type(module).__name__} is not a linear layer")
+    weight = module.get_parameter("weight").detach()
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a layer's tensors are elsewhere, and hooks fetch them when it runs."""
+    return any(parameter.is_meta for parameter in layer.parameters())

@@ -1,0 +1,262 @@
+"""`lrc_cli.load`: one call for any checkpoint, dense or factorised, transformers' or not."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc_cli.errors import InputError
+from lrc_cli.factories import Factory, one_line, resolve_factory
+from lrc_cli.names import Header, check_version, open_tensors, read_headers
+from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
+
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    factory: Factory | str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Loads a checkpoint and returns the module, ready to run (in eval mode).
+
+    On the CPU the parameters are views of the mapped files unless `dtype` changes them.
+
+    Args:
+        path: a transformers directory, or a .safetensors file or a directory of them.
+        device: where the module goes.
+        dtype: floating dtype of the parameters, e.g. `torch.float32` or "float32"; None: as stored.
+        factory: a function, or "package.module:function" (looked up in the working directory too),
+            that builds the dense module; required where the checkpoint is not transformers', used
+            even beside a config.json. It is never taken from the checkpoint itself. It runs under
+            torch's meta device first, and again on the CPU for a module that needs real tensors.
+        trust_remote_code: let transformers run model code that comes with the checkpoint.
+
+    Raises:
+        InputError: for a missing path or factory, or tensors that do not fit the module.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist", "check the path")
+    place, dtype = _device(device), _dtype(dtype)
+    if factory is None and (path / "config.json").is_file():
+        model = _load_transformers(path, dtype, trust_remote_code)
+    else:
+        model = _load_plain(path, factory)
+    # With a dtype, `Module.to` leaves integers alone; without one it copies nothing in place.
+    return model.to(device=place, dtype=dtype).eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device} is not a device", "use cpu, cuda or cuda:0") from error
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"{dtype} is not a floating dtype", "use float32, bfloat16 or float16")
+    return found
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def _load_transformers(path: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
+    import lrc_cli.hf  # noqa: F401 - registers the format
+
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    model_class = _model_class(path / "config.json", trust_remote_code)
+    model: nn.Module
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=dtype or _stored_dtype(path) or "auto",
+            output_loading_info=True,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise InputError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
+    if info["missing_keys"]:
+        raise InputError(
+            f"{path} lacks {_some(info['missing_keys'])} of {type(model).__name__}",
+            "check that every weight file is there and that config.json names the right class",
+        )
+    return model
+
+
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """The floating dtype of most stored numbers, which config.json may contradict, if any."""
+    numbers = dict.fromkeys(_FLOATS, 0)
+    for header in read_headers(_weight_files(path)).values():
+        if header.dtype in numbers:
+            numbers[header.dtype] += math.prod(header.shape)
+    most = max(numbers, key=lambda name: numbers[name])
+    return _FLOATS[most] if numbers[most] else None
+
+
+def _model_class(config_file: Path, trust_remote_code: bool) -> Any:
+    """The class in config.json's `architectures`, or the auto class that stands for it."""
+    import transformers
+
+    config = _read_json(config_file)
+    architecture = next(iter(config.get("architectures") or ()), "AutoModel")
+    if trust_remote_code:
+        for auto_class, reference in config.get("auto_map", {}).items():
+            if isinstance(reference, str) and reference.rpartition(".")[2] == architecture:
+                return getattr(transformers, auto_class)
+    return getattr(transformers, architecture, transformers.AutoModel)
+
+
+# ---------------------------------------------------------------- any other module
+
+
+def _load_plain(path: Path, factory: Factory | str | None) -> nn.Module:
+    """Builds the module by `factory` and hands it the files' tensors."""
+    files = _weight_files(path)
+    if not files:
+        raise InputError(
+            f"{path} has neither a config.json nor .safetensors files", "check the path"
+        )
+    record = _record(files[0])
+    if factory is None:
+        named = record.get("factory")
+        cause = f"{path} is not a transformers checkpoint, and does not say how its module is built"
+        if named:
+            cause = f"{path} was made for the module that {named} builds, which is not run unasked"
+        raise InputError(
+            cause, f'pass factory="{named or "package.module:function"}" (config: model.factory)'
+        )
+    build = resolve_factory(factory)
+    headers = read_headers(files)
+    model = _try_on_meta(build, headers, record, files)
+    if model is None or _needs_values(model):
+        model = _filled(build(), headers, record, files)
+    finish_slots(model)
+    return model
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}", "copy it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object", "copy it again")
+    return content
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files: the one given, an index's shards, or all of a directory's."""
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = _read_json(index).get("weight_map", {}).values()
+        return [path / shard for shard in sorted(set(shards))]
+    return sorted(path.glob("*.safetensors"))
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What our writer noted in the file (version, layer table, factory); empty in others'."""
+    with open_tensors(file) as handle:
+        record: dict[str, Any] = json.loads((handle.metadata() or {}).get("lrc", "{}"))
+    if record:
+        check_version(record.get("format_version"), str(file))
+    return record
+
+
+def _try_on_meta(
+    build: Factory, headers: Mapping[str, Header], record: Mapping[str, Any], files: list[Path]
+) -> nn.Module | None:
+    """The module without memory of its own, or None where its factory cannot run on meta."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except RuntimeError:  # an operation that meta tensors lack; a real fault comes again on the CPU
+        return None
+    return _filled(model, headers, record, files)
+
+
+def _needs_values(model: nn.Module) -> bool:
+    """Whether the factory computed a tensor that no checkpoint holds, so that it has no values."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors = [*model.parameters(), *model.buffers(), *attributes]
+    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)
+
+
+def _filled(
+    model: nn.Module,
+    headers: Mapping[str, Header],
+    record: Mapping[str, Any],
+    files: list[Path],
+) -> nn.Module:
+    """The dense module, with slots for its factorised layers, holding the files' tensors."""
+    insert_slots(model, find_factors(model, headers))
+    check_table(model, record.get("layers", {}))
+    expected = model.state_dict(keep_vars=True)
+    _check_keys(expected, headers)
+    loaded: dict[int, Tensor] = {}
+    for file in files:
+        with open_tensors(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                loaded[id(expected[key])] = _like(expected[key], handle.get_tensor(key))
+    # Several names of one tied tensor get one object, so that they stay tied.
+    state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _like(expected: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` as a parameter where the module has one; no copy."""
+    if not isinstance(expected, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=expected.requires_grad and tensor.is_floating_point())
+
+
+def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, Header]) -> None:
+    """Raises InputError where the files' tensors are not exactly the module's."""
+    unexpected = [key for key in headers if key not in expected]
+    if unexpected:
+        raise InputError(
+            f"the module has no place for {_some(unexpected)}",
+            "check that the factory is the right one",
+        )
+    found = {id(expected[key]) for key in headers}
+    missing = [key for key, tensor in expected.items() if id(tensor) not in found]
+    if missing:
+        raise InputError(
+            f"the files lack {_some(missing)}", "check that every weight file is there"
+        )
+    for key, header in headers.items():
+        if header.shape != tuple(expected[key].shape):
+            raise InputError(
+                f"{key} has shape {header.shape} in the files and {tuple(expected[key].shape)} "
+                "in the module",
+                "check that the factory is the right one",
+            )
+
+
+def _some(keys: Any) -> str:
+    """The first few of many names."""
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,169 @@
+"""The loss whose second-order estimate `curvature` minimises, and how it is chosen.
+
+The choice follows from the outputs that the model returns (method.md section 2): next-token or
+masked-token negative log-likelihood for language models, the likelihood of a label drawn from the
+model's own softmax for classifiers (true Fisher), half the squared change of the output for
+anything else (Gauss-Newton, by random +-1 probes).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lrc_cli.calibration import Batch
+from lrc_cli.errors import InputError
+from lrc_cli.models import Network
+
+NUM_PROBES = 4
+MASKED_SHARE = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Which loss, and what it needs to know of the tokenizer."""
+
+    kind: str
+    """next_token | masked_token | sampled | output."""
+    mask_token: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """What one unit of the summed loss is, per token that reaches a layer."""
+        return "half squared output change per token" if self.kind == "output" else "nats per token"
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        return {
+            "next_token": "negative log-likelihood of the next token",
+            "masked_token": "negative log-likelihood of masked tokens",
+            "sampled": "negative log-likelihood of labels drawn from the model's own softmax",
+            "output": "half the squared change of the model's outputs (random probes)",
+        }[self.kind]
+
+
+def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) -> Loss:
+    """Resolve `compression.loss` on what the network returns for one micro-batch.
+
+    Raises:
+        InputError: the requested loss needs logits, or a mask token, that are not there.
+    """
+    with torch.no_grad():
+        outputs = network(batch)
+    logits = getattr(outputs, "logits", None)
+    is_language_model = _is_language_model(logits, batch, network)
+    if requested == "auto":
+        labels = logits is not None and logits.ndim >= 2 and logits.shape[-1] > 1
+        requested = "nll" if is_language_model else "sampled" if labels else "output"
+    if requested == "output":
+        return Loss(kind="output")
+    if requested == "sampled":
+        return Loss(kind="sampled")
+    if not is_language_model:
+        raise InputError(
+            "compression.loss: nll needs a language model (logits over the vocabulary for every token)",
+            "use auto, sampled or output",
+        )
+    if _is_causal(network, batch):
+        return Loss(kind="next_token")
+    mask_token = getattr(tokenizer, "mask_token_id", None)
+    if mask_token is None:
+        raise InputError(
+            "compression.loss: nll of a bidirectional model needs the tokenizer's mask token",
+            "use output, or add the tokenizer's files to the checkpoint",
+        )
+    return Loss(kind="masked_token", mask_token=mask_token)
+
+
+def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Network) -> bool:
+    ids = batch.get("input_ids")
+    if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        return False
+    return bool(logits.shape[-1] == network.module.get_input_embeddings().num_embeddings)
+
+
+def _is_causal(network: Network, batch: Batch) -> bool:
+    """Whether the logits before the last token ignore it: asked of the network, not of its name."""
+    row = {name: tensor[:1].clone() for name, tensor in batch.items()}
+    other = {name: tensor.clone() for name, tensor in row.items()}
+    ids = other["input_ids"]
+    ids[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, -1] + 1) % network.module.config.vocab_size
+    with torch.no_grad():
+        before, after = network(row).logits[0, 0], network(other).logits[0, 0]
+    return bool(torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()))
+
+
+def prepare(loss: Loss, batch: Batch, generator: torch.Generator) -> tuple[Batch, torch.Tensor | None]:
+    """The inputs to run and the labels to score (-100: not scored); labels are None without text.
+
+    Args:
+        generator: on the CPU; draws which tokens are masked.
+    """
+    if loss.kind == "next_token":
+        labels = batch["input_ids"].roll(-1, dims=1)
+        labels[:, -1] = -100
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"].roll(-1, dims=1) == 0, -100)
+        return batch, labels
+    if loss.kind == "masked_token":
+        ids = batch["input_ids"]
+        chosen = torch.rand(ids.shape, generator=generator) < MASKED_SHARE
+        if "attention_mask" in batch:
+            chosen &= batch["attention_mask"].bool()
+        labels = ids.masked_fill(~chosen, -100)
+        return {**batch, "input_ids": ids.masked_fill(chosen, loss.mask_token)}, labels
+    return batch, None
+
+
+def token_nll(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each scored label in nats, float32, shape (scored,)."""
+    scored = labels != -100
+    logits = outputs.logits[scored.to(outputs.logits.device)].float()
+    return functional.cross_entropy(logits, labels[scored].to(logits.device), reduction="none")
+
+
+def backward_scalars(
+    loss: Loss, outputs: Any, labels: torch.Tensor | None, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Scalars whose gradients g have E[g g^T] = the curvature wanted, one per probe.
+
+    The summed loss itself for likelihoods (one scalar), <v, f(x)> with random signs v for the
+    output loss (NUM_PROBES scalars: E[v v^T] = I).
+    """
+    if labels is not None:
+        yield token_nll(outputs, labels).sum()
+    elif loss.kind == "sampled":
+        logits = floating_outputs(outputs)[0].float()
+        flat = logits.reshape(-1, logits.shape[-1])
+        drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
+        yield functional.cross_entropy(flat, drawn[:, 0].to(flat.device), reduction="sum")
+    else:
+        tensors = [tensor for tensor in floating_outputs(outputs) if tensor.requires_grad]
+        for _ in range(NUM_PROBES):
+            yield sum(
+                ((tensor * _signs(tensor, generator)).sum() for tensor in tensors), start=torch.zeros(())
+            )
+
+
+def num_scalars(loss: Loss) -> int:
+    """How many scalars `backward_scalars` yields."""
+    return NUM_PROBES if loss.kind == "output" else 1
+
+
+def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+    return signs.to(tensor.device, tensor.dtype)
+
+
+def floating_outputs(outputs: Any) -> list[torch.Tensor]:
+    """The floating-point tensors that a model returns, in order: logits first where there are any."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs] if outputs.is_floating_point() else []
+    logits = getattr(outputs, "logits", None)
+    if logits is not None:
+        return [logits]
+    values = outputs.values() if hasattr(outputs, "values") else outputs
+    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]

@@ -1,0 +1,194 @@
+"""From packed factors to a finished output directory: weights, checks, quality, report, manifest."""
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli import __version__
+from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
+from lrc_cli.checkpoint.source import FLOAT_DTYPES, open_source
+from lrc_cli.checkpoint.writer import PARTIAL_SUFFIX, Entry, write_json, write_text, write_weights
+from lrc_cli.config import config_hash, to_yaml
+from lrc_cli.errors import RunError
+from lrc_cli.evaluate import compare, scoring
+from lrc_cli.losses import floating_outputs
+from lrc_cli.models import Network, make_network, open_module
+from lrc_cli.names import FORMAT_VERSION
+from lrc_cli.plan import CALIBRATION, DTYPES, Plan
+from lrc_cli.progress import Progress
+from lrc_cli.report import build_report, render_card, render_html
+from lrc_cli.work import STATISTICS, WorkDirectory
+
+
+def partial_of(plan: Plan) -> Path:
+    """Where everything is written before the one rename."""
+    return plan.output.with_name(plan.output.name + PARTIAL_SUFFIX)
+
+
+def write_checkpoint(plan: Plan, work: WorkDirectory, stage: str, progress: Progress) -> None:
+    """Stream the compressed weights and everything that belongs to them into `OUT.partial/`."""
+    directory = partial_of(plan)
+    entries = list(_entries(plan, work, stage))
+    with progress.phase("writing", 1):
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": __version__,
+            "config_sha256": config_hash(plan.config),
+        }
+        table = layer_table(plan, work, stage)
+        if plan.source.config is None:
+            metadata |= {"factory": plan.config.model.factory, "layers": table}
+        shard_bytes = plan.config.output.shard_bytes
+        write_weights(directory, entries, shard_bytes=shard_bytes, metadata=metadata)
+        if plan.source.config is not None:
+            write_json(directory / "config.json", _model_config(plan, table))
+        for file in plan.source.side_files():
+            target = directory / file.relative_to(plan.source.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        write_text(directory / "lrc.yaml", to_yaml(plan.config))
+
+
+def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[str, Any]]:
+    """Disk name -> storage, rank and, with a permutation, its block; factorised layers only."""
+    table = {}
+    for unit, layers in plan.units.items():
+        _, facts = work.get(stage, unit)
+        for layer in layers:
+            fact = facts[layer.name]
+            if fact["storage"] != "dense":
+                table[layer.key] = {"storage": fact["storage"], "rank": fact["rank"]}
+                if fact["storage"] == "interpolative":
+                    table[layer.key]["block"] = fact["block"]
+    return table
+
+
+def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
+    config = dict(plan.source.config or {})
+    if plan.config.output.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.config.output.dtype
+    if table:
+        config["quantization_config"] = {
+            "quant_method": "lrc",
+            "format_version": FORMAT_VERSION,
+            "layers": table,
+        }
+    return config
+
+
+def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
+    """Every tensor of the output, in the source's order; factors stand where their weight stood."""
+    units = {f"{layer.key}.weight": layer.unit for layer in plan.layers}
+    shapes = {f"{layer.key}.weight": layer.shape for layer in plan.layers}
+    cast = DTYPES.get(plan.config.output.dtype)
+    for key, info in plan.source.tensors.items():
+        packed = work.get(stage, units[key])[0] if key in units else {}
+        if key not in packed:
+            dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
+            yield Entry(
+                key=key,
+                shape=info.shape,
+                dtype=dtype,
+                read=lambda key=key, dtype=dtype: plan.source.read(key).to(dtype),
+            )
+            continue
+        # A loader that does not know lrc must fail on the shape, never load something else.
+        assert tuple(packed[key].shape) != shapes[key], key
+        stem = key.removesuffix(".weight")
+        for name in (key, f"{stem}.up.weight", f"{stem}.perm"):
+            if name in packed:
+                yield Entry(
+                    key=name,
+                    shape=tuple(packed[name].shape),
+                    dtype=packed[name].dtype,
+                    read=lambda name=name, unit=units[key]: work.get(stage, unit)[0][name],
+                )
+
+
+def finish_output(plan: Plan, work: WorkDirectory, stage: str, progress: Progress) -> dict[str, Any]:
+    """Reload what was written, check and measure it, and write the report and the manifest."""
+    directory = partial_of(plan)
+    written = open_source(directory, factorised=True)
+    with progress.phase("verification", 1):
+        written.check_finite()
+        module = open_module(
+            written,
+            factory=plan.config.model.factory,
+            trust_remote_code=plan.config.model.trust_remote_code,
+        )
+        network = make_network(module, device=plan.device, dtype=plan.network.dtype)
+        _check_forward(network, plan)
+    quality = _measure(plan, network, progress)
+    report = build_report(
+        plan,
+        layers={name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()},
+        loss=_loss(plan, work),
+        written=written,
+        quality=quality,
+        seconds=progress.seconds,
+        memory=peak_memory(plan.device),
+    )
+    write_json(directory / "report.json", report)
+    write_text(directory / "README.md", render_card(report))
+    write_text(directory / "report.html", render_html(report))
+    write_json(directory / MANIFEST_NAME, build_manifest(directory))
+    return report
+
+
+def _loss(plan: Plan, work: WorkDirectory) -> dict[str, Any] | None:
+    losses = [work.get(STATISTICS, unit)[1]["loss"] for unit in plan.units]
+    return next((loss for loss in losses if loss is not None), None)
+
+
+def _check_forward(network: Network, plan: Plan) -> None:
+    with torch.no_grad():
+        outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
+    for tensor in floating_outputs(outputs):
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                "the compressed network's outputs are not finite",
+                "ask for less compression, or set output.dtype: float32",
+            )
+
+
+def _measure(plan: Plan, network: Network, progress: Progress) -> list[dict[str, Any]]:
+    names = plan.evaluation_names
+    if not names:
+        return []
+    probe = next(plan.sequences[names[0]].batches(1))
+    loss = scoring(plan.network, probe, plan.tokenizer)
+    rows = []
+    with progress.phase("evaluation", sum(len(plan.sequences[name]) for name in names)) as phase:
+        for name in names:
+            sequences = plan.sequences[name]
+            row = compare(
+                plan.network,
+                network,
+                sequences,
+                loss=loss,
+                seed=plan.config.runtime.seed,
+                advance=phase.advance,
+            )
+            data = {"population": sequences.population, "sha256": sequences.sha256}
+            rows.append({"text": name, **row, **data})
+    return rows
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes: resident on the host (pages of mapped files included) and on the GPU."""
+    peak = {"host_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """report.json of an output directory."""
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    return report

@@ -1,0 +1,95 @@
+"""Run a network in one dtype while its parameters stay views of the mapped checkpoint in another.
+
+On a processor without fast bfloat16 products a bfloat16 checkpoint is computed in float32.
+Converting the whole network would copy it into private memory; here every parameter is converted
+when a module reads it, and again (not kept) when the backward pass needs it.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: the stored one where the device multiplies it natively, else float32."""
+    if stored not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if device.type == "cpu":
+        native = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return stored if native else torch.float32
+    if device.type == "cuda" and stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        return torch.float32
+    return stored
+
+
+class _Cast(nn.Module):
+    """Parametrization: reads of a parameter give a converted copy."""
+
+    def __init__(self, dtype: torch.dtype, live: "LiveCasts") -> None:
+        super().__init__()
+        self.dtype, self.live = dtype, live
+
+    def forward(self, stored: torch.Tensor) -> torch.Tensor:
+        cast = stored.to(self.dtype)
+        self.live.remember(cast, stored)
+        return cast
+
+
+class LiveCasts:
+    """Which converted copies are alive, and what each was converted from."""
+
+    def __init__(self) -> None:
+        self._stored: dict[int, torch.Tensor] = {}
+
+    def remember(self, cast: torch.Tensor, stored: torch.Tensor) -> None:
+        """Note that `cast` holds `stored` converted, for as long as `cast`'s storage lives."""
+        storage = cast.untyped_storage()
+        address = storage.data_ptr()
+        self._stored[address] = stored.detach()
+        weakref.finalize(storage, self._stored.pop, address, None)
+
+    def find(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The stored parameter that `tensor` is a converted view of, or None."""
+        return self._stored.get(tensor.untyped_storage().data_ptr())
+
+
+def cast_on_read(module: nn.Module, dtype: torch.dtype) -> LiveCasts:
+    """Make every floating-point parameter and buffer of `module` read as `dtype`.
+
+    Buffers are small and converted at once; parameters keep their stored tensors. Parameters that
+    already have the dtype are left alone.
+    """
+    live = LiveCasts()
+    for part in list(module.modules()):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parametrize.register_parametrization(part, name, _Cast(dtype, live), unsafe=True)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_floating_point() and buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(part, name, buffer.to(dtype))
+    return live
+
+
+@contextmanager
+def recast_in_backward(live: LiveCasts) -> Iterator[None]:
+    """Within it, autograd keeps no converted parameter: it converts again in the backward pass."""
+
+    def pack(tensor: torch.Tensor) -> Any:
+        stored = live.find(tensor)
+        if stored is None:
+            return tensor
+        return stored, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        stored, dtype, shape, stride, offset = packed
+        return stored.to(dtype).as_strided(shape, stride, offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -1,0 +1,129 @@
+"""Progress on standard error: a bar with a cost-weighted ETA on a terminal, plain lines in a log."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from lrc_cli.errors import LrcError
+
+LINE_SECONDS = 15.0
+
+
+class Interrupted(LrcError):
+    """The run was asked to stop and did, between two pieces of work."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__("interrupted", "the same command goes on where it stopped")
+
+
+class Stop:
+    """Ctrl-C or SIGTERM once: stop after the current piece of work; twice: stop at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.number is not None:
+            raise Interrupted(number)
+        self.number = number
+        print("stopping after the current step; once more to stop now", file=sys.stderr)
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Within it, SIGINT and SIGTERM ask for a stop instead of killing the process."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop.request) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Shows phases of work and times them; between steps it looks for a stop request.
+
+    Args:
+        stop: checked at every step; None never stops.
+        quiet: show nothing.
+        stream: where to write.
+    """
+
+    def __init__(
+        self, *, stop: Stop | None = None, quiet: bool = False, stream: TextIO = sys.stderr
+    ) -> None:
+        self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream
+        self.seconds: dict[str, float] = {}
+        """Wall time by phase."""
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
+        if not self.quiet:
+            tqdm.write(text, file=self.stream)
+
+    @contextmanager
+    def phase(self, name: str, cost: float) -> Iterator["Phase"]:
+        """A phase of known total cost, in any unit that is proportional to its time."""
+        self.stop.check()
+        start = time.perf_counter()
+        phase = Phase(self, name, cost)
+        try:
+            yield phase
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            phase.close()
+
+
+class Phase:
+    """A running phase; `advance` after every piece of work with the piece's cost."""
+
+    def __init__(self, progress: Progress, name: str, cost: float) -> None:
+        self.progress, self.name, self.cost = progress, name, cost
+        self.done, self.start = 0.0, time.perf_counter()
+        self.last_line = self.start
+        self.bar: tqdm | None = None
+        if progress.quiet:
+            return
+        if progress.stream.isatty():
+            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} (about {remaining} left)"
+            self.bar = tqdm(total=cost, desc=name, bar_format=form, file=progress.stream, leave=False)
+        else:
+            progress.note(f"{name} ...")
+
+    def advance(self, cost: float) -> None:
+        """A piece of this cost is done."""
+        self.done += cost
+        if self.bar is not None:
+            self.bar.update(cost)
+        else:
+            self._line()
+        self.progress.stop.check()
+
+    def _line(self) -> None:
+        now = time.perf_counter()
+        if self.progress.quiet or now - self.last_line < LINE_SECONDS or not self.done:
+            return
+        self.last_line = now
+        left = (now - self.start) * (self.cost / self.done - 1)
+        self.progress.note(f"{self.name}: {self.done / self.cost:.0%}, about {left:.0f} s left")
+
+    def close(self) -> None:
+        """End the display; the time taken stays as a line."""
+        if self.bar is not None:
+            self.bar.close()
+        self.progress.note(f"{self.name}: {time.perf_counter() - self.start:.1f} s")

@@ -1,0 +1,137 @@
+"""From spectra to ranks: the layers' choices, the overrides, the target. No data, no solving."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lrc_cli.engine import (
+    DENSE,
+    Infeasible,
+    RankChoices,
+    default_rank_multiple,
+    rank_choices,
+    uniform,
+    uniform_within_error,
+    within_bytes,
+    within_error,
+    within_layer_error,
+)
+from lrc_cli.errors import InputError
+from lrc_cli.models import Layer
+from lrc_cli.plan import Plan
+
+
+def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The rank of every layer (DENSE: stays as it is).
+
+    Args:
+        spectra: by layer name; what the target bounds (the plain output error's for
+            `max_layer_error`, the method's own otherwise). A layer without one stays dense.
+
+    Raises:
+        InputError: the target or an override cannot be reached.
+    """
+    choices = [_choices(plan, layer, spectra.get(layer.name)) for layer in plan.layers]
+    try:
+        picks = _pick(plan, choices)
+    except Infeasible as error:
+        name, value = plan.config.compression.target
+        raise InputError(
+            f"compression.{name}: {value} cannot be reached: {error}", "ask for less compression"
+        ) from error
+    return {
+        layer.name: int(choice.ranks[pick])
+        for layer, choice, pick in zip(plan.layers, choices, picks, strict=True)
+    }
+
+
+def rank_multiple(plan: Plan, layer: Layer) -> int:
+    """What the layer's rank must be a multiple of."""
+    asked = plan.config.compression.rank_multiple
+    return default_rank_multiple(*layer.shape) if asked == "auto" else int(asked)
+
+
+def _choices(plan: Plan, layer: Layer, spectrum: torch.Tensor | None) -> RankChoices:
+    """What the layer may cost and how wrong it then is, overrides applied."""
+    compression = plan.config.compression
+    override = compression.override(layer.name)
+    itemsize = plan.stored_dtype(layer).itemsize
+    if spectrum is None:
+        return _only_dense(layer, itemsize)
+    relative = compression.allocation != "global" or compression.max_layer_error is not None
+    total = spectrum.sum().item()
+    choices = rank_choices(
+        spectrum / total if relative and total > 0 else spectrum,
+        m=layer.shape[0],
+        n=layer.shape[1],
+        itemsize=itemsize,
+        storage=override.storage or compression.storage,
+        rank_multiple=1 if override.rank else rank_multiple(plan, layer),
+    )
+    if override.rank is not None:
+        return _only(choices, choices.ranks == override.rank, layer, f"rank {override.rank}")
+    if override.size is not None:
+        keep = choices.num_bytes <= override.size * layer.num_bytes
+        keep &= choices.num_bytes == choices.num_bytes[keep].max() if keep.any() else keep
+        return _only(choices, keep, layer, f"size {override.size}")
+    return choices
+
+
+def _only(choices: RankChoices, keep: torch.Tensor, layer: Layer, asked: str) -> RankChoices:
+    if not keep.any():
+        raise InputError(
+            f"compression.layers: {layer.name} {layer.shape} has no factors of {asked}",
+            "give another size or rank, or size: 1 to leave the layer dense",
+        )
+    return RankChoices(
+        ranks=choices.ranks[keep], num_bytes=choices.num_bytes[keep], errors=choices.errors[keep]
+    )
+
+
+def _only_dense(layer: Layer, itemsize: int) -> RankChoices:
+    size = layer.shape[0] * layer.shape[1] * itemsize
+    return RankChoices(
+        ranks=torch.tensor([DENSE]),
+        num_bytes=torch.tensor([size]),
+        errors=torch.zeros(1, dtype=torch.float64),
+    )
+
+
+def _pick(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
+    compression = plan.config.compression
+    if compression.max_layer_error is not None:
+        return within_layer_error(choices, compression.max_layer_error**2)
+    if compression.allocation == "uniform":
+        return _pick_uniform(plan, choices)
+    if compression.max_loss_increase is not None:
+        return within_error(choices, compression.max_loss_increase)
+    return within_bytes(choices, _budget(plan))
+
+
+def _pick_uniform(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
+    """One share for every layer that has a choice; overrides and unreached layers have none."""
+    free = [i for i, choice in enumerate(choices) if len(choice.ranks) > 1]
+    bound = plan.config.compression.max_loss_increase
+    dense_bytes = [plan.layers[i].num_bytes for i in free]
+    among = [choices[i] for i in free]
+    if not free:
+        picks = []
+    elif bound is not None:
+        picks = uniform_within_error(among, dense_bytes, bound)
+    else:
+        fixed = sum(int(c.num_bytes[0]) for c in choices if len(c.ranks) == 1)
+        picks = uniform(among, dense_bytes, (_budget(plan) - fixed) / sum(dense_bytes))
+    chosen = [0] * len(choices)
+    for i, pick in zip(free, picks, strict=True):
+        chosen[i] = pick
+    return chosen
+
+
+def _budget(plan: Plan) -> float:
+    """Bytes that all compressible weights may take together."""
+    compression = plan.config.compression
+    assert compression.size is not None
+    if compression.size_of == "compressible":
+        return compression.size * plan.compressible_bytes
+    rest = plan.source.num_bytes - plan.compressible_bytes
+    return compression.size * plan.source.num_bytes - rest

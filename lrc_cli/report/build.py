@@ -1,0 +1,129 @@
+"""Assemble report.json: the one record that the card, the page and scripts are made from."""
+
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lrc_cli import __version__
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.config import config_hash, to_dict, to_yaml
+from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan, data_hashes
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "safetensors")
+
+
+def build_report(
+    plan: Plan,
+    *,
+    layers: Mapping[str, dict[str, Any]],
+    loss: dict[str, Any] | None,
+    written: Source,
+    quality: list[dict[str, Any]],
+    seconds: Mapping[str, float],
+    memory: Mapping[str, int],
+) -> dict[str, Any]:
+    """The report as plain values.
+
+    Args:
+        layers: the facts of every layer, by name (see `fit.fit_layer`).
+        loss: what `curvature` was taken of; None for other methods.
+        written: the output, opened.
+        quality: one row per evaluation text.
+        seconds: wall time by phase.
+        memory: peak bytes.
+    """
+    compression = plan.config.compression
+    target, value = compression.target
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.source.path.name,
+        "architecture": next(iter((plan.source.config or {}).get("architectures") or ()), None),
+        "method": compression.method,
+        "loss": loss,
+        "target": {"name": target, "value": value, "of": compression.size_of},
+        "allocation": compression.allocation,
+        "sequential": {"used": False, "reason": "not in this version"},
+        "size": _size(plan, written),
+        "quality": quality,
+        "layers": [_layer(plan, written, layer, layers[layer.name]) for layer in plan.layers],
+        "skipped": [
+            {
+                "name": skipped.name,
+                "reason": skipped.reason,
+                "bytes": skipped.num_bytes,
+                "share": skipped.num_bytes / plan.source.num_bytes,
+            }
+            for skipped in plan.skipped
+        ],
+        "certificate": {"statements": [], "note": "not in this version"},
+        "timing": {name: round(value, 3) for name, value in seconds.items()},
+        "memory": dict(memory),
+        "provenance": _provenance(plan),
+    }
+
+
+def _size(plan: Plan, written: Source) -> dict[str, Any]:
+    compressible = {f"{layer.key}.weight" for layer in plan.layers}
+    rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
+    # Tensors that are not compressible keep their bytes unless output.dtype converts them.
+    kept = {k for k in plan.source.tensors if k not in compressible}
+    after = written.num_bytes - sum(written.tensors[key].num_bytes for key in kept)
+    parameters = sum(info.num_elements for info in plan.source.tensors.values())
+    parameters_after = sum(i.num_elements for k, i in written.tensors.items() if not k.endswith(".perm"))
+    return {
+        "compressible_bytes": {"before": plan.source.num_bytes - rest, "after": after},
+        "checkpoint_bytes": {"before": plan.source.num_bytes, "after": written.num_bytes},
+        "parameters": {"before": parameters, "after": parameters_after},
+        "kept_compressible": after / (plan.source.num_bytes - rest),
+        "kept_checkpoint": written.num_bytes / plan.source.num_bytes,
+        "kept_parameters": parameters_after / parameters,
+        "file_bytes": sum(file.stat().st_size for file in written.files),
+    }
+
+
+def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    keys = (f"{layer.key}.weight", f"{layer.key}.up.weight", f"{layer.key}.perm")
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "method": plan.solvers[layer.name].name,
+        "bytes_before": layer.num_bytes,
+        "bytes_after": sum(written.tensors[key].num_bytes for key in keys if key in written.tensors),
+        "dtype": str(plan.stored_dtype(layer)).removeprefix("torch."),
+        **facts,
+    }
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    sequences = {
+        name: {
+            "num_sequences": len(blocks),
+            "num_tokens": blocks.num_tokens,
+            "population": blocks.population,
+            "sha256": blocks.sha256,
+        }
+        for name, blocks in plan.sequences.items()
+        if name in (CALIBRATION, CERTIFICATION)
+    }
+    return {
+        "lrc_version": __version__,
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.machine(),
+        "device": str(plan.device),
+        "device_name": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None,
+        "activation_dtype": str(plan.network.dtype).removeprefix("torch."),
+        "seed": plan.config.runtime.seed,
+        "config_sha256": config_hash(plan.config),
+        "config": to_yaml(plan.config),
+        "evaluation": to_dict(plan.config)["evaluation"],
+        "checkpoint_sha256": plan.source.hashes,
+        "data_files_sha256": data_hashes(plan.config),
+        "sequences": sequences,
+    }

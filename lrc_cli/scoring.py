@@ -1,0 +1,139 @@
+"""`lrc eval`: quality, speed and memory of a written directory beside its original."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.checkpoint.source import open_source
+from lrc_cli.config import load_config
+from lrc_cli.errors import InputError
+from lrc_cli.evaluate import compare, scoring
+from lrc_cli.models import Network, check_inputs, make_network, open_module, resolve_device
+from lrc_cli.plan import open_tokenizer, purposes_of
+from lrc_cli.plan import CALIBRATION, CERTIFICATION
+from lrc_cli.progress import Progress
+
+REPEATS = 3
+
+
+def score_directory(
+    directory: Path,
+    *,
+    against: Path | None,
+    data: tuple[Path, ...],
+    part: tuple[str, ...],
+    num_sequences: int,
+    sequence_length: int,
+    factory: str | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run both checkpoints over the same blocks.
+
+    Args:
+        directory: an output of `lrc compress`.
+        against: the original; None: the one that the output's lrc.yaml names.
+        data: files to score on; empty: the evaluation texts of lrc.yaml, drawn as they were then.
+        part: "A:B" for each of `data`, in order; missing ones are the whole file.
+
+    Raises:
+        InputError: something cannot be opened.
+    """
+    written = open_source(directory, factorised=True)
+    config = load_config(directory / "lrc.yaml")
+    original = open_source(against or Path(config.model.path))
+    tokenizer = open_tokenizer(original)
+    device = resolve_device(config.runtime.device)
+    if data:
+        wanted = _purposes(data, part, num_sequences, sequence_length)
+        drawn = draw(wanted, tokenizer=tokenizer, seed=config.calibration.seed)
+    else:
+        drawn = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
+    texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
+    if not texts:
+        raise InputError("eval: there is no text to score on", "give one with --data")
+    before = make_network(open_module(original, factory=factory), device=device, dtype=None)
+    after = make_network(open_module(written, factory=factory), device=device, dtype=before.dtype)
+    first = next(iter(texts.values()))
+    check_inputs(before.module, first.name, first.inputs)
+    loss = scoring(before, next(first.batches(1)), tokenizer)
+    rows = []
+    with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
+        for name, sequences in texts.items():
+            row = compare(
+                before, after, sequences, loss=loss, seed=config.runtime.seed, advance=phase.advance
+            )
+            rows.append({"text": name, **row, "sha256": sequences.sha256})
+    return {
+        "directory": str(directory),
+        "against": str(original.path),
+        "activation_dtype": str(before.dtype).removeprefix("torch."),
+        "bytes": {"before": original.num_bytes, "after": written.num_bytes},
+        "seconds_per_sequence": {"before": _time(before, first), "after": _time(after, first)},
+        "quality": rows,
+    }
+
+
+def _purposes(
+    data: tuple[Path, ...], part: tuple[str, ...], num_sequences: int, sequence_length: int
+) -> list[Purpose]:
+    if len(part) > len(data):
+        raise InputError("eval: more --part than --data", "give one --part for each --data, in order")
+    shares = [_parse_part(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
+    return [
+        Purpose(
+            name=str(path),
+            path=path,
+            part=share,
+            sequence_length=sequence_length,
+            num_sequences=num_sequences,
+            required=False,
+        )
+        for path, share in zip(data, shares, strict=True)
+    ]
+
+
+def _parse_part(text: str) -> tuple[float, float]:
+    try:
+        first, last = (float(piece) for piece in text.split(":"))
+    except ValueError as error:
+        raise InputError(f"--part {text}: not A:B", "write for instance 0.7:1") from error
+    if not 0 <= first < last <= 1:
+        raise InputError(f"--part {text}: needs 0 <= A < B <= 1", "write for instance 0.7:1")
+    return first, last
+
+
+def _time(network: Network, sequences: Sequences) -> float:
+    """Seconds for one sequence, the best of a few."""
+    batch = next(sequences.batches(1))
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        with torch.no_grad():
+            network(batch)
+        if network.device.type == "cuda":
+            torch.cuda.synchronize(network.device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def render_scores(found: dict[str, Any]) -> str:
+    """For people: one line per text."""
+    size, seconds = found["bytes"], found["seconds_per_sequence"]
+    lines = [
+        f"{found['directory']} against {found['against']} ({found['activation_dtype']} activations)",
+        f"bytes: {size['before']} -> {size['after']} ({size['after'] / size['before']:.1%})",
+        f"one sequence: {seconds['before']:.3f} s -> {seconds['after']:.3f} s",
+    ]
+    for row in found["quality"]:
+        pieces = []
+        if "perplexity_after" in row:
+            pieces.append(f"perplexity {row['perplexity_before']:.3f} -> {row['perplexity_after']:.3f}")
+        if "relative_output_error" in row:
+            pieces.append(f"relative output error {row['relative_output_error']:.4f}")
+        if "kl" in row:
+            pieces.append(f"KL {row['kl']:.4f}, top-1 agreement {row['top1_agreement']:.1%}")
+        lines.append(f"{row['text']}: {', '.join(pieces)} ({row['num_sequences']} sequences)")
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""From a checkpoint's headers to slots in a dense module tree, and on to run-time modules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lrc_cli.errors import InputError
+from lrc_cli.layers import (
+    FactorShapes,
+    LowRankLayer,
+    LowRankLinear,
+    LowRankSlot,
+    damaged,
+    is_offloaded,
+    linear_shape,
+    low_rank_layers,
+    replace_modules,
+)
+from lrc_cli.names import UPGRADE, Header, module_names
+
+_UP = ".up.weight"
+
+
+def find_factors(model: nn.Module, headers: Mapping[str, Header]) -> dict[str, FactorShapes]:
+    """Module name -> shapes, for each layer that is factorised on disk and that the model has.
+
+    Args:
+        model: the dense module tree.
+        headers: the checkpoint's.
+
+    Raises:
+        InputError: where a layer has no inner factor, or a permutation that is not int32.
+    """
+    layers = [key.removesuffix(_UP) for key in headers if key.endswith(_UP)]
+    names = module_names(model, [f"{layer}.weight" for layer in layers])
+    modules = dict(model.named_modules(remove_duplicate=False))
+    factors = {}
+    for layer in layers:
+        name = names.get(f"{layer}.weight", "").removesuffix(".weight")
+        # A dense model may have a part of its own that is called `up`.
+        if name and f"{name}.up" not in modules:
+            factors[name] = _factor_shapes(layer, headers)
+    return factors
+
+
+def _factor_shapes(layer: str, headers: Mapping[str, Header]) -> FactorShapes:
+    """One layer's shapes from the headers."""
+    weight, perm = headers.get(f"{layer}.weight"), headers.get(f"{layer}.perm")
+    if weight is None:
+        raise damaged(f"layer {layer}: {layer}.weight is missing")
+    if perm is not None and perm.dtype != "I32":
+        raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as I32")
+    shapes = weight.shape, headers[layer + _UP].shape
+    if any(len(shape) != 2 for shape in shapes):
+        raise InputError(
+            f"layer {layer}: factors of shape {shapes[0]} and {shapes[1]} are no matrices, "
+            "and this version of lrc reads linear layers only",
+            UPGRADE,
+        )
+    return FactorShapes(
+        name=layer,
+        weight=shapes[0],
+        up=shapes[1],
+        perm=None if perm is None else perm.shape,
+        bias=f"{layer}.bias" in headers,
+    )
+
+
+def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks a checkpoint's layer table against the slots that its tensors' shapes asked for.
+
+    They are compared by module name, because a model saved again as another class has other disk
+    names. Entries for layers that this model does not have are passed over.
+
+    Args:
+        model: the module tree with slots.
+        table: disk name -> storage, rank, block; empty: there is none, and nothing to check.
+
+    Raises:
+        InputError: naming the first layer for which the two differ.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    stated = set()
+    for key, name in module_names(model, [f"{layer}.weight" for layer in table]).items():
+        layer, module = key.removesuffix(".weight"), modules[name.removesuffix(".weight")]
+        if not isinstance(module, LowRankLayer):
+            raise damaged(f"layer {layer}: {layer}{_UP} is missing")
+        _check_entry(layer, table[layer], module.table_entry())
+        stated.add(module)
+    for name, module in low_rank_layers(model):
+        if table and module not in stated:
+            raise damaged(f"layer {name} is factorised, and the layer table does not say so")
+
+
+def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compares one entry; the block says something of interpolative storage only."""
+    for key in ("storage", "rank", "block"):
+        if stated.get(key) != found[key] and found[key] is not None:
+            raise damaged(
+                f"layer {layer}: the layer table says {key} {stated.get(key)}, "
+                f"its tensors say {found[key]}"
+            )
+
+
+def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
+    """Puts a slot in the place of each named dense layer, on that layer's device and in its dtype.
+
+    Args:
+        model: the dense module tree, usually on the meta device; changed in place.
+        factors: module name -> shapes of its tensors.
+
+    Raises:
+        InputError: where the module is no linear layer, or the shapes do not make its matrix.
+    """
+    slots: dict[nn.Module, nn.Module] = {}
+    for name, shapes in factors.items():
+        dense = model.get_submodule(name)
+        shape = linear_shape(dense)
+        if shape is None:
+            raise InputError(
+                f"layer {shapes.name} is factorised, and {type(dense).__name__} cannot be",
+                UPGRADE,
+            )
+        shapes.check(*shape)
+        slots[dense] = LowRankSlot(dense, shapes, out_features=shape[0], in_features=shape[1])
+    replace_modules(model, slots)
+
+
+def finish_slots(model: nn.Module) -> None:
+    """Turns every slot whose tensors are in memory into its run-time form, sharing the tensors.
+
+    Raises:
+        InputError: where a tensor has the wrong shape or a permutation is none.
+    """
+    finished: dict[nn.Module, nn.Module] = {}
+    for name, layer in low_rank_layers(model):
+        if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
+            layer.check(name)
+            finished[layer] = LowRankLinear(layer)
+    replace_modules(model, finished)

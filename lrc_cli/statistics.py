@@ -1,0 +1,138 @@
+"""Streaming second moments: Gram matrices of layer inputs and of output gradients.
+
+G = (1/T) sum x x^T and F = (1/T) sum g g^T over the T tokens that are not padding. A chunk is
+multiplied in float32 (products of bfloat16 numbers are exact there) and added to a float64 sum.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.errors import RunError
+from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.precision import recast_in_backward
+
+# Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
+# to 40 % of the products. Narrower panels would slow the matrix product itself.
+PANEL = 256
+
+
+class GramSum:
+    """A float64 sum of x x^T over rows x, and the number of rows."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        # float64 is missing on Apple's GPUs; their sums are held on the CPU.
+        holder = torch.device("cpu") if device.type == "mps" else device
+        self.total = torch.zeros(width, width, dtype=torch.float64, device=holder)
+        self.num_rows = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows of shape (t, n) in any floating dtype."""
+        self.num_rows += len(rows)
+        for start in range(0, rows.shape[1], PANEL):
+            stop = min(start + PANEL, rows.shape[1])
+            panel = _product(rows[:, start:stop], rows[:, :stop])
+            self.total[start:stop, :stop] += panel.to(self.total.device)
+
+    def mean(self) -> torch.Tensor:
+        """The Gram matrix divided by the number of rows: (n, n), float64, symmetric."""
+        lower = self.total.tril()
+        return (lower + lower.tril(-1).T) / max(self.num_rows, 1)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()
+
+
+def collect(
+    network: Network,
+    sequences: Sequences,
+    *,
+    inputs: Mapping[str, Sequence[Layer]],
+    outputs: Sequence[Layer],
+    loss: Loss | None,
+    seed: int,
+    micro_batch: int,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, GramSum], dict[str, GramSum]]:
+    """One pass over the calibration data.
+
+    Args:
+        inputs: {group: layers that read the same input}; the first one's input is measured.
+        outputs: layers whose output gradients are measured (needs `loss`).
+        seed: of masked tokens, drawn labels and probes.
+        micro_batch: sequences run together.
+        advance: called with the number of sequences done.
+
+    Returns:
+        Sums by group, and by layer name. A layer that was never reached has no entry.
+
+    Raises:
+        RunError: an activation or a gradient is NaN or infinite; names the layer.
+    """
+    grams: dict[str, GramSum] = {}
+    fishers: dict[str, GramSum] = {}
+    leaders = {layers[0].name: group for group, layers in inputs.items()}
+    measured = {layer.name for layer in outputs}
+    hooks = {layer.name: layer for layers in inputs.values() for layer in layers[:1]}
+    hooks |= {layer.name: layer for layer in outputs}
+    mask: torch.Tensor | None = None
+
+    def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        if layer.name in leaders:
+            _add(grams, leaders[layer.name], x.detach(), mask)
+        if layer.name not in measured or loss is None:
+            return None
+        if not y.requires_grad:
+            # Parameters are frozen, so gradients begin here; a clone, because a leaf may not be
+            # changed in place by what follows.
+            y = y.requires_grad_().clone()
+        y.register_hook(lambda gradient: _add(fishers, layer.name, gradient, mask))
+        return y
+
+    generator = torch.Generator().manual_seed(seed)
+    with hooked(network, list(hooks.values()), after_layer):
+        for batch in sequences.batches(micro_batch):
+            mask = batch.get("attention_mask")
+            _run(network, batch, loss, generator)
+            advance(len(next(iter(batch.values()))))
+    _check_finite("inputs", grams)
+    _check_finite("output gradients", fishers)
+    return grams, fishers
+
+
+def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Generator) -> None:
+    if loss is None:
+        with torch.no_grad():
+            network(batch)
+        return
+    model_inputs, labels = prepare(loss, batch, generator)
+    with recast_in_backward(network.casts):
+        outputs = network(model_inputs)
+        remaining = num_scalars(loss)
+        for scalar in backward_scalars(loss, outputs, labels, generator):
+            remaining -= 1
+            scalar.backward(retain_graph=remaining > 0)
+
+
+def _add(sums: dict[str, GramSum], name: str, tensor: torch.Tensor, mask: torch.Tensor | None) -> None:
+    if mask is not None and tensor.shape[:2] == mask.shape:
+        rows = tensor[mask.to(tensor.device, torch.bool)]
+    else:
+        rows = tensor.reshape(-1, tensor.shape[-1])
+    if name not in sums:
+        sums[name] = GramSum(tensor.shape[-1], tensor.device)
+    sums[name].add(rows)
+
+
+def _check_finite(what: str, sums: dict[str, GramSum]) -> None:
+    for name, gram in sums.items():
+        if not bool(torch.isfinite(gram.total.diagonal().sum())):
+            raise RunError(
+                f"{name}: NaN or infinity in its {what} on the calibration data",
+                "set runtime.dtype: float32, or look for a damaged weight before this layer",
+            )

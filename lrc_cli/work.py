@@ -1,0 +1,148 @@
+"""The work directory: one atomic file per finished unit, so that nothing is computed twice.
+
+    <root>/fingerprint.json            what the statistics were collected on
+    <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling
+    <root>/spectra/<unit>              eigenvalues of every layer
+    <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
+
+A killed run leaves whole files or none; the same command finds them and goes on. Two fingerprints
+decide what may be reused: *statistics* names the directory, *factors* a folder inside it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lrc_cli.checkpoint.writer import canonical_json, sync_directory, write_json
+from lrc_cli.errors import InputError, RunError
+
+Tensors = dict[str, torch.Tensor]
+WHOLE = "network"
+STATISTICS, SPECTRA, OUTPUT_SPECTRA = "statistics", "spectra", "output-spectra"
+
+
+class WorkDirectory:
+    """Finished units of one run, by stage ("statistics", "spectra", "factors/<fingerprint>").
+
+    Use as a context manager: it holds a lock, so that two runs never share a directory.
+
+    Args:
+        root: created when missing.
+        fingerprint: named fields that the statistics depend on.
+
+    Raises:
+        InputError: the directory belongs to a run with other fields; the first one is named.
+    """
+
+    def __init__(self, root: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        file = root / "fingerprint.json"
+        fields = json.loads(canonical_json(fingerprint))
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for name in fields:
+                if found.get(name) != fields[name]:
+                    raise InputError(
+                        f"{root}: the work directory was made with another {name}",
+                        "set runtime.work_dir to another directory or to null, or delete this one",
+                    )
+        else:
+            write_json(file, fields)
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> "WorkDirectory":
+        self._lock = (self.root / "lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise RunError(f"{self.root}: another lrc run is using it", "wait for it to end") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _file(self, stage: str, unit: str) -> Path:
+        return self.root / stage / f"{unit or WHOLE}.safetensors"
+
+    def has(self, stage: str, unit: str) -> bool:
+        """Whether the unit's file is there, whole."""
+        return self._file(stage, unit).exists()
+
+    def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+        """Store a finished unit: written aside, flushed, then renamed."""
+        file = self._file(stage, unit)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".partial")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            aside,
+            metadata={"facts": canonical_json(facts)},
+        )
+        with aside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        aside.rename(file)
+        sync_directory(file.parent)
+
+    def get(self, stage: str, unit: str) -> tuple[Tensors, dict[str, Any]]:
+        """A unit's tensors, as views of the mapped file, and its facts.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        file = self._file(stage, unit)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names = list(handle.keys())
+                tensors = {name: handle.get_tensor(name) for name in names}
+                return tensors, json.loads(handle.metadata()["facts"])
+        except SafetensorError as error:
+            raise RunError(f"{file}: damaged ({error})", "run again with --restart") from error
+
+    def drop(self, stages: list[str]) -> None:
+        """Delete stages, for `--restart`."""
+        for stage in stages:
+            if (self.root / stage).exists():
+                shutil.rmtree(self.root / stage)
+
+
+def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack a Gram matrix into half the space at float32: its scaled lower triangle, and the scale.
+
+    Jacobi scaling (unit diagonal) bounds the rounding error of entry (i, j) by
+    2^-24 sqrt(G_ii G_jj), so that outlier channels do not drown the others.
+
+    Args:
+        gram: (n, n) symmetric, float64.
+
+    Returns:
+        triangle (n (n + 1) / 2,) float32 and scale (n,) float64, the square root of the diagonal.
+    """
+    scale = gram.diagonal().clamp(min=0).sqrt()
+    safe = torch.where(scale > 0, scale, 1.0)
+    rows, columns = torch.tril_indices(len(gram), len(gram), device=gram.device)
+    return (gram / safe[:, None] / safe)[rows, columns].float(), scale
+
+
+def expand_gram(triangle: torch.Tensor, scale: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The inverse of `compress_gram`: (n, n) float64 on `device`."""
+    n = len(scale)
+    scale = scale.to(device)
+    rows, columns = torch.tril_indices(n, n, device=device)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=device)
+    gram[rows, columns] = triangle.to(device, torch.float64)
+    gram += gram.tril(-1).T
+    return gram * scale[:, None] * scale

@@ -1,0 +1,283 @@
+"""Stored forms: exact where they should be, bounded, refitted, and counted to the byte."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from engine_helpers import DEVICES, SHAPES, case, gaussian, second_moments
+from torch import Tensor
+
+from lrc_cli.engine import (
+    SOLVERS,
+    STORAGES,
+    Factors,
+    Metric,
+    Packed,
+    SolveError,
+    Statistics,
+    Stored,
+    dense,
+    pack_best,
+    pivot_block,
+    storage_bytes,
+)
+
+LOW = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second thread, long where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def applied(packed: Packed, x: Tensor) -> Tensor:
+    """y = Z x row by row, as docs/format.md describes the tensors."""
+    z = packed.weight.double() @ x
+    extra = packed.up.double() @ z
+    if packed.perm is None:
+        return extra
+    c = [*z.tolist(), *extra.tolist()]
+    y: list[float] = []
+    for source in packed.perm.tolist():
+        y += c[source * packed.block : (source + 1) * packed.block]
+    return torch.tensor(y, dtype=torch.float64)
+
+
+def exactly(weight: Tensor, rank: int) -> Factors:
+    return SOLVERS["svd"].factorize(weight, Statistics(), rank)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("block", "rank"), [(1, 1), (1, 13), (8, 8), (8, 16)])
+def test_interpolative_form_is_exact_and_bounded_in_float64(
+    shape: str, block: int, rank: int
+) -> None:
+    weight, _ = case(shape)
+    factors = exactly(weight, rank)
+    stored = STORAGES["interpolative"].pack(
+        factors, factors.dense(), Metric(), torch.float64, block
+    )
+    packed = stored.packed
+    m, n = weight.shape
+    assert packed.weight.shape == (rank, n) and packed.up.shape == (m - rank, rank)
+    assert packed.perm is not None
+    assert packed.perm.dtype == torch.int32 and len(packed.perm) == m // block
+    assert (dense(packed) - factors.dense()).abs().max() < 1e-10
+    assert packed.up.abs().max() < 20
+    x = gaussian(n, seed=3)
+    torch.testing.assert_close(applied(packed, x), factors.dense() @ x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rank_m_minus_one_has_one_coefficient_row(shape: str) -> None:
+    weight, _ = case(shape)
+    factors = exactly(weight[: weight.shape[1]], min(weight.shape) - 1)
+    m = len(factors.outer)
+    packed = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 1)
+    assert m - packed.packed.rank == 1 and packed.packed.up.shape == (1, m - 1)
+    assert (dense(packed.packed) - factors.dense()).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["tall", "wide", "square"])
+def test_stored_matrix_is_what_the_tensors_give(storage: str, name: str) -> None:
+    weight, statistics = case(name)
+    solver = SOLVERS["curvature"]
+    factors = solver.factorize(weight, statistics, 8)
+    stored = STORAGES[storage].pack(factors, weight, solver.metric(statistics), torch.bfloat16, 8)
+    assert stored.packed.weight.dtype == stored.packed.up.dtype == torch.bfloat16
+    x = gaussian(weight.shape[1], seed=4)
+    torch.testing.assert_close(applied(stored.packed, x), dense(stored.packed) @ x)
+    error = solver.error(weight - dense(stored.packed), statistics)
+    assert stored.error == pytest.approx(error, rel=1e-9)
+
+
+def test_swaps_bound_the_growth_that_partial_pivoting_allows() -> None:
+    rank = 20
+    triangle = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank).double().tril(-1)
+    outer = torch.cat([triangle, -torch.ones(4, rank, dtype=torch.float64)])
+    naive = outer[rank:] @ torch.linalg.inv(triangle)
+    assert naive.abs().max() > 1e5
+    factors = Factors(outer, gaussian(rank, 30, seed=0))
+    stored = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 1)
+    assert stored.packed.up.abs().max() < 10
+    assert (dense(stored.packed) - factors.dense()).abs().max() < 1e-10
+
+
+def test_blocks_are_chosen_for_conditioning() -> None:
+    """Blocks that look large one by one and are nearly parallel must not be chosen together."""
+    large = 10 * gaussian(8, 16, seed=1)
+    parallel = large + 1e-6 * gaussian(8, 16, seed=2)
+    others = gaussian(24, 16, seed=3)
+    factors = Factors(torch.cat([large, parallel, others]), gaussian(16, 40, seed=4))
+    stored = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 8)
+    assert stored.packed.block == 8
+    assert stored.packed.up.abs().max() < 50
+
+
+def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -> None:
+    weight, _ = case("square")
+    weight[::8] = 0
+    rank = 16
+    factors = exactly(weight, rank)
+    stored = STORAGES["interpolative"].pack(factors, weight, Metric(), torch.bfloat16, 8)
+    assert stored.packed.block == 1
+    assert stored.packed.num_bytes <= storage_bytes("interpolative", *weight.shape, rank, 2, 8)
+    assert rank - 4 <= stored.packed.rank <= rank
+    assert dense(stored.packed)[::8].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", SOLVERS)
+def test_refit_beats_the_rounded_coefficients(method: str, shape: str, dtype: torch.dtype) -> None:
+    weight, statistics = case(shape)
+    solver, block = SOLVERS[method], 8
+    factors = solver.factorize(weight, statistics, 16)
+    stored = STORAGES["interpolative"].pack(
+        factors, weight, solver.metric(statistics), dtype, block
+    )
+    packed = stored.packed
+    assert packed.perm is not None
+    position = packed.perm.long().argsort()
+    rows = torch.arange(len(weight)).view(-1, block)[position].flatten()
+    z = factors.dense()[rows]
+    plain = torch.linalg.lstsq(z[:16].T, z[16:].T).solution.T
+    unfitted = Packed(
+        storage="interpolative",
+        weight=z[:16].to(dtype),
+        up=plain.to(dtype),
+        perm=packed.perm,
+        block=block,
+    )
+    assert stored.error < solver.error(weight - dense(unfitted), statistics)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_refit_takes_back_part_of_what_bf16_costs(storage: str, shape: str) -> None:
+    weight, statistics = case(shape)
+    solver = SOLVERS["curvature"]
+    factors = solver.factorize(weight, statistics, 16)
+    metric = solver.metric(statistics)
+    optimum = solver.error(weight - factors.dense(), statistics)
+    fitted = STORAGES[storage].pack(factors, weight, metric, torch.bfloat16, 8)
+    blind = STORAGES[storage].pack(factors, factors.dense(), Metric(), torch.bfloat16, 8)
+    unfitted = solver.error(weight - dense(blind.packed), statistics)
+    assert optimum < fitted.error
+    assert fitted.error - optimum < 0.95 * (unfitted - optimum)
+
+
+@pytest.mark.parametrize("name", ["tall-deficient", "wide-deficient", "square-zero-columns"])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_refit_stays_bounded_where_the_gram_matrix_is_singular(
+    method: str, storage: str, name: str
+) -> None:
+    weight, statistics = case(name)
+    solver = SOLVERS[method]
+    factors = solver.factorize(weight, statistics, 16)
+    stored = pack_best(
+        factors, weight, solver.metric(statistics), torch.bfloat16, storage=storage, rank=16
+    )
+    assert torch.isfinite(dense(stored.packed)).all()
+    assert stored.packed.up.abs().max() < 30
+    assert dense(stored.packed).norm() < 10 * weight.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_tiny_gradients_fit_every_dtype(
+    storage: str, shape: str, dtype: torch.dtype, device: str
+) -> None:
+    weight, statistics = case(shape)
+    assert statistics.gram is not None and statistics.fisher is not None
+    weight = (0.05 * weight).to(device)
+    statistics = Statistics(
+        gram=statistics.gram.to(device), fisher=1e-6 * statistics.fisher.to(device)
+    )
+    solver = SOLVERS["curvature"]
+    factors = solver.factorize(weight, statistics, 16)
+    stored = pack_best(factors, weight, solver.metric(statistics), dtype, storage=storage)
+    total, tail = (solver.spectrum(weight, statistics)[rank:].sum().item() for rank in (0, 16))
+    assert 0 < total < 1e-15
+    assert stored.packed.weight.device.type == device
+    assert tail * (1 - 1e-6) <= stored.error <= tail + 30 * torch.finfo(dtype).eps ** 2 * total
+
+
+def test_overflow_of_the_stored_dtype_is_a_solve_error() -> None:
+    weight, _ = case("wide")
+    factors = exactly(1e12 * weight, 8)
+    for storage in STORAGES:
+        with pytest.raises(SolveError, match="float16"):
+            pack_best(factors, 1e12 * weight, Metric(), torch.float16, storage=storage)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("m", "n", "rank"), [(40, 24, 16), (24, 40, 13), (30, 30, 8), (25, 9, 8)])
+def test_bytes_are_those_of_the_tensors(
+    storage: str, dtype: torch.dtype, m: int, n: int, rank: int
+) -> None:
+    weight = gaussian(m, n, seed=1)
+    packed = pack_best(exactly(weight, rank), weight, Metric(), dtype, storage=storage).packed
+    tensors = [t for t in (packed.weight, packed.up, packed.perm) if t is not None]
+    assert packed.num_bytes == sum(len(t.numpy(force=True).tobytes()) for t in map(raw, tensors))
+    block = pivot_block(m, rank)
+    assert packed.num_bytes == storage_bytes(storage, m, n, rank, dtype.itemsize, block)
+    assert packed.rank == rank
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def test_pivot_blocks_need_both_sizes_to_divide() -> None:
+    assert pivot_block(576, 320) == 8
+    assert pivot_block(576, 321) == pivot_block(577, 320) == 1
+
+
+@pytest.mark.parametrize("shape", ["tall", "square"])
+def test_a_rank_lowered_by_the_cap_keeps_its_blocks(shape: str) -> None:
+    weight, statistics = case(f"{shape}-deficient")
+    solver = SOLVERS["curvature"]
+    factors = solver.factorize(weight, statistics, 16)
+    assert factors.rank == 10
+    metric = solver.metric(statistics)
+    stored = pack_best(factors, weight, metric, torch.float32, storage="interpolative", rank=16)
+    assert stored.packed.rank == 16 and stored.packed.block == 8
+    assert stored.error < 1e-10 * solver.error(weight, statistics)
+
+
+def trial(decades: float, spectrum_given: bool) -> tuple[Stored, Stored, Stored]:
+    """(auto, interpolative, factors in the same bytes) of one bf16 layer."""
+    weight = gaussian(64, 64, seed=5)
+    statistics = Statistics(gram=second_moments(64, 6, decades))
+    solver = SOLVERS["frobenius"]
+    factors, metric = solver.factorize(weight, statistics, 40), solver.metric(statistics)
+    spectrum = solver.spectrum(weight, statistics) if spectrum_given else None
+    auto = pack_best(factors, weight, metric, torch.bfloat16, spectrum=spectrum)
+    blocked = STORAGES["interpolative"].pack(factors, weight, metric, torch.bfloat16, 8)
+    rank = storage_bytes("interpolative", 64, 64, 40, 2, 8) // storage_bytes(
+        "factors", 64, 64, 1, 2, 8
+    )
+    plain = STORAGES["factors"].pack(factors.truncated(rank), weight, metric, torch.bfloat16, 8)
+    return auto, blocked, plain
+
+
+@pytest.mark.parametrize("spectrum_given", [False, True])
+@pytest.mark.parametrize(("decades", "winner"), [(1.0, "interpolative"), (12.0, "factors")])
+def test_auto_takes_the_lower_stored_error_in_the_same_bytes(
+    decades: float, winner: str, spectrum_given: bool
+) -> None:
+    auto, blocked, plain = trial(decades, spectrum_given)
+    assert auto.packed.storage == winner
+    assert auto.error == pytest.approx(min(blocked.error, plain.error), rel=1e-9)
+    assert auto.packed.num_bytes <= blocked.packed.num_bytes
+    assert auto.reason.startswith(winner)
