@@ -33,7 +33,7 @@ test: setup  ## fetch what the tests need, run them
 
 bench: setup  ## print the figures of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python scripts/bench_quality.py
 
 docs: setup  ## regenerate the command reference
 	$(BIN)/python scripts/command_reference.py

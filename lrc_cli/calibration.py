@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lrc_cli.checkpoint.manifest import tensor_bytes
 from lrc_cli.errors import InputError
 
 Batch = dict[str, torch.Tensor]
@@ -130,17 +131,15 @@ def _take(purpose: Purpose, file: _File, tokenizer: Any, seed: int) -> Sequences
         inputs = {"input_ids": torch.stack(rows)}
     else:
         inputs = {name: tensor[chosen] for name, tensor in file.tensors.items()}
-    return Sequences(
-        name=purpose.name, inputs=inputs, population=len(starts), sha256=_hash(inputs)
-    )
+    return Sequences(name=purpose.name, inputs=inputs, population=len(starts), sha256=_hash(inputs))
 
 
 def _hash(inputs: Batch) -> str:
     digest = hashlib.sha256()
     for name in sorted(inputs):
-        tensor = inputs[name].contiguous()
+        tensor = inputs[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -167,18 +166,22 @@ def _read(purpose: Purpose, tokenizer: Any) -> _File:
         if tokenizer is None:
             raise InputError(
                 f"{purpose.name}: {path}: the checkpoint has no tokenizer for a text",
-                "put the tokenizer's files beside the weights, or give model inputs as .safetensors",
+                "put its files beside the weights, or give model inputs as .safetensors",
             )
         return _read_tokens(purpose, tokenizer)
     known = ", ".join(sorted(TEXT_SUFFIXES | TENSOR_SUFFIXES))
-    raise InputError(f"{purpose.name}: {path}: not a kind of data this version reads", f"use {known}")
+    raise InputError(
+        f"{purpose.name}: {path}: not a kind of data this version reads", f"use {known}"
+    )
 
 
 def _read_tensors(path: Path) -> _File:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error})", "write it again") from error
+        raise InputError(
+            f"{path}: cannot be read as safetensors ({error})", "write it again"
+        ) from error
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
     if len(lengths) != 1 or not min(lengths):
         raise InputError(
@@ -194,7 +197,9 @@ def _read_tensors(path: Path) -> _File:
 def _read_tokens(purpose: Purpose, tokenizer: Any) -> _File:
     text = read_text(purpose.path, purpose.text_field)
     if not text.strip():
-        raise InputError(f"{purpose.name}: {purpose.path}: the text is empty", "give a file with text")
+        raise InputError(
+            f"{purpose.name}: {purpose.path}: the text is empty", "give a file with text"
+        )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return _File(length=len(ids), tensors={"input_ids": torch.tensor(ids)})
 
@@ -218,10 +223,13 @@ def read_text(path: Path, text_field: str) -> str:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error.msg})", "mend the line") from error
+            raise InputError(
+                f"{path}:{number}: not valid JSON ({error.msg})", "mend the line"
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             raise InputError(
-                f"{path}:{number}: no text under the key {text_field!r}", "set text_field to the right key"
+                f"{path}:{number}: no text under the key {text_field!r}",
+                "set text_field to the right key",
             )
         rows.append(row[text_field])
     return "\n\n".join(rows)

@@ -35,11 +35,17 @@ def lrc() -> None:
 @lrc.command()
 @config_argument
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. compression.size=0.6."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, e.g. compression.size=0.6.",
 )
 @click.option("--output", metavar="DIR", help="Short for --set output.path=DIR.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--restart", is_flag=True, help="Drop the work directory's finished units of this run first.")
+@click.option(
+    "--restart", is_flag=True, help="Drop the work directory's finished units of this run first."
+)
 @click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back to dense.")
 @json_option
 @quiet_option
@@ -75,13 +81,17 @@ def compress(
         report = read_report(directory)
     else:
         with stop_on_signals() as stop:
-            report = run(loaded, force=force, restart=restart, progress=Progress(stop=stop, quiet=quiet))
+            report = run(
+                loaded, force=force, restart=restart, progress=Progress(stop=stop, quiet=quiet)
+            )
     click.echo(json.dumps(report, indent=2) if as_json else str(directory))
     if not quiet and not as_json:
         click.echo(summary(report), err=True)
     fallen = [layer["name"] for layer in report["layers"] if layer["fallback"]]
     if strict and fallen:
-        raise StrictFallback(f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json")
+        raise StrictFallback(
+            f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"
+        )
 
 
 @lrc.command()
@@ -104,8 +114,12 @@ def inspect(checkpoint: Path, factory: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="The original checkpoint; default: the one that the output's lrc.yaml names.",
 )
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Text or tensors to score on.")
-@click.option("--part", multiple=True, metavar="A:B", help="Share of the --data before it, e.g. 0.7:1.")
+@click.option(
+    "--data", multiple=True, type=click.Path(path_type=Path), help="Text or tensors to score on."
+)
+@click.option(
+    "--part", multiple=True, metavar="A:B", help="Share of the --data before it, e.g. 0.7:1."
+)
 @click.option("--num-sequences", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--sequence-length", type=click.IntRange(min=2), default=512, show_default=True)
 @factory_option
@@ -142,9 +156,8 @@ def summary(report: dict[str, Any]) -> str:
     ]
     for row in report["quality"]:
         if "perplexity_after" in row:
-            lines.append(
-                f"{row['text']}: perplexity {row['perplexity_before']:.2f} -> {row['perplexity_after']:.2f}"
-            )
+            before, after = row["perplexity_before"], row["perplexity_after"]
+            lines.append(f"{row['text']}: perplexity {before:.2f} -> {after:.2f}")
         else:
             lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
     return "\n".join(lines)
@@ -180,7 +193,9 @@ def run_command(command: Callable[..., Any]) -> int:
         return error.exit_code
     except OSError as error:
         # A full disk, a vanished file: the cause is the system's, the sentence ours.
-        click.echo(f"error: {_describe(error)}; the same command goes on where it stopped", err=True)
+        click.echo(
+            f"error: {_describe(error)}; the same command goes on where it stopped", err=True
+        )
         return 1
     return 0
 

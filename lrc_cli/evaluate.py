@@ -1,4 +1,4 @@
-"""Quality of a compressed network beside the dense one, block by block, on text it was not fitted to."""
+"""Quality of a compressed network beside the dense one, block by block, on unseen text."""
 
 import math
 from collections.abc import Callable
@@ -56,8 +56,8 @@ def compare(
         advance: called with the number of sequences done.
 
     Returns:
-        For a language model: mean loss (nats per scored token) and perplexity of both, KL divergence
-        of the predictions (nats, dense to compressed) and top-1 agreement. For any other network:
+        For a language model: mean loss (nats per scored token) and perplexity of both, KL
+        divergence of the predictions (nats, dense to compressed) and top-1 agreement. For any other network:
         `relative_output_error` = ||f~(x) - f(x)|| / ||f(x)|| over the first output, and KL and
         agreement where that output is called logits.
 
@@ -106,7 +106,9 @@ def _result(sums: _Sums, loss: Loss) -> dict[str, Any]:
     if loss.kind == "output":
         if not math.isfinite(sums.difference + sums.energy):
             raise RunError("evaluation: the outputs are not finite", "set runtime.dtype: float32")
-        result["relative_output_error"] = math.sqrt(sums.difference / sums.energy) if sums.energy else 0.0
+        result["relative_output_error"] = (
+            math.sqrt(sums.difference / sums.energy) if sums.energy else 0.0
+        )
         if not sums.kl and not sums.agree:
             return result
     else:

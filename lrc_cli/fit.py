@@ -57,7 +57,11 @@ def left_dense(reason: str, *, fallback: bool) -> Fitted:
 
 
 def fit_layer(
-    weight: torch.Tensor, solver: Solver, statistics: Statistics, spectrum: torch.Tensor, request: Request
+    weight: torch.Tensor,
+    solver: Solver,
+    statistics: Statistics,
+    spectrum: torch.Tensor,
+    request: Request,
 ) -> Fitted:
     """Factorise, round and pack one layer, and measure it.
 
@@ -92,7 +96,11 @@ def fit_layer(
 
 
 def _pack(
-    target: torch.Tensor, solver: Solver, statistics: Statistics, spectrum: torch.Tensor, request: Request
+    target: torch.Tensor,
+    solver: Solver,
+    statistics: Statistics,
+    spectrum: torch.Tensor,
+    request: Request,
 ) -> tuple[Packed | None, str]:
     """The form with the lowest stored error; the rank is raised until max_layer_error holds."""
     m, n = target.shape
@@ -119,7 +127,11 @@ def _pack(
 
 
 def _errors(
-    target: torch.Tensor, packed: Packed, solver: Solver, statistics: Statistics, spectrum: torch.Tensor
+    target: torch.Tensor,
+    packed: Packed,
+    solver: Solver,
+    statistics: Statistics,
+    spectrum: torch.Tensor,
 ) -> dict[str, Any]:
     metric, output = solver.metric(statistics), Metric(gram=statistics.gram)
     difference = target - dense(packed)

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
 from lrc_cli.layers import (
     LowRankLayer,
@@ -30,7 +31,6 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
 
 METHOD = "lrc"

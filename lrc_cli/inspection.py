@@ -49,9 +49,14 @@ def render_inspection(found: dict[str, Any]) -> str:
     for layer in found["layers"]:
         leaf = layer["name"].rpartition(".")[2]
         m, n = layer["shape"]
-        groups.setdefault((leaf, layer["kind"], f"{m} x {n}", layer["dtype"]), []).append(layer["bytes"])
+        groups.setdefault((leaf, layer["kind"], f"{m} x {n}", layer["dtype"]), []).append(
+            layer["bytes"]
+        )
     for (leaf, kind, shape, dtype), sizes in groups.items():
-        lines.append(f"  {len(sizes):4d} x {leaf:<16} {kind:<8} {shape:<14} {dtype:<9} {sum(sizes) / 1e6:9.1f} MB")
+        lines.append(
+            f"  {len(sizes):4d} x {leaf:<16} {kind:<8} {shape:<14} {dtype:<9}"
+            f" {sum(sizes) / 1e6:9.1f} MB"
+        )
     lines.append("left as it is:")
     reasons: dict[str, list[int]] = {}
     for skipped in found["skipped"]:

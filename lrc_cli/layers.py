@@ -206,8 +206,8 @@ class LowRankLinear(LowRankLayer):
         self.bias = slot.bias
         # Some loaders cast every tensor of a module that is kept in float32, the permutation too.
         self.register_buffer("perm", None if slot.perm is None else slot.perm.to(torch.int32))
-        self.register_state_dict_post_hook(_to_disk_names)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_from_disk_names)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_to_disk_names)
+        self.register_load_state_dict_pre_hook(_from_disk_names)
         self.train(slot.training)
 
     @property

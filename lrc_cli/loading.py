@@ -1,7 +1,6 @@
 """`lrc_cli.load`: one call for any checkpoint, dense or factorised, transformers' or not."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_version, open_tensors
+from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError
 from lrc_cli.factories import Factory, one_line, resolve_factory
-from lrc_cli.names import Header, check_version, open_tensors, read_headers
 from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
-
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 def load(
@@ -48,14 +41,12 @@ def load(
     Raises:
         InputError: for a missing path or factory, or tensors that do not fit the module.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist", "check the path")
     place, dtype = _device(device), _dtype(dtype)
-    if factory is None and (path / "config.json").is_file():
-        model = _load_transformers(path, dtype, trust_remote_code)
+    source = open_source(Path(path), factorised=True)
+    if factory is None and source.config is not None:
+        model = _load_transformers(source, dtype, trust_remote_code)
     else:
-        model = _load_plain(path, factory)
+        model = _load_plain(source, factory)
     # With a dtype, `Module.to` leaves integers alone; without one it copies nothing in place.
     return model.to(device=place, dtype=dtype).eval()
 
@@ -79,17 +70,19 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 # ---------------------------------------------------------------- transformers
 
 
-def _load_transformers(path: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+def _load_transformers(
+    source: Source, dtype: torch.dtype | None, trust_remote_code: bool
+) -> nn.Module:
     """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.hf  # noqa: F401 - registers the format
 
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    model_class = _model_class(path / "config.json", trust_remote_code)
+    path, model_class = source.path, _model_class(source.config or {}, trust_remote_code)
     model: nn.Module
     try:
         model, info = model_class.from_pretrained(
             path,
-            dtype=dtype or _stored_dtype(path) or "auto",
+            dtype=dtype or _stored_dtype(source) or "auto",
             output_loading_info=True,
             local_files_only=True,
             **options,
@@ -104,21 +97,20 @@ def _load_transformers(path: Path, dtype: torch.dtype | None, trust_remote_code:
     return model
 
 
-def _stored_dtype(path: Path) -> torch.dtype | None:
+def _stored_dtype(source: Source) -> torch.dtype | None:
     """The floating dtype of most stored numbers, which config.json may contradict, if any."""
-    numbers = dict.fromkeys(_FLOATS, 0)
-    for header in read_headers(_weight_files(path)).values():
-        if header.dtype in numbers:
-            numbers[header.dtype] += math.prod(header.shape)
-    most = max(numbers, key=lambda name: numbers[name])
-    return _FLOATS[most] if numbers[most] else None
+    numbers = dict.fromkeys(FLOAT_DTYPES, 0)
+    for info in source.tensors.values():
+        if info.dtype in numbers:
+            numbers[info.dtype] += info.num_elements
+    most = max(numbers, key=lambda dtype: numbers[dtype])
+    return most if numbers[most] else None
 
 
-def _model_class(config_file: Path, trust_remote_code: bool) -> Any:
+def _model_class(config: Mapping[str, Any], trust_remote_code: bool) -> Any:
     """The class in config.json's `architectures`, or the auto class that stands for it."""
     import transformers
 
-    config = _read_json(config_file)
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
     if trust_remote_code:
         for auto_class, reference in config.get("auto_map", {}).items():
@@ -130,14 +122,10 @@ def _model_class(config_file: Path, trust_remote_code: bool) -> Any:
 # ---------------------------------------------------------------- any other module
 
 
-def _load_plain(path: Path, factory: Factory | str | None) -> nn.Module:
+def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
     """Builds the module by `factory` and hands it the files' tensors."""
-    files = _weight_files(path)
-    if not files:
-        raise InputError(
-            f"{path} has neither a config.json nor .safetensors files", "check the path"
-        )
-    record = _record(files[0])
+    path = source.path
+    record = _record(source.files[0])
     if factory is None:
         named = record.get("factory")
         cause = f"{path} is not a transformers checkpoint, and does not say how its module is built"
@@ -147,33 +135,11 @@ def _load_plain(path: Path, factory: Factory | str | None) -> nn.Module:
             cause, f'pass factory="{named or "package.module:function"}" (config: model.factory)'
         )
     build = resolve_factory(factory)
-    headers = read_headers(files)
-    model = _try_on_meta(build, headers, record, files)
+    model = _try_on_meta(build, source, record)
     if model is None or _needs_values(model):
-        model = _filled(build(), headers, record, files)
+        model = _filled(build(), source, record)
     finish_slots(model)
     return model
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}", "copy it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object", "copy it again")
-    return content
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files: the one given, an index's shards, or all of a directory's."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _read_json(index).get("weight_map", {}).values()
-        return [path / shard for shard in sorted(set(shards))]
-    return sorted(path.glob("*.safetensors"))
 
 
 def _record(file: Path) -> dict[str, Any]:
@@ -185,16 +151,14 @@ def _record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _try_on_meta(
-    build: Factory, headers: Mapping[str, Header], record: Mapping[str, Any], files: list[Path]
-) -> nn.Module | None:
+def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> nn.Module | None:
     """The module without memory of its own, or None where its factory cannot run on meta."""
     try:
         with torch.device("meta"):
             model = build()
     except RuntimeError:  # an operation that meta tensors lack; a real fault comes again on the CPU
         return None
-    return _filled(model, headers, record, files)
+    return _filled(model, source, record)
 
 
 def _needs_values(model: nn.Module) -> bool:
@@ -204,22 +168,13 @@ def _needs_values(model: nn.Module) -> bool:
     return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)
 
 
-def _filled(
-    model: nn.Module,
-    headers: Mapping[str, Header],
-    record: Mapping[str, Any],
-    files: list[Path],
-) -> nn.Module:
+def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.Module:
     """The dense module, with slots for its factorised layers, holding the files' tensors."""
-    insert_slots(model, find_factors(model, headers))
+    insert_slots(model, find_factors(model, source.tensors))
     check_table(model, record.get("layers", {}))
     expected = model.state_dict(keep_vars=True)
-    _check_keys(expected, headers)
-    loaded: dict[int, Tensor] = {}
-    for file in files:
-        with open_tensors(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                loaded[id(expected[key])] = _like(expected[key], handle.get_tensor(key))
+    _check_keys(expected, source.tensors)
+    loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
     # Several names of one tied tensor get one object, so that they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
     model.load_state_dict(state, assign=True)
@@ -233,7 +188,7 @@ def _like(expected: Tensor, tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor, requires_grad=expected.requires_grad and tensor.is_floating_point())
 
 
-def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, Header]) -> None:
+def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> None:
     """Raises InputError where the files' tensors are not exactly the module's."""
     unexpected = [key for key in headers if key not in expected]
     if unexpected:

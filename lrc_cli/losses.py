@@ -64,7 +64,7 @@ def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) 
         return Loss(kind="sampled")
     if not is_language_model:
         raise InputError(
-            "compression.loss: nll needs a language model (logits over the vocabulary for every token)",
+            "compression.loss: nll needs logits over the vocabulary for every token",
             "use auto, sampled or output",
         )
     if _is_causal(network, batch):
@@ -82,7 +82,7 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
     ids = batch.get("input_ids")
     if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         return False
-    return bool(logits.shape[-1] == network.module.get_input_embeddings().num_embeddings)
+    return bool(logits.shape[-1] == network.vocabulary)
 
 
 def _is_causal(network: Network, batch: Batch) -> bool:
@@ -90,13 +90,15 @@ def _is_causal(network: Network, batch: Batch) -> bool:
     row = {name: tensor[:1].clone() for name, tensor in batch.items()}
     other = {name: tensor.clone() for name, tensor in row.items()}
     ids = other["input_ids"]
-    ids[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, -1] + 1) % network.module.config.vocab_size
+    ids[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, -1] + 1) % network.vocabulary
     with torch.no_grad():
         before, after = network(row).logits[0, 0], network(other).logits[0, 0]
     return bool(torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()))
 
 
-def prepare(loss: Loss, batch: Batch, generator: torch.Generator) -> tuple[Batch, torch.Tensor | None]:
+def prepare(
+    loss: Loss, batch: Batch, generator: torch.Generator
+) -> tuple[Batch, torch.Tensor | None]:
     """The inputs to run and the labels to score (-100: not scored); labels are None without text.
 
     Args:
@@ -114,6 +116,7 @@ def prepare(loss: Loss, batch: Batch, generator: torch.Generator) -> tuple[Batch
         if "attention_mask" in batch:
             chosen &= batch["attention_mask"].bool()
         labels = ids.masked_fill(~chosen, -100)
+        assert loss.mask_token is not None
         return {**batch, "input_ids": ids.masked_fill(chosen, loss.mask_token)}, labels
     return batch, None
 
@@ -144,7 +147,8 @@ def backward_scalars(
         tensors = [tensor for tensor in floating_outputs(outputs) if tensor.requires_grad]
         for _ in range(NUM_PROBES):
             yield sum(
-                ((tensor * _signs(tensor, generator)).sum() for tensor in tensors), start=torch.zeros(())
+                ((tensor * _signs(tensor, generator)).sum() for tensor in tensors),
+                start=torch.zeros(()),
             )
 
 
@@ -159,7 +163,7 @@ def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that a model returns, in order: logits first where there are any."""
+    """The floating-point tensors that a model returns, in order: only the logits where there are any."""
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     logits = getattr(outputs, "logits", None)

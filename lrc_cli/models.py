@@ -69,6 +69,12 @@ class Network:
     """Of activations."""
     casts: LiveCasts
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids the network takes."""
+        module: Any = self.module
+        return int(module.get_input_embeddings().num_embeddings)
+
     def __call__(self, batch: Batch) -> Any:
         """Run a micro-batch; floating-point inputs are converted to the network's dtype."""
         inputs = {
@@ -99,7 +105,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def open_module(source: Source, *, factory: str | None, trust_remote_code: bool = False) -> nn.Module:
+def open_module(
+    source: Source, *, factory: str | None, trust_remote_code: bool = False
+) -> nn.Module:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files."""
     if source.config is None and factory is None:
         raise InputError(
@@ -128,7 +136,7 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
 def find_layers(
     module: nn.Module, source: Source, selection: Compression
 ) -> tuple[list[Layer], list[Skipped]]:
-    """Every compressible layer in the network's order, and every other stored tensor with the reason.
+    """Every compressible layer in order, and every other stored tensor with the reason.
 
     Must see the module as it was built, before `make_network`.
     """
@@ -205,9 +213,12 @@ def _unit(name: str, module: nn.Module) -> str:
 
 @contextmanager
 def hooked(
-    network: Network, layers: Sequence[Layer], hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any]
+    network: Network,
+    layers: Sequence[Layer],
+    hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
 ) -> Iterator[None]:
-    """Within it, `hook(layer, input, output)` runs after each layer; a returned tensor replaces the output."""
+    """Within it, `hook(layer, input, output)` runs after each layer; a tensor it returns replaces
+    the output."""
 
     def attach(layer: Layer) -> Any:
         return network.module.get_submodule(layer.name).register_forward_hook(
@@ -262,4 +273,6 @@ def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:
     ]
     missing = sorted(set(needed) - set(batch))
     if missing:
-        raise InputError(f"{purpose}: the model needs the input {missing[0]!r}", "add it to the data")
+        raise InputError(
+            f"{purpose}: the model needs the input {missing[0]!r}", "add it to the data"
+        )

@@ -1,68 +1,8 @@
-"""What a checkpoint's headers say, and which module of a model each of its tensors belongs to."""
+"""Which module of a model each of a checkpoint's tensors belongs to."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
-
-from lrc_cli.errors import InputError
-
-FORMAT_VERSION = 1
-"""The newest on-disk format that this version reads, and the one it writes."""
-
-UPGRADE = "upgrade it with: pip install --upgrade lrc_cli"
-"""The remedy for a checkpoint that is newer than this version."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """One tensor's entry in a safetensors header."""
-
-    shape: tuple[int, ...]
-    """Its shape."""
-    dtype: str
-    """Its dtype in the spelling of safetensors: F32, BF16, I32, ..."""
-
-
-def read_headers(files: Iterable[str | Path]) -> dict[str, Header]:
-    """Tensor name -> header over all files of a checkpoint; reads no tensor data.
-
-    Raises:
-        InputError: for a file that is not safetensors.
-    """
-    headers = {}
-    for file in files:
-        with open_tensors(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                entry = handle.get_slice(key)
-                headers[key] = Header(shape=tuple(entry.get_shape()), dtype=entry.get_dtype())
-    return headers
-
-
-def open_tensors(file: str | Path) -> Any:
-    """A safetensors handle whose tensors are views of the mapped file.
-
-    Raises:
-        InputError: for a missing file, or one that is not safetensors.
-    """
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def check_version(version: object, where: str) -> None:
-    """Raises InputError for a format version that this lrc does not read."""
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise InputError(f"{where} has format_version {version!r}", "write the checkpoint again")
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{where} has format_version {version}, and this lrc reads up to {FORMAT_VERSION}",
-            UPGRADE,
-        )
 
 
 def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

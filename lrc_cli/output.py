@@ -1,24 +1,25 @@
-"""From packed factors to a finished output directory: weights, checks, quality, report, manifest."""
+"""From packed factors to a finished directory: weights, checks, quality, report, manifest."""
 
 import json
 import resource
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lrc_cli import __version__
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
-from lrc_cli.checkpoint.source import FLOAT_DTYPES, open_source
+from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import PARTIAL_SUFFIX, Entry, write_json, write_text, write_weights
 from lrc_cli.config import config_hash, to_yaml
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import compare, scoring
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, make_network, open_module
-from lrc_cli.names import FORMAT_VERSION
 from lrc_cli.plan import CALIBRATION, DTYPES, Plan
 from lrc_cli.progress import Progress
 from lrc_cli.report import build_report, render_card, render_html
@@ -85,33 +86,34 @@ def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
 def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
     """Every tensor of the output, in the source's order; factors stand where their weight stood."""
     units = {f"{layer.key}.weight": layer.unit for layer in plan.layers}
-    shapes = {f"{layer.key}.weight": layer.shape for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
     for key, info in plan.source.tensors.items():
         packed = work.get(stage, units[key])[0] if key in units else {}
         if key not in packed:
             dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
-            yield Entry(
-                key=key,
-                shape=info.shape,
-                dtype=dtype,
-                read=lambda key=key, dtype=dtype: plan.source.read(key).to(dtype),
-            )
+            read = partial(_converted, plan.source, key, dtype)
+            yield Entry(key=key, shape=info.shape, dtype=dtype, read=read)
             continue
         # A loader that does not know lrc must fail on the shape, never load something else.
-        assert tuple(packed[key].shape) != shapes[key], key
+        assert tuple(packed[key].shape) != info.shape, key
         stem = key.removesuffix(".weight")
         for name in (key, f"{stem}.up.weight", f"{stem}.perm"):
             if name in packed:
-                yield Entry(
-                    key=name,
-                    shape=tuple(packed[name].shape),
-                    dtype=packed[name].dtype,
-                    read=lambda name=name, unit=units[key]: work.get(stage, unit)[0][name],
-                )
+                tensor, read = packed[name], partial(_packed, work, stage, units[key], name)
+                yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)
 
 
-def finish_output(plan: Plan, work: WorkDirectory, stage: str, progress: Progress) -> dict[str, Any]:
+def _converted(source: Source, key: str, dtype: torch.dtype) -> torch.Tensor:
+    return source.read(key).to(dtype)
+
+
+def _packed(work: WorkDirectory, stage: str, unit: str, name: str) -> torch.Tensor:
+    return work.get(stage, unit)[0][name]
+
+
+def finish_output(
+    plan: Plan, work: WorkDirectory, stage: str, progress: Progress
+) -> dict[str, Any]:
     """Reload what was written, check and measure it, and write the report and the manifest."""
     directory = partial_of(plan)
     written = open_source(directory, factorised=True)
@@ -127,7 +129,9 @@ def finish_output(plan: Plan, work: WorkDirectory, stage: str, progress: Progres
     quality = _measure(plan, network, progress)
     report = build_report(
         plan,
-        layers={name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()},
+        layers={
+            name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()
+        },
         loss=_loss(plan, work),
         written=written,
         quality=quality,

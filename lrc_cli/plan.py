@@ -11,8 +11,9 @@ from torch import nn
 
 from lrc_cli import __version__
 from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
-from lrc_cli.checkpoint.source import Source, hash_file, open_source, read_json
+from lrc_cli.checkpoint.source import Source, hash_file, open_source
 from lrc_cli.checkpoint.writer import canonical_json, check_writable, tidy
 from lrc_cli.config import Calibration, Certification, Config, config_hash, matches, to_dict
 from lrc_cli.engine import SOLVERS, Solver
@@ -101,7 +102,9 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     sequences = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
     _check_sequences(sequences, module, source)
     solvers = {
-        layer.name: SOLVERS[config.compression.override(layer.name).method or config.compression.method]
+        layer.name: SOLVERS[
+            config.compression.override(layer.name).method or config.compression.method
+        ]
         for layer in layers
     }
     device = resolve_device(config.runtime.device)
@@ -119,7 +122,9 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         sequences=sequences,
         statistics_fingerprint=statistics,
         factors_fingerprint=_factors_fingerprint(config, identity),
-        work_dir=Path(work_dir) if work_dir else output.absolute().parent / ".lrc-work" / identity[:16],
+        work_dir=Path(work_dir)
+        if work_dir
+        else output.absolute().parent / ".lrc-work" / identity[:16],
         output=output,
     )
 
@@ -129,13 +134,19 @@ def check_output(output: Path, source: Source, *, force: bool) -> None:
     tidy(output)
     check_writable(output)
     if output.resolve() == source.path.resolve():
-        raise InputError(f"{output}: output.path is the checkpoint itself", "choose another output.path")
+        raise InputError(
+            f"{output}: output.path is the checkpoint itself", "choose another output.path"
+        )
     if not output.exists():
         return
     if not force:
-        raise InputError(f"{output}: the output exists", "give --force to replace it, or another output.path")
+        raise InputError(
+            f"{output}: the output exists", "give --force to replace it, or another output.path"
+        )
     if not (output / MANIFEST_NAME).exists():
-        raise InputError(f"{output}: exists and was not written by lrc", "choose another output.path")
+        raise InputError(
+            f"{output}: exists and was not written by lrc", "choose another output.path"
+        )
 
 
 def already_done(config: Config) -> bool:
@@ -172,20 +183,28 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
     methods = {compression.override(layer.name).method or compression.method for layer in layers}
     if len(methods) > 1 and compression.allocation == "global":
         raise InputError(
-            f"compression.allocation: global compares errors in one unit, and {' and '.join(sorted(methods))}"
-            " have different ones",
+            "compression.allocation: global compares errors in one unit, and"
+            f" {' and '.join(sorted(methods))} have different ones",
             "set allocation: relative or uniform",
         )
     unused = [p for p in compression.layers if not any(matches(p, layer.name) for layer in layers)]
     if unused:
-        raise InputError(f"compression.layers: {unused[0]!r} matches no selected layer", "see `lrc inspect`")
+        raise InputError(
+            f"compression.layers: {unused[0]!r} matches no selected layer", "see `lrc inspect`"
+        )
 
 
 def open_tokenizer(source: Source) -> Any:
     """The checkpoint's own tokenizer, or None where it has none."""
     if source.config is None:
         return None
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "tokenizer.model",
+        "vocab.json",
+    )
     if not any((source.path / name).exists() for name in names):
         return None
     from transformers import AutoTokenizer
@@ -194,7 +213,9 @@ def open_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         cause = str(error).splitlines()[0]
-        raise InputError(f"{source.path}: the tokenizer cannot be opened ({cause})", "restore its files") from error
+        raise InputError(
+            f"{source.path}: the tokenizer cannot be opened ({cause})", "restore its files"
+        ) from error
 
 
 def purposes_of(config: Config) -> list[Purpose]:
@@ -240,7 +261,7 @@ def _check_sequences(sequences: dict[str, Sequences], module: nn.Module, source:
         ids = blocks.inputs.get("input_ids")
         if longest is not None and ids is not None and ids.ndim == 2 and ids.shape[1] > longest:
             raise InputError(
-                f"{name}: sequence_length {ids.shape[1]} is more than the model's {longest} positions",
+                f"{name}: sequence_length {ids.shape[1]} exceeds the model's {longest} positions",
                 f"set it to {longest} or less",
             )
 

@@ -16,13 +16,17 @@ from torch.nn.utils import parametrize
 
 
 def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: the stored one where the device multiplies it natively, else float32."""
+    """What to compute in: the stored dtype where the device multiplies it natively, else float32."""
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32
     if device.type == "cpu":
         native = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return stored if native else torch.float32
-    if device.type == "cuda" and stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+    if (
+        device.type == "cuda"
+        and stored == torch.bfloat16
+        and not torch.cuda.is_bf16_supported(False)
+    ):
         return torch.float32
     return stored
 

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar with a cost-weighted ETA on a terminal, plain lines in a log."""
+"""Progress on standard error: a bar with a cost-weighted ETA on a terminal, else plain lines."""
 
 import signal
 import sys
@@ -101,7 +101,9 @@ class Phase:
             return
         if progress.stream.isatty():
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} (about {remaining} left)"
-            self.bar = tqdm(total=cost, desc=name, bar_format=form, file=progress.stream, leave=False)
+            self.bar = tqdm(
+                total=cost, desc=name, bar_format=form, file=progress.stream, leave=False
+            )
         else:
             progress.note(f"{name} ...")
 

@@ -115,7 +115,12 @@ def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> N
                     pair = compress_gram(sums[layer.name].mean())
                     tensors[f"{kind}.{layer.name}"], tensors[f"{kind}-scale.{layer.name}"] = pair
         described = None if loss is None else {"kind": loss.kind, "description": loss.description}
-        work.put(STATISTICS, unit, tensors, {"layers": facts, "loss": described, "activations": str(network.dtype)})
+        work.put(
+            STATISTICS,
+            unit,
+            tensors,
+            {"layers": facts, "loss": described, "activations": str(network.dtype)},
+        )
 
 
 def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Statistics | None, str]:
@@ -133,7 +138,9 @@ def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Stat
     def expand(kind: str, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         return expand_gram(stored[f"{kind}.{name}"], stored[f"{kind}-scale.{name}"], plan.device)
 
-    leader = tensors if seen["group_unit"] == layer.unit else work.get(STATISTICS, seen["group_unit"])[0]
+    leader = (
+        tensors if seen["group_unit"] == layer.unit else work.get(STATISTICS, seen["group_unit"])[0]
+    )
     fisher = expand("fisher", layer.name, tensors) if "fisher" in needs else None
     return Statistics(gram=expand("gram", seen["group"], leader), fisher=fisher), ""
 
@@ -229,5 +236,3 @@ def _request(plan: Plan, layer: Layer, rank: int) -> Request:
         dtype=plan.stored_dtype(layer),
         max_layer_error=compression.max_layer_error,
     )
-
-

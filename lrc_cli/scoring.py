@@ -12,8 +12,7 @@ from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
 from lrc_cli.evaluate import compare, scoring
 from lrc_cli.models import Network, check_inputs, make_network, open_module, resolve_device
-from lrc_cli.plan import open_tokenizer, purposes_of
-from lrc_cli.plan import CALIBRATION, CERTIFICATION
+from lrc_cli.plan import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
 from lrc_cli.progress import Progress
 
 REPEATS = 3
@@ -80,7 +79,9 @@ def _purposes(
     data: tuple[Path, ...], part: tuple[str, ...], num_sequences: int, sequence_length: int
 ) -> list[Purpose]:
     if len(part) > len(data):
-        raise InputError("eval: more --part than --data", "give one --part for each --data, in order")
+        raise InputError(
+            "eval: more --part than --data", "give one --part for each --data, in order"
+        )
     shares = [_parse_part(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
     return [
         Purpose(
@@ -123,14 +124,17 @@ def render_scores(found: dict[str, Any]) -> str:
     """For people: one line per text."""
     size, seconds = found["bytes"], found["seconds_per_sequence"]
     lines = [
-        f"{found['directory']} against {found['against']} ({found['activation_dtype']} activations)",
+        f"{found['directory']} against {found['against']}"
+        f" ({found['activation_dtype']} activations)",
         f"bytes: {size['before']} -> {size['after']} ({size['after'] / size['before']:.1%})",
         f"one sequence: {seconds['before']:.3f} s -> {seconds['after']:.3f} s",
     ]
     for row in found["quality"]:
         pieces = []
         if "perplexity_after" in row:
-            pieces.append(f"perplexity {row['perplexity_before']:.3f} -> {row['perplexity_after']:.3f}")
+            pieces.append(
+                f"perplexity {row['perplexity_before']:.3f} -> {row['perplexity_after']:.3f}"
+            )
         if "relative_output_error" in row:
             pieces.append(f"relative output error {row['relative_output_error']:.4f}")
         if "kl" in row:

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from lrc_cli.checkpoint.headers import UPGRADE, TensorInfo
 from lrc_cli.errors import InputError
 from lrc_cli.layers import (
     FactorShapes,
@@ -17,12 +19,12 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import UPGRADE, Header, module_names
+from lrc_cli.names import module_names
 
 _UP = ".up.weight"
 
 
-def find_factors(model: nn.Module, headers: Mapping[str, Header]) -> dict[str, FactorShapes]:
+def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[str, FactorShapes]:
     """Module name -> shapes, for each layer that is factorised on disk and that the model has.
 
     Args:
@@ -44,13 +46,13 @@ def find_factors(model: nn.Module, headers: Mapping[str, Header]) -> dict[str, F
     return factors
 
 
-def _factor_shapes(layer: str, headers: Mapping[str, Header]) -> FactorShapes:
+def _factor_shapes(layer: str, headers: Mapping[str, TensorInfo]) -> FactorShapes:
     """One layer's shapes from the headers."""
     weight, perm = headers.get(f"{layer}.weight"), headers.get(f"{layer}.perm")
     if weight is None:
         raise damaged(f"layer {layer}: {layer}.weight is missing")
-    if perm is not None and perm.dtype != "I32":
-        raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as I32")
+    if perm is not None and perm.dtype != torch.int32:
+        raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as int32")
     shapes = weight.shape, headers[layer + _UP].shape
     if any(len(shape) != 2 for shape in shapes):
         raise InputError(

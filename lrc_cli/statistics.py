@@ -119,7 +119,9 @@ def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Gen
             scalar.backward(retain_graph=remaining > 0)
 
 
-def _add(sums: dict[str, GramSum], name: str, tensor: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _add(
+    sums: dict[str, GramSum], name: str, tensor: torch.Tensor, mask: torch.Tensor | None
+) -> None:
     if mask is not None and tensor.shape[:2] == mask.shape:
         rows = tensor[mask.to(tensor.device, torch.bool)]
     else:

@@ -66,11 +66,16 @@ class WorkDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise RunError(f"{self.root}: another lrc run is using it", "wait for it to end") from error
+            raise RunError(
+                f"{self.root}: another lrc run is using it", "wait for it to end"
+            ) from error
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._lock is not None:
             self._lock.close()

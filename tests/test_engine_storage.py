@@ -109,14 +109,20 @@ def test_swaps_bound_the_growth_that_partial_pivoting_allows() -> None:
 
 
 def test_blocks_are_chosen_for_conditioning() -> None:
-    """Blocks that look large one by one and are nearly parallel must not be chosen together."""
-    large = 10 * gaussian(8, 16, seed=1)
-    parallel = large + 1e-6 * gaussian(8, 16, seed=2)
-    others = gaussian(24, 16, seed=3)
-    factors = Factors(torch.cat([large, parallel, others]), gaussian(16, 40, seed=4))
-    stored = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 8)
-    assert stored.packed.block == 8
-    assert stored.packed.up.abs().max() < 50
+    """24 blocks come twice and are larger one by one than the 24 that come three times: who
+    looks at size alone takes both copies of the former, more than later swaps can mend."""
+    block, groups = 2, 24
+    rank = 2 * groups * block
+    originals = gaussian(rank, rank, seed=1).view(2 * groups, block, rank)
+    twice, thrice = originals[:groups], originals[groups:]
+    copies = torch.cat([*[twice] * 2, *[thrice] * 3])
+    outer = (copies + 1e-6 * gaussian(*copies.shape, seed=2)).reshape(-1, rank)
+    factors = Factors(outer, gaussian(rank, 16, seed=3))
+    stored = STORAGES["interpolative"].pack(
+        factors, factors.dense(), Metric(), torch.float64, block
+    )
+    assert stored.packed.block == block
+    assert stored.packed.up.abs().max() < 2
 
 
 def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -> None:

@@ -340,7 +340,7 @@ TENSOR_DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "permutation is int64": (
         lambda s: s.update({f"{Q_PROJ}.perm": torch.arange(4)}),
-        "I64",
+        "int64",
     ),
     "permutation repeats": (
         lambda s: s.update({f"{Q_PROJ}.perm": torch.zeros(4, dtype=torch.int32)}),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from lrc_cli.checkpoint.headers import open_tensors
 from lrc_cli.checkpoint.source import hash_file
 
 MANIFEST_NAME = "manifest.json"
@@ -15,7 +15,7 @@ MANIFEST_NAME = "manifest.json"
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor as safetensors stores them (row-major, little-endian)."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def build_manifest(directory: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def build_manifest(directory: Path) -> dict[str, Any]:
     tensors: dict[str, str] = {}
     for name in names:
         if name.endswith(".safetensors"):
-            with safe_open(directory / name, framework="pt") as handle:
+            with open_tensors(directory / name) as handle:
                 for key in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
                     tensors[key] = hashlib.sha256(tensor_bytes(handle.get_tensor(key))).hexdigest()
     return {

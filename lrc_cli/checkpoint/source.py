@@ -1,20 +1,23 @@
 """Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from lrc_cli.checkpoint.headers import (
+    FLOAT_DTYPES,
+    TensorInfo,
+    open_tensors,
+    read_headers,
+    read_json,
+    weight_files,
+)
 from lrc_cli.errors import InputError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 # What the writer makes anew, or what belongs to weights that it replaces: never carried over.
 NOT_CARRIED_SUFFIXES = (
     ".safetensors",
@@ -28,40 +31,10 @@ NOT_CARRIED_SUFFIXES = (
     ".h5",
     ".msgpack",
 )
-OWN_FILES = frozenset({"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"})
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """Where one stored tensor lies, as its file's header says."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_elements(self) -> int:
-        """Number of entries."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.num_elements * self.dtype.itemsize
+OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".gguf"})
+OWN_FILES = frozenset(
+    {"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +64,7 @@ class Source:
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
-        return {file: safe_open(file, framework="pt") for file in self.files}
+        return {file: open_tensors(file) for file in self.files}
 
     def read(self, key: str) -> torch.Tensor:
         """The stored tensor `key`, as a view of the mapped file on the CPU."""
@@ -152,16 +125,21 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
             already quantised or factorised.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such checkpoint", "check model.path (relative to the working directory)")
+        raise InputError(
+            f"{path} does not exist", "check the path (relative to the working directory)"
+        )
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(
                 f"{path}: {path.suffix or 'this kind of'} files are not in this version",
                 "convert it with safetensors.torch.save_file",
             )
-        return Source(path=path, config=None, tensors=dict(_headers([path])))
+        return Source(path=path, config=None, tensors=read_headers([path]))
     config = _read_config(path, factorised=factorised)
-    tensors = dict(_headers(_weight_files(path)))
+    files = weight_files(path)
+    if not files:
+        _refuse_others(path)
+    tensors = read_headers(files)
     if not tensors:
         raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
     return Source(path=path, config=config, tensors=tensors)
@@ -182,59 +160,23 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
             if method == "lrc"
             else "dequantise it first, or run lrc on the checkpoint it came from"
         )
-        raise InputError(f"{path}: the checkpoint is already quantised or compressed ({method})", remedy)
+        raise InputError(
+            f"{path}: the checkpoint is already quantised or compressed ({method})", remedy
+        )
     return config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        InputError: the file is not UTF-8 JSON, or not an object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON ({error})", "restore the file") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a JSON object", "restore the file")
-    return value
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / INDEX_NAME
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = [path / name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise InputError(f"{path}: {INDEX_NAME} names {missing[0]}, which is missing", "copy all shards")
-        return files
-    if (path / SINGLE_NAME).is_file():
-        return [path / SINGLE_NAME]
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
-    if files:
-        raise InputError(f"{path}: several .safetensors files and no {INDEX_NAME}", "add the index")
-    other = sorted(file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".gguf"})
+def _refuse_others(path: Path) -> NoReturn:
+    """Say what is wrong with a directory without .safetensors files."""
+    other = sorted(file.name for file in path.iterdir() if file.suffix in OTHER_WEIGHTS)
     if other:
         raise InputError(
             f"{path}: weights in {other[0]} are not in this version",
             "load the model and save it again with save_pretrained, which writes safetensors",
         )
-    raise InputError(f"{path}: no .safetensors file", "give a transformers directory or a .safetensors file")
-
-
-def _headers(files: list[Path]) -> Iterator[tuple[str, TensorInfo]]:
-    for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot be read as safetensors ({error})", "copy it again") from error
-        for key in handle.offset_keys():
-            entry = handle.get_slice(key)
-            name = entry.get_dtype()
-            if name not in DTYPES:
-                raise InputError(f"{file}: tensor {key} has dtype {name}", "dequantise the checkpoint first")
-            yield key, TensorInfo(file=file, shape=tuple(entry.get_shape()), dtype=DTYPES[name])
+    raise InputError(
+        f"{path} has neither a config.json nor .safetensors files"
+        if not (path / "config.json").exists()
+        else f"{path} has no .safetensors file",
+        "give a transformers directory or a .safetensors file",
+    )

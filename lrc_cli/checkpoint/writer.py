@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lrc_cli.checkpoint.headers import DTYPES, INDEX_NAME, SINGLE_NAME
 from lrc_cli.checkpoint.manifest import tensor_bytes
-from lrc_cli.checkpoint.source import DTYPES, INDEX_NAME, SINGLE_NAME
 from lrc_cli.errors import InputError, RunError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -42,7 +42,7 @@ class Entry:
 def write_weights(
     directory: Path, entries: Iterable[Entry], *, shard_bytes: int, metadata: dict[str, Any]
 ) -> None:
-    """Write safetensors shards of at most `shard_bytes` of data each (a larger tensor gets its own).
+    """Write safetensors shards of at most `shard_bytes` of data each (a larger tensor has its own).
 
     Args:
         directory: an existing directory.
@@ -65,7 +65,9 @@ def write_weights(
         index = {
             "metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard)},
             "weight_map": {
-                entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard
+                entry.key: name
+                for name, shard in zip(names, shards, strict=True)
+                for entry in shard
             },
         }
         write_json(directory / INDEX_NAME, index)
@@ -165,7 +167,9 @@ def publish(output: Path, *, force: bool) -> None:
     old = output.with_name(output.name + OLD_SUFFIX)
     if output.exists():
         if not force:
-            raise RunError(f"{output}: appeared while the run went on", "give --force to replace it")
+            raise RunError(
+                f"{output}: appeared while the run went on", "give --force to replace it"
+            )
         output.rename(old)
     sync_directory(partial)
     partial.rename(output)
@@ -191,4 +195,6 @@ def check_writable(output: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{output}: {parent} is not a writable directory", "choose another output.path")
+        raise InputError(
+            f"{output}: {parent} is not a writable directory", "choose another output.path"
+        )

@@ -74,7 +74,9 @@ def _size(plan: Plan, written: Source) -> dict[str, Any]:
     kept = {k for k in plan.source.tensors if k not in compressible}
     after = written.num_bytes - sum(written.tensors[key].num_bytes for key in kept)
     parameters = sum(info.num_elements for info in plan.source.tensors.values())
-    parameters_after = sum(i.num_elements for k, i in written.tensors.items() if not k.endswith(".perm"))
+    parameters_after = sum(
+        i.num_elements for k, i in written.tensors.items() if not k.endswith(".perm")
+    )
     return {
         "compressible_bytes": {"before": plan.source.num_bytes - rest, "after": after},
         "checkpoint_bytes": {"before": plan.source.num_bytes, "after": written.num_bytes},
@@ -94,7 +96,9 @@ def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> di
         "shape": list(layer.shape),
         "method": plan.solvers[layer.name].name,
         "bytes_before": layer.num_bytes,
-        "bytes_after": sum(written.tensors[key].num_bytes for key in keys if key in written.tensors),
+        "bytes_after": sum(
+            written.tensors[key].num_bytes for key in keys if key in written.tensors
+        ),
         "dtype": str(plan.stored_dtype(layer)).removeprefix("torch."),
         **facts,
     }
@@ -117,7 +121,9 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.machine(),
         "device": str(plan.device),
-        "device_name": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None,
+        "device_name": torch.cuda.get_device_name(plan.device)
+        if plan.device.type == "cuda"
+        else None,
         "activation_dtype": str(plan.network.dtype).removeprefix("torch."),
         "seed": plan.config.runtime.seed,
         "config_sha256": config_hash(plan.config),

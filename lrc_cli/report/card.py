@@ -1,1 +1,161 @@
-def render_card(report): return "x"
+"""The model card: README.md of an output directory."""
+
+import re
+from typing import Any
+
+import yaml
+
+from lrc_cli.report.facts import (
+    Report,
+    Table,
+    factorised,
+    fallen_back,
+    measured_in,
+    provenance_table,
+    quality_table,
+    reasons_table,
+    settings,
+    size_table,
+    summary,
+)
+from lrc_cli.report.formatting import count
+
+MAX_FALLBACKS = 20
+"""How many fallen layers are listed by name."""
+
+
+def render_card(report: Report) -> str:
+    """README.md of the output.
+
+    Args:
+        report: report.json, see `build_report`.
+
+    Returns:
+        Markdown with YAML front matter. Names that come from the checkpoint, the data or the
+        config are escaped.
+    """
+    sections = [
+        _front_matter(report),
+        f"# {_escape(report['model'])}, low-rank compressed\n\n{_escape(summary(report))}",
+        _size(report),
+        _quality(report),
+        _loading(report),
+        _layers(report),
+        _limits(report),
+        f"## Configuration\n\n{_fenced('yaml', report['provenance']['config'])}",
+        f"## Versions and hashes\n\n{_table(provenance_table(report))}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(report: Report) -> str:
+    values: dict[str, Any] = {"base_model": report["model"]}
+    if report["architecture"] is not None:
+        values["library_name"] = "transformers"
+    values["tags"] = ["lrc", "low-rank", "compression", report["method"]]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _size(report: Report) -> str:
+    files = count(report["size"]["file_bytes"])
+    note = f"The weight files take {files} bytes, headers included."
+    return f"## Size\n\n{_table(size_table(report))}\n\n{note}"
+
+
+def _quality(report: Report) -> str:
+    if not report["quality"]:
+        return "## Quality\n\nNot measured: the configuration names no evaluation data."
+    return f"## Quality\n\n{_table(quality_table(report))}\n\n{_escape(measured_in(report))}"
+
+
+def _loading(report: Report) -> str:
+    if not factorised(report):
+        note = "No layer is factorised: this checkpoint loads like the original, without lrc."
+        return f"## Loading\n\n{note}"
+    version = report["provenance"]["lrc_version"]
+    return "\n\n".join(
+        [
+            "## Loading",
+            _fenced("python", _loading_lines(report)),
+            f"This needs lrc (`lrc_cli`, written with version {_escape(version)}). Without it"
+            " loading fails loudly, on purpose: a factorised layer keeps its dense key for a"
+            " tensor of another shape, so a loader that does not know the format reports a shape"
+            " mismatch. Do not pass `ignore_mismatched_sizes=True` to transformers: it silences"
+            " that error and leaves those layers at random values.",
+        ]
+    )
+
+
+def _loading_lines(report: Report) -> str:
+    model, architecture = settings(report)["model"], report["architecture"]
+    path = '"path/to/this/directory"'
+    if architecture is None or model.get("factory"):
+        factory = model.get("factory") or "package.module:function"
+        return f"import lrc_cli\n\nmodel = lrc_cli.load({path}, factory={_quoted(factory)})"
+    if model.get("trust_remote_code") or not architecture.isidentifier():
+        return f"import lrc_cli\n\nmodel = lrc_cli.load({path}, trust_remote_code=True)"
+    return (
+        "import lrc_cli.hf  # lets transformers read the format\n"
+        f"from transformers import {architecture}\n"
+        f"model = {architecture}.from_pretrained({path})"
+    )
+
+
+def _layers(report: Report) -> str:
+    dense = [x for x in report["layers"] if x["storage"] == "dense" and not x["fallback"]]
+    parts = ["## Layers that are not factorised", _fallbacks(report)]
+    if dense:
+        parts += ["Left dense by choice:", _table(reasons_table(dense, "layers", "bytes_after"))]
+    if report["skipped"]:
+        skipped = reasons_table(report["skipped"], "tensors", "bytes")
+        parts += ["Not compressible, stored as they were:", _table(skipped)]
+    return "\n\n".join(parts)
+
+
+def _fallbacks(report: Report) -> str:
+    fallen = fallen_back(report)
+    if not fallen:
+        return "No layer fell back."
+    lines = [f"- {_escape(x['name'])}: {_escape(x['reason'])}" for x in fallen[:MAX_FALLBACKS]]
+    if len(fallen) > MAX_FALLBACKS:
+        lines.append(f"- and {len(fallen) - MAX_FALLBACKS} more, see report.json")
+    return f"**{len(fallen)} layers fell back to dense:**\n\n" + "\n".join(lines)
+
+
+def _limits(report: Report) -> str:
+    activations = _escape(report["provenance"]["activation_dtype"])
+    lines = [
+        "- The layer errors in report.json and report.html are measured on the calibration data,"
+        " to which the factors were fitted: they bound nothing on other data.",
+        f"- Quality was measured on the data above only, with activations in {activations}. Other"
+        " data, tasks, languages and precisions may suffer more.",
+        "- Whether a factorised layer is faster than the dense one depends on its size and on the"
+        " hardware; nothing is promised here.",
+    ]
+    if not report["certificate"]["statements"]:
+        note = _escape(report["certificate"].get("note") or "none was asked for")
+        lines.insert(0, f"- There is no certificate ({note}): no figure is a guarantee.")
+    return "## What is not promised\n\n" + "\n".join(lines)
+
+
+def _table(table: Table) -> str:
+    rules = ["---:" if side == "r" else "---" for side in table.align]
+    rows = [[_escape(cell) for cell in row] for row in (table.head, *table.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rules, *rows[1:]))
+
+
+def _fenced(language: str, text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _escape(text: str) -> str:
+    """One line of text that Markdown shows as it is."""
+    marked = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    entities = re.sub(r"&(?=[#\w])", "&amp;", marked)
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

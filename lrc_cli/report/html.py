@@ -1,1 +1,196 @@
-def render_html(report): return "x"
+"""report.html: one page that needs neither network nor scripts."""
+
+from importlib.resources import files
+
+from lrc_cli.report.charts import error_chart, error_legend, share_chart, time_chart
+from lrc_cli.report.facts import (
+    Column,
+    Report,
+    Table,
+    error_note,
+    factorised,
+    fallen_back,
+    layer_table,
+    loss_estimate,
+    make_table,
+    measured_in,
+    memory_note,
+    perplexity_ratio,
+    provenance_table,
+    quality_table,
+    reasons_table,
+    size_table,
+    summary,
+)
+from lrc_cli.report.formatting import byte_size, count, duration, factor, percent, perplexity, small
+from lrc_cli.report.markup import Markup, element, join
+
+# The policy makes the promise binding: a browser that honours it fetches nothing for this page.
+HEAD = (
+    '<meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta http-equiv="Content-Security-Policy"'
+    " content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+)
+
+
+def render_html(report: Report) -> str:
+    """report.html as text: style and charts inline, every name escaped.
+
+    Args:
+        report: report.json, see `build_report`.
+    """
+    title = f"{report['model']}, low-rank compressed"
+    style = Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))
+    head = element("head", Markup(HEAD), element("title", title), element("style", style))
+    body = element(
+        "body",
+        element("h1", title),
+        element("p", summary(report)),
+        _alarm(report),
+        _tiles(report),
+        _section("Quality", *_quality(report)),
+        _section("Size", *_size(report)),
+        _section("Kept bytes per layer", *_shares(report)),
+        _section("Error per layer", *_errors(report)),
+        _section("Time and memory", *_costs(report)),
+        _section("Layers", *_layers(report)),
+        _section("Stored as they were", *_skipped(report)),
+        _section("What is not promised", *_limits(report)),
+        _section("Versions and hashes", _table(provenance_table(report), "hashes")),
+        _section("Configuration", element("pre", report["provenance"]["config"])),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _section(title: str, *children: str) -> Markup:
+    return element("section", element("h2", title), *children)
+
+
+def _note(text: str) -> Markup:
+    return element("p", text, class_="note") if text else Markup()
+
+
+def _alarm(report: Report) -> Markup:
+    fallen = fallen_back(report)
+    if not fallen:
+        return Markup()
+    text = f"{len(fallen)} layers fell back to dense; the first is {fallen[0]['name']}."
+    return element("p", text, class_="alarm")
+
+
+def _tiles(report: Report) -> Markup:
+    size = report["size"]
+    tiles = [
+        (percent(size["kept_compressible"]), "of the compressible weights' bytes kept"),
+        (percent(size["kept_checkpoint"]), "of the whole checkpoint's bytes kept"),
+        (percent(size["kept_parameters"]), "of the parameters kept"),
+    ]
+    for row in report["quality"]:
+        if "perplexity_after" in row:
+            before, after = row["perplexity_before"], row["perplexity_after"]
+            ratio = factor(perplexity_ratio(row))
+            tiles.append(
+                (
+                    f"{perplexity(before)} → {perplexity(after)}",
+                    f"perplexity, {row['text']}: {ratio}",
+                )
+            )
+        else:
+            error = small(row.get("relative_output_error"))
+            tiles.append((error, f"relative output error, {row['text']}"))
+    return element(
+        "div",
+        *(
+            element("div", element("strong", value), element("span", label), class_="tile")
+            for value, label in tiles
+        ),
+        class_="tiles",
+    )
+
+
+def _quality(report: Report) -> list[Markup]:
+    if not report["quality"]:
+        return [element("p", "Not measured: the configuration names no evaluation data.")]
+    return [_table(quality_table(report)), _note(measured_in(report))]
+
+
+def _size(report: Report) -> list[Markup]:
+    files_note = f"The weight files take {count(report['size']['file_bytes'])} bytes with headers."
+    return [_table(size_table(report)), _note(files_note)]
+
+
+def _shares(report: Report) -> list[Markup]:
+    kinds = {"": "factorised", "dense": "left dense", "fallback": "fell back to dense"}
+    legend = [
+        element("span", element("span", class_=f"swatch {kind}"), words)
+        for kind, words in kinds.items()
+    ]
+    note = "Bytes after / before, one panel per family of layers, in the network's order."
+    return [_note(note), element("p", *legend, class_="legend"), share_chart(report["layers"])]
+
+
+def _errors(report: Report) -> list[Markup]:
+    if not factorised(report):
+        return [element("p", "No layer is factorised, so none has an error.")]
+    return [
+        _note(f"{error_note(report)} The charts show the output error on a logarithmic axis."),
+        _note(loss_estimate(report)),
+        error_legend(),
+        error_chart(report["layers"]),
+    ]
+
+
+def _costs(report: Report) -> list[Markup]:
+    total = duration(sum(report["timing"].values()))
+    return [time_chart(report["timing"]), _note(f"In all {total}. {memory_note(report)}")]
+
+
+def _layers(report: Report) -> list[Markup]:
+    fallen = {index for index, layer in enumerate(report["layers"]) if layer["fallback"]}
+    return [_table(layer_table(report), "names", tall=True, alarms=fallen)]
+
+
+def _skipped(report: Report) -> list[Markup]:
+    if not report["skipped"]:
+        return [element("p", "Every tensor belongs to a compressible layer.")]
+    columns: list[Column] = [
+        ("tensor", "l", lambda x: x["name"]),
+        ("bytes", "r", lambda x: byte_size(x["bytes"])),
+        ("share of checkpoint", "r", lambda x: percent(x["share"])),
+        ("reason", "l", lambda x: x["reason"]),
+    ]
+    every = _table(make_table(columns, report["skipped"]), "names", tall=True)
+    opener = element("summary", f"All {count(len(report['skipped']))} tensors")
+    by_reason = _table(reasons_table(report["skipped"], "tensors", "bytes"))
+    return [by_reason, element("details", opener, every)]
+
+
+def _limits(report: Report) -> list[Markup]:
+    certificate = report["certificate"]
+    lines = [
+        "Layer errors are measured on the calibration data, to which the factors were fitted.",
+        "Quality is measured on the data above only; other data and tasks may suffer more.",
+    ]
+    if not certificate["statements"]:
+        note = certificate.get("note") or "none was asked for"
+        lines.insert(0, f"There is no certificate ({note}): no figure is a guarantee.")
+    return [element("ul", *(element("li", line) for line in lines))]
+
+
+def _table(
+    table: Table, kind: str | None = None, *, tall: bool = False, alarms: set[int] | None = None
+) -> Markup:
+    """An HTML table; `alarms` are the rows that stand out."""
+
+    def cells(name: str, row: tuple[str, ...]) -> Markup:
+        sides = zip(row, table.align, strict=True)
+        return join(*(element(name, cell, class_="r" if s == "r" else None) for cell, s in sides))
+
+    rows = [
+        element("tr", cells("td", row), class_="fallback" if index in (alarms or ()) else None)
+        for index, row in enumerate(table.rows)
+    ]
+    head = element("thead", element("tr", cells("th", table.head)))
+    written = element("table", head, element("tbody", *rows), class_=kind)
+    return element("div", written, class_="scroll tall" if tall else "scroll")

@@ -1,0 +1,137 @@
+"""What the files of a checkpoint say of themselves: names, shapes, dtypes, format version."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lrc_cli.errors import InputError
+
+FORMAT_VERSION = 1
+"""The newest on-disk format that this version reads, and the one it writes."""
+
+UPGRADE = "upgrade it with: pip install --upgrade lrc-cli"
+"""The remedy for a checkpoint that is newer than this version."""
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOAT_DTYPES = frozenset(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one stored tensor lies, as its file's header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """Number of entries."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.num_elements * self.dtype.itemsize
+
+
+def open_tensors(file: str | Path) -> Any:
+    """A safetensors handle whose tensors are views of the mapped file.
+
+    Raises:
+        InputError: for a missing or truncated file, or one that is not safetensors.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        cause = f"{file} is not a readable safetensors file: {error}"
+        raise InputError(cause, "copy it again, it may be truncated") from error
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
+    """Every stored tensor by its key, in file order; reads no tensor data.
+
+    Raises:
+        InputError: for a file that is not safetensors, or a dtype this version does not read.
+    """
+    headers = {}
+    for file in files:
+        with open_tensors(file) as handle:
+            for key in handle.offset_keys():
+                entry = handle.get_slice(key)
+                name = entry.get_dtype()
+                if name not in DTYPES:
+                    cause = f"{file}: tensor {key} has dtype {name}, which is a quantised one"
+                    raise InputError(cause, "dequantise the checkpoint first")
+                headers[key] = TensorInfo(
+                    file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
+                )
+    return headers
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, by its index where it has one; may be empty.
+
+    Raises:
+        InputError: a shard that the index names is missing, or several files have no index.
+    """
+    index = path / INDEX_NAME
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise InputError(
+                f"{path}: {INDEX_NAME} names {missing[0]}, which is missing", "copy all shards"
+            )
+        return [path / name for name in names]
+    if (path / SINGLE_NAME).is_file():
+        return [path / SINGLE_NAME]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        raise InputError(f"{path}: several .safetensors files and no {INDEX_NAME}", "add the index")
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        InputError: the file is not UTF-8 JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not JSON: {error}", "restore the file") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is not a JSON object", "restore the file")
+    return value
+
+
+def check_version(version: object, where: str) -> None:
+    """Raises InputError for a format version that this lrc does not read."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise InputError(f"{where} has format_version {version!r}", "write the checkpoint again")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{where} has format_version {version}, and this lrc reads up to {FORMAT_VERSION}",
+            UPGRADE,
+        )

@@ -1,0 +1,175 @@
+"""Inline SVG charts: small pure functions from layers and timings to markup."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lrc_cli.report.facts import kept
+from lrc_cli.report.formatting import duration, percent, small
+from lrc_cli.report.markup import Markup, element, join
+
+Layer = dict[str, Any]
+Scale = Callable[[float], float]
+"""From a value to a vertical coordinate."""
+
+WIDTH, HEIGHT = 380, 130
+LEFT, RIGHT, TOP, BOTTOM = 36, 4, 8, 8
+MAX_DECADES = 4
+BAR_HEIGHT, LABEL_WIDTH, TIME_WIDTH = 22, 110, 90
+SINGLES = "other layers"
+ERRORS = {"svd": "plain SVD of that rank", "optimum": "optimum of that rank", "stored": "stored"}
+"""What is drawn per layer, from back to front."""
+
+
+def families(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Layers that differ in numbers only (blocks, experts) together, e.g. `layers.*.q_proj`.
+
+    Layers without a sibling share one group.
+    """
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        pieces = ["*" if piece.isdecimal() else piece for piece in layer["name"].split(".")]
+        groups.setdefault(".".join(pieces), []).append(layer)
+    singles = [group[0] for group in groups.values() if len(group) == 1]
+    several = {name: group for name, group in groups.items() if len(group) > 1}
+    return several | ({SINGLES: singles} if singles else {})
+
+
+def share_chart(layers: Sequence[Layer]) -> Markup:
+    """Bytes after / before, a bar per layer, a panel per family."""
+    top = max([1.0, *map(kept, layers)])
+
+    def vertical(value: float) -> float:
+        return HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM)
+
+    ticks = {percent(part * top): part * top for part in (0.0, 0.5, 1.0)}
+    return _panels(layers, ticks, vertical, _bar, "Kept bytes of")
+
+
+def error_chart(layers: Sequence[Layer]) -> Markup:
+    """Plain relative output error of the stored factors, the optimum and plain SVD, on a log axis.
+
+    Layers left dense have no mark; they keep their place.
+    """
+    values = [
+        error
+        for layer in layers
+        if (errors := _output(layer))
+        for error in errors.values()
+        if error
+    ]
+    high = math.ceil(math.log10(max(values, default=1.0)))
+    low = math.floor(math.log10(min(values, default=0.1)))
+    low = max(min(low, high - 1), high - MAX_DECADES)
+
+    def vertical(value: float) -> float:
+        power = math.log10(value) if value > 0 else -math.inf
+        share = (min(max(power, low), high) - low) / (high - low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    ticks = {f"{10.0**power:g}": 10.0**power for power in range(low, high + 1)}
+    return _panels(layers, ticks, vertical, _point, "Output error of")
+
+
+def error_legend() -> Markup:
+    """What the marks of `error_chart` mean."""
+    items = [
+        join(
+            element("svg", _symbol(name, 8.0, 8.0, 12.0), viewBox="0 0 16 16", class_="key"), words
+        )
+        for name, words in reversed(ERRORS.items())
+    ]
+    return element("p", *(element("span", item) for item in items), class_="legend")
+
+
+def time_chart(timing: Mapping[str, float]) -> Markup:
+    """A horizontal bar per phase."""
+    longest = max(timing.values(), default=0) or 1.0
+    room = 2 * WIDTH - LABEL_WIDTH - TIME_WIDTH
+    rows = []
+    for index, (phase, seconds) in enumerate(timing.items()):
+        y, length = index * BAR_HEIGHT, seconds / longest * room
+        rows += [
+            element("text", phase, x=0, y=y + 15),
+            element(
+                "rect", class_="bar", x=LABEL_WIDTH, y=y + 4, width=max(length, 1.0), height=14
+            ),
+            element("text", duration(seconds), x=LABEL_WIDTH + length + 6, y=y + 15),
+        ]
+    view = f"0 0 {2 * WIDTH} {len(timing) * BAR_HEIGHT}"
+    return element(
+        "svg", *rows, viewBox=view, role="img", aria_label="Time per phase", class_="wide"
+    )
+
+
+def _panels(
+    layers: Sequence[Layer],
+    ticks: Mapping[str, float],
+    vertical: Scale,
+    mark: Callable[[Layer, float, float, Scale], Markup],
+    label: str,
+) -> Markup:
+    """One panel per family, all on the same vertical scale."""
+    grid = [_grid_line(text, vertical(value)) for text, value in ticks.items()]
+    figures = []
+    for name, group in families(layers).items():
+        step = (WIDTH - LEFT - RIGHT) / max(len(group), 8)
+        marks = [
+            mark(layer, LEFT + (index + 0.5) * step, min(step * 0.75, 12.0), vertical)
+            for index, layer in enumerate(group)
+        ]
+        view = f"0 0 {WIDTH} {HEIGHT}"
+        svg = element("svg", *grid, *marks, viewBox=view, role="img", aria_label=f"{label} {name}")
+        figures.append(element("figure", element("figcaption", name), svg))
+    return element("div", *figures, class_="panels")
+
+
+def _grid_line(text: str, y: float) -> Markup:
+    return join(
+        element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y),
+        element("text", text, x=LEFT - 4, y=y + 3.5, text_anchor="end"),
+    )
+
+
+def _bar(layer: Layer, x: float, width: float, vertical: Scale) -> Markup:
+    share = kept(layer)
+    state = "fallback" if layer["fallback"] else "dense" if layer["storage"] == "dense" else ""
+    title = f"{layer['name']}: {percent(share)} kept, {_form(layer)}"
+    y = vertical(share)
+    return element(
+        "rect",
+        element("title", title),
+        class_=f"bar {state}".rstrip(),
+        x=x - width / 2,
+        y=y,
+        width=width,
+        height=vertical(0) - y,
+    )
+
+
+def _form(layer: Layer) -> str:
+    if layer["fallback"]:
+        return f"fell back to dense ({layer['reason']})"
+    return "dense" if layer["storage"] == "dense" else f"{layer['storage']} of rank {layer['rank']}"
+
+
+def _point(layer: Layer, x: float, width: float, vertical: Scale) -> Markup:
+    errors = _output(layer)
+    if not errors:
+        return Markup()
+    numbers = ", ".join(f"{words} {small(errors[name])}" for name, words in ERRORS.items())
+    symbols = [_symbol(name, x, vertical(errors[name]), width) for name in ERRORS]
+    title = element("title", f"{layer['name']}, rank {layer['rank']}: {numbers}")
+    return element("g", title, *symbols, class_="point")
+
+
+def _symbol(name: str, x: float, y: float, width: float) -> Markup:
+    radius = max(min(width / 2, 4.0), 1.2)
+    if name == "optimum":
+        return element("line", class_=name, x1=x - width / 2, x2=x + width / 2, y1=y, y2=y)
+    return element("circle", class_=name, cx=x, cy=y, r=radius)
+
+
+def _output(layer: Layer) -> dict[str, float]:
+    errors = layer.get("errors")
+    return {name: errors["output"][name] for name in ERRORS} if errors else {}

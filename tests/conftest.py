@@ -1,0 +1,41 @@
+"""Fixtures shared by the tests of the command: tiny checkpoints, written once per session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+
+# Threads cost more than they give at these sizes.
+torch.set_num_threads(1)
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six thousand words that every pico tokenizer knows."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(pico.words(6000))
+    return file
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The directory of a model of pico.MODELS; tests must not change it."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda name: root / name if (root / name).exists() else pico.write_model(root / name, name)
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> pico.PlainFolder:
+    """Checkpoints that are not transformers', with factories and calibration tensors."""
+    return pico.write_plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def llama_job(checkpoint: Models, text: Path) -> dict[str, Any]:
+    """Changes for `pico.job`: the pico Llama, fitted to the text."""
+    return {"model.path": str(checkpoint("llama")), "calibration.path": str(text)}

@@ -1,0 +1,407 @@
+"""The model card and the page: complete, escaped, well-formed, and made from report.json alone."""
+
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import yaml
+
+from lrc_cli.report.card import render_card
+from lrc_cli.report.formatting import byte_size, duration, factor, percent, perplexity, small
+from lrc_cli.report.html import render_html
+
+HOSTILE = "<script>alert(1)</script>|`x` \"q\" 'a' & [b](c)"
+VOID = {"meta"}
+
+
+def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": "Linear",
+        "shape": [64, 48],
+        "method": "curvature",
+        "storage": "interpolative",
+        "rank": rank,
+        "block": 8,
+        "reason": "interpolative: two factors do not fit these bytes",
+        "fallback": False,
+        "bytes_before": 6144,
+        "bytes_after": 1696,
+        "dtype": "bfloat16",
+        "max_coefficient": 3.5,
+        "errors": {
+            "metric": {
+                "unit": "estimated loss increase, nats per token",
+                "stored": 0.0123,
+                "optimum": 0.0121,
+                "svd": 0.0456,
+                "total": 0.5,
+            },
+            "output": {"inputs": "calibration", "stored": stored, "optimum": 0.2345, "svd": 0.3456},
+        },
+    }
+
+
+def dense_layer(name: str, *, fallback: bool = False, reason: str = "dense pays better") -> Any:
+    return {
+        "name": name,
+        "kind": "Linear",
+        "shape": [64, 48],
+        "method": "curvature",
+        "storage": "dense",
+        "reason": reason,
+        "fallback": fallback,
+        "bytes_before": 6144,
+        "bytes_after": 6144,
+        "dtype": "bfloat16",
+    }
+
+
+def text_row(name: str) -> dict[str, Any]:
+    return {
+        "text": name,
+        "num_sequences": 64,
+        "num_scored": 32704,
+        "scored": "negative log-likelihood of the next token",
+        "loss_before": math.log(20.4),
+        "loss_after": math.log(25.5),
+        "perplexity_before": 20.4,
+        "perplexity_after": 25.5,
+        "kl": 0.2187,
+        "top1_agreement": 0.8125,
+        "population": 2821,
+        "sha256": "4f4c" * 16,
+    }
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    config = {"model": {"path": "models/small", "factory": None, "trust_remote_code": False}}
+    return {
+        "schema_version": 1,
+        "model": "small",
+        "architecture": "LlamaForCausalLM",
+        "method": "curvature",
+        "loss": {"description": "negative log-likelihood of the next token", "kind": "next_token"},
+        "target": {"name": "size", "value": 0.8, "of": "compressible"},
+        "allocation": "global",
+        "sequential": {"used": False, "reason": "not in this version"},
+        "size": {
+            "compressible_bytes": {"before": 24576, "after": 19584},
+            "checkpoint_bytes": {"before": 1234567, "after": 1229575},
+            "parameters": {"before": 617283, "after": 614755},
+            "kept_compressible": 0.797,
+            "kept_checkpoint": 0.996,
+            "kept_parameters": 0.9959,
+            "file_bytes": 1230001,
+        },
+        "quality": [text_row("wikipedia"), text_row("news")],
+        "layers": [
+            factorised_layer("model.layers.0.q_proj"),
+            factorised_layer("model.layers.1.q_proj", stored=0.2512),
+            dense_layer("model.layers.0.v_proj"),
+            factorised_layer("model.head"),
+        ],
+        "skipped": [
+            {"name": "model.embed.weight", "reason": "Embedding", "bytes": 900, "share": 0.5},
+            {"name": "model.norm.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
+            {"name": "model.norm2.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
+        ],
+        "certificate": {"statements": [], "note": "not in this version"},
+        "timing": {"checks": 7.888, "statistics": 371.0, "factors": 0.294},
+        "memory": {"host_resident": 1534705664},
+        "provenance": {
+            "lrc_version": "0.1.0",
+            "python": "3.11.7",
+            "packages": {"torch": "2.13.0+cpu"},
+            "platform": "x86_64",
+            "device": "cpu",
+            "device_name": None,
+            "activation_dtype": "float32",
+            "seed": 0,
+            "config_sha256": "4272" * 16,
+            "config": yaml.safe_dump(config),
+            "evaluation": None,
+            "checkpoint_sha256": {"model.safetensors": "5303" * 16},
+            "data_files_sha256": {"data/text.txt": "5d78" * 16},
+            "sequences": {
+                "calibration": {
+                    "num_sequences": 8,
+                    "num_tokens": 512,
+                    "population": 6584,
+                    "sha256": "711e" * 16,
+                }
+            },
+        },
+    }
+
+
+class Page(HTMLParser):
+    """A parsed page: fails on unbalanced tags, keeps elements, texts and references."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    def marked(self, tag: str, kind: str) -> int:
+        """How many elements have a class."""
+        return sum(
+            name == tag and kind in (attributes.get("class") or "").split()
+            for name, attributes in self.elements
+        )
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, matter, _ = card.split("---\n", 2)
+    return yaml.safe_load(matter)
+
+
+def test_card_front_matter_is_yaml(report: dict[str, Any]) -> None:
+    matter = front_matter(render_card(report))
+    assert matter["base_model"] == "small"
+    assert matter["library_name"] == "transformers"
+    assert {"lrc", "low-rank", "curvature"} <= set(matter["tags"])
+
+
+@pytest.mark.parametrize("name", ["a: b", "- x", "---", "yes", HOSTILE])
+def test_card_front_matter_survives_any_model_name(report: dict[str, Any], name: str) -> None:
+    report["model"] = name
+    assert front_matter(render_card(report))["base_model"] == name
+
+
+@pytest.mark.parametrize("render", [render_card, render_html])
+def test_figures_appear(report: dict[str, Any], render: Any) -> None:
+    text = render(report)
+    figures = ["79.7%", "99.6%", "19,584", "1,229,575", "614,755", "1,230,001"]
+    figures += ["20.40", "25.50", "1.250x", "0.219", "81.2%", "wikipedia", "news", "64 of 2,821"]
+    figures += ["kept_compressible", "kept_checkpoint", "kept_parameters"]
+    figures += ["0.1.0", "2.13.0+cpu", "4272" * 16, "5303" * 16, "5d78" * 16, "711e" * 16]
+    assert [figure for figure in figures if figure not in text] == []
+    assert report["provenance"]["config"].strip() in text
+    assert "activations computed in float32" in text
+    assert "no certificate" in text
+
+
+def test_card_tells_how_to_load_a_transformers_model(report: dict[str, Any]) -> None:
+    card = render_card(report)
+    assert "import lrc_cli.hf" in card
+    assert "from transformers import LlamaForCausalLM" in card
+    assert "LlamaForCausalLM.from_pretrained(" in card
+    assert "ignore_mismatched_sizes=True" in card
+
+
+def test_card_tells_how_to_load_a_plain_module(report: dict[str, Any]) -> None:
+    report["architecture"] = None
+    report["provenance"]["config"] = yaml.safe_dump({"model": {"factory": "nets:build"}})
+    card = render_card(report)
+    assert "library_name" not in front_matter(card)
+    assert 'lrc_cli.load("path/to/this/directory", factory="nets:build")' in card
+    assert "import lrc_cli.hf" not in card
+
+
+def test_code_that_comes_with_a_checkpoint_is_loaded_by_lrc(report: dict[str, Any]) -> None:
+    report["provenance"]["config"] = yaml.safe_dump({"model": {"trust_remote_code": True}})
+    assert "trust_remote_code=True)" in render_card(report)
+
+
+def test_card_counts_what_is_not_factorised_by_reason(report: dict[str, Any]) -> None:
+    card = render_card(report)
+    assert "| a vector | 2 | 256 B | <0.1% |" in card
+    assert "| dense pays better | 1 | 6.14 kB |" in card
+    assert "No layer fell back." in card
+
+
+def test_fallbacks_stand_out(report: dict[str, Any]) -> None:
+    assert "fell back to dense; the first" not in render_html(report)
+    report["layers"].append(
+        dense_layer("model.layers.1.v_proj", fallback=True, reason="could not be solved: NaN")
+    )
+    assert "- model.layers.1.v_proj: could not be solved: NaN" in render_card(report)
+    page = Page(render_html(report))
+    assert "1 layers fell back to dense; the first is model.layers.1.v_proj." in page.text
+    assert page.marked("tr", "fallback") == 1
+    assert page.marked("rect", "fallback") == 1
+
+
+def test_page_marks_every_layer_once(report: dict[str, Any]) -> None:
+    page = Page(render_html(report))
+    bars = page.marked("rect", "bar") - len(report["timing"])
+    assert bars == len(report["layers"])
+    assert page.marked("rect", "dense") == 1
+    assert page.marked("g", "point") == 3
+    titles = [text for text in page.texts if text.startswith("model.layers.1.q_proj, rank 8:")]
+    assert titles == [
+        "model.layers.1.q_proj, rank 8: plain SVD of that rank 0.346,"
+        " optimum of that rank 0.234, stored 0.251"
+    ]
+
+
+def test_worse_layers_are_drawn_higher(report: dict[str, Any]) -> None:
+    report["layers"] = [
+        factorised_layer("layers.0.w", stored=0.01),
+        factorised_layer("layers.1.w", stored=0.1),
+        factorised_layer("layers.2.w", stored=1.0),
+    ]
+    dots = [a for tag, a in Page(render_html(report)).elements if a.get("class") == "stored"]
+    heights = [float(dot["cy"] or "nan") for dot in dots[1:]]  # the first one is the legend's
+    assert heights[0] > heights[1] > heights[2]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.02)
+
+
+def test_larger_shares_are_taller_bars(report: dict[str, Any]) -> None:
+    report["timing"] = {}
+    elements = Page(render_html(report)).elements
+    bars = [a for tag, a in elements if "bar" in (a.get("class") or "").split()]
+    heights = {bar["class"]: float(bar["height"] or "nan") for bar in bars}
+    assert heights["bar"] / heights["bar dense"] == pytest.approx(1696 / 6144, abs=0.01)
+
+
+def test_page_fetches_nothing(report: dict[str, Any]) -> None:
+    text = render_html(report)
+    elements = Page(text).elements
+    names = {tag for tag, _ in elements}
+    assert names.isdisjoint({"script", "link", "img", "iframe", "object", "base", "form"})
+    attributes = {key for _, found in elements for key in found}
+    assert attributes.isdisjoint({"src", "href", "srcset", "style", "onload", "onclick"})
+    assert not re.search(r"url\(|@import|https?:", text)
+
+
+@pytest.mark.parametrize("state", ["factorised", "fallback"])
+def test_hostile_names_are_text(report: dict[str, Any], state: str) -> None:
+    report["model"] = report["quality"][0]["text"] = report["skipped"][0]["name"] = HOSTILE
+    report["layers"][0]["name"] = report["skipped"][0]["reason"] = HOSTILE
+    report["architecture"] = HOSTILE
+    report["provenance"]["data_files_sha256"] = {HOSTILE: "00"}
+    report["provenance"]["config"] += f"note: {json.dumps(HOSTILE + '```')}\n"
+    if state == "fallback":
+        report["layers"][0] = dense_layer(HOSTILE, fallback=True, reason=HOSTILE)
+    page = Page(render_html(report))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert page.texts.count(HOSTILE) >= 3
+    card = render_card(report)
+    body = card.split("---\n", 2)[2]
+    outside, fenced, _ = re.split(r"^````.*$", body, flags=re.MULTILINE)
+    assert "<script>" in fenced
+    assert "<script>" not in outside
+    assert r"\[b\](c)" in outside
+
+
+def test_table_rows_keep_their_columns(report: dict[str, Any]) -> None:
+    report["quality"][0]["text"] = HOSTILE + "\nsecond line"
+    card = render_card(report)
+    lines = card.split("## Quality")[1].split("\n\n")[1].splitlines()
+    assert len(lines) == 4
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_a_network_without_perplexity(report: dict[str, Any]) -> None:
+    row = {"text": "images", "num_sequences": 32, "num_scored": 32, "population": 40}
+    report["quality"] = [{**row, "relative_output_error": 0.03456, "sha256": "00"}]
+    card, page = render_card(report), Page(render_html(report))
+    assert "| images | 0.0346 | 32 of 40 | 32 |" in card
+    for text in (card, page.text):
+        assert "perplexity before" not in text
+    assert "relative output error, images" in page.text
+
+
+def test_everything_left_dense(report: dict[str, Any]) -> None:
+    report["layers"] = [dense_layer(f"layers.{index}.fc") for index in range(3)]
+    card, page = render_card(report), Page(render_html(report))
+    assert "0 of 3 compressible layers" in card
+    assert "loads like the original, without lrc" in card
+    assert "import lrc_cli" not in card
+    assert page.marked("rect", "dense") == 3
+    assert page.marked("g", "point") == 0
+    assert "No layer is factorised" in page.text
+
+
+def test_nothing_evaluated_skipped_or_timed(report: dict[str, Any]) -> None:
+    report |= {"quality": [], "skipped": [], "timing": {}, "memory": {}}
+    assert "Not measured" in render_card(report)
+    assert "Not measured" in Page(render_html(report)).text
+
+
+def test_a_ruined_network_is_said_to_be_ruined(report: dict[str, Any]) -> None:
+    ruined = {"loss_after": 900.0, "perplexity_after": math.inf}
+    report["quality"] = [text_row("wikipedia") | ruined]
+    assert "| wikipedia | 20.40 | infinite | infinite |" in render_card(report)
+    assert "20.40 → infinite" in Page(render_html(report)).text
+
+
+def test_exact_layers_have_a_place_on_the_chart(report: dict[str, Any]) -> None:
+    for layer in report["layers"]:
+        for errors in layer.get("errors", {}).values():
+            errors |= {"stored": 0.0, "optimum": 0.0, "svd": 0.0}
+    assert Page(render_html(report)).marked("g", "point") == 3
+
+
+def test_svd_without_data_is_named_as_such(report: dict[str, Any]) -> None:
+    for layer in report["layers"]:
+        if "errors" in layer:
+            layer["errors"]["output"]["inputs"] = "white"
+            layer["errors"]["metric"]["unit"] = "squared error of the weights"
+    text = Page(render_html(report)).text
+    assert "white inputs (no calibration data was used)" in text
+    assert "estimated loss increases" not in text
+
+
+def test_estimated_loss_increase_stands_beside_the_measured(report: dict[str, Any]) -> None:
+    text = Page(render_html(report)).text
+    assert "add up to 0.0369 nats per token; measured: +0.223 on wikipedia" in text
+
+
+def test_rendering_leaves_the_report_alone(report: dict[str, Any]) -> None:
+    before = copy.deepcopy(report)
+    assert render_card(report) == render_card(json.loads(json.dumps(report)))
+    assert render_html(report) == render_html(json.loads(json.dumps(report)))
+    assert report == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (byte_size(128), "128 B"),
+        (byte_size(999_999), "1.00 MB"),
+        (byte_size(1534705664), "1.53 GB"),
+        (byte_size(215_000_000), "215 MB"),
+        (percent(0.0), "0.0%"),
+        (percent(2e-5), "<0.1%"),
+        (percent(0.98074), "98.1%"),
+        (perplexity(20.4371), "20.44"),
+        (perplexity(48905.97), "48,906"),
+        (perplexity(1.7e7), "1.7e+07"),
+        (perplexity(math.inf), "infinite"),
+        (factor(1.18), "1.180x"),
+        (small(1.147e-5), "1.15e-05"),
+        (duration(0.111), "0.11 s"),
+        (duration(59.96), "60.0 s"),
+        (duration(371), "6 min 11 s"),
+        (duration(7300), "2 h 1 min"),
+    ],
+)
+def test_numbers_are_readable(text: str, expected: str) -> None:
+    assert text == expected
