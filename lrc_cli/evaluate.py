@@ -57,9 +57,9 @@ def compare(
 
     Returns:
         For a language model: mean loss (nats per scored token) and perplexity of both, KL
-        divergence of the predictions (nats, dense to compressed) and top-1 agreement. For any other network:
-        `relative_output_error` = ||f~(x) - f(x)|| / ||f(x)|| over the first output, and KL and
-        agreement where that output is called logits.
+        divergence of the predictions (nats, dense to compressed) and top-1 agreement. For any other
+        network: `relative_output_error` = ||f~(x) - f(x)|| / ||f(x)|| over the first output, and
+        KL and agreement where that output is called logits.
 
     Raises:
         RunError: a network's outputs are not finite.

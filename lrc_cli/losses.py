@@ -163,7 +163,7 @@ def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that a model returns, in order: only the logits where there are any."""
+    """The floating-point tensors that a model returns: only the logits where there are any."""
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     logits = getattr(outputs, "logits", None)

@@ -219,6 +219,7 @@ def open_tokenizer(source: Source) -> Any:
 
 
 def purposes_of(config: Config) -> list[Purpose]:
+    """What blocks the config asks for, in the order in which purposes take them."""
     calibration = config.calibration
     purposes = [_purpose(CALIBRATION, calibration, calibration)]
     if config.certification is not None:
@@ -290,5 +291,13 @@ def _statistics_fingerprint(
 
 def _factors_fingerprint(config: Config, statistics: str) -> str:
     resolved = to_dict(config)
-    fields = [statistics, resolved["compression"], resolved["output"]["dtype"], resolved["recover"]]
+    # As a list: the order of `layers` counts, the last pattern that matches wins.
+    layers = list(resolved["compression"].pop("layers").items())
+    fields = [
+        statistics,
+        resolved["compression"],
+        layers,
+        resolved["output"]["dtype"],
+        resolved["recover"],
+    ]
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 
 def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What to compute in: the stored dtype where the device multiplies it natively, else float32."""
+    """The dtype of activations: the stored one where the device multiplies it, else float32."""
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32
     if device.type == "cpu":

@@ -20,6 +20,8 @@ from lrc_cli.errors import InputError
 from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 
+BISECTIONS = 30
+
 
 def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The rank of every layer (DENSE: stays as it is).
@@ -31,9 +33,20 @@ def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str,
     Raises:
         InputError: the target or an override cannot be reached.
     """
-    choices = [_choices(plan, layer, spectra.get(layer.name)) for layer in plan.layers]
+    compression = plan.config.compression
+
+    def choices_of(*, relative: bool) -> list[RankChoices]:
+        return [_choices(plan, layer, spectra.get(layer.name), relative) for layer in plan.layers]
+
     try:
-        picks = _pick(plan, choices)
+        if compression.max_loss_increase is None:
+            bounds_output = compression.max_layer_error is not None
+            relative = compression.allocation != "global" or bounds_output
+            choices = choices_of(relative=relative)
+            picks = _pick(plan, choices)
+        else:
+            choices = choices_of(relative=False)
+            picks = _pick_within_loss(plan, choices, choices_of(relative=True))
     except Infeasible as error:
         name, value = plan.config.compression.target
         raise InputError(
@@ -51,14 +64,15 @@ def rank_multiple(plan: Plan, layer: Layer) -> int:
     return default_rank_multiple(*layer.shape) if asked == "auto" else int(asked)
 
 
-def _choices(plan: Plan, layer: Layer, spectrum: torch.Tensor | None) -> RankChoices:
+def _choices(
+    plan: Plan, layer: Layer, spectrum: torch.Tensor | None, relative: bool
+) -> RankChoices:
     """What the layer may cost and how wrong it then is, overrides applied."""
     compression = plan.config.compression
     override = compression.override(layer.name)
     itemsize = plan.stored_dtype(layer).itemsize
     if spectrum is None:
         return _only_dense(layer, itemsize)
-    relative = compression.allocation != "global" or compression.max_layer_error is not None
     total = spectrum.sum().item()
     choices = rank_choices(
         spectrum / total if relative and total > 0 else spectrum,
@@ -103,9 +117,34 @@ def _pick(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
         return within_layer_error(choices, compression.max_layer_error**2)
     if compression.allocation == "uniform":
         return _pick_uniform(plan, choices)
-    if compression.max_loss_increase is not None:
-        return within_error(choices, compression.max_loss_increase)
     return within_bytes(choices, _budget(plan))
+
+
+def _pick_within_loss(
+    plan: Plan, choices: Sequence[RankChoices], relative: Sequence[RankChoices]
+) -> list[int]:
+    """The fewest bytes whose errors, in nats, add up to at most max_loss_increase.
+
+    Args:
+        relative: the same choices, the errors divided by each layer's energy. Where `allocation` is
+            relative, their sum is what every saved byte is traded for.
+    """
+    bound = plan.config.compression.max_loss_increase
+    assert bound is not None
+    if plan.config.compression.allocation == "uniform":
+        return _pick_uniform(plan, choices)
+    if plan.config.compression.allocation == "global":
+        return within_error(choices, bound)
+    low = sum(choice.errors.min().item() for choice in relative)
+    picks, high = within_error(relative, low), float(len(relative))
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        tried = within_error(relative, middle)
+        if sum(c.errors[i].item() for c, i in zip(choices, tried, strict=True)) <= bound:
+            picks, low = tried, middle
+        else:
+            high = middle
+    return picks
 
 
 def _pick_uniform(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
@@ -117,7 +156,8 @@ def _pick_uniform(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
     if not free:
         picks = []
     elif bound is not None:
-        picks = uniform_within_error(among, dense_bytes, bound)
+        spent = sum(c.errors[0].item() for c in choices if len(c.ranks) == 1)
+        picks = uniform_within_error(among, dense_bytes, bound - spent)
     else:
         fixed = sum(int(c.num_bytes[0]) for c in choices if len(c.ranks) == 1)
         picks = uniform(among, dense_bytes, (_budget(plan) - fixed) / sum(dense_bytes))

@@ -1,6 +1,7 @@
 """The main job: two phases over a work directory, because a global budget needs every layer's
 spectrum before any rank is known."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ import torch
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Config
 from lrc_cli.engine import SolveError, Statistics
-from lrc_cli.fit import Request, fit_layer, left_dense
+from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
 from lrc_cli.losses import choose_loss
 from lrc_cli.models import Layer, input_groups
 from lrc_cli.output import finish_output, write_checkpoint
-from lrc_cli.plan import CALIBRATION, Plan, make_plan
+from lrc_cli.parallel import in_parallel
+from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan, make_plan
 from lrc_cli.progress import Progress
 from lrc_cli.ranks import allocate_ranks, rank_multiple
 from lrc_cli.statistics import collect
@@ -43,6 +45,7 @@ def compress(
     progress = progress or Progress()
     with progress.phase("checks", 1):
         plan = make_plan(config, force=force)
+    _say_what_is_off(plan, progress)
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
         factors = f"factors/{plan.factors_fingerprint}"
         if restart:
@@ -60,6 +63,15 @@ def compress(
             discard(plan.output)
             raise
     return report
+
+
+def _say_what_is_off(plan: Plan, progress: Progress) -> None:
+    """A setting that resolves to nothing is never ignored in silence."""
+    if plan.config.compression.sequential == "auto":
+        progress.note("compression.sequential: auto is off: not in this version")
+    if CERTIFICATION in plan.sequences:
+        held = len(plan.sequences[CERTIFICATION])
+        progress.note(f"certification: {held} blocks held back; this version certifies nothing yet")
 
 
 def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
@@ -156,20 +168,31 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     cost = sum(_eigen_cost(layer) for _, unit in todo for layer in plan.units[unit])
     with progress.phase("spectra", cost) as phase:
         for stage, unit in todo:
+            layers = plan.units[unit]
             tensors, reasons = {}, {}
-            for layer in plan.units[unit]:
-                solver = plan.solvers[layer.name]
-                statistics, reason = read_statistics(plan, work, layer)
-                if statistics is None:
+            solved = in_parallel(partial(_spectrum, plan, work, stage), layers, plan.device)
+            for layer, (spectrum, reason) in zip(layers, solved, strict=True):
+                if spectrum is None:
                     reasons[layer.name] = reason
                 else:
-                    solve = solver.spectrum if stage == SPECTRA else solver.output_spectrum
-                    try:
-                        tensors[layer.name] = solve(_weight(plan, layer), statistics)
-                    except SolveError as error:
-                        reasons[layer.name] = f"could not be solved: {error}"
+                    tensors[layer.name] = spectrum
                 phase.advance(_eigen_cost(layer))
             work.put(stage, unit, tensors, {"dense": reasons})
+
+
+def _spectrum(
+    plan: Plan, work: WorkDirectory, stage: str, layer: Layer
+) -> tuple[torch.Tensor | None, str]:
+    """A layer's spectrum; None, with the reason, where it must stay dense."""
+    statistics, reason = read_statistics(plan, work, layer)
+    if statistics is None:
+        return None, reason
+    solver = plan.solvers[layer.name]
+    solve = solver.spectrum if stage == SPECTRA else solver.output_spectrum
+    try:
+        return solve(_weight(plan, layer), statistics), ""
+    except SolveError as error:
+        return None, f"could not be solved: {error}"
 
 
 def _weight(plan: Plan, layer: Layer) -> torch.Tensor:
@@ -199,23 +222,11 @@ def factorize_layers(
     cost = sum(_eigen_cost(layer) for unit in todo for layer in plan.units[unit])
     with progress.phase("factors", cost) as phase:
         for unit in todo:
-            spectra, facts = work.get(SPECTRA, unit)
+            layers = plan.units[unit]
             tensors: dict[str, torch.Tensor] = {}
             outcome: dict[str, Any] = {}
-            for layer in plan.units[unit]:
-                reason = facts["dense"].get(layer.name)
-                if reason is not None:
-                    fitted = left_dense(reason, fallback=True)
-                else:
-                    statistics, _ = read_statistics(plan, work, layer)
-                    assert statistics is not None
-                    fitted = fit_layer(
-                        _weight(plan, layer),
-                        plan.solvers[layer.name],
-                        statistics,
-                        spectra[layer.name].to(plan.device),
-                        _request(plan, layer, ranks[layer.name]),
-                    )
+            solved = in_parallel(partial(_fit, plan, work, ranks), layers, plan.device)
+            for layer, fitted in zip(layers, solved, strict=True):
                 outcome[layer.name] = fitted.facts
                 if fitted.packed is not None:
                     tensors[f"{layer.key}.weight"] = fitted.packed.weight
@@ -224,6 +235,22 @@ def factorize_layers(
                         tensors[f"{layer.key}.perm"] = fitted.packed.perm
                 phase.advance(_eigen_cost(layer))
             work.put(stage, unit, tensors, outcome)
+
+
+def _fit(plan: Plan, work: WorkDirectory, ranks: dict[str, int], layer: Layer) -> Fitted:
+    spectra, facts = work.get(SPECTRA, layer.unit)
+    reason = facts["dense"].get(layer.name)
+    if reason is not None:
+        return left_dense(reason, fallback=True)
+    statistics, _ = read_statistics(plan, work, layer)
+    assert statistics is not None
+    return fit_layer(
+        _weight(plan, layer),
+        plan.solvers[layer.name],
+        statistics,
+        spectra[layer.name].to(plan.device),
+        _request(plan, layer, ranks[layer.name]),
+    )
 
 
 def _request(plan: Plan, layer: Layer, rank: int) -> Request:

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_quality.py            seeds 0, 1 and 2
     .venv/bin/python scripts/bench_quality.py --seeds 0  one seed only
 
-Every row is `lrc compress` with configs/demo.yaml and the overrides that the row names, so the
+Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one
 included, are scored on the same blocks in one run. Exits with 1 if a target of seed 0
 is missed.
@@ -73,14 +73,14 @@ def run_seed(seed: int, blocks: int) -> Losses:
     common = [f"calibration.seed={seed}", f"runtime.seed={seed}"]
     scored = [*common, *(f"evaluation.{i}.num_sequences={blocks}" for i in (0, 1))]
     networks: dict[str, Network] = {}
-    demo = ROOT / "configs" / "demo.yaml"
+    base = ROOT / "configs" / "benchmark.yaml"
     for row, overrides in ROWS.items():
         path = OUT / f"seed{seed}" / row.split(" (")[0].replace(", ", "-").replace(" ", "-")
-        config = load_config(demo, [*common, *overrides, "evaluation=[]", f"output.path={path}"])
+        config = load_config(base, [*common, *overrides, "evaluation=[]", f"output.path={path}"])
         print(f"seed {seed}: {row}", file=sys.stderr, flush=True)
         compress(config, force=True, progress=Progress())
         networks[row] = make_network(load(path), device=torch.device("cpu"), dtype=None)
-    plan = make_plan(load_config(demo, [*scored, f"output.path={OUT / 'none'}"]))
+    plan = make_plan(load_config(base, [*scored, f"output.path={OUT / 'none'}"]))
     networks = {"dense": plan.network, INT8: rounded_to_int8(plan), **networks}
     return {row: losses for row, losses in score(networks, plan).items()}
 

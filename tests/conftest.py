@@ -26,7 +26,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The directory of a model of pico.MODELS; tests must not change it."""
     root = tmp_path_factory.mktemp("models")
-    return lambda name: root / name if (root / name).exists() else pico.write_model(root / name, name)
+    return lambda name: (
+        root / name if (root / name).exists() else pico.write_model(root / name, name)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,8 @@ class WithIdle(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8))
+    layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)
+    return nn.Sequential(*layers)
 
 
 def attention():
@@ -265,7 +266,7 @@ def job(directory: Path, changes: dict[str, Any]) -> Path:
         else:
             tree[section] = value
     file = directory / "job.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return file
 
 

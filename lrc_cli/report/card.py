@@ -7,18 +7,22 @@ import yaml
 
 from lrc_cli.report.facts import (
     Report,
-    Table,
     factorised,
     fallen_back,
+    layers_fell_back,
+    limits,
     measured_in,
-    provenance_table,
-    quality_table,
-    reasons_table,
     settings,
-    size_table,
     summary,
 )
 from lrc_cli.report.formatting import count
+from lrc_cli.report.tables import (
+    Table,
+    provenance_table,
+    quality_table,
+    reasons_table,
+    size_table,
+)
 
 MAX_FALLBACKS = 20
 """How many fallen layers are listed by name."""
@@ -108,7 +112,7 @@ def _layers(report: Report) -> str:
         parts += ["Left dense by choice:", _table(reasons_table(dense, "layers", "bytes_after"))]
     if report["skipped"]:
         skipped = reasons_table(report["skipped"], "tensors", "bytes")
-        parts += ["Not compressible, stored as they were:", _table(skipped)]
+        parts += ["Not compressible:", _table(skipped)]
     return "\n\n".join(parts)
 
 
@@ -119,22 +123,11 @@ def _fallbacks(report: Report) -> str:
     lines = [f"- {_escape(x['name'])}: {_escape(x['reason'])}" for x in fallen[:MAX_FALLBACKS]]
     if len(fallen) > MAX_FALLBACKS:
         lines.append(f"- and {len(fallen) - MAX_FALLBACKS} more, see report.json")
-    return f"**{len(fallen)} layers fell back to dense:**\n\n" + "\n".join(lines)
+    return f"**{layers_fell_back(report)}:**\n\n" + "\n".join(lines)
 
 
 def _limits(report: Report) -> str:
-    activations = _escape(report["provenance"]["activation_dtype"])
-    lines = [
-        "- The layer errors in report.json and report.html are measured on the calibration data,"
-        " to which the factors were fitted: they bound nothing on other data.",
-        f"- Quality was measured on the data above only, with activations in {activations}. Other"
-        " data, tasks, languages and precisions may suffer more.",
-        "- Whether a factorised layer is faster than the dense one depends on its size and on the"
-        " hardware; nothing is promised here.",
-    ]
-    if not report["certificate"]["statements"]:
-        note = _escape(report["certificate"].get("note") or "none was asked for")
-        lines.insert(0, f"- There is no certificate ({note}): no figure is a guarantee.")
+    lines = [f"- {_escape(line)}" for line in limits(report)]
     return "## What is not promised\n\n" + "\n".join(lines)
 
 

@@ -14,10 +14,12 @@ Scale = Callable[[float], float]
 
 WIDTH, HEIGHT = 380, 130
 LEFT, RIGHT, TOP, BOTTOM = 36, 4, 8, 8
-MAX_DECADES = 4
+MAX_DECADES = 4.0
+MARGIN = 0.08
+"""Room beyond the least and the largest error, in decades."""
 BAR_HEIGHT, LABEL_WIDTH, TIME_WIDTH = 22, 110, 90
 SINGLES = "other layers"
-ERRORS = {"svd": "plain SVD of that rank", "optimum": "optimum of that rank", "stored": "stored"}
+ERRORS = {"svd": "plain SVD of that rank", "stored": "stored", "optimum": "optimum of that rank"}
 """What is drawn per layer, from back to front."""
 
 
@@ -42,7 +44,7 @@ def share_chart(layers: Sequence[Layer]) -> Markup:
     def vertical(value: float) -> float:
         return HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM)
 
-    ticks = {percent(part * top): part * top for part in (0.0, 0.5, 1.0)}
+    ticks = {f"{part * top:.0%}": part * top for part in (0.0, 0.5, 1.0)}
     return _panels(layers, ticks, vertical, _bar, "Kept bytes of")
 
 
@@ -51,33 +53,33 @@ def error_chart(layers: Sequence[Layer]) -> Markup:
 
     Layers left dense have no mark; they keep their place.
     """
-    values = [
-        error
-        for layer in layers
-        if (errors := _output(layer))
-        for error in errors.values()
-        if error
-    ]
-    high = math.ceil(math.log10(max(values, default=1.0)))
-    low = math.floor(math.log10(min(values, default=0.1)))
-    low = max(min(low, high - 1), high - MAX_DECADES)
+    low, high = _decades([e for layer in layers for e in _output(layer).values() if e > 0])
 
     def vertical(value: float) -> float:
         power = math.log10(value) if value > 0 else -math.inf
         share = (min(max(power, low), high) - low) / (high - low)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    ticks = {f"{10.0**power:g}": 10.0**power for power in range(low, high + 1)}
+    digits = (1, 2, 5) if high - low < 2.5 else (1,)
+    values = [d * 10.0**k for k in range(math.floor(low), math.ceil(high)) for d in digits]
+    ticks = {f"{x:g}": x for x in values if low <= math.log10(x) <= high}
     return _panels(layers, ticks, vertical, _point, "Output error of")
+
+
+def _decades(errors: Sequence[float]) -> tuple[float, float]:
+    """The ends of the logarithmic axis."""
+    high = math.log10(max(errors, default=1.0)) + MARGIN
+    low = math.log10(min(errors, default=0.1)) - MARGIN
+    return max(low, high - MAX_DECADES), high
 
 
 def error_legend() -> Markup:
     """What the marks of `error_chart` mean."""
     items = [
         join(
-            element("svg", _symbol(name, 8.0, 8.0, 12.0), viewBox="0 0 16 16", class_="key"), words
+            element("svg", _symbol(name, 8.0, 8.0, 10.0), viewBox="0 0 16 16", class_="key"), words
         )
-        for name, words in reversed(ERRORS.items())
+        for name, words in ERRORS.items()
     ]
     return element("p", *(element("span", item) for item in items), class_="legend")
 

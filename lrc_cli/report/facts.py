@@ -1,52 +1,14 @@
-"""What the card and the page both say: derived from the report, in plain words and tables."""
+"""What the card and the page both say: derived from the report, in plain words."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from lrc_cli.report.formatting import (
-    EMPTY,
-    byte_size,
-    count,
-    duration,
-    factor,
-    percent,
-    perplexity,
-    small,
-)
+from lrc_cli.report.formatting import byte_size, percent
 
 Report = dict[str, Any]
 """report.json, parsed; see docs/ and `build_report`."""
-
-Column = tuple[str, str, Callable[[Any], str]]
-"""Heading, "l" or "r" for the alignment, and what a row's cell says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Plain text in rows and columns; whoever renders it escapes it."""
-
-    head: tuple[str, ...]
-    """Headings, one per column."""
-    align: str
-    """One "l" or "r" per column."""
-    rows: tuple[tuple[str, ...], ...]
-    """Cells."""
-
-
-def make_table(columns: Sequence[Column], items: Iterable[Any]) -> Table:
-    """One row per item; a column in which no row has anything to say is left out."""
-    items = list(items)
-    cells = [[text(item) for item in items] for _, _, text in columns]
-    kept = [i for i, column in enumerate(cells) if any(cell != EMPTY for cell in column)]
-    return Table(
-        head=tuple(columns[i][0] for i in kept),
-        align="".join(columns[i][1] for i in kept),
-        rows=tuple(zip(*(cells[i] for i in kept), strict=True)),
-    )
 
 
 def factorised(report: Report) -> list[dict[str, Any]]:
@@ -72,9 +34,12 @@ def summary(report: Report) -> str:
     aim = f"{target['name']} {target['value']:g}"
     if target["name"] == "size":
         aim += f" of {of.get(target['of'], target['of'])}"
+    loss = ""
+    if report["method"] == "curvature" and report["loss"]:
+        loss = f" of the {report['loss']['description']}"
     return (
         f"{len(factorised(report))} of {len(report['layers'])} compressible layers are replaced by"
-        f" low-rank factors, fitted with the method {report['method']}"
+        f" low-rank factors, fitted with the method {report['method']}{loss}"
         f" ({report['allocation']} allocation, target: {aim})."
         f" The compressible weights keep {percent(size['kept_compressible'])} of their bytes,"
         f" the whole checkpoint {percent(size['kept_checkpoint'])}."
@@ -93,79 +58,12 @@ def measured_in(report: Report) -> str:
     return f"Measured with the weights as stored ({dtypes}); activations computed in {activations}."
 
 
-def size_table(report: Report) -> Table:
-    """Bytes and parameters before and after, with the names of the three ratios."""
-    size = report["size"]
-    rows = [
-        ("compressible weights, bytes", "compressible_bytes", "kept_compressible"),
-        ("all tensors, bytes", "checkpoint_bytes", "kept_checkpoint"),
-        ("all tensors, parameters", "parameters", "kept_parameters"),
-    ]
-    columns: list[Column] = [
-        ("", "l", lambda row: row[0]),
-        ("before", "r", lambda row: count(size[row[1]]["before"])),
-        ("after", "r", lambda row: count(size[row[1]]["after"])),
-        ("kept", "r", lambda row: percent(size[row[2]])),
-        ("name in report.json", "l", lambda row: row[2]),
-    ]
-    return make_table(columns, rows)
-
-
 def perplexity_ratio(row: dict[str, Any]) -> float | None:
     """After / before, from the losses: these stay finite where a perplexity does not."""
     if row.get("loss_before") is None or row.get("loss_after") is None:
         return None
     difference = row["loss_after"] - row["loss_before"]
     return math.exp(difference) if difference < 700 else math.inf
-
-
-def quality_table(report: Report) -> Table:
-    """One row per evaluation text."""
-    columns: list[Column] = [
-        ("text", "l", lambda row: row["text"]),
-        ("perplexity before", "r", lambda row: perplexity(row.get("perplexity_before"))),
-        ("after", "r", lambda row: perplexity(row.get("perplexity_after"))),
-        ("after / before", "r", lambda row: factor(perplexity_ratio(row))),
-        ("relative output error", "r", lambda row: small(row.get("relative_output_error"))),
-        ("KL divergence, nats", "r", lambda row: small(row.get("kl"))),
-        ("top-1 agreement", "r", lambda row: percent(row.get("top1_agreement"))),
-        ("sequences", "r", _drawn),
-        ("scored positions", "r", lambda row: count(row.get("num_scored"))),
-    ]
-    return make_table(columns, report["quality"])
-
-
-def _drawn(row: dict[str, Any]) -> str:
-    if row.get("population") is None:
-        return count(row.get("num_sequences"))
-    return f"{count(row['num_sequences'])} of {count(row['population'])}"
-
-
-def layer_table(report: Report) -> Table:
-    """One row per compressible layer, in the network's order."""
-
-    def error(layer: dict[str, Any], kind: str, of: str) -> str:
-        return small(layer.get("errors", {}).get(kind, {}).get(of))
-
-    columns: list[Column] = [
-        ("layer", "l", lambda x: x["name"]),
-        ("kind", "l", lambda x: x["kind"]),
-        ("shape", "r", lambda x: " x ".join(map(str, x["shape"]))),
-        ("method", "l", lambda x: x["method"]),
-        ("storage", "l", lambda x: "dense, fell back" if x["fallback"] else x["storage"]),
-        ("rank", "r", lambda x: count(x.get("rank"))),
-        ("before", "r", lambda x: byte_size(x["bytes_before"])),
-        ("after", "r", lambda x: byte_size(x["bytes_after"])),
-        ("kept", "r", lambda x: percent(kept(x))),
-        ("output error", "r", lambda x: error(x, "output", "stored")),
-        ("its optimum", "r", lambda x: error(x, "output", "optimum")),
-        ("plain SVD", "r", lambda x: error(x, "output", "svd")),
-        ("metric error", "r", lambda x: error(x, "metric", "stored")),
-        ("its optimum", "r", lambda x: error(x, "metric", "optimum")),
-        ("plain SVD", "r", lambda x: error(x, "metric", "svd")),
-        ("why", "l", lambda x: x.get("reason") or EMPTY),
-    ]
-    return make_table(columns, report["layers"])
 
 
 def kept(layer: dict[str, Any]) -> float:
@@ -178,8 +76,9 @@ def error_note(report: Report) -> str:
     errors = [layer["errors"] for layer in factorised(report)]
     if not errors:
         return ""
-    white = all(error["output"]["inputs"] == "white" for error in errors)
-    inputs = "white inputs (no calibration data was used)" if white else "the calibration data"
+    words = {"white": "white inputs (no calibration data was used)"}
+    kinds = sorted({error["output"]["inputs"] for error in errors})
+    inputs = " or ".join(words.get(kind, f"{kind} inputs") for kind in kinds)
     units = " / ".join(sorted({error["metric"]["unit"] for error in errors}))
     return (
         f"Output error: ||(W - Z) X|| / ||W X|| on {inputs}, of the stored factors, of the best"
@@ -203,34 +102,6 @@ def loss_estimate(report: Report) -> str:
     return f"{text}; measured: {', '.join(measured)}." if measured else f"{text}."
 
 
-def reasons_table(items: Iterable[dict[str, Any]], what: str, size: str) -> Table:
-    """Layers or tensors counted by reason.
-
-    Args:
-        what: heading of the count.
-        size: the key of an item's bytes.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for item in items:
-        groups.setdefault(item["reason"], []).append(item)
-    columns: list[Column] = [
-        ("reason", "l", lambda group: group[0]),
-        (what, "r", lambda group: count(len(group[1]))),
-        ("bytes", "r", lambda group: byte_size(sum(item[size] for item in group[1]))),
-        (
-            "share of checkpoint",
-            "r",
-            lambda group: percent(_sum_or_none(item.get("share") for item in group[1])),
-        ),
-    ]
-    return make_table(columns, groups.items())
-
-
-def _sum_or_none(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) if found else None
-
-
 def memory_note(report: Report) -> str:
     """Peak memory in words."""
     names = {
@@ -241,30 +112,24 @@ def memory_note(report: Report) -> str:
     return f"Peak memory: {'; '.join(peaks)}." if peaks else ""
 
 
-def provenance_table(report: Report) -> Table:
-    """Versions, hardware, seed, hashes and the data that were drawn."""
-    facts = report["provenance"]
-    device = " ".join(filter(None, (facts["device"], facts.get("device_name"))))
-    pairs = [
-        ("lrc", facts["lrc_version"]),
-        ("Python", f"{facts['python']} on {facts['platform']}"),
-        *facts["packages"].items(),
-        ("device", device),
-        ("activations", facts["activation_dtype"]),
-        ("seed", str(facts["seed"])),
-        ("total time", duration(sum(report["timing"].values()))),
-        ("sha256 of the config", facts["config_sha256"]),
-        *((f"sha256 of source {k}", v) for k, v in facts["checkpoint_sha256"].items()),
-        *((f"sha256 of data {k}", v) for k, v in facts["data_files_sha256"].items()),
-        *((f"{name} data", _sequences(drawn)) for name, drawn in facts["sequences"].items()),
-        *((f"evaluation data {r['text']}", f"sha256 {r['sha256']}") for r in report["quality"]),
+def limits(report: Report) -> list[str]:
+    """What the figures do not promise, in sentences."""
+    certificate = report["certificate"]
+    note = certificate.get("note") or "none was asked for"
+    missing = [f"There is no certificate ({note}): no figure is a guarantee."]
+    return [
+        *([] if certificate["statements"] else missing),
+        "The layer errors belong to the calibration data, or to white inputs where none was used:"
+        " they bound nothing on other data.",
+        "Quality was measured on the evaluation data only, with activations in"
+        f" {report['provenance']['activation_dtype']}; other data, tasks, languages and precisions"
+        " may suffer more.",
+        "Whether a factorised layer is faster than the dense one depends on its size and on the"
+        " hardware.",
     ]
-    columns: list[Column] = [("", "l", lambda pair: pair[0]), ("", "l", lambda pair: pair[1])]
-    return make_table(columns, pairs)
 
 
-def _sequences(drawn: dict[str, Any]) -> str:
-    return (
-        f"{count(drawn['num_sequences'])} of {count(drawn['population'])} sequences,"
-        f" {count(drawn['num_tokens'])} tokens, sha256 {drawn['sha256']}"
-    )
+def layers_fell_back(report: Report) -> str:
+    """How many layers fell back, with the verb."""
+    number = len(fallen_back(report))
+    return f"{number} layer{'' if number == 1 else 's'} fell back to dense"

@@ -4,26 +4,30 @@ from importlib.resources import files
 
 from lrc_cli.report.charts import error_chart, error_legend, share_chart, time_chart
 from lrc_cli.report.facts import (
-    Column,
     Report,
-    Table,
     error_note,
     factorised,
     fallen_back,
-    layer_table,
+    layers_fell_back,
+    limits,
     loss_estimate,
-    make_table,
     measured_in,
     memory_note,
     perplexity_ratio,
-    provenance_table,
-    quality_table,
-    reasons_table,
-    size_table,
     summary,
 )
 from lrc_cli.report.formatting import byte_size, count, duration, factor, percent, perplexity, small
 from lrc_cli.report.markup import Markup, element, join
+from lrc_cli.report.tables import (
+    Column,
+    Table,
+    layer_table,
+    make_table,
+    provenance_table,
+    quality_table,
+    reasons_table,
+    size_table,
+)
 
 # The policy makes the promise binding: a browser that honours it fetches nothing for this page.
 HEAD = (
@@ -55,8 +59,8 @@ def render_html(report: Report) -> str:
         _section("Error per layer", *_errors(report)),
         _section("Time and memory", *_costs(report)),
         _section("Layers", *_layers(report)),
-        _section("Stored as they were", *_skipped(report)),
-        _section("What is not promised", *_limits(report)),
+        _section("Not compressible", *_skipped(report)),
+        _section("What is not promised", _list(limits(report))),
         _section("Versions and hashes", _table(provenance_table(report), "hashes")),
         _section("Configuration", element("pre", report["provenance"]["config"])),
     )
@@ -67,6 +71,10 @@ def _section(title: str, *children: str) -> Markup:
     return element("section", element("h2", title), *children)
 
 
+def _list(lines: list[str]) -> Markup:
+    return element("ul", *(element("li", line) for line in lines))
+
+
 def _note(text: str) -> Markup:
     return element("p", text, class_="note") if text else Markup()
 
@@ -75,7 +83,7 @@ def _alarm(report: Report) -> Markup:
     fallen = fallen_back(report)
     if not fallen:
         return Markup()
-    text = f"{len(fallen)} layers fell back to dense; the first is {fallen[0]['name']}."
+    text = f"{layers_fell_back(report)}; the first is {fallen[0]['name']}."
     return element("p", text, class_="alarm")
 
 
@@ -164,18 +172,6 @@ def _skipped(report: Report) -> list[Markup]:
     opener = element("summary", f"All {count(len(report['skipped']))} tensors")
     by_reason = _table(reasons_table(report["skipped"], "tensors", "bytes"))
     return [by_reason, element("details", opener, every)]
-
-
-def _limits(report: Report) -> list[Markup]:
-    certificate = report["certificate"]
-    lines = [
-        "Layer errors are measured on the calibration data, to which the factors were fitted.",
-        "Quality is measured on the data above only; other data and tasks may suffer more.",
-    ]
-    if not certificate["statements"]:
-        note = certificate.get("note") or "none was asked for"
-        lines.insert(0, f"There is no certificate ({note}): no figure is a guarantee.")
-    return [element("ul", *(element("li", line) for line in lines))]
 
 
 def _table(

@@ -1,0 +1,32 @@
+"""Independent solves side by side: on a CPU a small eigenproblem hardly uses a second core."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+) -> Iterator[Result]:
+    """Results in the order of the items; on the CPU one single-threaded worker per core.
+
+    torch releases the interpreter's lock inside its operations, so threads are enough. A GPU gets
+    one item at a time.
+    """
+    num_threads = torch.get_num_threads()
+    if device.type != "cpu" or num_threads == 1:
+        yield from map(function, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(
+            num_threads, initializer=lambda: torch.set_num_threads(1)
+        ) as workers:
+            yield from workers.map(function, items)
+    finally:
+        torch.set_num_threads(num_threads)

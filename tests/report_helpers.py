@@ -1,0 +1,169 @@
+"""A small report made by hand, and a strict reader of pages."""
+
+import math
+from html.parser import HTMLParser
+from typing import Any
+
+import yaml
+
+VOID = {"meta"}
+
+
+def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[str, Any]:
+    """A layer stored as an interpolative decomposition."""
+    return {
+        "name": name,
+        "kind": "Linear",
+        "shape": [64, 48],
+        "method": "curvature",
+        "storage": "interpolative",
+        "rank": rank,
+        "block": 8,
+        "reason": "interpolative: two factors do not fit these bytes",
+        "fallback": False,
+        "bytes_before": 6144,
+        "bytes_after": 1696,
+        "dtype": "bfloat16",
+        "max_coefficient": 3.5,
+        "errors": {
+            "metric": {
+                "unit": "estimated loss increase, nats per token",
+                "stored": 0.0123,
+                "optimum": 0.0121,
+                "svd": 0.0456,
+                "total": 0.5,
+            },
+            "output": {"inputs": "calibration", "stored": stored, "optimum": 0.2345, "svd": 0.3456},
+        },
+    }
+
+
+def dense_layer(name: str, *, fallback: bool = False, reason: str = "dense pays better") -> Any:
+    """A layer without factors."""
+    return {
+        "name": name,
+        "kind": "Linear",
+        "shape": [64, 48],
+        "method": "curvature",
+        "storage": "dense",
+        "reason": reason,
+        "fallback": fallback,
+        "bytes_before": 6144,
+        "bytes_after": 6144,
+        "dtype": "bfloat16",
+    }
+
+
+def text_row(name: str) -> dict[str, Any]:
+    """The quality of a language model on one text: perplexity 20.4 -> 25.5."""
+    return {
+        "text": name,
+        "num_sequences": 64,
+        "num_scored": 32704,
+        "scored": "negative log-likelihood of the next token",
+        "loss_before": math.log(20.4),
+        "loss_after": math.log(25.5),
+        "perplexity_before": 20.4,
+        "perplexity_after": 25.5,
+        "kl": 0.2187,
+        "top1_agreement": 0.8125,
+        "population": 2821,
+        "sha256": "4f4c" * 16,
+    }
+
+
+def small_report() -> dict[str, Any]:
+    """A report of four layers, two texts and three skipped tensors."""
+    config = {"model": {"path": "models/small", "factory": None, "trust_remote_code": False}}
+    return {
+        "schema_version": 1,
+        "model": "small",
+        "architecture": "LlamaForCausalLM",
+        "method": "curvature",
+        "loss": {"description": "negative log-likelihood of the next token", "kind": "next_token"},
+        "target": {"name": "size", "value": 0.8, "of": "compressible"},
+        "allocation": "global",
+        "sequential": {"used": False, "reason": "not in this version"},
+        "size": {
+            "compressible_bytes": {"before": 24576, "after": 19584},
+            "checkpoint_bytes": {"before": 1234567, "after": 1229575},
+            "parameters": {"before": 617283, "after": 614755},
+            "kept_compressible": 0.797,
+            "kept_checkpoint": 0.996,
+            "kept_parameters": 0.9959,
+            "file_bytes": 1230001,
+        },
+        "quality": [text_row("wikipedia"), text_row("news")],
+        "layers": [
+            factorised_layer("model.layers.0.q_proj"),
+            factorised_layer("model.layers.1.q_proj", stored=0.2512),
+            dense_layer("model.layers.0.v_proj"),
+            factorised_layer("model.head"),
+        ],
+        "skipped": [
+            {"name": "model.embed.weight", "reason": "Embedding", "bytes": 900, "share": 0.5},
+            {"name": "model.norm.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
+            {"name": "model.norm2.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
+        ],
+        "certificate": {"statements": [], "note": "not in this version"},
+        "timing": {"checks": 7.888, "statistics": 371.0, "factors": 0.294},
+        "memory": {"host_resident": 1534705664},
+        "provenance": {
+            "lrc_version": "0.1.0",
+            "python": "3.11.7",
+            "packages": {"torch": "2.13.0+cpu"},
+            "platform": "x86_64",
+            "device": "cpu",
+            "device_name": None,
+            "activation_dtype": "float32",
+            "seed": 0,
+            "config_sha256": "4272" * 16,
+            "config": yaml.safe_dump(config),
+            "evaluation": None,
+            "checkpoint_sha256": {"model.safetensors": "5303" * 16},
+            "data_files_sha256": {"data/text.txt": "5d78" * 16},
+            "sequences": {
+                "calibration": {
+                    "num_sequences": 8,
+                    "num_tokens": 512,
+                    "population": 6584,
+                    "sha256": "711e" * 16,
+                }
+            },
+        },
+    }
+
+
+class Page(HTMLParser):
+    """A parsed page: fails on unbalanced tags, keeps elements, texts and references."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    def marked(self, tag: str, kind: str) -> int:
+        """How many elements have a class."""
+        return sum(
+            name == tag and kind in (attributes.get("class") or "").split()
+            for name, attributes in self.elements
+        )
