@@ -104,8 +104,8 @@ def _pack(
 ) -> tuple[Packed | None, str]:
     """The form with the lowest stored error; the rank is raised until max_layer_error holds."""
     m, n = target.shape
-    metric, output = solver.metric(statistics), Metric(gram=statistics.gram)
-    rank = request.rank
+    metric, rank = solver.metric(statistics), request.rank
+    allowed = _allowed_error(target, statistics, request.max_layer_error)
     while rank <= min(m - 1, n):
         stored = pack_best(
             solver.factorize(target, statistics, rank),
@@ -119,11 +119,19 @@ def _pack(
         )
         if stored.packed.num_bytes >= m * n * request.dtype.itemsize:
             return None, ""
-        bound = request.max_layer_error
-        if bound is None or _relative(output, target - dense(stored.packed), target) <= bound:
+        if allowed is None or metric.errors(target - dense(stored.packed))[1] <= allowed:
             return stored.packed, stored.reason
         rank += request.rank_multiple
     return None, ""
+
+
+def _allowed_error(
+    target: torch.Tensor, statistics: Statistics, relative: float | None
+) -> float | None:
+    """The plain output error that a relative one allows; None: any."""
+    if relative is None:
+        return None
+    return relative**2 * Metric(gram=statistics.gram).error(target)
 
 
 def _errors(
@@ -133,10 +141,10 @@ def _errors(
     statistics: Statistics,
     spectrum: torch.Tensor,
 ) -> dict[str, Any]:
-    metric, output = solver.metric(statistics), Metric(gram=statistics.gram)
-    difference = target - dense(packed)
-    rank = packed.rank
-    svd_difference = target - SVD.factorize(target, Statistics(), rank).dense()
+    rank, metric = packed.rank, solver.metric(statistics)
+    plain = SVD.factorize(target, Statistics(), rank).dense()
+    stored, stored_output = metric.errors(target - dense(packed))
+    svd, svd_output = metric.errors(target - plain)
     # Without a Gram matrix (svd needs no data) the inputs count as white.
     best = FROBENIUS if statistics.gram is not None else SVD
     optimum = best.spectrum(target, statistics)
@@ -144,16 +152,16 @@ def _errors(
     return {
         "metric": {
             "unit": solver.unit,
-            "stored": metric.error(difference),
+            "stored": stored,
             "optimum": _tail(spectrum, rank),
-            "svd": metric.error(svd_difference),
+            "svd": svd,
             "total": spectrum.sum().item(),
         },
         "output": {
             "inputs": "calibration" if statistics.gram is not None else "white",
-            "stored": _relative(output, difference, target),
-            "optimum": math.sqrt(_tail(optimum, rank) / energy) if energy > 0 else 0.0,
-            "svd": _relative(output, svd_difference, target),
+            "stored": _relative(stored_output, energy),
+            "optimum": _relative(_tail(optimum, rank), energy),
+            "svd": _relative(svd_output, energy),
         },
     }
 
@@ -162,6 +170,5 @@ def _tail(spectrum: torch.Tensor, rank: int) -> float:
     return tails(spectrum)[min(rank, len(spectrum))].item()
 
 
-def _relative(output: Metric, difference: torch.Tensor, target: torch.Tensor) -> float:
-    total = output.error(target)
-    return math.sqrt(output.error(difference) / total) if total > 0 else 0.0
+def _relative(error: float, energy: float) -> float:
+    return math.sqrt(error / energy) if energy > 0 else 0.0

@@ -181,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_used(
 def test_an_eight_bit_float_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(4).to(torch.float8_e4m3fn)}, file)
-    with pytest.raises(InputError, match="tensor x has dtype F8_E4M3.*dequantise"):
+    with pytest.raises(InputError, match=r"tensor x has dtype F8_E4M3.*dequantise"):
         open_source(file)
 
 

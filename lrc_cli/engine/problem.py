@@ -48,9 +48,15 @@ class Metric:
         No large quantities are subtracted, so the relative accuracy is about
         eps * |F| |D|^2 |G| / error.
         """
+        return self.errors(difference)[0]
+
+    def errors(self, difference: Tensor) -> tuple[float, float]:
+        """`error` and the plain output error tr(D G D^T), which share the product D G."""
         difference = difference.double()
+        outputs = self.times_gram(difference)
         weighted = difference if self.fisher is None else self.fisher @ difference
-        return self.scale * max(torch.sum(weighted * self.times_gram(difference)).item(), 0.0)
+        form, plain = (torch.sum(side * outputs).item() for side in (weighted, difference))
+        return self.scale * max(form, 0.0), max(plain, 0.0)
 
     def times_gram(self, rows: Tensor) -> Tensor:
         """rows (k, n) @ G, or the rows themselves where G is the identity."""
