@@ -121,7 +121,11 @@ def inspect(checkpoint: Path, factory: str | None, as_json: bool) -> None:
     "--part", multiple=True, metavar="A:B", help="Share of the --data before it, e.g. 0.7:1."
 )
 @click.option("--num-sequences", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--sequence-length", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=2),
+    help="Tokens of a sequence of --data; default: as in the output's calibration.",
+)
 @factory_option
 @json_option
 @quiet_option

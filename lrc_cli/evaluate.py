@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.losses import Loss, choose_loss, floating_outputs, prepare
+from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
 from lrc_cli.models import Network
 
 MICRO_BATCH_TOKENS = 512
@@ -86,7 +86,7 @@ def _add(sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None) -> None:
         else:
             sums.tokens += first[..., 0].numel() if first.ndim else 1
         return
-    scored = (labels != -100).to(old.logits.device)
+    scored = (labels != UNSCORED).to(old.logits.device)
     first, second = old.logits[scored].float(), new.logits[scored].float()
     wanted = labels.to(scored.device)[scored]
     sums.nll_before += functional.cross_entropy(first, wanted, reduction="sum").item()

@@ -88,7 +88,10 @@ def _load_transformers(
             **options,
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise InputError(f"{path} cannot be loaded by transformers: {one_line(error)}") from error
+        raise InputError(
+            f"{path} cannot be loaded by transformers: {one_line(error)}",
+            "check that config.json fits the weights and that this transformers knows the model",
+        ) from error
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks {_some(info['missing_keys'])} of {type(model).__name__}",

@@ -19,6 +19,8 @@ from lrc_cli.models import Network
 
 NUM_PROBES = 4
 MASKED_SHARE = 0.15
+UNSCORED = -100
+"""The label of a position that is not scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,33 +101,26 @@ def _is_causal(network: Network, batch: Batch) -> bool:
 def prepare(
     loss: Loss, batch: Batch, generator: torch.Generator
 ) -> tuple[Batch, torch.Tensor | None]:
-    """The inputs to run and the labels to score (-100: not scored); labels are None without text.
+    """The inputs to run, and the labels to score (UNSCORED where there is none) or None.
 
     Args:
         generator: on the CPU; draws which tokens are masked.
     """
     if loss.kind == "next_token":
         labels = batch["input_ids"].roll(-1, dims=1)
-        labels[:, -1] = -100
+        labels[:, -1] = UNSCORED
         if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"].roll(-1, dims=1) == 0, -100)
+            labels = labels.masked_fill(batch["attention_mask"].roll(-1, dims=1) == 0, UNSCORED)
         return batch, labels
     if loss.kind == "masked_token":
         ids = batch["input_ids"]
         chosen = torch.rand(ids.shape, generator=generator) < MASKED_SHARE
         if "attention_mask" in batch:
             chosen &= batch["attention_mask"].bool()
-        labels = ids.masked_fill(~chosen, -100)
+        labels = ids.masked_fill(~chosen, UNSCORED)
         assert loss.mask_token is not None
         return {**batch, "input_ids": ids.masked_fill(chosen, loss.mask_token)}, labels
     return batch, None
-
-
-def token_nll(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each scored label in nats, float32, shape (scored,)."""
-    scored = labels != -100
-    logits = outputs.logits[scored.to(outputs.logits.device)].float()
-    return functional.cross_entropy(logits, labels[scored].to(logits.device), reduction="none")
 
 
 def backward_scalars(
@@ -137,7 +132,10 @@ def backward_scalars(
     output loss (NUM_PROBES scalars: E[v v^T] = I).
     """
     if labels is not None:
-        yield token_nll(outputs, labels).sum()
+        # Indexing the scored rows would copy the logits, and their gradient, once more.
+        logits = outputs.logits.flatten(0, -2).float()
+        labels = labels.flatten().to(logits.device)
+        yield functional.cross_entropy(logits, labels, reduction="sum", ignore_index=UNSCORED)
     elif loss.kind == "sampled":
         logits = floating_outputs(outputs)[0].float()
         flat = logits.reshape(-1, logits.shape[-1])

@@ -258,7 +258,8 @@ def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:
     """Raise InputError if the data does not offer what the module's forward needs."""
     parameters = inspect.signature(module.forward).parameters
     if len(batch) == 1 and not hasattr(module, "config"):
-        return
+        # It is handed over by position, whatever its name.
+        batch = dict(zip(parameters, batch.values(), strict=False))
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = sorted(set(batch) - set(parameters))
     if unknown and not takes_any:

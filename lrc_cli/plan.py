@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lrc_cli import __version__
 from lrc_cli.calibration import Purpose, Sequences, draw
@@ -100,7 +101,12 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     check_layers(config, layers)
     tokenizer = open_tokenizer(source)
     sequences = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
-    _check_sequences(sequences, module, source)
+    if CALIBRATION not in sequences:
+        raise InputError(
+            "calibration: the data has not one whole sequence in its part",
+            "give more data, widen the part, or lower sequence_length",
+        )
+    check_sequences(sequences, module, source)
     solvers = {
         layer.name: SOLVERS[
             config.compression.override(layer.name).method or config.compression.method
@@ -250,20 +256,25 @@ def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
     )
 
 
-def _check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
-    if CALIBRATION not in sequences:
-        raise InputError(
-            "calibration: the data has not one whole sequence in its part",
-            "give more data, widen the part, or lower sequence_length",
-        )
+def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
+    """Raise InputError if the module cannot take the blocks of some purpose."""
     longest = (source.config or {}).get("max_position_embeddings")
+    embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    known = getattr(embeddings, "num_embeddings", None)
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
         ids = blocks.inputs.get("input_ids")
-        if longest is not None and ids is not None and ids.ndim == 2 and ids.shape[1] > longest:
+        if ids is None:
+            continue
+        if longest is not None and ids.ndim == 2 and ids.shape[1] > longest:
             raise InputError(
                 f"{name}: sequence_length {ids.shape[1]} exceeds the model's {longest} positions",
                 f"set it to {longest} or less",
+            )
+        if known is not None and int(ids.max()) >= known:
+            raise InputError(
+                f"{name}: token {int(ids.max())} is not one of the {known} that the model knows",
+                "give the checkpoint its own tokenizer",
             )
 
 

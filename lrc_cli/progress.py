@@ -61,13 +61,13 @@ class Progress:
     Args:
         stop: checked at every step; None never stops.
         quiet: show nothing.
-        stream: where to write.
+        stream: where to write; None: standard error.
     """
 
     def __init__(
-        self, *, stop: Stop | None = None, quiet: bool = False, stream: TextIO = sys.stderr
+        self, *, stop: Stop | None = None, quiet: bool = False, stream: TextIO | None = None
     ) -> None:
-        self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream
+        self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream or sys.stderr
         self.seconds: dict[str, float] = {}
         """Wall time by phase."""
 

@@ -1,6 +1,7 @@
 """`lrc eval`: quality, speed and memory of a written directory beside its original."""
 
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
 from lrc_cli.evaluate import compare, scoring
-from lrc_cli.models import Network, check_inputs, make_network, open_module, resolve_device
-from lrc_cli.plan import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
+from lrc_cli.models import Network, make_network, open_module, resolve_device
+from lrc_cli.output import peak_memory
+from lrc_cli.plan import (
+    CALIBRATION,
+    CERTIFICATION,
+    check_sequences,
+    open_tokenizer,
+    purposes_of,
+)
 from lrc_cli.progress import Progress
 
 REPEATS = 3
@@ -25,7 +33,7 @@ def score_directory(
     data: tuple[Path, ...],
     part: tuple[str, ...],
     num_sequences: int,
-    sequence_length: int,
+    sequence_length: int | None,
     factory: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -36,6 +44,7 @@ def score_directory(
         against: the original; None: the one that the output's lrc.yaml names.
         data: files to score on; empty: the evaluation texts of lrc.yaml, drawn as they were then.
         part: "A:B" for each of `data`, in order; missing ones are the whole file.
+        sequence_length: tokens of a block of `data`; None: as in the output's calibration.
 
     Raises:
         InputError: something cannot be opened.
@@ -45,18 +54,20 @@ def score_directory(
     original = open_source(against or Path(config.model.path))
     tokenizer = open_tokenizer(original)
     device = resolve_device(config.runtime.device)
-    if data:
-        wanted = _purposes(data, part, num_sequences, sequence_length)
+    if data or part:
+        length = sequence_length or config.calibration.sequence_length
+        wanted = _purposes(data, part, num_sequences, length)
         drawn = draw(wanted, tokenizer=tokenizer, seed=config.calibration.seed)
     else:
         drawn = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
     texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
     if not texts:
         raise InputError("eval: there is no text to score on", "give one with --data")
-    before = make_network(open_module(original, factory=factory), device=device, dtype=None)
+    module = open_module(original, factory=factory)
+    check_sequences(texts, module, original)
+    before = make_network(module, device=device, dtype=None)
     after = make_network(open_module(written, factory=factory), device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
-    check_inputs(before.module, first.name, first.inputs)
     loss = scoring(before, next(first.batches(1)), tokenizer)
     rows = []
     with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
@@ -71,6 +82,7 @@ def score_directory(
         "activation_dtype": str(before.dtype).removeprefix("torch."),
         "bytes": {"before": original.num_bytes, "after": written.num_bytes},
         "seconds_per_sequence": {"before": _time(before, first), "after": _time(after, first)},
+        "memory": peak_memory(device),
         "quality": rows,
     }
 
@@ -83,16 +95,17 @@ def _purposes(
             "eval: more --part than --data", "give one --part for each --data, in order"
         )
     shares = [_parse_part(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
+    names = [" ".join(map(str, pair)) for pair in zip_longest(data, part, fillvalue="")]
     return [
         Purpose(
-            name=str(path),
+            name=name.strip() if names.count(name) == 1 else f"{name.strip()} #{i}",
             path=path,
             part=share,
             sequence_length=sequence_length,
             num_sequences=num_sequences,
             required=False,
         )
-        for path, share in zip(data, shares, strict=True)
+        for i, (name, path, share) in enumerate(zip(names, data, shares, strict=True), start=1)
     ]
 
 
@@ -123,11 +136,13 @@ def _time(network: Network, sequences: Sequences) -> float:
 def render_scores(found: dict[str, Any]) -> str:
     """For people: one line per text."""
     size, seconds = found["bytes"], found["seconds_per_sequence"]
+    peak = found["memory"]["host_resident"] / 1e6
     lines = [
         f"{found['directory']} against {found['against']}"
         f" ({found['activation_dtype']} activations)",
         f"bytes: {size['before']} -> {size['after']} ({size['after'] / size['before']:.1%})",
         f"one sequence: {seconds['before']:.3f} s -> {seconds['after']:.3f} s",
+        f"peak memory, both networks together: {peak:.0f} MB",
     ]
     for row in found["quality"]:
         pieces = []

@@ -88,15 +88,22 @@ class WorkDirectory:
         return self._file(stage, unit).exists()
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """Store a finished unit: written aside, flushed, then renamed."""
+        """Store a finished unit: written aside, flushed, then renamed.
+
+        Raises:
+            RunError: the disk is full, or the file cannot be written for another reason.
+        """
         file = self._file(stage, unit)
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".partial")
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            aside,
-            metadata={"facts": canonical_json(facts)},
-        )
+        data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(data, aside, metadata={"facts": canonical_json(facts)})
+        except SafetensorError as error:
+            raise RunError(
+                f"{file}: cannot be written ({error})",
+                "make room on the disk; the same command goes on where it stopped",
+            ) from error
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
         aside.rename(file)

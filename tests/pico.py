@@ -97,6 +97,14 @@ def write_character_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]").save_pretrained(directory)
 
 
+def write_large_tokenizer(directory: Path) -> None:
+    """A tokenizer with more words than any pico model has embeddings."""
+    numbers = {word: 1000 - i for i, word in enumerate(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(directory)
+
+
 def _llama(**changes: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**_DECODER, "tie_word_embeddings": True, **changes}))
 

@@ -12,14 +12,13 @@ import torch
 from conftest import Models
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.errors import InputError
-from lrc_cli.losses import Loss, choose_loss, prepare, token_nll
+from lrc_cli.losses import Loss, backward_scalars, choose_loss, prepare
 from lrc_cli.models import Layer, Network, find_layers, input_groups, make_network, open_module
 from lrc_cli.statistics import GramSum, collect
 
@@ -379,6 +378,11 @@ def test_the_chosen_labels_are_scored_once() -> None:
     assert labels is not None
     assert labels.tolist() == [[6, 7, -100, -100], [9, 10, 11, -100]]
     logits = torch.randn(2, 4, 12)
-    whole = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    scored = token_nll(SimpleNamespace(logits=logits), labels)
-    assert len(scored) == 5 and scored.sum() == pytest.approx(whole.item(), rel=1e-5)
+    nll = -logits.log_softmax(-1)
+    wanted = sum(
+        nll[i, t, labels[i, t]].item() for i, t in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))
+    )
+    (scalar,) = backward_scalars(
+        Loss(kind="next_token"), SimpleNamespace(logits=logits), labels, torch.Generator()
+    )
+    assert scalar.item() == pytest.approx(wanted, rel=1e-5)

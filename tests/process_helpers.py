@@ -1,0 +1,84 @@
+"""Run `lrc` in processes of its own: forked from one that has imported torch, so in no time."""
+
+import functools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from lrc_cli.cli import lrc, run_command
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["lrc_cli.run", "lrc_cli.hf", "transformers.models.llama.modeling_llama"]
+)
+PATIENCE = 120.0
+"""Seconds to wait for anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A started command; its outputs go to files."""
+
+    process: BaseProcess
+    log: Path
+
+    def wait(self) -> int:
+        """Its exit code once it has ended, as a shell gives it."""
+        self.process.join(PATIENCE)
+        code = self.process.exitcode
+        assert code is not None, "the command does not end"
+        return code if code >= 0 else 128 - code
+
+    def stop_when(self, condition: Callable[[], bool], number: int) -> int:
+        """Sends a signal as soon as `condition` holds; returns the exit code."""
+        self.wait_until(condition)
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.wait()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Returns as soon as `condition` holds, while the command runs."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.is_alive(), f"ended too early: {self.err}"
+            assert time.monotonic() < deadline, "the moment to stop at never came"
+            time.sleep(0.001)
+
+    @property
+    def err(self) -> str:
+        """What it wrote on standard error."""
+        return self.log.read_text()
+
+
+def start(arguments: Sequence[object], log: Path, *, largest_file: int | None = None) -> Running:
+    """Starts `lrc` with arguments.
+
+    Args:
+        log: file for its standard error.
+        largest_file: bytes beyond which writing to a file fails, as on a full disk.
+    """
+    process = _FORKS.Process(
+        target=_main, args=([str(argument) for argument in arguments], str(log), largest_file)
+    )
+    process.start()
+    return Running(process=process, log=log)
+
+
+def _main(arguments: list[str], log: str, largest_file: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.exit(run_command(functools.partial(lrc, args=arguments)))

@@ -1,0 +1,492 @@
+"""The commands as a user meets them: options, output, exit codes, and one sentence per mistake."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from conftest import Models
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from lrc_cli import __version__
+from lrc_cli.cli import lrc
+
+Changes = dict[str, Any]
+
+
+def assert_one_sentence(ended: pico.Ended, code: int, *pieces: str) -> None:
+    """One line on standard error, with its cause and remedy, nothing on standard output."""
+    assert ended.code == code, ended.err
+    assert ended.out == ""
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert "; " in ended.err, "no remedy"
+    for piece in pieces:
+        assert piece in ended.err
+
+
+def assert_nothing_left(directory: Path) -> None:
+    names = {path.name for path in directory.iterdir()}
+    assert not names & {"out", "out.partial", "out.lrc-old"}
+
+
+# ---------------------------------------------------------------- the surface
+
+
+def test_commands_and_options_are_frozen() -> None:
+    """Scripts rely on these: add, never rename."""
+    surface = {
+        name: sorted(max(parameter.opts, key=len) for parameter in command.params)
+        for name, command in lrc.commands.items()
+    }
+    assert surface == {
+        "compress": sorted(
+            ["config", "--set", "--output", "--force", "--restart", "--strict", "--json", "--quiet"]
+        ),
+        "inspect": sorted(["checkpoint", "--factory", "--json"]),
+        "eval": sorted(
+            [
+                *("directory", "--against", "--data", "--part", "--num-sequences"),
+                *("--sequence-length", "--factory", "--json", "--quiet"),
+            ]
+        ),
+        "schema": [],
+    }
+
+
+LIGHT = """
+import sys
+from lrc_cli.cli import lrc, run_command
+sys.argv = ["lrc", *sys.argv[1:]]
+code = run_command(lrc)
+heavy = {"torch", "transformers", "numpy", "safetensors"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["-h"], 0),
+        (["compress", "--help"], 0),
+        (["eval", "--help"], 0),
+        (["--version"], 0),
+        (["schema"], 0),
+        (["compress", "absent.yaml"], 2),
+        (["compres"], 2),
+    ],
+)
+def test_light_commands_import_nothing_heavy(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-c", LIGHT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+
+
+def test_every_command_is_in_the_help() -> None:
+    ended = pico.call("--help")
+    assert ended.code == 0 and all(name in ended.out for name in lrc.commands)
+    for name in lrc.commands:
+        assert pico.call(name, "--help").out.startswith("Usage: ")
+    assert __version__ in pico.call("--version").out
+
+
+def test_the_schema_is_json() -> None:
+    schema = json.loads(pico.call("schema").out)
+    assert set(schema["required"]) == {"model", "calibration", "compression", "output"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compress", "--sizes"], ["unknown"], ["compress"], ["eval"]]
+)
+def test_bad_usage_is_exit_two(arguments: list[str]) -> None:
+    ended = pico.call(*arguments)
+    assert ended.code == 2 and "Error" in ended.err and "Traceback" not in ended.err
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("options", "pieces"),
+    [
+        (["--set", "compression.size=1.7"], ["compression.size", "1.7"]),
+        (["--set", "compression.sizes=0.5"], ["compression.sizes", "size"]),
+        (["--set", "compression.size"], ["--set"]),
+        (["--set", "nothing.at.all=1"], ["nothing"]),
+        (["--set", "recover.scope=block"], ["recover.scope", "not in this version"]),
+    ],
+)
+def test_wrong_settings_name_the_key(
+    options: list[str], pieces: list[str], tmp_path: Path, llama_job: Changes
+) -> None:
+    ended = pico.call("compress", pico.job(tmp_path, llama_job), *options)
+    assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err
+    assert ended.err.startswith("error: ") and all(piece in ended.err for piece in pieces)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_wrong_key_is_pointed_at(tmp_path: Path, llama_job: Changes) -> None:
+    config = pico.job(tmp_path, llama_job | {"compression.metod": "svd", "compression.size": 1.7})
+    ended = pico.call("compress", config)
+    assert ended.code == 2
+    assert "job.yaml:" in ended.err and "metod" in ended.err and "method" in ended.err
+    assert "size" in ended.err
+
+
+def test_a_missing_config_through_the_installed_command(tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("lrc"), "compress", "absent.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = pico.Ended(code=done.returncode, out=done.stdout, err=done.stderr)
+    assert ended.code == 2 and ended.out == ""
+    assert ended.err.startswith("error: ") and "absent.yaml" in ended.err
+    assert ended.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_set_and_output_override_the_config(tmp_path: Path, llama_job: Changes) -> None:
+    ended = pico.call(
+        "compress",
+        pico.job(tmp_path, llama_job),
+        "--set",
+        "compression.size=0.5",
+        "--set",
+        "compression.method=svd",
+        "--output",
+        tmp_path / "else where",
+        "-q",
+    )
+    assert (ended.code, ended.out, ended.err) == (0, f"{tmp_path / 'else where'}\n", "")
+    report = json.loads((tmp_path / "else where" / "report.json").read_text())
+    assert report["method"] == "svd" and report["size"]["kept_compressible"] <= 0.5
+    assert_nothing_left(tmp_path)
+
+
+def test_results_go_to_standard_output_and_the_rest_elsewhere(
+    tmp_path: Path, llama_job: Changes
+) -> None:
+    ended = pico.call("compress", pico.job(tmp_path, llama_job), "--json")
+    report = json.loads(ended.out)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(f"{phase}: " in ended.err for phase in report["timing"])
+    assert report["schema_version"] == 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def damaged(directory: Path, source: Path, damage: Callable[[Path], None]) -> Path:
+    """A copy of a checkpoint with something wrong."""
+    shutil.copytree(source, directory / "model")
+    damage(directory / "model")
+    return directory / "model"
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+def edit_state(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        state = pico.read_state(path)
+        edit(state)
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+
+    return write
+
+
+def put_nan(state: dict[str, torch.Tensor]) -> None:
+    weight = state["model.layers.1.mlp.up_proj.weight"].clone()
+    weight[3, 5] = math.nan
+    state["model.layers.1.mlp.up_proj.weight"] = weight
+
+
+def truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def remove_tokenizer(path: Path) -> None:
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "nan": (edit_state(put_nan), ["model.layers.1.mlp.up_proj.weight", "NaN"]),
+    "missing-tensor": (
+        edit_state(lambda state: state.pop("model.layers.1.mlp.up_proj.weight")),  # type: ignore
+        ["model.layers.1.mlp.up_proj.weight"],
+    ),
+    "quantised": (
+        edit_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ["bitsandbytes", "dequantise"],
+    ),
+    "unnamed-quantisation": (edit_config(quantization_config={"bits": 4}), ["quantised"]),
+    "truncated": (truncate, ["model.safetensors"]),
+    "no-tokenizer": (remove_tokenizer, ["no tokenizer", "beside the weights"]),
+    "broken-tokenizer": (
+        lambda path: (path / "tokenizer.json").write_text("{"),
+        ["tokenizer", "restore its files"],
+    ),
+    "no-weights": (lambda path: (path / "model.safetensors").unlink(), ["no .safetensors file"]),
+    "config-not-json": (lambda path: (path / "config.json").write_text("{"), ["config.json"]),
+    "unknown-architecture": (
+        edit_config(model_type="unheard_of", architectures=["UnheardOf"]),
+        ["unheard_of"],
+    ),
+    "other-tokenizer": (pico.write_large_tokenizer, ["token", "96", "own tokenizer"]),
+    "wrong-shape": (edit_config(intermediate_size=80), ["cannot be loaded"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGES))
+def test_a_checkpoint_that_cannot_be_compressed(
+    kind: str, tmp_path: Path, llama_job: Changes
+) -> None:
+    damage, pieces = DAMAGES[kind]
+    model = damaged(tmp_path, Path(llama_job["model.path"]), damage)
+    ended = pico.call("compress", pico.job(tmp_path, llama_job | {"model.path": str(model)}), "-q")
+    assert_one_sentence(ended, 2, *pieces)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, checkpoint: Models, text: Path) -> None:
+    shard = "model-00002-of-00003.safetensors"
+    model = damaged(tmp_path, checkpoint("qwen2"), lambda path: (path / shard).unlink())
+    changes = {"model.path": str(model), "calibration.path": str(text)}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert_one_sentence(ended, 2, shard, "copy all shards")
+
+
+def test_our_own_output_is_not_compressed_again(tmp_path: Path, llama_job: Changes) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job)
+    changes = llama_job | {"model.path": str(output), "output.path": str(tmp_path / "twice")}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert_one_sentence(ended, 2, "already", "lrc", "dense checkpoint")
+    assert not (tmp_path / "twice").exists()
+
+
+BAD: dict[str, tuple[Changes, list[str]]] = {
+    "no-model": ({"model.path": "absent/model"}, ["absent/model", "check the path"]),
+    "no-text": ({"calibration.path": "absent.txt"}, ["absent.txt", "no such file"]),
+    "too-few": ({"calibration.num_sequences": 5000}, ["5000 were asked for", "fewer"]),
+    "too-long": (
+        {"calibration.sequence_length": 65, "evaluation": []},
+        ["sequence_length 65", "64 positions", "64 or less"],
+    ),
+    "no-layer": ({"compression.include": ["*.nothing"]}, ["no layer is selected", "lrc inspect"]),
+    "unused-pattern": (
+        {"compression.layers": {"*.q_prj": {"rank": 4}}},
+        ["*.q_prj", "matches no selected layer"],
+    ),
+    "mixed-units": (
+        {"compression.layers": {"*.q_proj": {"method": "svd"}}},
+        ["allocation", "relative or uniform"],
+    ),
+    "no-factory": ({"model.factory": "absent_module:build"}, ["absent_module:build"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_jobs_that_cannot_be_done(kind: str, tmp_path: Path, llama_job: Changes) -> None:
+    changes, pieces = BAD[kind]
+    ended = pico.call("compress", pico.job(tmp_path, llama_job | changes), "-q")
+    assert_one_sentence(ended, 2, *pieces)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compression.size": 0.01},
+        {"compression.size": 0.01, "compression.allocation": "uniform"},
+        {"compression.size": 0.1, "compression.size_of": "checkpoint"},
+        {"compression.layers": {"*.q_proj": {"rank": 64}}},
+    ],
+)
+def test_a_target_that_cannot_be_reached(
+    changes: Changes, tmp_path: Path, llama_job: Changes
+) -> None:
+    ended = pico.call("compress", pico.job(tmp_path, llama_job | changes), "-q")
+    assert_one_sentence(ended, 2)
+    assert "compression." in ended.err
+    assert_nothing_left(tmp_path)
+
+
+def test_an_empty_text(tmp_path: Path, llama_job: Changes) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    changes = llama_job | {"calibration.path": str(tmp_path / "empty.txt")}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert_one_sentence(ended, 2, "the text is empty", "empty.txt")
+
+
+def test_tensors_the_model_does_not_take(
+    tmp_path: Path, plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    rows = str(plain_folder.path / "rows.safetensors")
+    changes = plain_folder.model("attention") | {"calibration.path": rows}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert_one_sentence(ended, 2, "calibration: the model needs the input 'attention_mask'")
+    changes = plain_folder.model("mlp") | {"model.factory": None}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert_one_sentence(ended, 2, "model.factory")
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, llama_job: Changes) -> None:
+    (tmp_path / "file").write_text("x")
+    model = tmp_path / "model"
+    shutil.copytree(llama_job["model.path"], model)
+    for output, piece in (
+        (tmp_path / "file" / "out", "not a writable directory"),
+        (tmp_path / "file", "exists"),
+        (model, "is the checkpoint itself"),
+    ):
+        changes = llama_job | {"model.path": str(model), "output.path": str(output)}
+        for options in ((), ("--force",)):
+            ended = pico.call("compress", pico.job(tmp_path, changes), "-q", *options)
+            assert_one_sentence(ended, 2, piece)
+    assert (tmp_path / "file").read_text() == "x" and not (model / "report.json").exists()
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def test_inspect_accounts_for_every_byte(checkpoint: Models) -> None:
+    path = checkpoint("llama")
+    found = json.loads(pico.call("inspect", path, "--json").out)
+    state = pico.read_state(path)
+    assert found["architecture"] == "LlamaForCausalLM" and len(found["layers"]) == 14
+    assert found["bytes"] == sum(tensor.nbytes for tensor in state.values())
+    assert found["bytes"] == found["compressible_bytes"] + sum(s["bytes"] for s in found["skipped"])
+    for layer in found["layers"]:
+        assert layer["shape"] == list(state[f"{layer['name']}.weight"].shape)
+        assert layer["dtype"] == "bfloat16"
+    reasons = {entry["name"]: entry["reason"] for entry in found["skipped"]}
+    assert "shared" in reasons["model.embed_tokens.weight"]
+    assert reasons["model.norm.weight"] == "a vector"
+
+
+def test_inspect_for_people(checkpoint: Models) -> None:
+    ended = pico.call("inspect", checkpoint("qwen2"))
+    assert ended.code == 0 and ended.err == ""
+    assert "Qwen2ForCausalLM" in ended.out and "3 file(s)" in ended.out
+    assert "2 x q_proj" in ended.out and "64 x 64" in ended.out
+    assert "left out by include and exclude" in ended.out  # lm_head
+
+
+def test_inspect_of_a_plain_module(
+    plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    found = pico.call("inspect", "mlp.safetensors", "--factory", "pico_factories:mlp", "--json")
+    assert [layer["name"] for layer in json.loads(found.out)["layers"]] == ["0", "2", "4"]
+    assert_one_sentence(pico.call("inspect", "mlp.safetensors"), 2, "factory")
+    assert_one_sentence(pico.call("inspect", "absent"), 2, "absent")
+
+
+# ---------------------------------------------------------------- eval
+
+
+def test_eval_repeats_the_reports_figures(tmp_path: Path, llama_job: Changes) -> None:
+    output, report = pico.compressed(tmp_path, llama_job)
+    found = json.loads(pico.call("eval", output, "--json", "-q").out)
+    (row,), (told,) = found["quality"], report["quality"]
+    assert row["text"] == told["text"] and row["sha256"] == told["sha256"]
+    for key in ("perplexity_before", "perplexity_after", "kl", "top1_agreement"):
+        assert row[key] == pytest.approx(told[key], rel=1e-4)
+    assert found["bytes"] == report["size"]["checkpoint_bytes"]
+    assert min(found["seconds_per_sequence"].values()) > 0
+    people = pico.call("eval", output, "-q")
+    assert people.code == 0 and "perplexity" in people.out and "top-1 agreement" in people.out
+
+
+def test_eval_on_other_data_against_another_checkpoint(
+    tmp_path: Path, llama_job: Changes, text: Path
+) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job)
+    moved = tmp_path / "moved"
+    shutil.copytree(llama_job["model.path"], moved)
+    options = ["--num-sequences", 3, "--sequence-length", 16, "--json", "-q"]
+    ended = pico.call(
+        "eval", output, "--against", moved, "--data", text, "--part", "0.9:1", *options
+    )
+    found = json.loads(ended.out)
+    (row,) = found["quality"]
+    assert found["against"] == str(moved) and row["num_sequences"] == 3
+    assert row["num_scored"] == 3 * 15
+    words = text.read_text().split()
+    blocks = torch.tensor([pico.VOCABULARY.index(word) for word in words[5400:]]).split(16)
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = {model(input_ids=b[None], labels=b[None]).loss.item() for b in blocks}
+    assert min(losses) <= row["loss_after"] <= max(losses)
+    both = pico.call("eval", output, "--data", text, "--data", text, "--part", "0:0.5", *options)
+    rows = json.loads(both.out)["quality"]
+    assert [r["num_sequences"] for r in rows] == [3, 3]
+    assert [r["text"] for r in rows] == [f"{text} 0:0.5", str(text)]
+    assert rows[0]["sha256"] != rows[1]["sha256"]
+
+
+def test_eval_of_a_dense_copy_is_lossless(tmp_path: Path, llama_job: Changes) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job | {"compression.size": 1.0})
+    (row,) = json.loads(pico.call("eval", output, "--json", "-q").out)["quality"]
+    assert row["perplexity_after"] == row["perplexity_before"]
+    assert row["kl"] == pytest.approx(0, abs=1e-6) and row["top1_agreement"] == 1
+
+
+def test_eval_of_an_encoder_and_of_a_plain_module(
+    tmp_path: Path,
+    checkpoint: Models,
+    text: Path,
+    plain_folder: pico.PlainFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, changes, options in (
+        ("bert", {"model.path": str(checkpoint("bert")), "calibration.path": str(text)}, []),
+        ("mlp", plain_folder.model("mlp"), ["--factory", "pico_factories:mlp"]),
+    ):
+        monkeypatch.chdir(plain_folder.path)
+        folder = tmp_path / name
+        folder.mkdir()
+        output, report = pico.compressed(folder, changes)
+        ended = pico.call("eval", output, "--json", "-q", *options)
+        (row,) = json.loads(ended.out)["quality"]
+        told = report["quality"][0]["relative_output_error"]
+        assert row["relative_output_error"] == pytest.approx(told, rel=1e-3) and told > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "piece"),
+    [
+        (["--part", "0:1"], "more --part than --data"),
+        (["--data", "{text}", "--part", "0.5"], "not A:B"),
+        (["--data", "{text}", "--part", "0.5:0.2"], "0 <= A < B <= 1"),
+        (["--data", "absent.txt"], "no such file"),
+        (["--against", "absent"], "absent"),
+        (["--data", "{text}", "--sequence-length", "65"], "64 positions"),
+    ],
+)
+def test_eval_with_wrong_options(
+    options: list[str], piece: str, tmp_path: Path, llama_job: Changes, text: Path
+) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job | {"compression.method": "svd"})
+    filled = [option.replace("{text}", str(text)) for option in options]
+    assert_one_sentence(pico.call("eval", output, "-q", *filled), 2, piece)
+
+
+def test_eval_of_what_lrc_did_not_write(tmp_path: Path, checkpoint: Models) -> None:
+    assert_one_sentence(pico.call("eval", checkpoint("llama"), "-q"), 2)
+    assert_one_sentence(pico.call("eval", tmp_path / "absent", "-q"), 2, "absent")

@@ -1,0 +1,260 @@
+"""The same bytes whatever happened on the way: other processes, kills, signals, reuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+from conftest import Models
+from process_helpers import start
+
+Changes = dict[str, Any]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """The files whose bytes are promised: weights, index and config."""
+    files = [*output.glob("*.safetensors"), *output.glob("*.index.json"), output / "config.json"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def times(directory: Path, stage: str) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in directory.glob(f".lrc-work/*/{stage}/**/*.*")}
+
+
+@pytest.fixture
+def long_job(checkpoint: Models, text: Path) -> Changes:
+    """Twelve layers, so that there is time to interrupt it."""
+    return {
+        "model.path": str(checkpoint("llama-long")),
+        "calibration.path": str(text),
+        "output.shard_size": "300KB",
+        "evaluation": [],
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path
+) -> dict[str, bytes]:
+    """What `long_job` writes when nothing happens."""
+    changes: Changes = {
+        "model.path": str(checkpoint("llama-long")),
+        "calibration.path": str(text),
+        "output.shard_size": "300KB",
+        "evaluation": [],
+    }
+    output, _ = pico.compressed(tmp_path_factory.mktemp("undisturbed"), changes)
+    return contents(output)
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path, llama_job: Changes) -> None:
+    """Through the installed command and as a module, from two directories."""
+    lrc = Path(sys.executable).with_name("lrc")
+    written, manifests = [], []
+    for seed, command in (("1", [lrc]), ("2", [sys.executable, "-m", "lrc_cli"])):
+        folder = tmp_path / seed
+        folder.mkdir()
+        changes = llama_job | {"output.path": "results/out", "output.shard_size": "30KB"}
+        pico.job(folder, changes)
+        done = subprocess.run(
+            [*command, "compress", "job.yaml"],
+            cwd=folder,
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, "results/out\n"), done.stderr
+        assert "kept " in done.stderr and "perplexity" in done.stderr
+        output = folder / "results" / "out"
+        written.append(contents(output))
+        manifests.append(json.loads((output / "manifest.json").read_text()))
+    assert len(written[0]) > 3 and written[0] == written[1]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
+    assert all(manifests[0]["files"][name] == manifests[1]["files"][name] for name in written[0])
+
+
+@pytest.mark.parametrize("moment", ["statistics", "spectra", "factors", "out.partial"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    moment: str, tmp_path: Path, long_job: Changes, undisturbed: dict[str, bytes]
+) -> None:
+    command = ["compress", pico.job(tmp_path, long_job)]
+    work = tmp_path / ".lrc-work"
+
+    def reached() -> bool:
+        if moment == "out.partial":
+            return any((tmp_path / moment).glob("*"))
+        return any(work.glob(f"*/{moment}/**/*.safetensors"))
+
+    code = start(command, tmp_path / "log").stop_when(reached, signal.SIGKILL)
+    assert code == 128 + signal.SIGKILL and not (tmp_path / "out").exists()
+    finished = times(tmp_path, "*")
+    running = start(command, tmp_path / "log")
+    assert running.wait() == 0, running.err
+    assert contents(tmp_path / "out") == undisturbed
+    assert not (tmp_path / "out.partial").exists()
+    whole = {file: time for file, time in finished.items() if file.suffix == ".safetensors"}
+    assert whole and all(file.stat().st_mtime_ns == time for file, time in whole.items()), (
+        "finished units were computed again"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(
+    number: int, tmp_path: Path, long_job: Changes, undisturbed: dict[str, bytes]
+) -> None:
+    command = ["compress", pico.job(tmp_path, long_job)]
+    running = start(command, tmp_path / "log")
+    code = running.stop_when(
+        lambda: any(tmp_path.glob(".lrc-work/*/spectra/*.safetensors")), number
+    )
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signal.Signals(number)]
+    assert "the same command goes on where it stopped" in running.err
+    assert "Traceback" not in running.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    running = start(command, tmp_path / "log")
+    assert running.wait() == 0, running.err
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_two_runs_do_not_share_a_work_directory(tmp_path: Path, long_job: Changes) -> None:
+    command = ["compress", pico.job(tmp_path, long_job)]
+    first = start(command, tmp_path / "log")
+    first.wait_until(lambda: any(tmp_path.glob(".lrc-work/*/statistics/*.safetensors")))
+    ended = pico.call(*command, "--force", "-q")
+    assert first.process.is_alive(), "this machine is too fast for the test"
+    assert ended.code == 1 and "another lrc run is using it" in ended.err
+    assert first.wait() == 0 and (tmp_path / "out").exists()
+
+
+def test_the_same_config_again_is_said_and_nothing_is_done(
+    tmp_path: Path, llama_job: Changes
+) -> None:
+    config = pico.job(tmp_path, llama_job)
+    assert pico.call("compress", config).code == 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    ended = pico.call("compress", config)
+    assert ended.code == 0 and ended.out == f"{tmp_path / 'out'}\n"
+    assert "already what the config asks for" in ended.err
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    as_json = pico.call("compress", config, "--json", "-q")
+    assert json.loads(as_json.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compression.size": 0.5},
+        {"compression.method": "svd"},
+        {"calibration.seed": 1},
+        {"output.dtype": "float32"},
+        {"evaluation": []},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_config_needs_force(change: Changes, tmp_path: Path, llama_job: Changes) -> None:
+    pico.compressed(tmp_path, llama_job)
+    before = contents(tmp_path / "out")
+    config = pico.job(tmp_path, llama_job | change)
+    ended = pico.call("compress", config, "-q")
+    assert ended.code == 2 and "--force" in ended.err and ended.err.count("\n") == 1
+    assert contents(tmp_path / "out") == before
+    assert pico.call("compress", config, "--force", "-q").code == 0
+    if change != {"evaluation": []}:
+        assert contents(tmp_path / "out") != before
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lrc-work", "job.yaml", "out"}
+
+
+def test_other_data_or_weights_are_not_taken_for_the_same(
+    tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_bytes(text.read_bytes())
+    changes = {"model.path": str(checkpoint("llama")), "calibration.path": str(words)}
+    pico.compressed(tmp_path, changes)
+    before = contents(tmp_path / "out")
+    words.write_text(pico.words(6000, seed=9))
+    assert pico.call("compress", tmp_path / "job.yaml", "-q").code == 2
+    assert pico.call("compress", tmp_path / "job.yaml", "-q", "--force").code == 0
+    assert contents(tmp_path / "out") != before
+
+
+def test_force_never_replaces_what_lrc_did_not_write(tmp_path: Path, llama_job: Changes) -> None:
+    mine = tmp_path / "out" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    for options in ((), ("--force",)):
+        ended = pico.call("compress", pico.job(tmp_path, llama_job), "-q", *options)
+        assert ended.code == 2 and ended.err.count("\n") == 1
+    assert "was not written by lrc" in ended.err
+    assert mine.read_text() == "years of work"
+
+
+def test_another_size_reuses_the_first_phase(tmp_path: Path, llama_job: Changes) -> None:
+    pico.compressed(tmp_path, llama_job)
+    kept = times(tmp_path, "statistics") | times(tmp_path, "spectra")
+    assert len(kept) >= 4
+    smaller = llama_job | {
+        "compression.size": 0.4,
+        "compression.storage": "factors",
+        "compression.allocation": "relative",
+    }
+    output, report = pico.compressed(tmp_path, smaller, "--force")
+    assert times(tmp_path, "statistics") | times(tmp_path, "spectra") == kept
+    assert report["size"]["kept_compressible"] <= 0.4
+    assert "statistics" not in report["timing"] and "spectra" not in report["timing"]
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    alone, _ = pico.compressed(fresh, smaller)
+    assert contents(output) == contents(alone), "what was reused was not the same"
+    pico.compressed(tmp_path, smaller, "--force", "--restart")
+    again = times(tmp_path, "statistics") | times(tmp_path, "spectra")
+    assert set(again) == set(kept) and not set(again.values()) & set(kept.values())
+
+
+def test_an_explicit_work_directory_belongs_to_one_set_of_statistics(
+    tmp_path: Path, llama_job: Changes
+) -> None:
+    changes = llama_job | {"runtime.work_dir": str(tmp_path / "work")}
+    pico.compressed(tmp_path, changes)
+    assert list((tmp_path / "work" / "spectra").iterdir())
+    assert not (tmp_path / ".lrc-work").exists()
+    config = pico.job(tmp_path, changes | {"runtime.seed": 1})
+    ended = pico.call("compress", config, "--force", "-q")
+    assert ended.code == 2 and "made with another seed" in ended.err
+    assert (tmp_path / "out").exists()
+
+
+def test_leavings_of_a_crash_are_tidied(tmp_path: Path, llama_job: Changes) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job)
+    before = contents(output)
+    output.rename(tmp_path / "out.lrc-old")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "junk").write_text("x")
+    ended = pico.call("compress", tmp_path / "job.yaml")
+    assert ended.code == 0 and "already" in ended.err
+    assert contents(output) == before and not (tmp_path / "out.lrc-old").exists()
+    pico.compressed(tmp_path, llama_job | {"compression.size": 0.5}, "--force")
+    assert {path.name for path in tmp_path.iterdir()} == {".lrc-work", "job.yaml", "out"}
+
+
+@pytest.mark.parametrize(("name", "largest"), [("llama", 20_000), ("qwen2", 200_000)])
+def test_a_full_disk_is_one_sentence_and_leaves_no_output(
+    name: str, largest: int, tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    """The first limit is met in the work directory, the second while the weights are written."""
+    changes = {"model.path": str(checkpoint(name)), "calibration.path": str(text)}
+    command = ["compress", pico.job(tmp_path, changes), "-q"]
+    running = start(command, tmp_path / "log", largest_file=largest)
+    assert running.wait() == 1
+    assert running.err.startswith("error: ") and running.err.count("\n") == 1
+    assert "File too large" in running.err and "goes on" in running.err
+    assert bool(list(tmp_path.glob(".lrc-work/*/factors/*/*.safetensors"))) == (name == "qwen2")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert pico.call(*command).code == 0
