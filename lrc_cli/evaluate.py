@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
+from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare, unpadded
 from lrc_cli.models import Network
+from lrc_cli.statistics import micro_batch
 
 MICRO_BATCH_TOKENS = 512
 OUTPUT_ONLY = Loss(kind="output")
@@ -66,19 +67,20 @@ def compare(
     """
     sums = _Sums()
     generator = torch.Generator().manual_seed(seed)
-    size = max(1, MICRO_BATCH_TOKENS * len(sequences) // sequences.num_tokens)
-    for batch in sequences.batches(size):
+    for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
         inputs, labels = prepare(loss, batch, generator)
         with torch.no_grad():
             old, new = before(inputs), after(inputs)
-        _add(sums, old, new, labels)
+        _add(sums, old, new, labels, batch.get("attention_mask"))
         advance(len(next(iter(batch.values()))))
     return {"num_sequences": len(sequences), **_result(sums, loss)}
 
 
-def _add(sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None) -> None:
+def _add(
+    sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None, mask: torch.Tensor | None
+) -> None:
     if labels is None:
-        first, second = floating_outputs(old)[0].float(), floating_outputs(new)[0].float()
+        first, second = (unpadded(floating_outputs(x)[0].float(), mask) for x in (old, new))
         sums.difference += (second - first).double().square().sum().item()
         sums.energy += first.double().square().sum().item()
         if getattr(old, "logits", None) is not None and first.shape[-1] > 1:

@@ -32,6 +32,13 @@ class Fitted:
     facts: dict[str, Any]
     """For the report; see `fit_layer`."""
 
+    def tensors(self, key: str) -> dict[str, torch.Tensor]:
+        """What is written for the layer of this disk name; empty where it stays dense."""
+        if self.packed is None:
+            return {}
+        written = {f"{key}.weight": self.packed.weight, f"{key}.up.weight": self.packed.up}
+        return written if self.packed.perm is None else {**written, f"{key}.perm": self.packed.perm}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -106,9 +113,12 @@ def _pack(
     m, n = target.shape
     metric, rank = solver.metric(statistics), request.rank
     allowed = _allowed_error(target, statistics, request.max_layer_error)
-    while rank <= min(m - 1, n):
+    largest = min(m - 1, n)
+    # The rank may have to rise; solutions are nested, so one of the largest rank holds them all.
+    factors = solver.factorize(target, statistics, rank if allowed is None else largest)
+    while rank <= largest:
         stored = pack_best(
-            solver.factorize(target, statistics, rank),
+            factors.truncated(rank),
             target,
             metric,
             request.dtype,

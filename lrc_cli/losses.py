@@ -19,6 +19,9 @@ from lrc_cli.models import Network
 
 NUM_PROBES = 4
 MASKED_SHARE = 0.15
+CAUSAL_LEAK = 1e-5
+"""A change of earlier logits below this share is rounding, not a look ahead."""
+
 UNSCORED = -100
 """The label of a position that is not scored."""
 
@@ -34,7 +37,16 @@ class Loss:
     @property
     def unit(self) -> str:
         """What one unit of the summed loss is, per token that reaches a layer."""
-        return "half squared output change per token" if self.kind == "output" else "nats per token"
+        return {
+            "next_token": "nats per token",
+            "masked_token": "nats per input token, of which 15 % are scored",
+            "sampled": "nats per token",
+            "output": "half the squared output change per token",
+        }[self.kind]
+
+    def facts(self) -> dict[str, str]:
+        """For the work directory and the report."""
+        return {"kind": self.kind, "unit": self.unit, "description": self.description}
 
     @property
     def description(self) -> str:
@@ -88,14 +100,19 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
 
 
 def _is_causal(network: Network, batch: Batch) -> bool:
-    """Whether the logits before the last token ignore it: asked of the network, not of its name."""
+    """Whether the logits before the last real token ignore it: asked of the network, not its name.
+
+    A bidirectional network may hardly look at a distant token, so the change is judged one
+    position before, against the change at the token itself.
+    """
     row = {name: tensor[:1].clone() for name, tensor in batch.items()}
     other = {name: tensor.clone() for name, tensor in row.items()}
-    ids = other["input_ids"]
-    ids[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, -1] + 1) % network.vocabulary
+    ids, mask = other["input_ids"], row.get("attention_mask")
+    last = ids.shape[1] - 1 if mask is None else int(mask[0].nonzero().max())
+    ids[0, last] = (ids[0, last] + 1) % network.vocabulary
     with torch.no_grad():
-        before, after = network(row).logits[0, 0], network(other).logits[0, 0]
-    return bool(torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()))
+        change = (network(row).logits[0] - network(other).logits[0]).float().abs()
+    return bool(change[last - 1].max() <= CAUSAL_LEAK * change[last].max())
 
 
 def prepare(
@@ -110,7 +127,8 @@ def prepare(
         labels = batch["input_ids"].roll(-1, dims=1)
         labels[:, -1] = UNSCORED
         if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"].roll(-1, dims=1) == 0, UNSCORED)
+            mask = batch["attention_mask"].bool()
+            labels = labels.masked_fill(~(mask & mask.roll(-1, dims=1)), UNSCORED)
         return batch, labels
     if loss.kind == "masked_token":
         ids = batch["input_ids"]
@@ -124,12 +142,20 @@ def prepare(
 
 
 def backward_scalars(
-    loss: Loss, outputs: Any, labels: torch.Tensor | None, generator: torch.Generator
+    loss: Loss,
+    outputs: Any,
+    labels: torch.Tensor | None,
+    generator: torch.Generator,
+    mask: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Scalars whose gradients g have E[g g^T] = the curvature wanted, one per probe.
 
     The summed loss itself for likelihoods (one scalar), <v, f(x)> with random signs v for the
-    output loss (NUM_PROBES scalars: E[v v^T] = I).
+    output loss (NUM_PROBES scalars: E[v v^T] = I). Outputs of padded positions do not count.
+
+    Args:
+        labels: of `prepare`.
+        mask: (sequences, tokens), true where a token is real; None: all are.
     """
     if labels is not None:
         # Indexing the scored rows would copy the logits, and their gradient, once more.
@@ -137,12 +163,12 @@ def backward_scalars(
         labels = labels.flatten().to(logits.device)
         yield functional.cross_entropy(logits, labels, reduction="sum", ignore_index=UNSCORED)
     elif loss.kind == "sampled":
-        logits = floating_outputs(outputs)[0].float()
+        logits = unpadded(floating_outputs(outputs)[0].float(), mask)
         flat = logits.reshape(-1, logits.shape[-1])
         drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
         yield functional.cross_entropy(flat, drawn[:, 0].to(flat.device), reduction="sum")
     else:
-        tensors = [tensor for tensor in floating_outputs(outputs) if tensor.requires_grad]
+        tensors = [unpadded(tensor, mask) for tensor in floating_outputs(outputs)]
         for _ in range(NUM_PROBES):
             yield sum(
                 ((tensor * _signs(tensor, generator)).sum() for tensor in tensors),
@@ -158,6 +184,25 @@ def num_scalars(loss: Loss) -> int:
 def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
     return signs.to(tensor.device, tensor.dtype)
+
+
+def unpadded(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The entries of real tokens, (rows, ...), of a tensor that has one for every token.
+
+    Any other tensor, with one entry per sequence for instance, is returned as it is.
+
+    Args:
+        tensor: (sequences, tokens, ...) or, flattened by the model, (sequences * tokens, ...).
+        mask: (sequences, tokens), true where a token is real; None: all are.
+    """
+    if mask is None:
+        return tensor
+    real = mask.to(tensor.device, torch.bool)
+    if tensor.ndim > 2 and tensor.shape[:2] == mask.shape:
+        return tensor[real]
+    if tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
+        return tensor[real.flatten()]
+    return tensor
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:

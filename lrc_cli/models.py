@@ -95,11 +95,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    available = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    if device.type == "mps":
+        raise InputError("runtime.device: mps has no float64, which the solvers need", "use cpu")
+    available = {"cpu": 1, "cuda": torch.cuda.device_count()}
     if available[device.type] <= (device.index or 0):
         raise InputError(f"runtime.device: {name} is not there", "use auto or cpu")
     return device
@@ -222,7 +220,8 @@ def hooked(
 
     def attach(layer: Layer) -> Any:
         return network.module.get_submodule(layer.name).register_forward_hook(
-            lambda _, inputs, output: hook(layer, inputs[0], output)
+            lambda _, inputs, named, output: hook(layer, [*inputs, *named.values()][0], output),
+            with_kwargs=True,
         )
 
     handles = [attach(layer) for layer in layers]
@@ -240,18 +239,20 @@ def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dic
         {layer name: name of the first layer with the same input}; layers that were not reached
         are absent.
     """
-    first: dict[tuple[int, ...], str] = {}
-    groups: dict[str, str] = {}
+    seen: dict[str, list[tuple[int, ...]]] = {}
     alive = []  # a tensor that was freed could lend its address to another one
 
     def look(layer: Layer, x: torch.Tensor, _: torch.Tensor) -> None:
         alive.append(x)
-        identity = (x.data_ptr(), *x.shape, *x.stride())
-        groups.setdefault(layer.name, first.setdefault(identity, layer.name))
+        # The version tells a tensor from itself after a change in place.
+        identity = (x.data_ptr(), x._version, *x.shape, *x.stride())
+        seen.setdefault(layer.name, []).append(identity)
 
     with torch.no_grad(), hooked(network, layers, look):
         network(batch)
-    return groups
+    # A layer may be called several times: only the same inputs in every call are one group.
+    first: dict[tuple[tuple[int, ...], ...], str] = {}
+    return {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
 
 
 def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.engine import (
     DENSE,
     Infeasible,
@@ -18,7 +19,7 @@ from lrc_cli.engine import (
 )
 from lrc_cli.errors import InputError
 from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
+from lrc_cli.plan import DTYPES, Plan
 
 BISECTIONS = 30
 
@@ -38,6 +39,7 @@ def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str,
     def choices_of(*, relative: bool) -> list[RankChoices]:
         return [_choices(plan, layer, spectra.get(layer.name), relative) for layer in plan.layers]
 
+    unreachable = "ask for less compression"
     try:
         if compression.max_loss_increase is None:
             bounds_output = compression.max_layer_error is not None
@@ -50,17 +52,44 @@ def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str,
     except Infeasible as error:
         name, value = plan.config.compression.target
         raise InputError(
-            f"compression.{name}: {value} cannot be reached: {error}", "ask for less compression"
+            f"compression.{name}: {value} cannot be reached: {error}", unreachable
         ) from error
+    if not _meets_target(plan, choices, picks):
+        name, value = compression.target
+        raise InputError(
+            f"compression.{name}: {value} cannot be reached: the layers that compression.layers"
+            " fixes, or that cannot be compressed, already miss it",
+            unreachable,
+        )
     return {
         layer.name: int(choice.ranks[pick])
         for layer, choice, pick in zip(plan.layers, choices, picks, strict=True)
     }
 
 
+def check_reachable(plan: Plan) -> None:
+    """Raise InputError for an override or a size that shapes alone rule out, before any pass."""
+    flat = {layer.name: torch.zeros(min(layer.shape), dtype=torch.float64) for layer in plan.layers}
+    allocate_ranks(plan, flat)
+
+
+def _meets_target(plan: Plan, choices: Sequence[RankChoices], picks: Sequence[int]) -> bool:
+    compression = plan.config.compression
+    chosen = list(zip(choices, picks, strict=True))
+    if compression.size is not None:
+        return sum(int(choice.num_bytes[i]) for choice, i in chosen) <= _budget(plan)
+    if compression.max_loss_increase is not None:
+        total = sum(choice.errors[i].item() for choice, i in chosen)
+        return total <= compression.max_loss_increase
+    assert compression.max_layer_error is not None
+    return all(choice.errors[i].item() <= compression.max_layer_error**2 for choice, i in chosen)
+
+
 def rank_multiple(plan: Plan, layer: Layer) -> int:
-    """What the layer's rank must be a multiple of."""
+    """What the layer's rank must be a multiple of; a rank that the user wrote is taken as it is."""
     asked = plan.config.compression.rank_multiple
+    if plan.config.compression.override(layer.name).rank is not None:
+        return 1
     return default_rank_multiple(*layer.shape) if asked == "auto" else int(asked)
 
 
@@ -71,7 +100,7 @@ def _choices(
     compression = plan.config.compression
     override = compression.override(layer.name)
     itemsize = plan.stored_dtype(layer).itemsize
-    if spectrum is None:
+    if spectrum is None or override.size == 1:
         return _only_dense(layer, itemsize)
     total = spectrum.sum().item()
     choices = rank_choices(
@@ -80,7 +109,7 @@ def _choices(
         n=layer.shape[1],
         itemsize=itemsize,
         storage=override.storage or compression.storage,
-        rank_multiple=1 if override.rank else rank_multiple(plan, layer),
+        rank_multiple=rank_multiple(plan, layer),
     )
     if override.rank is not None:
         return _only(choices, choices.ranks == override.rank, layer, f"rank {override.rank}")
@@ -173,5 +202,11 @@ def _budget(plan: Plan) -> float:
     assert compression.size is not None
     if compression.size_of == "compressible":
         return compression.size * plan.compressible_bytes
-    rest = plan.source.num_bytes - plan.compressible_bytes
+    compressible = {f"{layer.key}.weight" for layer in plan.layers}
+    cast = DTYPES.get(plan.config.output.dtype)
+    rest = sum(
+        info.num_elements * (cast if cast and info.dtype in FLOAT_DTYPES else info.dtype).itemsize
+        for key, info in plan.source.tensors.items()
+        if key not in compressible
+    )
     return compression.size * plan.source.num_bytes - rest

@@ -8,26 +8,16 @@ import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Config
-from lrc_cli.engine import SolveError, Statistics
+from lrc_cli.engine import SolveError
 from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
-from lrc_cli.losses import choose_loss
-from lrc_cli.models import Layer, input_groups
+from lrc_cli.gather import collect_statistics, read_statistics
+from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.parallel import in_parallel
-from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan, make_plan
+from lrc_cli.plan import CERTIFICATION, Plan, make_plan, purposes_of
 from lrc_cli.progress import Progress
-from lrc_cli.ranks import allocate_ranks, rank_multiple
-from lrc_cli.statistics import collect
-from lrc_cli.work import (
-    OUTPUT_SPECTRA,
-    SPECTRA,
-    STATISTICS,
-    WorkDirectory,
-    compress_gram,
-    expand_gram,
-)
-
-MICRO_BATCH_TOKENS = 2048
+from lrc_cli.ranks import allocate_ranks, check_reachable, rank_multiple
+from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, STATISTICS, WorkDirectory
 
 
 def compress(
@@ -45,6 +35,7 @@ def compress(
     progress = progress or Progress()
     with progress.phase("checks", 1):
         plan = make_plan(config, force=force)
+        check_reachable(plan)
     _say_what_is_off(plan, progress)
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
         factors = f"factors/{plan.factors_fingerprint}"
@@ -69,92 +60,17 @@ def _say_what_is_off(plan: Plan, progress: Progress) -> None:
     """A setting that resolves to nothing is never ignored in silence."""
     if plan.config.compression.sequential == "auto":
         progress.note("compression.sequential: auto is off: not in this version")
+    compression = plan.config.compression
+    if compression.loss != "auto" and all("fisher" not in s.needs for s in plan.solvers.values()):
+        progress.note(f"compression.loss: {compression.loss} is not used: no layer has curvature")
+    for purpose in purposes_of(plan.config):
+        found = len(plan.sequences.get(purpose.name, ()))
+        if found < purpose.num_sequences:
+            lowered = f"{found} sequences, not {purpose.num_sequences}, because no more are left"
+            progress.note(f"{purpose.name}: {lowered if found else 'skipped, no sequence is left'}")
     if CERTIFICATION in plan.sequences:
         held = len(plan.sequences[CERTIFICATION])
         progress.note(f"certification: {held} blocks held back; this version certifies nothing yet")
-
-
-def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
-    """Phase one, data: Gram matrices of every unit that has none yet, in one pass."""
-    missing = [unit for unit in plan.units if not work.has(STATISTICS, unit)]
-    if not missing:
-        return
-    layers = [layer for unit in missing for layer in plan.units[unit]]
-    needing = {
-        need: [layer for layer in layers if need in plan.solvers[layer.name].needs]
-        for need in ("gram", "fisher")
-    }
-    if not needing["gram"]:
-        for unit in missing:
-            work.put(STATISTICS, unit, {}, {"layers": {}, "loss": None})
-        return
-    network = plan.network
-    sequences = plan.sequences[CALIBRATION]
-    probe = next(sequences.batches(1))
-    loss = None
-    if needing["fisher"]:
-        loss = choose_loss(plan.config.compression.loss, network, probe, plan.tokenizer)
-        progress.note(f"loss: {loss.description}")
-    leaders = input_groups(network, needing["gram"], probe)
-    groups: dict[str, list[Layer]] = {}
-    for layer in needing["gram"]:
-        if layer.name in leaders:
-            groups.setdefault(leaders[layer.name], []).append(layer)
-    with progress.phase("statistics", len(sequences)) as phase:
-        grams, fishers = collect(
-            network,
-            sequences,
-            inputs=groups,
-            outputs=needing["fisher"],
-            loss=loss,
-            seed=plan.config.runtime.seed,
-            micro_batch=max(1, MICRO_BATCH_TOKENS * len(sequences) // sequences.num_tokens),
-            advance=phase.advance,
-        )
-    for unit in missing:
-        tensors: dict[str, torch.Tensor] = {}
-        facts: dict[str, Any] = {}
-        for layer in plan.units[unit]:
-            group = leaders.get(layer.name)
-            facts[layer.name] = {
-                "group": group,
-                "group_unit": next((x.unit for x in groups.get(group or "", [])[:1]), None),
-                "tokens": grams[group].num_rows if group in grams else 0,
-                "has_gradient": layer.name in fishers,
-            }
-            for kind, sums in (("gram", grams), ("fisher", fishers)):
-                if layer.name in sums:
-                    pair = compress_gram(sums[layer.name].mean())
-                    tensors[f"{kind}.{layer.name}"], tensors[f"{kind}-scale.{layer.name}"] = pair
-        described = None if loss is None else {"kind": loss.kind, "description": loss.description}
-        work.put(
-            STATISTICS,
-            unit,
-            tensors,
-            {"layers": facts, "loss": described, "activations": str(network.dtype)},
-        )
-
-
-def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Statistics | None, str]:
-    """A layer's statistics on the run's device; None, with the reason, where it must stay dense."""
-    needs = plan.solvers[layer.name].needs
-    if not needs:
-        return Statistics(), ""
-    tensors, facts = work.get(STATISTICS, layer.unit)
-    seen = facts["layers"][layer.name]
-    if not seen["tokens"]:
-        return None, "no calibration input reached it"
-    if "fisher" in needs and not seen["has_gradient"]:
-        return None, "the loss does not depend on it"
-
-    def expand(kind: str, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        return expand_gram(stored[f"{kind}.{name}"], stored[f"{kind}-scale.{name}"], plan.device)
-
-    leader = (
-        tensors if seen["group_unit"] == layer.unit else work.get(STATISTICS, seen["group_unit"])[0]
-    )
-    fisher = expand("fisher", layer.name, tensors) if "fisher" in needs else None
-    return Statistics(gram=expand("gram", seen["group"], leader), fisher=fisher), ""
 
 
 def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
@@ -169,25 +85,25 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     with progress.phase("spectra", cost) as phase:
         for stage, unit in todo:
             layers = plan.units[unit]
-            tensors, reasons = {}, {}
-            solved = in_parallel(partial(_spectrum, plan, work, stage), layers, plan.device)
-            for layer, (spectrum, reason) in zip(layers, solved, strict=True):
-                if spectrum is None:
-                    reasons[layer.name] = reason
-                else:
-                    tensors[layer.name] = spectrum
-                phase.advance(_eigen_cost(layer))
+            solved = list(in_parallel(partial(_spectrum, plan, work, stage), layers, plan.device))
+            named = list(zip(layers, solved, strict=True))
+            tensors = {layer.name: s for layer, (s, _) in named if s is not None}
+            reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
             work.put(stage, unit, tensors, {"dense": reasons})
+            phase.advance(sum(map(_eigen_cost, layers)))
 
 
 def _spectrum(
     plan: Plan, work: WorkDirectory, stage: str, layer: Layer
 ) -> tuple[torch.Tensor | None, str]:
     """A layer's spectrum; None, with the reason, where it must stay dense."""
+    solver = plan.solvers[layer.name]
+    if stage == OUTPUT_SPECTRA and solver.output_spectrum is solver.spectrum:
+        spectra, facts = work.get(SPECTRA, layer.unit)
+        return spectra.get(layer.name), facts["dense"].get(layer.name, "")
     statistics, reason = read_statistics(plan, work, layer)
     if statistics is None:
         return None, reason
-    solver = plan.solvers[layer.name]
     solve = solver.spectrum if stage == SPECTRA else solver.output_spectrum
     try:
         return solve(_weight(plan, layer), statistics), ""
@@ -223,25 +139,22 @@ def factorize_layers(
     with progress.phase("factors", cost) as phase:
         for unit in todo:
             layers = plan.units[unit]
+            solved = list(in_parallel(partial(_fit, plan, work, ranks), layers, plan.device))
             tensors: dict[str, torch.Tensor] = {}
-            outcome: dict[str, Any] = {}
-            solved = in_parallel(partial(_fit, plan, work, ranks), layers, plan.device)
             for layer, fitted in zip(layers, solved, strict=True):
-                outcome[layer.name] = fitted.facts
-                if fitted.packed is not None:
-                    tensors[f"{layer.key}.weight"] = fitted.packed.weight
-                    tensors[f"{layer.key}.up.weight"] = fitted.packed.up
-                    if fitted.packed.perm is not None:
-                        tensors[f"{layer.key}.perm"] = fitted.packed.perm
-                phase.advance(_eigen_cost(layer))
-            work.put(stage, unit, tensors, outcome)
+                tensors |= fitted.tensors(layer.key)
+            facts = {x.name: fitted.facts for x, fitted in zip(layers, solved, strict=True)}
+            work.put(stage, unit, tensors, facts)
+            phase.advance(sum(map(_eigen_cost, layers)))
 
 
 def _fit(plan: Plan, work: WorkDirectory, ranks: dict[str, int], layer: Layer) -> Fitted:
     spectra, facts = work.get(SPECTRA, layer.unit)
-    reason = facts["dense"].get(layer.name)
-    if reason is not None:
-        return left_dense(reason, fallback=True)
+    reasons = dict(facts["dense"])
+    if plan.config.compression.max_layer_error is not None:
+        reasons |= work.get(OUTPUT_SPECTRA, layer.unit)[1]["dense"]
+    if layer.name in reasons:
+        return left_dense(reasons[layer.name], fallback=True)
     statistics, _ = read_statistics(plan, work, layer)
     assert statistics is not None
     return fit_layer(
@@ -261,5 +174,5 @@ def _request(plan: Plan, layer: Layer, rank: int) -> Request:
         rank_multiple=rank_multiple(plan, layer),
         storage=override.storage or compression.storage,
         dtype=plan.stored_dtype(layer),
-        max_layer_error=compression.max_layer_error,
+        max_layer_error=None if override.rank is not None else compression.max_layer_error,
     )

@@ -10,13 +10,25 @@ import torch
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import RunError
-from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare
+from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.precision import recast_in_backward
 
 # Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
 # to 40 % of the products. Narrower panels would slow the matrix product itself.
 PANEL = 256
+
+
+def micro_batch(sequences: Sequences, num_positions: int) -> int:
+    """How many sequences have about `num_positions` positions together, at least one.
+
+    A position is a token, or a row of features of a floating-point input.
+    """
+    widest = max(
+        tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
+        for tensor in sequences.inputs.values()
+    )
+    return max(1, num_positions // max(widest, 1))
 
 
 class GramSum:
@@ -114,18 +126,17 @@ def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Gen
     with recast_in_backward(network.casts):
         outputs = network(model_inputs)
         remaining = num_scalars(loss)
-        for scalar in backward_scalars(loss, outputs, labels, generator):
+        mask = batch.get("attention_mask")
+        for scalar in backward_scalars(loss, outputs, labels, generator, mask):
             remaining -= 1
-            scalar.backward(retain_graph=remaining > 0)
+            if scalar.requires_grad:  # else no measured layer has a say in the loss
+                scalar.backward(retain_graph=remaining > 0)
 
 
 def _add(
     sums: dict[str, GramSum], name: str, tensor: torch.Tensor, mask: torch.Tensor | None
 ) -> None:
-    if mask is not None and tensor.shape[:2] == mask.shape:
-        rows = tensor[mask.to(tensor.device, torch.bool)]
-    else:
-        rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
     if name not in sums:
         sums[name] = GramSum(tensor.shape[-1], tensor.device)
     sums[name].add(rows)

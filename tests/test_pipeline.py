@@ -35,7 +35,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "of-checkpoint": ("llama", {"size": 0.75, "size_of": "checkpoint"}),
     "layer-error": ("llama", {"max_layer_error": 0.4}),
     "layer-error-frobenius": ("llama", {"method": "frobenius", "max_layer_error": 0.3}),
-    "layer-error-svd": ("llama", {"method": "svd", "max_layer_error": 0.5}),
     "loss-increase": ("llama", {"max_loss_increase": 0.05}),
     "loss-increase-uniform": ("llama", {"max_loss_increase": 1.0, "allocation": "uniform"}),
     "loss-increase-relative": ("llama", {"max_loss_increase": 1.0, "allocation": "relative"}),

@@ -386,3 +386,67 @@ def test_the_chosen_labels_are_scored_once() -> None:
         Loss(kind="next_token"), SimpleNamespace(logits=logits), labels, torch.Generator()
     )
     assert scalar.item() == pytest.approx(wanted, rel=1e-5)
+
+
+class InPlace(nn.Module):
+    """Two layers that read one address before and after a change in place, and one called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + 1
+        first = self.a(h)
+        second = self.b(h.relu_())
+        return first + second + self.c(h) + self.d(input=h) + self.d(10 * h)
+
+
+def test_only_layers_that_always_read_the_same_values_share_a_gram_matrix() -> None:
+    module = InPlace()
+    network = make_network(module, device=CPU, dtype=None)
+    layers = [
+        Layer(name=name, key=name, kind="Linear", shape=(8, 8), dtype=torch.float32, unit="")
+        for name in "abcd"
+    ]
+    groups = input_groups(network, layers, {"x": torch.randn(4, 8)})
+    assert groups == {"a": "a", "b": "b", "c": "b", "d": "d"}
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1])
+def test_a_bidirectional_model_is_never_taken_for_a_causal_one(
+    checkpoint: Models, spread: float
+) -> None:
+    """Its tokens hardly look at distant ones, and padding at the end changes nothing at all."""
+    module, _ = opened(checkpoint("bert-mlm"))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter.data, std=spread)
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    ids = torch.arange(5, 25).reshape(1, 20)
+    mask = torch.ones_like(ids)
+    mask[0, 14:] = 0
+    tokenizer = SimpleNamespace(mask_token_id=3)
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        assert choose_loss("auto", network, batch, tokenizer).kind == "masked_token"
+
+
+def test_padded_positions_of_the_output_do_not_count() -> None:
+    """The gradient of every probe, and of a drawn label, is zero there."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for kind in ("output", "sampled"):
+        output = torch.randn(2, 3, 5, requires_grad=True)
+        for scalar in backward_scalars(
+            Loss(kind=kind), output, None, torch.Generator().manual_seed(0), mask
+        ):
+            scalar.backward(retain_graph=True)
+        assert output.grad is not None
+        touched = output.grad.abs().sum(-1) > 0
+        assert torch.equal(touched, mask.bool())
+
+
+def test_left_padding_is_neither_scored_nor_predicted_from() -> None:
+    ids = torch.tensor([[0, 0, 5, 6]])
+    mask = torch.tensor([[0, 0, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    _, labels = prepare(Loss(kind="next_token"), batch, torch.Generator())
+    assert labels is not None and labels.tolist() == [[-100, -100, 6, -100]]

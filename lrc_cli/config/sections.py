@@ -54,7 +54,7 @@ class Model:
     """The checkpoint to compress."""
 
     path: Text
-    """Directory of a transformers checkpoint, a .safetensors file, or .pt, .pth, .bin."""
+    """Directory of a transformers checkpoint, or .safetensors with a factory."""
     factory: Factory | None = None
     """"package.module:function" that returns the torch.nn.Module, if it is not transformers'."""
     trust_remote_code: bool = False
@@ -158,7 +158,7 @@ class Compression:
     max_layer_error: Fraction | None = None
     """Target: the largest relative error of any layer's output on calibration data."""
     max_loss_increase: Positive | None = None
-    """Target: predicted increase of the loss, in nats a token; for method curvature."""
+    """Target: predicted increase of the loss per token (ranks before rounding); for curvature."""
     size_of: Literal["compressible", "checkpoint"] = "compressible"
     """What size is a share of: the layers that can be compressed, or all tensors."""
     allocation: Allocation = field(default=cast(Allocation, None), metadata={"derived": True})
@@ -166,11 +166,11 @@ class Compression:
     sequential: Literal["auto"] | bool = "auto"
     """Whether each layer is fitted to the inputs that the compressed layers before it give."""
     ridge: Positive = 0.01
-    """Regularisation of the Gram matrices, relative to their mean diagonal."""
+    """Ridge of sequential fitting, relative to the Gram matrix's mean diagonal."""
     center: bool = False
     """Whether the mean input is split off into the bias."""
     storage: Storage = "auto"
-    """How factors are stored; auto: the smaller of the two that is accurate."""
+    """How factors are stored; auto: what has the lower error, as stored, in the same bytes."""
     rank_multiple: Literal["auto"] | Count = "auto"
     """What ranks are multiples of; auto: the pivot block where both sides divide by it, else 1."""
     include: tuple[Pattern, ...] = ("*",)
@@ -243,7 +243,7 @@ class Output:
     path: Text
     """Directory to write."""
     dtype: Dtype = "auto"
-    """Data type of the factors; auto: that of each weight."""
+    """Data type of all floating-point tensors; auto: as in the source."""
     shard_size: ByteSize = "5GB"
     """Largest size of one weight file, such as 5GB, 500MB or 1GiB, or a number of bytes."""
     remote_code: bool = False
@@ -297,3 +297,5 @@ class Config:
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise FieldError(f"evaluation.{i}.name", f"{name!r} is given twice; rename one")
+            if name in ("calibration", "certification"):
+                raise FieldError(f"evaluation.{i}.name", f"{name!r} is a section's name; rename it")

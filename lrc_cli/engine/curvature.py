@@ -89,7 +89,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 CURVATURE = Solver(
     name="curvature",
-    unit="estimated loss increase, nats per token",
+    unit="estimated increase of the loss per token",
     needs=frozenset({"gram", "fisher"}),
     metric=_metric,
     spectrum=_spectrum,

@@ -39,16 +39,22 @@ def build_report(
     """
     compression = plan.config.compression
     target, value = compression.target
+    size = _size(plan, written)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": plan.source.path.name,
         "architecture": next(iter((plan.source.config or {}).get("architectures") or ()), None),
         "method": compression.method,
         "loss": loss,
-        "target": {"name": target, "value": value, "of": compression.size_of},
+        "target": {
+            "name": target,
+            "value": value,
+            "of": compression.size_of if target == "size" else None,
+            "met": _target_met(plan, layers, size),
+        },
         "allocation": compression.allocation,
         "sequential": {"used": False, "reason": "not in this version"},
-        "size": _size(plan, written),
+        "size": size,
         "quality": quality,
         "layers": [_layer(plan, written, layer, layers[layer.name]) for layer in plan.layers],
         "skipped": [
@@ -65,6 +71,18 @@ def build_report(
         "memory": dict(memory),
         "provenance": _provenance(plan),
     }
+
+
+def _target_met(plan: Plan, layers: Mapping[str, dict[str, Any]], size: Mapping[str, Any]) -> bool:
+    """Whether what was written meets the target; a layer that fell back may have spoilt it."""
+    compression = plan.config.compression
+    errors = [facts["errors"] for facts in layers.values() if "errors" in facts]
+    if compression.size is not None:
+        return bool(size[f"kept_{compression.size_of}"] <= compression.size)
+    if compression.max_layer_error is not None:
+        return all(e["output"]["stored"] <= compression.max_layer_error for e in errors)
+    assert compression.max_loss_increase is not None
+    return sum(e["metric"]["stored"] for e in errors) <= compression.max_loss_increase
 
 
 def _size(plan: Plan, written: Source) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def loss_estimate(report: Report) -> str:
         for row in report["quality"]
         if "loss_after" in row
     ]
-    if not metrics or not all("loss increase" in metric["unit"] for metric in metrics):
+    methods = {layer["method"] for layer in factorised(report)}
+    # Other losses are per other units than the perplexity's, and methods of other metrics.
+    if methods != {"curvature"} or (report["loss"] or {}).get("kind") != "next_token":
         return ""
     total = sum(metric["stored"] for metric in metrics)
     text = f"The layers' estimated loss increases add up to {total:.3g} nats per token"

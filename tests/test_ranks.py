@@ -1,0 +1,104 @@
+"""Targets, budgets and overrides: what is asked is met, or refused before any pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+from conftest import Models
+
+from lrc_cli.config import load_config
+from lrc_cli.errors import InputError
+from lrc_cli.progress import Progress
+from lrc_cli.run import compress
+
+ALL = "model.layers.*"
+
+
+def report_of(directory: Path, job: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    renamed = {key.replace("__", "."): value for key, value in changes.items()}
+    return compress(load_config(pico.job(directory, job | renamed)), progress=Progress(quiet=True))
+
+
+def refused(directory: Path, job: dict[str, Any], **changes: Any) -> str:
+    """The message; nothing was computed for it."""
+    with pytest.raises(InputError) as caught:
+        report_of(directory, job, **changes)
+    assert not list(directory.rglob("statistics"))
+    return str(caught.value)
+
+
+def test_the_budget_of_the_whole_checkpoint_counts_converted_tensors(
+    tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    """Every tensor doubles from bfloat16 to float32: 0.999 of the bytes cannot be had."""
+    options = {"compression__size_of": "checkpoint", "output__dtype": "float32"}
+    assert "cannot be reached" in refused(tmp_path, llama_job, **options, compression__size=0.3)
+
+
+def test_a_layer_of_size_1_stays_dense_in_a_wider_dtype(
+    tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    report = report_of(
+        tmp_path,
+        llama_job,
+        output__dtype="float32",
+        compression__size=1.0,
+        compression__layers={"*.k_proj": {"size": 1}},
+    )
+    kept = [layer for layer in report["layers"] if layer["name"].endswith("k_proj")]
+    assert kept and {layer["storage"] for layer in kept} == {"dense"}
+    assert not any(layer["fallback"] for layer in kept)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_overrides_that_spoil_the_size_are_refused(
+    tmp_path: Path, llama_job: dict[str, Any], allocation: str
+) -> None:
+    message = refused(
+        tmp_path,
+        llama_job,
+        compression__size=0.1,
+        compression__allocation=allocation,
+        compression__layers={ALL: {"size": 0.6}},
+    )
+    assert "cannot be reached" in message
+
+
+def test_an_impossible_rank_is_refused_before_any_pass(
+    tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    message = refused(tmp_path, llama_job, compression__layers={ALL: {"rank": 63}})
+    assert "rank 63" in message
+
+
+def test_forced_ranks_that_spoil_the_loss_are_refused(
+    tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="already miss it"):
+        report_of(
+            tmp_path,
+            llama_job,
+            compression__size=None,
+            compression__max_loss_increase=1e-9,
+            compression__allocation="relative",
+            compression__layers={ALL: {"rank": 8}},
+        )
+
+
+def test_a_forced_rank_is_the_rank_that_is_stored(
+    tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    report = report_of(
+        tmp_path, llama_job, compression__layers={"*.q_proj": {"rank": 13, "storage": "factors"}}
+    )
+    ranks = {x["rank"] for x in report["layers"] if x["name"].endswith("q_proj")}
+    assert ranks == {13}
+    assert report["target"]["met"] is True
+
+
+def test_an_evaluation_text_may_not_take_a_section_s_name(
+    tmp_path: Path, llama_job: dict[str, Any], checkpoint: Models, text: Path
+) -> None:
+    evaluation = [{"name": "calibration", "path": str(text)}]
+    assert "rename it" in refused(tmp_path, llama_job, evaluation=evaluation)
