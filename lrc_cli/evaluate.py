@@ -14,7 +14,7 @@ from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepar
 from lrc_cli.models import Network
 from lrc_cli.statistics import micro_batch
 
-MICRO_BATCH_TOKENS = 512
+MICRO_BATCH_TOKENS = 1024
 OUTPUT_ONLY = Loss(kind="output")
 
 

@@ -5,6 +5,8 @@ Converting the whole network would copy it into private memory; here every param
 when a module reads it, and again (not kept) when the backward pass needs it.
 """
 
+import mmap
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +33,33 @@ def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     return stored
 
 
+class Mappings:
+    """Memory mappings for converted copies, used again once their tensors are gone.
+
+    On the heap, the holes that such copies leave between activations would stay resident, in the
+    end as much as the whole network; fresh mappings would cost page faults at every read.
+    """
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, list[mmap.mmap]] = {}
+
+    def convert(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A converted copy of `stored`; on the CPU in a mapping that no other tensor uses."""
+        if stored.device.type != "cpu" or not stored.numel():
+            return stored.to(dtype)
+        pages = self._free(stored.numel() * dtype.itemsize)
+        return torch.frombuffer(pages, dtype=dtype).view(stored.shape).copy_(stored)
+
+    def _free(self, num_bytes: int) -> mmap.mmap:
+        mappings = self._by_size.setdefault(num_bytes, [])
+        for pages in mappings:
+            # The list, this name and the argument: a tensor on it would be a fourth reference.
+            if sys.getrefcount(pages) == 3:
+                return pages
+        mappings.append(mmap.mmap(-1, num_bytes))
+        return mappings[-1]
+
+
 class _Cast(nn.Module):
     """Parametrization: reads of a parameter give a converted copy."""
 
@@ -39,7 +68,7 @@ class _Cast(nn.Module):
         self.dtype, self.live = dtype, live
 
     def forward(self, stored: torch.Tensor) -> torch.Tensor:
-        cast = stored.to(self.dtype)
+        cast = self.live.mappings.convert(stored, self.dtype)
         self.live.remember(cast, stored)
         return cast
 
@@ -49,6 +78,7 @@ class LiveCasts:
 
     def __init__(self) -> None:
         self._stored: dict[int, torch.Tensor] = {}
+        self.mappings = Mappings()
 
     def remember(self, cast: torch.Tensor, stored: torch.Tensor) -> None:
         """Note that `cast` holds `stored` converted, for as long as `cast`'s storage lives."""
@@ -93,7 +123,7 @@ def recast_in_backward(live: LiveCasts) -> Iterator[None]:
         if isinstance(packed, torch.Tensor):
             return packed
         stored, dtype, shape, stride, offset = packed
-        return stored.to(dtype).as_strided(shape, stride, offset)
+        return live.mappings.convert(stored, dtype).as_strided(shape, stride, offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -1,6 +1,6 @@
 """What a solver is given, what it returns and in which unit it is judged.
 
-Conventions of docs/theory.md: a layer is y = W x + b with W of shape (m, n); G = X X^T / T is
+Conventions: a layer is y = W x + b with W of shape (m, n); G = X X^T / T is
 the Gram matrix of its inputs over T tokens, F = sum g g^T / T that of the gradients of the
 summed loss by its outputs. Everything here is float64 and lives on the device of its inputs.
 """
@@ -122,8 +122,8 @@ class Solver:
     output error tr(D G D^T) (mean squared error per token) of this solver's solution of rank r."""
 
     factorize: Callable[[Tensor, Statistics, int], Factors]
-    """The solution of a rank in 1..min(m, n). Its rank is lower where the spectrum beyond is
-    below the numerical floor."""
+    """The solution of a rank in 1..min(m, n). `svd` and `curvature` lower the rank where the
+    spectrum beyond it is below the numerical floor."""
 
     def error(self, difference: Tensor, statistics: Statistics) -> float:
         """The error of W - Z = difference (m, n), in this solver's unit."""

@@ -31,7 +31,7 @@ def conditional_target(
 ) -> Tensor:
     """What the rows that are not chosen should aim at, given the error of the chosen ones.
 
-    W_R + F_RR^-1 F_RJ E_J with E_J = `error` (r, n) the rounding error of the chosen rows:
+    W_R + F_RR^-1 F_RJ E_J with E_J = W_J - Z_J = `error` (r, n), truncation and rounding together:
     curvature lets the others make up for it. (m - r, n); W_R itself where F is the identity.
     """
     if metric.fisher is None:
