@@ -23,6 +23,10 @@ from lrc_cli.engine import (
     tails,
 )
 
+RESOLUTION = 2.0**-24
+"""Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured
+below it, exact zeros included, reads "below the numerical floor" in reports."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
@@ -166,12 +170,14 @@ def _errors(
             "optimum": _tail(spectrum, rank),
             "svd": svd,
             "total": spectrum.sum().item(),
+            "floor": RESOLUTION * spectrum.sum().item(),
         },
         "output": {
             "inputs": "calibration" if statistics.gram is not None else "white",
             "stored": _relative(stored_output, energy),
             "optimum": _relative(_tail(optimum, rank), energy),
             "svd": _relative(svd_output, energy),
+            "floor": math.sqrt(RESOLUTION),
         },
     }
 

@@ -11,21 +11,20 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int
 ) -> Iterator[Result]:
-    """Results in the order of the items; on the CPU one single-threaded worker per core.
+    """Results in the order of the items, by single-threaded workers; 1 runs them here, in turn.
 
-    torch releases the interpreter's lock inside its operations, so threads are enough. A GPU gets
-    one item at a time.
+    torch releases the interpreter's lock inside its operations, so threads are enough.
     """
-    num_threads = torch.get_num_threads()
-    if device.type != "cpu" or num_threads == 1:
+    if num_workers == 1:
         yield from map(function, items)
         return
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(
-            num_threads, initializer=lambda: torch.set_num_threads(1)
+            num_workers, initializer=lambda: torch.set_num_threads(1)
         ) as workers:
             yield from workers.map(function, items)
     finally:

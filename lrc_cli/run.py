@@ -19,6 +19,9 @@ from lrc_cli.progress import Progress
 from lrc_cli.ranks import allocate_ranks, check_reachable, rank_multiple
 from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, STATISTICS, WorkDirectory
 
+PARALLEL_WIDTH = 2048
+"""Layers up to this width are solved side by side on a CPU, wider ones in turn."""
+
 
 def compress(
     config: Config, *, force: bool = False, restart: bool = False, progress: Progress | None = None
@@ -53,7 +56,16 @@ def compress(
         except BaseException:
             discard(plan.output)
             raise
+    _say_what_failed(report, progress)
     return report
+
+
+def _say_what_failed(report: dict[str, Any], progress: Progress) -> None:
+    if not report["target"]["met"]:
+        name, value = report["target"]["name"], report["target"]["value"]
+        progress.note(f"compression.{name}: {value} is missed: see the layers that fell back")
+    if all(layer["storage"] == "dense" for layer in report["layers"]):
+        progress.note("no layer was factorised: see the reasons in the report")
 
 
 def _say_what_is_off(plan: Plan, progress: Progress) -> None:
@@ -85,7 +97,8 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     with progress.phase("spectra", cost) as phase:
         for stage, unit in todo:
             layers = plan.units[unit]
-            solved = list(in_parallel(partial(_spectrum, plan, work, stage), layers, plan.device))
+            solve = partial(_spectrum, plan, work, stage)
+            solved = list(in_parallel(solve, layers, _num_workers(plan, layers)))
             named = list(zip(layers, solved, strict=True))
             tensors = {layer.name: s for layer, (s, _) in named if s is not None}
             reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
@@ -109,6 +122,14 @@ def _spectrum(
         return solve(_weight(plan, layer), statistics), ""
     except SolveError as error:
         return None, f"could not be solved: {error}"
+
+
+def _num_workers(plan: Plan, layers: list[Layer]) -> int:
+    """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
+    widest = max(max(layer.shape) for layer in layers)
+    if plan.device.type != "cpu" or widest > PARALLEL_WIDTH:
+        return 1
+    return torch.get_num_threads()
 
 
 def _weight(plan: Plan, layer: Layer) -> torch.Tensor:
@@ -139,7 +160,8 @@ def factorize_layers(
     with progress.phase("factors", cost) as phase:
         for unit in todo:
             layers = plan.units[unit]
-            solved = list(in_parallel(partial(_fit, plan, work, ranks), layers, plan.device))
+            fit = partial(_fit, plan, work, ranks)
+            solved = list(in_parallel(fit, layers, _num_workers(plan, layers)))
             tensors: dict[str, torch.Tensor] = {}
             for layer, fitted in zip(layers, solved, strict=True):
                 tensors |= fitted.tensors(layer.key)

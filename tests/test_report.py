@@ -212,6 +212,7 @@ def test_svd_without_data_is_named_as_such(report: dict[str, Any]) -> None:
         if "errors" in layer:
             layer["errors"]["output"]["inputs"] = "white"
             layer["errors"]["metric"]["unit"] = "squared error of the weights"
+            layer["method"] = "svd"
     text = Page(render_html(report)).text
     assert "white inputs (no calibration data was used)" in text
     assert "estimated loss increases" not in text
@@ -220,6 +221,17 @@ def test_svd_without_data_is_named_as_such(report: dict[str, Any]) -> None:
 def test_estimated_loss_increase_stands_beside_the_measured(report: dict[str, Any]) -> None:
     text = Page(render_html(report)).text
     assert "add up to 0.0369 nats per token; measured: +0.223 on wikipedia" in text
+
+
+def test_only_nats_of_the_next_token_are_added_up(report: dict[str, Any]) -> None:
+    report["loss"] = {"kind": "output", "description": "half the squared change"}
+    assert "estimated loss increases" not in Page(render_html(report)).text
+
+
+def test_an_error_below_the_numerical_floor_never_reads_as_zero(report: dict[str, Any]) -> None:
+    layer = next(layer for layer in report["layers"] if "errors" in layer)
+    layer["errors"]["metric"] |= {"stored": 0.0, "floor": 3e-9}
+    assert "< 3e-09" in Page(render_html(report)).text
 
 
 def test_rendering_leaves_the_report_alone(report: dict[str, Any]) -> None:

@@ -36,6 +36,11 @@ def small(value: float | None) -> str:
     return EMPTY if value is None else _finite(value, f"{value:.3g}")
 
 
+def layer_error(value: float | None, floor: float = 0.0) -> str:
+    """An error of a layer; below the numerical floor only that it is below is known."""
+    return f"< {small(floor)}" if value is not None and value < floor else small(value)
+
+
 def perplexity(value: float | None) -> str:
     """20.4371 -> "20.44"; from a thousand on without a fraction, from ten millions on 1.7e+07."""
     if value is None:

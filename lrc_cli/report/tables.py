@@ -11,6 +11,7 @@ from lrc_cli.report.formatting import (
     count,
     duration,
     factor,
+    layer_error,
     percent,
     perplexity,
     small,
@@ -88,7 +89,8 @@ def layer_table(report: Report) -> Table:
     """One row per compressible layer, in the network's order."""
 
     def error(layer: dict[str, Any], kind: str, of: str) -> str:
-        return small(layer.get("errors", {}).get(kind, {}).get(of))
+        found = layer.get("errors", {}).get(kind, {})
+        return layer_error(found.get(of), found.get("floor", 0.0))
 
     columns: list[Column] = [
         ("layer", "l", lambda x: x["name"]),
