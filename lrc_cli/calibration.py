@@ -73,6 +73,7 @@ class _File:
 
     length: int
     tensors: Batch
+    text_field: str
     taken: list[tuple[int, int]] = field(default_factory=list)
 
     def is_free(self, start: int, stop: int) -> bool:
@@ -83,23 +84,43 @@ def draw(purposes: Sequence[Purpose], *, tokenizer: Any, seed: int) -> dict[str,
     """Draw every purpose's blocks, in the order given, without replacement across purposes.
 
     Args:
-        purposes: with distinct names; a purpose without a block left is absent from the result.
+        purposes: a purpose without a block left is absent from the result.
         tokenizer: the checkpoint's own tokenizer, or None where only tensor files are read.
         seed: of the permutation.
 
     Raises:
-        InputError: a file is missing, empty or of an unknown kind, or has fewer blocks than asked.
+        InputError: a file is missing, empty or of an unknown kind, has fewer blocks than asked, or
+            is read by two of its fields; or two purposes have one name.
     """
-    files: dict[tuple[Path, str], _File] = {}
+    _check_names(purposes)
+    files: dict[Path, _File] = {}
     drawn: dict[str, Sequences] = {}
     for purpose in purposes:
-        key = (purpose.path.resolve(), purpose.text_field)
+        key = purpose.path.resolve()
         if key not in files:
             files[key] = _read(purpose, tokenizer)
+        _check_field(purpose, files[key])
         sequences = _take(purpose, files[key], tokenizer, seed)
         if sequences is not None:
             drawn[purpose.name] = sequences
     return drawn
+
+
+def _check_names(purposes: Sequence[Purpose]) -> None:
+    names = [purpose.name for purpose in purposes]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InputError(f"two sets of sequences are called {name!r}", "rename one of them")
+
+
+def _check_field(purpose: Purpose, file: _File) -> None:
+    # Positions in the text of one field say nothing about positions in that of another.
+    if purpose.path.suffix == ".jsonl" and purpose.text_field != file.text_field:
+        raise InputError(
+            f"{purpose.name}: {purpose.path} is read by text_field {file.text_field!r} already,"
+            f" not {purpose.text_field!r}",
+            "read one file by one field, or write the other field into a file of its own",
+        )
 
 
 def _take(purpose: Purpose, file: _File, tokenizer: Any, seed: int) -> Sequences | None:
@@ -161,7 +182,7 @@ def _read(purpose: Purpose, tokenizer: Any) -> _File:
             "check the path (relative to the working directory)",
         )
     if path.is_file() and path.suffix in TENSOR_SUFFIXES:
-        return _read_tensors(path)
+        return _read_tensors(purpose)
     if path.is_file() and path.suffix in TEXT_SUFFIXES:
         if tokenizer is None:
             raise InputError(
@@ -175,10 +196,11 @@ def _read(purpose: Purpose, tokenizer: Any) -> _File:
     )
 
 
-def _read_tensors(path: Path) -> _File:
+def _read_tensors(purpose: Purpose) -> _File:
+    path = purpose.path
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path}: cannot be read as safetensors ({error})", "write it again"
         ) from error
@@ -191,7 +213,7 @@ def _read_tensors(path: Path) -> _File:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: tensor {name} holds NaN or infinity", "clean the data")
-    return _File(length=lengths.pop(), tensors=tensors)
+    return _File(length=lengths.pop(), tensors=tensors, text_field=purpose.text_field)
 
 
 def _read_tokens(purpose: Purpose, tokenizer: Any) -> _File:
@@ -201,23 +223,27 @@ def _read_tokens(purpose: Purpose, tokenizer: Any) -> _File:
             f"{purpose.name}: {purpose.path}: the text is empty", "give a file with text"
         )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _File(length=len(ids), tensors={"input_ids": torch.tensor(ids)})
+    tensors = {"input_ids": torch.tensor(ids)}
+    return _File(length=len(ids), tensors=tensors, text_field=purpose.text_field)
 
 
 def read_text(path: Path, text_field: str) -> str:
     """The text of a .txt file, or of the `text_field` of every line of a .jsonl file.
 
     Raises:
-        InputError: not UTF-8, not JSON, or a line without the field.
+        InputError: not readable, not UTF-8, not JSON, or a line without the field.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})", "convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "check the file") from error
     if path.suffix != ".jsonl":
         return text
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may hold as it is.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

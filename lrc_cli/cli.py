@@ -1,5 +1,6 @@
 """The commands. Nothing heavy is imported before a command needs it: `lrc --help` is instant."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import click
 from lrc_cli import __version__
 from lrc_cli.errors import LrcError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 config_argument = click.argument("config", type=click.Path(path_type=Path))
 directory_argument = click.argument("directory", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
@@ -19,6 +22,9 @@ factory_option = click.option(
     "--factory",
     metavar="PACKAGE.MODULE:FUNCTION",
     help="Builds the module of a checkpoint that is not transformers'.",
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Let code that comes with the checkpoint run."
 )
 
 
@@ -70,8 +76,8 @@ def compress(
     loaded = load_config(config, overrides)
     calm_transformers()
     from lrc_cli.errors import StrictFallback
+    from lrc_cli.fingerprints import already_done
     from lrc_cli.output import read_report
-    from lrc_cli.plan import already_done
     from lrc_cli.progress import Progress, stop_on_signals
     from lrc_cli.run import compress as run
 
@@ -97,13 +103,14 @@ def compress(
 @lrc.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @factory_option
+@trust_option
 @json_option
-def inspect(checkpoint: Path, factory: str | None, as_json: bool) -> None:
+def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show what of CHECKPOINT would be compressed, and what not and why."""
     calm_transformers()
     from lrc_cli.inspection import inspect_checkpoint, render_inspection
 
-    found = inspect_checkpoint(checkpoint, factory=factory)
+    found = inspect_checkpoint(checkpoint, factory=factory, trust_remote_code=trust_remote_code)
     click.echo(json.dumps(found, indent=2) if as_json else render_inspection(found))
 
 
@@ -127,6 +134,7 @@ def inspect(checkpoint: Path, factory: str | None, as_json: bool) -> None:
     help="Tokens of a sequence of --data; default: as in the output's calibration.",
 )
 @factory_option
+@trust_option
 @json_option
 @quiet_option
 def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -197,13 +205,16 @@ def run_command(command: Callable[..., Any]) -> int:
         return error.exit_code
     except OSError as error:
         # A full disk, a vanished file: the cause is the system's, the sentence ours.
-        click.echo(
-            f"error: {_describe(error)}; the same command goes on where it stopped", err=True
-        )
+        click.echo(f"error: {_describe(error)}", err=True)
         return 1
     return 0
 
 
 def _describe(error: OSError) -> str:
     name = f"{error.filename}: " if error.filename else ""
-    return f"{name}{error.strerror or error}"
+    remedy = (
+        "make room on the disk; the same command goes on where it stopped"
+        if error.errno in FULL
+        else "check that it is there and may be used, and run the command again"
+    )
+    return f"{name}{error.strerror or error}; {remedy}"

@@ -1,14 +1,16 @@
 """Functions that build the module of a checkpoint that is not transformers'."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, LrcError
 
 Factory = Callable[[], nn.Module]
 
@@ -19,7 +21,7 @@ def resolve_factory(factory: Factory | str) -> Factory:
     The working directory is searched last, so that a script beside the config is found.
 
     Raises:
-        InputError: if it cannot be imported or returns no `nn.Module`.
+        InputError: if it cannot be imported, fails or returns no `nn.Module`.
     """
     name, function = str(factory), factory
     if isinstance(function, str):
@@ -32,9 +34,14 @@ def resolve_factory(factory: Factory | str) -> Factory:
     def build() -> nn.Module:
         try:
             model = function()
-        except TypeError as error:
+        except LrcError:
+            raise
+        except Exception as error:  # the user's code may raise anything
             raise InputError(
-                f"factory {name} failed: {one_line(error)}", "it is called without arguments"
+                f"factory {name} failed: {named(error)}",
+                "it is called without arguments"
+                if isinstance(error, TypeError)
+                else "mend it: it must build the module by itself",
             ) from error
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -53,13 +60,50 @@ def _import(name: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except LrcError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise InputError(
-            f"factory {name} cannot be imported: {one_line(error)}",
-            "check the name, and that its package is installed or in the working directory",
+            f"factory {name} cannot be imported: {named(error)}",
+            "check the name, and that its package is installed or in the working directory"
+            if isinstance(error, ImportError | AttributeError)
+            else "mend its module",
         ) from error
+
+
+def source_file(factory: str) -> Path | None:
+    """The file that "package.module:function" is defined in, or None where it is not Python.
+
+    Raises:
+        InputError: if it cannot be imported.
+    """
+    function = inspect.unwrap(_import(factory))
+    module = sys.modules[factory.partition(":")[0]]
+    try:
+        file = inspect.getsourcefile(inspect.getmodule(function) or module)
+    except TypeError:  # a module that is built in
+        return None
+    return Path(file) if file else None
+
+
+def ask_for_factory(path: Path, recorded: str | None = None) -> InputError:
+    """What a command says that needs --factory for the checkpoint `path`.
+
+    Args:
+        recorded: the factory that the checkpoint was compressed with, if known.
+    """
+    name = recorded or "PACKAGE.MODULE:FUNCTION"
+    return InputError(
+        f"{path}: not a transformers directory (it has no config.json)",
+        f"give --factory {name}, the function that builds the module",
+    )
 
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line."""
     return " ".join(str(error).split())[:500]
+
+
+def named(error: BaseException) -> str:
+    """An error's type and its text on one line."""
+    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__

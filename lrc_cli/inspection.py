@@ -5,13 +5,27 @@ from typing import Any
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
+from lrc_cli.factories import ask_for_factory
 from lrc_cli.models import find_layers, open_module
 
 
-def inspect_checkpoint(path: Path, *, factory: str | None = None) -> dict[str, Any]:
-    """The layers that the default config would compress, and every other tensor with the reason."""
+def inspect_checkpoint(
+    path: Path, *, factory: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The layers that the default config would compress, and every other tensor with the reason.
+
+    Args:
+        path: a dense checkpoint.
+        factory: builds the module of a checkpoint that is not transformers'.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        InputError: the checkpoint cannot be opened.
+    """
     source = open_source(path)
-    module = open_module(source, factory=factory)
+    if factory is None and source.config is None:
+        raise ask_for_factory(path)
+    module = open_module(source, factory=factory, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(module, source, Compression(size=0.8))
     total = source.num_bytes
     return {

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_version, open_tensors
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.errors import InputError
-from lrc_cli.factories import Factory, one_line, resolve_factory
+from lrc_cli.errors import InputError, LrcError
+from lrc_cli.factories import Factory, named, resolve_factory
 from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
 
 
@@ -77,9 +77,10 @@ def _load_transformers(
     import lrc_cli.hf  # noqa: F401 - registers the format
 
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    path, model_class = source.path, _model_class(source.config or {}, trust_remote_code)
+    path = source.path
     model: nn.Module
     try:
+        model_class = _model_class(path, source.config or {}, trust_remote_code)
         model, info = model_class.from_pretrained(
             path,
             dtype=dtype or _stored_dtype(source) or "auto",
@@ -87,9 +88,13 @@ def _load_transformers(
             local_files_only=True,
             **options,
         )
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except LrcError:
+        raise
+    # A config.json that makes no sense raises whatever its model class runs into: division by zero
+    # heads, validation errors of huggingface_hub, a missing key.
+    except Exception as error:
         raise InputError(
-            f"{path} cannot be loaded by transformers: {one_line(error)}",
+            f"{path} cannot be loaded by transformers: {named(error)}",
             "check that config.json fits the weights and that this transformers knows the model",
         ) from error
     if info["missing_keys"]:
@@ -110,16 +115,44 @@ def _stored_dtype(source: Source) -> torch.dtype | None:
     return most if numbers[most] else None
 
 
-def _model_class(config: Mapping[str, Any], trust_remote_code: bool) -> Any:
-    """The class in config.json's `architectures`, or the auto class that stands for it."""
+def _model_class(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """The class in config.json's `architectures`, or the auto class that stands for it.
+
+    `AutoModel` where config.json names none; a name that is not known is never replaced by
+    another class, which would load a part of the network without a word.
+    """
     import transformers
 
-    architecture = next(iter(config.get("architectures") or ()), "AutoModel")
-    if trust_remote_code:
-        for auto_class, reference in config.get("auto_map", {}).items():
-            if isinstance(reference, str) and reference.rpartition(".")[2] == architecture:
-                return getattr(transformers, auto_class)
-    return getattr(transformers, architecture, transformers.AutoModel)
+    names = config.get("architectures")
+    if not names and not isinstance(names, str):
+        return transformers.AutoModel
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(
+            f"{path}/config.json: architectures is {names!r}, not a list of class names",
+            f"write it as {json.dumps([names])}" if isinstance(names, str) else "restore the file",
+        )
+    auto_class = _auto_class(names[0], config.get("auto_map"))
+    if auto_class and trust_remote_code:
+        return getattr(transformers, auto_class)
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and hasattr(found, "from_pretrained"):
+        return found
+    raise InputError(
+        f"{path}/config.json: transformers {transformers.__version__} has no class {names[0]}",
+        "set trust_remote_code to run the checkpoint's own code"
+        if auto_class
+        else "upgrade transformers, or build the module with a factory",
+    )
+
+
+def _auto_class(architecture: str, auto_map: object) -> str | None:
+    """The auto class that config.json's `auto_map` maps to code of the checkpoint, if any."""
+    if not isinstance(auto_map, dict):
+        return None
+    for name, reference in auto_map.items():
+        if isinstance(reference, str) and reference.rpartition(".")[2] == architecture:
+            return str(name)
+    return None
 
 
 # ---------------------------------------------------------------- any other module
@@ -159,7 +192,7 @@ def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> n
     try:
         with torch.device("meta"):
             model = build()
-    except RuntimeError:  # an operation that meta tensors lack; a real fault comes again on the CPU
+    except InputError:  # an operation that meta tensors lack; a real fault comes again on the CPU
         return None
     return _filled(model, source, record)
 

@@ -2,7 +2,6 @@
 
 import json
 import resource
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,14 @@ from lrc_cli import __version__
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.checkpoint.writer import PARTIAL_SUFFIX, Entry, write_json, write_text, write_weights
+from lrc_cli.checkpoint.writer import (
+    PARTIAL_SUFFIX,
+    Entry,
+    copy_file,
+    write_json,
+    write_text,
+    write_weights,
+)
 from lrc_cli.config import config_hash, to_yaml
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import compare, scoring
@@ -49,9 +55,7 @@ def write_checkpoint(plan: Plan, work: WorkDirectory, stage: str, progress: Prog
         if plan.source.config is not None:
             write_json(directory / "config.json", _model_config(plan, table))
         for file in plan.source.side_files():
-            target = directory / file.relative_to(plan.source.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_file(file, directory / file.relative_to(plan.source.path))
         write_text(directory / "lrc.yaml", to_yaml(plan.config))
 
 
@@ -118,7 +122,7 @@ def finish_output(
     directory = partial_of(plan)
     written = open_source(directory, factorised=True)
     with progress.phase("verification", 1):
-        written.check_finite()
+        _check_written(written, plan.config.output.dtype)
         module = open_module(
             written,
             factory=plan.config.model.factory,
@@ -148,6 +152,15 @@ def finish_output(
 def _loss(plan: Plan, work: WorkDirectory) -> dict[str, Any] | None:
     losses = [work.get(STATISTICS, unit)[1]["loss"] for unit in plan.units]
     return next((loss for loss in losses if loss is not None), None)
+
+
+def _check_written(written: Source, dtype: str) -> None:
+    key = written.find_not_finite()
+    if key is not None:
+        raise RunError(
+            f"output.dtype: {dtype} cannot hold the numbers of tensor {key}: infinite or NaN there",
+            "set output.dtype: float32 or bfloat16",
+        )
 
 
 def _check_forward(network: Network, plan: Plan) -> None:

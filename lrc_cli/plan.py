@@ -1,29 +1,27 @@
-"""What a config will do: every check that needs no forward pass, and the two fingerprints."""
+"""What a config will do: the checkpoint and the data, opened and checked before any work."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from lrc_cli import __version__
 from lrc_cli.calibration import Purpose, Sequences, draw
-from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
-from lrc_cli.checkpoint.source import Source, hash_file, open_source
-from lrc_cli.checkpoint.writer import canonical_json, check_writable, tidy
-from lrc_cli.config import Calibration, Certification, Config, config_hash, matches, to_dict
+from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
+from lrc_cli.config import Calibration, Certification, Config, matches
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
+from lrc_cli.factories import named
+from lrc_cli.fingerprints import data_hashes as data_hashes
+from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
+from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import (
     Layer,
     Network,
     Skipped,
-    check_inputs,
     find_layers,
     make_network,
     open_module,
@@ -85,12 +83,13 @@ class Plan:
 
 
 def make_plan(config: Config, *, force: bool = False) -> Plan:
-    """Open the checkpoint and the data and check everything that a forward pass is not needed for.
+    """Open the checkpoint and the data and check whatever can be checked before the work begins.
 
     Raises:
         InputError: whatever is wrong, with the remedy.
+        RunError: another run is writing the output.
     """
-    output = Path(config.output.path)
+    output = resolve_output(config.output.path)
     source = open_source(Path(config.model.path))
     check_output(output, source, force=force)
     source.check_finite()
@@ -98,8 +97,9 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
     )
     layers, skipped = find_layers(module, source, config.compression)
+    solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
     check_layers(config, layers)
-    tokenizer = open_tokenizer(source)
+    tokenizer = open_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     sequences = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
     if CALIBRATION not in sequences:
         raise InputError(
@@ -107,30 +107,26 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
             "give more data, widen the part, or lower sequence_length",
         )
     check_sequences(sequences, module, source)
-    solvers = {
-        layer.name: SOLVERS[
-            config.compression.override(layer.name).method or config.compression.method
-        ]
-        for layer in layers
-    }
     device = resolve_device(config.runtime.device)
-    statistics = _statistics_fingerprint(config, source, sequences, solvers, device)
-    identity = hashlib.sha256(canonical_json(statistics).encode()).hexdigest()
-    work_dir = config.runtime.work_dir
+    network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
+    probe(network, sequences)
+    statistics = statistics_fingerprint(
+        config, source, sequences[CALIBRATION], solvers, network, tokenizer
+    )
+    identity = digest(statistics)
+    work_dir = _work_dir(config, output, identity)
     return Plan(
         config=config,
         source=source,
-        network=make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype)),
+        network=network,
         tokenizer=tokenizer,
         layers=layers,
         skipped=skipped,
         solvers=solvers,
         sequences=sequences,
         statistics_fingerprint=statistics,
-        factors_fingerprint=_factors_fingerprint(config, identity),
-        work_dir=Path(work_dir)
-        if work_dir
-        else output.absolute().parent / ".lrc-work" / identity[:16],
+        factors_fingerprint=factors_fingerprint(config, identity),
+        work_dir=work_dir,
         output=output,
     )
 
@@ -139,9 +135,16 @@ def check_output(output: Path, source: Source, *, force: bool) -> None:
     """Raise InputError unless the output may be made, or replaced with `force`."""
     tidy(output)
     check_writable(output)
-    if output.resolve() == source.path.resolve():
+    checkpoint = source.path.resolve()
+    if output == checkpoint:
         raise InputError(
             f"{output}: output.path is the checkpoint itself", "choose another output.path"
+        )
+    # It would be carried over into itself, or the checkpoint be deleted with what it replaces.
+    if output.is_relative_to(checkpoint) or checkpoint.is_relative_to(output):
+        raise InputError(
+            f"{output}: output.path and the checkpoint {checkpoint} lie in one another",
+            "choose another output.path",
         )
     if not output.exists():
         return
@@ -155,38 +158,40 @@ def check_output(output: Path, source: Source, *, force: bool) -> None:
         )
 
 
-def already_done(config: Config) -> bool:
-    """Whether the output is there and is what the config asks for."""
-    output = Path(config.output.path)
-    tidy(output)
-    report = output / "report.json"
-    if not report.exists() or not (output / MANIFEST_NAME).exists():
-        return False
-    provenance = read_json(report).get("provenance", {})
-    source = open_source(Path(config.model.path))
-    wanted = (config_hash(config), to_dict(config)["evaluation"], source.hashes, __version__)
-    keys = ("config_sha256", "evaluation", "checkpoint_sha256", "lrc_version")
-    if any(provenance.get(key) != value for key, value in zip(keys, wanted, strict=True)):
-        return False
-    data: dict[str, str] = provenance.get("data_files_sha256", {})
-    return bool(data) and data == data_hashes(config)
+def _work_dir(config: Config, output: Path, identity: str) -> Path:
+    """The work directory, checked: its own place, or a hidden one beside the output."""
+    given = config.runtime.work_dir
+    path = Path(given) if given else output.parent / ".lrc-work" / identity[:16]
+    check_writable(path, "runtime.work_dir")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"runtime.work_dir: {path} is not a directory", "choose another one")
+    return path
 
 
-def data_hashes(config: Config) -> dict[str, str]:
-    """sha256 of every data file that the config names, by path as written."""
-    paths = {purpose.path for purpose in purposes_of(config)}
-    return {str(path): hash_file(path) for path in sorted(paths) if path.is_file()}
+def _method(config: Config, layer: Layer) -> str:
+    return config.compression.override(layer.name).method or config.compression.method
 
 
 def check_layers(config: Config, layers: list[Layer]) -> None:
-    """Raise InputError if nothing is left to compress, or the allocation cannot compare methods."""
+    """Raise InputError if nothing is left to compress, or a method cannot do what is asked."""
     if not layers:
         raise InputError(
             "compression: no layer is selected",
             "see `lrc inspect`, and check compression.include and exclude",
         )
     compression = config.compression
-    methods = {compression.override(layer.name).method or compression.method for layer in layers}
+    methods = {_method(config, layer) for layer in layers}
+    if compression.max_loss_increase is not None and methods != {"curvature"}:
+        other = next(layer for layer in layers if _method(config, layer) != "curvature")
+        raise InputError(
+            f"compression.max_loss_increase: needs method curvature, and {other.name} has"
+            f" {_method(config, other)}",
+            "leave its method out, or exclude the layer",
+        )
+    if compression.max_layer_error is not None and "svd" in methods:
+        raise InputError(
+            "compression.max_layer_error: svd looks at no data", "use frobenius or curvature"
+        )
     if len(methods) > 1 and compression.allocation == "global":
         raise InputError(
             "compression.allocation: global compares errors in one unit, and"
@@ -200,7 +205,7 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
         )
 
 
-def open_tokenizer(source: Source) -> Any:
+def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's own tokenizer, or None where it has none."""
     if source.config is None:
         return None
@@ -216,11 +221,12 @@ def open_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        cause = str(error).splitlines()[0]
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare ones
         raise InputError(
-            f"{source.path}: the tokenizer cannot be opened ({cause})", "restore its files"
+            f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
         ) from error
 
 
@@ -254,61 +260,3 @@ def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
         required=not section.num_sequences_is_default,
         text_field=own_field,
     )
-
-
-def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
-    """Raise InputError if the module cannot take the blocks of some purpose."""
-    longest = (source.config or {}).get("max_position_embeddings")
-    embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
-    known = getattr(embeddings, "num_embeddings", None)
-    for name, blocks in sequences.items():
-        check_inputs(module, name, blocks.inputs)
-        ids = blocks.inputs.get("input_ids")
-        if ids is None:
-            continue
-        if longest is not None and ids.ndim == 2 and ids.shape[1] > longest:
-            raise InputError(
-                f"{name}: sequence_length {ids.shape[1]} exceeds the model's {longest} positions",
-                f"set it to {longest} or less",
-            )
-        if known is not None and int(ids.max()) >= known:
-            raise InputError(
-                f"{name}: token {int(ids.max())} is not one of the {known} that the model knows",
-                "give the checkpoint its own tokenizer",
-            )
-
-
-def _statistics_fingerprint(
-    config: Config,
-    source: Source,
-    sequences: dict[str, Sequences],
-    solvers: Mapping[str, Solver],
-    device: torch.device,
-) -> dict[str, Any]:
-    compression = config.compression
-    return {
-        "checkpoint": source.hashes,
-        "calibration data": sequences[CALIBRATION].sha256,
-        "methods": {name: solver.name for name, solver in solvers.items()},
-        "loss": compression.loss,
-        "center": compression.center,
-        "seed": config.runtime.seed,
-        "dtype": config.runtime.dtype,
-        "device": device.type,
-        "factory": config.model.factory,
-        "lrc version": __version__,
-    }
-
-
-def _factors_fingerprint(config: Config, statistics: str) -> str:
-    resolved = to_dict(config)
-    # As a list: the order of `layers` counts, the last pattern that matches wins.
-    layers = list(resolved["compression"].pop("layers").items())
-    fields = [
-        statistics,
-        resolved["compression"],
-        layers,
-        resolved["output"]["dtype"],
-        resolved["recover"],
-    ]
-    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 
@@ -24,12 +25,9 @@ def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     if device.type == "cpu":
         native = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return stored if native else torch.float32
-    if (
-        device.type == "cuda"
-        and stored == torch.bfloat16
-        and not torch.cuda.is_bf16_supported(False)
-    ):
-        return torch.float32
+    if device.type == "cuda" and stored == torch.bfloat16:
+        with torch.cuda.device(device):  # the question is asked of the current one
+            return stored if torch.cuda.is_bf16_supported(False) else torch.float32
     return stored
 
 
@@ -96,17 +94,30 @@ def cast_on_read(module: nn.Module, dtype: torch.dtype) -> LiveCasts:
     """Make every floating-point parameter and buffer of `module` read as `dtype`.
 
     Buffers are small and converted at once; parameters keep their stored tensors. Parameters that
-    already have the dtype are left alone.
+    already have the dtype are left alone. An embedding converts the rows that it looks up, never
+    its whole table.
     """
     live = LiveCasts()
     for part in list(module.modules()):
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_floating_point() and parameter.dtype != dtype:
                 parametrize.register_parametrization(part, name, _Cast(dtype, live), unsafe=True)
+                if type(part).forward is nn.Embedding.forward and part.max_norm is None:
+                    _gather_first(part, dtype)
         for name, buffer in list(part.named_buffers(recurse=False)):
             if buffer.is_floating_point() and buffer.dtype in (torch.bfloat16, torch.float16):
                 setattr(part, name, buffer.to(dtype))
     return live
+
+
+def _gather_first(embedding: Any, dtype: torch.dtype) -> None:
+    """Look rows up in the stored table of a parametrized embedding and convert those."""
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        # The other settings of an embedding concern gradients of the table, which is frozen.
+        return functional.embedding(input, embedding.parametrizations.weight.original).to(dtype)
+
+    embedding.forward = forward
 
 
 @contextmanager

@@ -12,15 +12,11 @@ from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
 from lrc_cli.evaluate import compare, scoring
+from lrc_cli.factories import ask_for_factory
+from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import Network, make_network, open_module, resolve_device
 from lrc_cli.output import peak_memory
-from lrc_cli.plan import (
-    CALIBRATION,
-    CERTIFICATION,
-    check_sequences,
-    open_tokenizer,
-    purposes_of,
-)
+from lrc_cli.plan import CALIBRATION, CERTIFICATION, DTYPES, open_tokenizer, purposes_of
 from lrc_cli.progress import Progress
 
 REPEATS = 3
@@ -35,9 +31,13 @@ def score_directory(
     num_sequences: int,
     sequence_length: int | None,
     factory: str | None,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Run both checkpoints over the same blocks.
+
+    Device and dtype are those of the output's lrc.yaml. Code is not: neither its factory nor its
+    trust_remote_code is taken from a directory that may be somebody else's.
 
     Args:
         directory: an output of `lrc compress`.
@@ -45,6 +45,8 @@ def score_directory(
         data: files to score on; empty: the evaluation texts of lrc.yaml, drawn as they were then.
         part: "A:B" for each of `data`, in order; missing ones are the whole file.
         sequence_length: tokens of a block of `data`; None: as in the output's calibration.
+        factory: builds the module of checkpoints that are not transformers'.
+        trust_remote_code: whether code that comes with the checkpoints may run.
 
     Raises:
         InputError: something cannot be opened.
@@ -52,21 +54,27 @@ def score_directory(
     written = open_source(directory, factorised=True)
     config = load_config(directory / "lrc.yaml")
     original = open_source(against or Path(config.model.path))
-    tokenizer = open_tokenizer(original)
+    if factory is None and original.config is None:
+        raise ask_for_factory(original.path, config.model.factory)
+    tokenizer = open_tokenizer(original, trust_remote_code=trust_remote_code)
     device = resolve_device(config.runtime.device)
     if data or part:
         length = sequence_length or config.calibration.sequence_length
         wanted = _purposes(data, part, num_sequences, length)
-        drawn = draw(wanted, tokenizer=tokenizer, seed=config.calibration.seed)
+        texts = draw(wanted, tokenizer=tokenizer, seed=config.calibration.seed)
     else:
         drawn = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
-    texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
+        texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
     if not texts:
         raise InputError("eval: there is no text to score on", "give one with --data")
-    module = open_module(original, factory=factory)
+    module, compressed = (
+        open_module(source, factory=factory, trust_remote_code=trust_remote_code)
+        for source in (original, written)
+    )
     check_sequences(texts, module, original)
-    before = make_network(module, device=device, dtype=None)
-    after = make_network(open_module(written, factory=factory), device=device, dtype=before.dtype)
+    before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
+    probe(before, texts)
+    after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
     loss = scoring(before, next(first.batches(1)), tokenizer)
     rows = []

@@ -9,7 +9,6 @@ A killed run leaves whole files or none; the same command finds them and goes on
 decide what may be reused: *statistics* names the directory, *factors* a folder inside it.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lrc_cli.checkpoint.lock import lock_file
 from lrc_cli.checkpoint.writer import canonical_json, sync_directory, write_json
 from lrc_cli.errors import InputError, RunError
 
@@ -33,43 +33,50 @@ STATISTICS, SPECTRA, OUTPUT_SPECTRA = "statistics", "spectra", "output-spectra"
 class WorkDirectory:
     """Finished units of one run, by stage ("statistics", "spectra", "factors/<fingerprint>").
 
-    Use as a context manager: it holds a lock, so that two runs never share a directory.
+    Use as a context manager: it holds a lock, so that two runs never share a directory. Entering
+    it raises RunError where another run does, or where fingerprint.json is damaged, and InputError
+    where the directory belongs to a run with another fingerprint; the first such field is named.
 
     Args:
         root: created when missing.
         fingerprint: named fields that the statistics depend on.
-
-    Raises:
-        InputError: the directory belongs to a run with other fields; the first one is named.
     """
 
     def __init__(self, root: Path, fingerprint: Mapping[str, Any]) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        file = root / "fingerprint.json"
-        fields = json.loads(canonical_json(fingerprint))
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for name in fields:
-                if found.get(name) != fields[name]:
-                    raise InputError(
-                        f"{root}: the work directory was made with another {name}",
-                        "set runtime.work_dir to another directory or to null, or delete this one",
-                    )
-        else:
-            write_json(file, fields)
+        self.fingerprint: dict[str, Any] = json.loads(canonical_json(fingerprint))
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> "WorkDirectory":
-        self._lock = (self.root / "lock").open("wb")
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_file(self.root / "lock")
+        if self._lock is None:
+            raise RunError(f"{self.root}: another lrc run is using it", "wait for it to end")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._check_fingerprint()
+        except BaseException:
             self._lock.close()
-            raise RunError(
-                f"{self.root}: another lrc run is using it", "wait for it to end"
-            ) from error
+            raise
         return self
+
+    def _check_fingerprint(self) -> None:
+        file = self.root / "fingerprint.json"
+        if not file.exists():
+            aside = file.with_suffix(".partial")
+            write_json(aside, self.fingerprint)
+            aside.rename(file)
+            sync_directory(self.root)
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # neither UTF-8 nor JSON
+            raise RunError(f"{file}: damaged ({error})", f"delete {self.root}") from error
+        for name, value in self.fingerprint.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                raise InputError(
+                    f"{self.root}: the work directory was made with another {name}",
+                    "set runtime.work_dir to another directory or to null, or delete this one",
+                )
 
     def __exit__(
         self,

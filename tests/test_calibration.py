@@ -150,6 +150,32 @@ def test_jsonl_is_read_from_its_text_field(tmp_path: Path) -> None:
         draw([purpose(file)], tokenizer=Counting(), seed=0)
 
 
+def test_a_jsonl_record_ends_at_a_newline_only(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "1000 1001\u20281002 1003"}\r\n{"text": "1004 1005"}\n')
+    drawn = draw([purpose(file, sequence_length=6)], tokenizer=Counting(), seed=0)
+    assert rows(drawn["calibration"]) == [[1000, 1001, 1002, 1003, 1004, 1005]]
+
+
+def test_one_file_is_read_by_one_field(numbers: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": numbers.read_text(), "body": numbers.read_text()}))
+    wanted = [purpose(file), purpose(file, "evaluation", text_field="body")]
+    with pytest.raises(InputError, match=r"evaluation: .*by text_field 'text' already, not 'body'"):
+        draw(wanted, tokenizer=Counting(), seed=0)
+    wanted = [
+        purpose(numbers, num_sequences=100),
+        purpose(numbers, "evaluation", text_field="body", num_sequences=100),
+    ]
+    drawn = draw(wanted, tokenizer=Counting(), seed=0)
+    assert len(drawn["evaluation"]) == 25, "a .txt has no fields: its tokens were drawn twice"
+
+
+def test_two_purposes_do_not_share_a_name(numbers: Path) -> None:
+    with pytest.raises(InputError, match="are called 'calibration'; rename"):
+        draw([purpose(numbers), purpose(numbers)], tokenizer=Counting(), seed=0)
+
+
 def test_a_block_of_a_tensor_file_is_a_row(tmp_path: Path) -> None:
     file = tmp_path / "rows.safetensors"
     x, mask = torch.arange(40.0).reshape(20, 2), torch.arange(20)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,16 @@ from conftest import Models
 from hf_helpers import mapped_file
 from safetensors.torch import load_file, save_file
 
-from lrc_cli.checkpoint.manifest import build_manifest
+from lrc_cli.checkpoint.manifest import build_manifest, matches_manifest
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.checkpoint.writer import (
     Entry,
     begin,
     check_writable,
+    copy_file,
     discard,
     publish,
+    resolve_output,
     tidy,
     write_weights,
 )
@@ -118,16 +122,33 @@ def test_a_checkpoint_is_read_as_views_of_its_files(name: str, checkpoint: Model
     names = {file.name for file in source.side_files()}
     assert {"LICENSE", "tokenizer.json", "generation_config.json"} <= names
     assert not any("safetensors" in name for name in names | {"config.json"} - {"config.json"})
-    assert {"config.json", *(file.name for file in source.files)} == set(source.hashes)
+    assert {"config.json", *(file.name for file in source.files), *names} == set(source.hashes)
 
 
-def test_side_files_leave_out_hidden_ones_and_old_reports(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    for name in ("a.txt", "sub/b.txt", ".git/c", "manifest.json", "README.md", "old.bin", "m.gguf"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    files = open_source(tmp_path).side_files()
-    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["a.txt", "sub/b.txt"]
+CARRIED = ["1_Pooling/config.json", "2_Dense/model.safetensors", "a.txt", "b/README.md", "code.py"]
+LEFT = [".git/c", "manifest.json", "README.md", "old.bin", "other.safetensors", "b/m.gguf"]
+LEFT += ["onnx/model.json", "original/params.json", "b/m.onnx", "model.safetensors.index.json"]
+
+
+def write_files(directory: Path, names: list[str]) -> None:
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(name)
+
+
+def test_side_files_are_all_but_our_own_and_other_forms_of_the_weights(tmp_path: Path) -> None:
+    write_files(tmp_path, [*CARRIED, *LEFT])
+    save_file({"x": torch.zeros(1)}, tmp_path / "used.safetensors")
+    index = {"weight_map": {"x": "used.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = open_source(tmp_path)
+    files = [file.relative_to(tmp_path).as_posix() for file in source.side_files()]
+    assert files == CARRIED
+    assert set(source.hashes) == {"used.safetensors", *CARRIED}
+    before = source.hashes
+    (tmp_path / "code.py").write_text("x = 2")
+    after = open_source(tmp_path).hashes
+    assert {name for name in after if after[name] != before[name]} == {"code.py"}
 
 
 def broken(tmp_path: Path, kind: str, source: Path) -> Path:
@@ -149,6 +170,12 @@ def broken(tmp_path: Path, kind: str, source: Path) -> Path:
         for shard in [*shards, tmp_path / "model.safetensors.index.json"]:
             shard.unlink()
         (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    elif kind == "index":
+        index = {"weight_map": [shard.name for shard in shards]}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "quantization":
+        config["quantization_config"] = "gptq"
+        (tmp_path / "config.json").write_text(json.dumps(config))
     elif kind == "config":
         (tmp_path / "config.json").write_text("{")
     else:
@@ -166,6 +193,8 @@ def broken(tmp_path: Path, kind: str, source: Path) -> Path:
         ("no weights", "no .safetensors file"),
         ("pickled", "weights in pytorch_model.bin are not in this version"),
         ("config", "config.json.* JSON"),
+        ("index", "weight_map does not name a file"),
+        ("quantization", "quantization_config is not an object"),
         ("bitsandbytes", "already quantised or compressed .bitsandbytes.*dequantise"),
         ("lrc", "already quantised or compressed .lrc.*dense checkpoint it came from"),
     ],
@@ -260,20 +289,90 @@ def test_every_crash_inside_publish_leaves_one_whole_output(
         assert not output.with_name("out.lrc-old").exists()
 
 
+def test_folders_are_on_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, ["side"])
+    copy_file(tmp_path / "side", begin(tmp_path / "out") / "a" / "b")
+    assert (tmp_path / "out.partial" / "a" / "b").read_text() == "side"
+    synced: list[tuple[int, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(tmp_path / "out", force=False)
+    folder = (tmp_path / "out" / "a").stat().st_ino
+    assert (folder, False) in synced
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lrc_cli.checkpoint.writer import begin
+(begin(Path(sys.argv[1])) / "file").write_text("first")
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_output_is_written_by_one_run(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", HOLD, str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "begun\n"
+        with pytest.raises(RunError, match="another lrc run is writing it; wait"):
+            begin(output)
+        write_output(tmp_path / "out.lrc-old", "old")
+        with pytest.raises(RunError, match="another lrc run is writing it"):
+            tidy(output)
+        assert read_output(tmp_path / "out.partial") == "first"
+        other.kill()
+    begin(output)
+    discard(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the lock outlived its run"
+
+
+def test_an_output_is_the_directory_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_output("a/../out") == tmp_path / "out" and resolve_output(".") == tmp_path
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(InputError, match="is a link to nothing; remove it"):
+        resolve_output("link")
+    (tmp_path / "real").mkdir()
+    assert resolve_output("link") == tmp_path / "real"
+    with pytest.raises(InputError, match="'/' is not a directory to write"):
+        resolve_output("/")
+
+
 def test_where_an_output_can_be_made(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "deeper" / "out")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is not a writable directory"):
+    with pytest.raises(InputError, match=r"is not a writable directory.*another output\.path"):
         check_writable(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match=r"another runtime\.work_dir"):
+        check_writable(tmp_path / "file" / "out", "runtime.work_dir")
 
 
 def test_the_manifest_finds_every_file_but_itself(tmp_path: Path) -> None:
     save_file({"x": torch.arange(3.0)}, tmp_path / "model.safetensors")
-    for name in ("b.txt", "sub/a.txt", "manifest.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
+    write_files(tmp_path, ["b.txt", "sub/a.txt", "manifest.json", "sub/manifest.json"])
+    save_file({"x": torch.zeros(2)}, tmp_path / "sub" / "other.safetensors")
     manifest = build_manifest(tmp_path)
-    assert list(manifest["files"]) == ["b.txt", "model.safetensors", "sub/a.txt"]
+    sub = ["sub/a.txt", "sub/manifest.json", "sub/other.safetensors"]
+    assert list(manifest["files"]) == ["b.txt", "model.safetensors", *sub]
     before = manifest["tensors"]["x"]
     save_file({"x": torch.arange(3.0) + 1}, tmp_path / "model.safetensors")
     assert build_manifest(tmp_path)["tensors"]["x"] != before
+
+
+def test_a_manifest_matches_until_a_file_changes_or_goes(tmp_path: Path) -> None:
+    write_files(tmp_path, ["a.txt", "sub/b.txt"])
+    (tmp_path / "manifest.json").write_text(json.dumps(build_manifest(tmp_path)))
+    assert matches_manifest(tmp_path)
+    (tmp_path / "sub" / "b.txt").write_text("sub/c.txt")
+    assert not matches_manifest(tmp_path)
+    (tmp_path / "sub" / "b.txt").unlink()
+    assert not matches_manifest(tmp_path)

@@ -1,5 +1,8 @@
 """The commands as a user meets them: options, output, exit codes, and one sentence per mistake."""
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
@@ -18,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lrc_cli import __version__
-from lrc_cli.cli import lrc
+from lrc_cli.cli import lrc, run_command
 
 Changes = dict[str, Any]
 
@@ -51,11 +54,11 @@ def test_commands_and_options_are_frozen() -> None:
         "compress": sorted(
             ["config", "--set", "--output", "--force", "--restart", "--strict", "--json", "--quiet"]
         ),
-        "inspect": sorted(["checkpoint", "--factory", "--json"]),
+        "inspect": sorted(["checkpoint", "--factory", "--trust-remote-code", "--json"]),
         "eval": sorted(
             [
                 *("directory", "--against", "--data", "--part", "--num-sequences"),
-                *("--sequence-length", "--factory", "--json", "--quiet"),
+                *("--sequence-length", "--factory", "--trust-remote-code", "--json", "--quiet"),
             ]
         ),
         "schema": [],
@@ -244,7 +247,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "config-not-json": (lambda path: (path / "config.json").write_text("{"), ["config.json"]),
     "unknown-architecture": (
         edit_config(model_type="unheard_of", architectures=["UnheardOf"]),
-        ["unheard_of"],
+        ["UnheardOf", "upgrade transformers"],
+    ),
+    "unknown-class": (
+        edit_config(architectures=["LlamaForTelepathy"]),
+        ["no class LlamaForTelepathy", "upgrade transformers", "factory"],
+    ),
+    "own-class": (
+        edit_config(
+            architectures=["OwnLlama"], auto_map={"AutoModelForCausalLM": "modeling_own.OwnLlama"}
+        ),
+        ["OwnLlama", "trust_remote_code"],
+    ),
+    "class-no-list": (
+        edit_config(architectures="LlamaForCausalLM"),
+        ["architectures", '["LlamaForCausalLM"]'],
+    ),
+    "no-heads": (edit_config(num_attention_heads=0, num_key_value_heads=0), ["cannot be loaded"]),
+    "text-for-number": (edit_config(hidden_size="wide"), ["cannot be loaded", "hidden_size"]),
+    "quantisation-no-object": (
+        edit_config(quantization_config="gptq"),
+        ["quantization_config is not an object"],
     ),
     "other-tokenizer": (pico.write_large_tokenizer, ["token", "96", "own tokenizer"]),
     "wrong-shape": (edit_config(intermediate_size=80), ["cannot be loaded"]),
@@ -295,6 +318,25 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
         {"compression.layers": {"*.q_proj": {"method": "svd"}}},
         ["allocation", "relative or uniform"],
     ),
+    "loss-of-another-method": (
+        {
+            "compression.max_loss_increase": 0.1,
+            "compression.allocation": "uniform",
+            "compression.layers": {"*.q_proj": {"method": "frobenius"}},
+        },
+        ["max_loss_increase", "q_proj has frobenius"],
+    ),
+    "error-without-data": (
+        {"compression.max_layer_error": 0.5, "compression.method": "svd"},
+        ["max_layer_error: svd looks at no data", "use frobenius or curvature"],
+    ),
+    "work-dir-under-a-file": (
+        {"runtime.work_dir": f"{__file__}/work"},
+        ["not a writable directory", "another runtime.work_dir"],
+    ),
+    "work-dir-is-a-file": ({"runtime.work_dir": __file__}, ["runtime.work_dir", "not a directory"]),
+    "root": ({"output.path": "/"}, ["output.path", "'/'"]),
+    "here": ({"output.path": "."}, ["exists", "another output.path"]),
     "no-factory": ({"model.factory": "absent_module:build"}, ["absent_module:build"]),
 }
 
@@ -345,6 +387,152 @@ def test_tensors_the_model_does_not_take(
     assert_one_sentence(ended, 2, "model.factory")
 
 
+IDS = torch.arange(5, 69).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "pieces"),
+    [
+        ({"input_ids": IDS.float()}, ["torch.float32", "integers of shape (sequences, tokens)"]),
+        ({"input_ids": IDS[0]}, ["shape (8,)", "(sequences, tokens)"]),
+        ({"input_ids": IDS - 6}, ["token -1 is not one of the 96"]),
+        ({"input_ids": IDS + 40}, ["token 108 is not one of the 96"]),
+        ({"input_ids": IDS, "attention_mask": torch.ones(8, 7)}, ["(8, 7)", "(8, 8)"]),
+        ({"inputs_embeds": torch.ones(8, 3, 5)}, ["fails on inputs_embeds (1, 3, 5)", "check"]),
+    ],
+)
+def test_model_inputs_that_the_network_cannot_take(
+    tensors: dict[str, torch.Tensor], pieces: list[str], tmp_path: Path, llama_job: Changes
+) -> None:
+    save_file(tensors, tmp_path / "data.safetensors")
+    changes = llama_job | {"calibration.path": str(tmp_path / "data.safetensors")}
+    config = pico.job(tmp_path, changes | {"calibration.num_sequences": 8, "evaluation": []})
+    assert_one_sentence(pico.call("compress", config, "-q"), 2, "calibration: ", *pieces)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_forward_that_does_not_fit_the_data(
+    tmp_path: Path, plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    save_file({"x": torch.ones(50, 7)}, tmp_path / "narrow.safetensors")
+    data = {"calibration.path": str(tmp_path / "narrow.safetensors")}
+    ended = pico.call("compress", pico.job(tmp_path, plain_folder.model("mlp") | data), "-q")
+    assert_one_sentence(ended, 2, "calibration: the network fails on x (1, 7): RuntimeError")
+
+
+def test_an_output_in_the_checkpoint_or_around_it(tmp_path: Path, llama_job: Changes) -> None:
+    model = tmp_path / "outer" / "model"
+    shutil.copytree(llama_job["model.path"], model)
+    for output in (model / "small", tmp_path / "outer"):
+        changes = llama_job | {"model.path": str(model), "output.path": str(output)}
+        ended = pico.call("compress", pico.job(tmp_path, changes), "-q", "--force")
+        assert_one_sentence(ended, 2, "lie in one another")
+
+
+def test_force_through_a_link_replaces_what_it_leads_to(tmp_path: Path, llama_job: Changes) -> None:
+    real, _ = pico.compressed(tmp_path, llama_job | {"compression.method": "svd"})
+    (tmp_path / "link").symlink_to("out")
+    changes = {"compression.size": 0.5, "compression.method": "svd"}
+    changes["output.path"] = str(tmp_path / "link")
+    _, report = pico.compressed(tmp_path, llama_job | changes, "--force")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((real / "report.json").read_text()) == report
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lrc-work", "job.yaml", "link", "out"}
+
+
+def test_numbers_too_large_for_the_output_dtype(tmp_path: Path, llama_job: Changes) -> None:
+    def enlarge(state: dict[str, torch.Tensor]) -> None:
+        state["model.norm.weight"] = state["model.norm.weight"] * 1e6
+
+    model = damaged(tmp_path, Path(llama_job["model.path"]), edit_state(enlarge))
+    changes = {"model.path": str(model), "output.dtype": "float16", "compression.method": "svd"}
+    ended = pico.call("compress", pico.job(tmp_path, llama_job | changes), "-q")
+    assert_one_sentence(ended, 1, "output.dtype: float16 cannot hold", "model.norm.weight")
+    assert_nothing_left(tmp_path)
+
+
+# ---------------------------------------------------------------- what counts as done
+
+
+def add_line(file: Path) -> None:
+    file.write_text(file.read_text() + "\n")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "LICENSE", "modeling_own.py"])
+def test_another_file_of_the_checkpoint_is_another_job(
+    name: str, tmp_path: Path, llama_job: Changes
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama_job["model.path"], model)
+    (model / "modeling_own.py").write_text("x = 1\n")
+    changes = llama_job | {"model.path": str(model), "compression.method": "svd"}
+    output, _ = pico.compressed(tmp_path, changes)
+    assert "already" in pico.call("compress", tmp_path / "job.yaml").err
+    add_line(model / name)
+    assert_one_sentence(pico.call("compress", tmp_path / "job.yaml", "-q"), 2, "--force")
+    pico.compressed(tmp_path, changes, "--force")
+    assert (output / name).read_bytes() == (model / name).read_bytes()
+    assert len(list((tmp_path / ".lrc-work").iterdir())) == 2, "stale statistics were used"
+
+
+def test_another_factory_is_another_job(
+    tmp_path: Path, plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(plain_folder.path, folder)
+    (folder / "pico_factories.py").rename(folder / "moved_factories.py")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    changes = plain_folder.model("mlp") | {"model.factory": "moved_factories:mlp"}
+    pico.compressed(tmp_path, changes)
+    assert "already" in pico.call("compress", tmp_path / "job.yaml").err
+    add_line(folder / "moved_factories.py")
+    assert_one_sentence(pico.call("compress", tmp_path / "job.yaml", "-q"), 2, "--force")
+    pico.compressed(tmp_path, changes, "--force")
+    assert len(list((tmp_path / ".lrc-work").iterdir())) == 2, "stale statistics were used"
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_output_is_not_done(damage: str, tmp_path: Path, llama_job: Changes) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job | {"compression.method": "svd"})
+    file = output / "model.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "changed":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    ended = pico.call("compress", tmp_path / "job.yaml", "-q")
+    assert_one_sentence(ended, 2, "the output exists", "--force")
+
+
+# ---------------------------------------------------------------- what the system refuses
+
+
+@pytest.mark.parametrize(
+    ("number", "goes_on"), [(errno.EACCES, False), (errno.ENOENT, False), (errno.ENOSPC, True)]
+)
+def test_only_a_full_disk_promises_to_go_on(number: int, goes_on: bool) -> None:
+    def fail(**_: Any) -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert run_command(fail) == 1
+    line = err.getvalue()
+    assert line.startswith(f"error: some/file: {os.strerror(number)}; ") and line.count("\n") == 1
+    assert ("goes on where it stopped" in line) == goes_on
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [Path(sys.executable).with_name("lrc"), "schema"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
+
+
 def test_an_output_that_cannot_be_made(tmp_path: Path, llama_job: Changes) -> None:
     (tmp_path / "file").write_text("x")
     model = tmp_path / "model"
@@ -393,7 +581,7 @@ def test_inspect_of_a_plain_module(
     monkeypatch.chdir(plain_folder.path)
     found = pico.call("inspect", "mlp.safetensors", "--factory", "pico_factories:mlp", "--json")
     assert [layer["name"] for layer in json.loads(found.out)["layers"]] == ["0", "2", "4"]
-    assert_one_sentence(pico.call("inspect", "mlp.safetensors"), 2, "factory")
+    assert_one_sentence(pico.call("inspect", "mlp.safetensors"), 2, "give --factory")
     assert_one_sentence(pico.call("inspect", "absent"), 2, "absent")
 
 
@@ -440,6 +628,15 @@ def test_eval_on_other_data_against_another_checkpoint(
     assert rows[0]["sha256"] != rows[1]["sha256"]
 
 
+def test_eval_takes_the_dtype_of_the_run(tmp_path: Path, llama_job: Changes) -> None:
+    changes = {"runtime.dtype": "bfloat16", "compression.method": "svd"}
+    output, report = pico.compressed(tmp_path, llama_job | changes)
+    found = json.loads(pico.call("eval", output, "--json", "-q").out)
+    assert found["activation_dtype"] == "bfloat16"
+    loss = found["quality"][0]["loss_after"]
+    assert loss == pytest.approx(report["quality"][0]["loss_after"], rel=1e-4)
+
+
 def test_eval_of_a_dense_copy_is_lossless(tmp_path: Path, llama_job: Changes) -> None:
     output, _ = pico.compressed(tmp_path, llama_job | {"compression.size": 1.0})
     (row,) = json.loads(pico.call("eval", output, "--json", "-q").out)["quality"]
@@ -462,6 +659,9 @@ def test_eval_of_an_encoder_and_of_a_plain_module(
         folder = tmp_path / name
         folder.mkdir()
         output, report = pico.compressed(folder, changes)
+        if options:
+            told = pico.call("eval", output, "-q")
+            assert_one_sentence(told, 2, "give --factory pico_factories:mlp")
         ended = pico.call("eval", output, "--json", "-q", *options)
         (row,) = json.loads(ended.out)["quality"]
         told = report["quality"][0]["relative_output_error"]

@@ -61,6 +61,10 @@ def no_module() -> Any:
     return "no module"
 
 
+def fails() -> nn.Module:
+    return nn.Linear({}["width"], 4)
+
+
 def write(directory: Path, form: Form, record: dict[str, Any] | None = None) -> Mlp:
     """A factorised checkpoint of an Mlp in `directory`; returns the dense model it must equal."""
     torch.manual_seed(0)
@@ -162,9 +166,17 @@ def test_factory_beside_the_working_directory(
         (f"{__name__}:no_module", "returned str"),
         (f"{__name__}:needs_argument", "called without arguments"),
         (f"{__name__}:plain", "no place for"),
+        (f"{__name__}:fails", "failed: KeyError: 'width'"),
+        ("broken_factory:build", r"cannot be imported: SyntaxError: .*line 1"),
+        ("leaving_factory:build", r"cannot be imported: SystemExit: 3"),
     ],
 )
-def test_wrong_factory_is_explained(tmp_path: Path, factory: str, cause: str) -> None:
+def test_wrong_factory_is_explained(
+    tmp_path: Path, factory: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_factory.py").write_text("def build(:\n")
+    (tmp_path / "leaving_factory.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     write(tmp_path, FORMS["factors"])
     with pytest.raises(InputError, match=cause):
         load(tmp_path, factory=factory)

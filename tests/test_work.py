@@ -51,12 +51,41 @@ def test_units_with_dots_do_not_collide(tmp_path: Path) -> None:
 
 
 def test_another_fingerprint_is_an_error_that_names_the_field(tmp_path: Path) -> None:
-    WorkDirectory(tmp_path, FIELDS)
-    with pytest.raises(InputError, match="made with another seed") as caught:
-        WorkDirectory(tmp_path, {**FIELDS, "seed": 1})
+    with WorkDirectory(tmp_path, FIELDS):
+        pass
+    other = WorkDirectory(tmp_path, {**FIELDS, "seed": 1})
+    with pytest.raises(InputError, match="made with another seed") as caught, other:
+        pass
     assert "work_dir" in str(caught.value)
-    with pytest.raises(InputError, match="made with another checkpoint"):
-        WorkDirectory(tmp_path, {**FIELDS, "checkpoint": {"a": "2"}})
+    other = WorkDirectory(tmp_path, {**FIELDS, "checkpoint": {"a": "2"}})
+    with pytest.raises(InputError, match="made with another checkpoint"), other:
+        pass
+    with WorkDirectory(tmp_path, FIELDS):
+        pass
+
+
+@pytest.mark.parametrize("content", [b'{"seed": ', b"\xff\xfe"])
+def test_a_damaged_fingerprint_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fingerprint.json").write_bytes(content)
+    work = WorkDirectory(tmp_path, FIELDS)
+    with pytest.raises(RunError, match=rf"fingerprint\.json: damaged .*delete {tmp_path}"), work:
+        pass
+
+
+def test_a_fingerprint_is_written_whole_and_under_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    work = WorkDirectory(tmp_path / "work", FIELDS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", crash)
+        work.__enter__()
+    assert not (tmp_path / "work" / "fingerprint.json").exists()
+    other = WorkDirectory(tmp_path / "work", {**FIELDS, "seed": 1})
+    with work, pytest.raises(RunError, match="another lrc run"), other:
+        pass
 
 
 def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path: Path) -> None:
@@ -86,7 +115,8 @@ def test_restart_drops_the_stages_it_names(tmp_path: Path) -> None:
     work.drop(["statistics", "factors/one", "never"])
     assert not work.has("statistics", "a") and not work.has("factors/one", "a")
     assert work.has("factors/two", "a")
-    assert json.loads((tmp_path / "fingerprint.json").read_text()) == FIELDS
+    with work:
+        assert json.loads((tmp_path / "fingerprint.json").read_text()) == FIELDS
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])

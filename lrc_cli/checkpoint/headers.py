@@ -92,11 +92,17 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index where it has one; may be empty.
 
     Raises:
-        InputError: a shard that the index names is missing, or several files have no index.
+        InputError: a shard that the index names is missing, the index is none, or several files
+            have no index.
     """
     index = path / INDEX_NAME
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise InputError(f"{index}: weight_map does not name a file by tensor", "restore it")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise InputError(
@@ -115,12 +121,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        InputError: the file is not UTF-8 JSON, or not an object.
+        InputError: the file cannot be read, is not UTF-8 JSON, or not an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{file} is not JSON: {error}", "restore the file") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})", "check the file") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object", "restore the file")
     return value

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.headers import open_tensors
+from lrc_cli.checkpoint.headers import open_tensors, read_json
 from lrc_cli.checkpoint.source import hash_file
 
 MANIFEST_NAME = "manifest.json"
@@ -19,7 +19,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def build_manifest(directory: Path) -> dict[str, Any]:
-    """Hash every file of `directory` but the manifest itself, and every tensor in its weight files.
+    """Hash every file of `directory` but the manifest itself, and every tensor of its weights.
+
+    Weights in its folders, of other networks, count as files only.
 
     Returns:
         {"files": {relative name: sha256}, "tensors": {key: sha256}}, both sorted.
@@ -27,11 +29,11 @@ def build_manifest(directory: Path) -> dict[str, Any]:
     names = sorted(
         file.relative_to(directory).as_posix()
         for file in directory.rglob("*")
-        if file.is_file() and file.name != MANIFEST_NAME
+        if file.is_file() and file != directory / MANIFEST_NAME
     )
     tensors: dict[str, str] = {}
     for name in names:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and "/" not in name:
             with open_tensors(directory / name) as handle:
                 for key in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
                     tensors[key] = hashlib.sha256(tensor_bytes(handle.get_tensor(key))).hexdigest()
@@ -40,3 +42,16 @@ def build_manifest(directory: Path) -> dict[str, Any]:
         "files": {name: hash_file(directory / name) for name in names},
         "tensors": dict(sorted(tensors.items())),
     }
+
+
+def matches_manifest(directory: Path) -> bool:
+    """Whether every file that manifest.json names is there and has its bytes.
+
+    Raises:
+        InputError: manifest.json is not JSON.
+    """
+    files = read_json(directory / MANIFEST_NAME).get("files")
+    return isinstance(files, dict) and all(
+        (directory / name).is_file() and hash_file(directory / name) == sha256
+        for name, sha256 in files.items()
+    )

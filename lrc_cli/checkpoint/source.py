@@ -18,19 +18,21 @@ from lrc_cli.checkpoint.headers import (
 )
 from lrc_cli.errors import InputError
 
-# What the writer makes anew, or what belongs to weights that it replaces: never carried over.
-NOT_CARRIED_SUFFIXES = (
+# The same weights in another form would be carried over beside the compressed ones. Folders may
+# hold weights of their own (sentence-transformers' 2_Dense/model.safetensors), which are.
+WEIGHT_SUFFIXES = (
     ".safetensors",
     ".safetensors.index.json",
     ".bin",
     ".bin.index.json",
     ".pt",
     ".pth",
-    ".gguf",
-    ".onnx",
     ".h5",
     ".msgpack",
+    ".ot",
 )
+EXPORT_SUFFIXES = (".gguf", ".onnx", ".onnx_data")
+EXPORT_FOLDERS = frozenset({"onnx", "openvino", "original"})
 OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".gguf"})
 OWN_FILES = frozenset(
     {"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"}
@@ -75,31 +77,50 @@ class Source:
         """Files that the compressed checkpoint carries over unchanged (tokenizer, licence, ...)."""
         if self.path.is_file():
             return []
+        used = set(self.files)
         return sorted(
             file
             for file in self.path.rglob("*")
-            if file.is_file()
-            and file.name not in OWN_FILES
-            and not file.name.endswith(NOT_CARRIED_SUFFIXES)
-            and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
+            if file not in used and _is_carried(file.relative_to(self.path)) and file.is_file()
         )
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of config.json and of every weight file, by file name."""
-        files = self.files
-        if self.config is not None:
-            files = [self.path / "config.json", *files]
-        return {file.name: hash_file(file) for file in files}
+        """sha256 of all that makes the network: config.json, weights, tokenizer, code.
+
+        By name in the directory; also of the other files that are carried over.
+        """
+        if self.path.is_file():
+            return {self.path.name: hash_file(self.path)}
+        config = [] if self.config is None else [self.path / "config.json"]
+        files = [*config, *self.files, *self.side_files()]
+        return {file.relative_to(self.path).as_posix(): hash_file(file) for file in files}
+
+    def find_not_finite(self) -> str | None:
+        """The first tensor that holds a NaN or an infinity, or None."""
+        for key, info in self.tensors.items():
+            if info.dtype in FLOAT_DTYPES and not _is_finite(self.read(key)):
+                return key
+        return None
 
     def check_finite(self) -> None:
         """Raise InputError naming the first tensor that holds a NaN or an infinity."""
-        for key, info in self.tensors.items():
-            if info.dtype in FLOAT_DTYPES and not _is_finite(self.read(key)):
-                raise InputError(
-                    f"{info.file}: tensor {key} holds NaN or infinity",
-                    "repair or retrain the checkpoint: no compression can be fitted to it",
-                )
+        key = self.find_not_finite()
+        if key is not None:
+            raise InputError(
+                f"{self.tensors[key].file}: tensor {key} holds NaN or infinity",
+                "repair or retrain the checkpoint: no compression can be fitted to it",
+            )
+
+
+def _is_carried(name: Path) -> bool:
+    """Whether the writer carries over a file of this name, relative to the checkpoint."""
+    if any(part.startswith(".") for part in name.parts) or name.parts[0] in EXPORT_FOLDERS:
+        return False
+    if name.name.endswith(EXPORT_SUFFIXES):
+        return False
+    is_at_top = len(name.parts) == 1
+    return not is_at_top or not (name.name in OWN_FILES or name.name.endswith(WEIGHT_SUFFIXES))
 
 
 def _is_finite(tensor: torch.Tensor, chunk: int = 1 << 24) -> bool:
@@ -151,6 +172,8 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
         return None
     config = read_json(file)
     quantization = config.get("quantization_config")
+    if quantization and not isinstance(quantization, dict):
+        raise InputError(f"{file}: quantization_config is not an object", "restore the file")
     if quantization:
         method = quantization.get("quant_method", "an unknown method")
         if method == "lrc" and factorised:

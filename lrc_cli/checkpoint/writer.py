@@ -16,12 +16,14 @@ from typing import Any, BinaryIO
 import torch
 
 from lrc_cli.checkpoint.headers import DTYPES, INDEX_NAME, SINGLE_NAME
+from lrc_cli.checkpoint.lock import lock_file
 from lrc_cli.checkpoint.manifest import tensor_bytes
 from lrc_cli.errors import InputError, RunError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARTIAL_SUFFIX = ".partial"
 OLD_SUFFIX = ".lrc-old"
+LOCK_SUFFIX = ".lrc-lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +140,33 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, making its directory, and flush them to the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        sync(writer)
+
+
+# ---------------------------------------------------------------- the rename at the end
+
+_locks: dict[Path, BinaryIO] = {}
+"""What keeps other processes from an output, from `begin` to `publish` or `discard`."""
+
+
 def begin(output: Path) -> Path:
-    """An empty `OUT.partial/` beside the output, in place of whatever a crash left there."""
-    tidy(output)
+    """An empty `OUT.partial/` beside the output, in place of whatever a crash left there.
+
+    Raises:
+        RunError: another run is writing the output.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _lock(output)
+    _finish(output)
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     return partial
 
 
@@ -153,12 +175,14 @@ def discard(output: Path) -> None:
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
     if partial.exists():
         shutil.rmtree(partial)
+    _unlock(output)
 
 
 def publish(output: Path, *, force: bool) -> None:
     """Rename `OUT.partial/` to the output; with `force`, an old output is replaced.
 
     The old output is renamed aside first and deleted last, so one whole copy exists at any moment.
+    Ends what `begin` began.
 
     Raises:
         RunError: the output exists and `force` is False.
@@ -171,15 +195,31 @@ def publish(output: Path, *, force: bool) -> None:
                 f"{output}: appeared while the run went on", "give --force to replace it"
             )
         output.rename(old)
-    sync_directory(partial)
+    for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        sync_directory(directory)
     partial.rename(output)
     sync_directory(output.parent)
     if old.exists():
         shutil.rmtree(old)
+    _unlock(output)
 
 
 def tidy(output: Path) -> None:
-    """Finish what a crash inside `publish` left: exactly one whole output, and no old copy."""
+    """Finish what a crash inside `publish` left: exactly one whole output, and no old copy.
+
+    Raises:
+        RunError: another run is writing the output.
+    """
+    if not output.with_name(output.name + OLD_SUFFIX).exists():
+        return
+    is_ours = output in _locks
+    _lock(output)
+    _finish(output)
+    if not is_ours:
+        _unlock(output)
+
+
+def _finish(output: Path) -> None:
     old = output.with_name(output.name + OLD_SUFFIX)
     if not old.exists():
         return
@@ -189,12 +229,41 @@ def tidy(output: Path) -> None:
         old.rename(output)
 
 
-def check_writable(output: Path) -> None:
-    """Raise InputError if no directory can be made at `output`."""
-    parent = output.absolute().parent
+def _lock(output: Path) -> None:
+    if output in _locks:
+        return
+    handle = lock_file(output.with_name(output.name + LOCK_SUFFIX))
+    if handle is None:
+        raise RunError(f"{output}: another lrc run is writing it", "wait for it to end")
+    _locks[output] = handle
+
+
+def _unlock(output: Path) -> None:
+    if output in _locks:
+        output.with_name(output.name + LOCK_SUFFIX).unlink(missing_ok=True)
+        _locks.pop(output).close()
+
+
+def resolve_output(path: str) -> Path:
+    """The absolute path of the output directory; a link stands for the directory it leads to.
+
+    Raises:
+        InputError: the path has no name, or is a link to nothing.
+    """
+    if Path(path).is_symlink() and not Path(path).exists():
+        raise InputError(f"output.path: {path} is a link to nothing", "remove it")
+    output = Path(path).resolve()
+    if not output.name:
+        raise InputError(f"output.path: {path!r} is not a directory to write", "choose another one")
+    return output
+
+
+def check_writable(directory: Path, key: str = "output.path") -> None:
+    """Raise InputError, naming the config's key, if no directory can be made there."""
+    parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(
-            f"{output}: {parent} is not a writable directory", "choose another output.path"
+            f"{directory}: {parent} is not a writable directory", f"choose another {key}"
         )

@@ -1,0 +1,119 @@
+"""What identifies statistics, factors and a finished output: when is earlier work good for a job?
+
+Whatever can change a number counts: other weights, tokenizers, code, data, dtypes and versions.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lrc_cli import __version__
+from lrc_cli.calibration import Sequences
+from lrc_cli.checkpoint.headers import read_json
+from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
+from lrc_cli.checkpoint.source import Source, hash_file, open_source
+from lrc_cli.checkpoint.writer import canonical_json, resolve_output, tidy
+from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.engine import Solver
+from lrc_cli.factories import source_file
+from lrc_cli.models import Network
+
+
+def statistics_fingerprint(
+    config: Config,
+    source: Source,
+    calibration: Sequences,
+    solvers: Mapping[str, Solver],
+    network: Network,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """What the Gram matrices and the spectra depend on, by names for people."""
+    compression = config.compression
+    return {
+        "checkpoint": source.hashes,
+        "calibration data": calibration.sha256,
+        "mask token": getattr(tokenizer, "mask_token_id", None),
+        "methods": {name: solver.name for name, solver in solvers.items()},
+        "loss": compression.loss,
+        "center": compression.center,
+        "seed": config.runtime.seed,
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": network.device.type,
+        "factory": factory_hashes(config),
+        "trust_remote_code": config.model.trust_remote_code,
+        "lrc version": __version__,
+        "torch version": version("torch"),
+        "transformers version": version("transformers"),
+    }
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def factors_fingerprint(config: Config, statistics: str) -> str:
+    """What the factors depend on: the digest of the statistics, and the rest of the config."""
+    resolved = to_dict(config)
+    # As a list: the order of `layers` counts, the last pattern that matches wins.
+    layers = list(resolved["compression"].pop("layers").items())
+    fields = [
+        statistics,
+        resolved["compression"],
+        layers,
+        resolved["output"]["dtype"],
+        resolved["recover"],
+    ]
+    return digest(fields)[:16]
+
+
+def already_done(config: Config) -> bool:
+    """Whether the output is there, whole, and is what the config asks for.
+
+    Raises:
+        InputError: the checkpoint, the factory or the output's JSON cannot be read.
+        RunError: another run is writing the output.
+    """
+    output = resolve_output(config.output.path)
+    tidy(output)
+    report = output / "report.json"
+    if not report.is_file() or not (output / MANIFEST_NAME).is_file():
+        return False
+    provenance = read_json(report).get("provenance", {})
+    wanted = {
+        "config_sha256": config_hash(config),
+        "evaluation": to_dict(config)["evaluation"],
+        "lrc_version": __version__,
+    }
+    if any(provenance.get(key) != value for key, value in wanted.items()):
+        return False
+    # Hashing comes last: it reads every file.
+    return (
+        provenance.get("data_files_sha256") == data_hashes(config)
+        and provenance.get("checkpoint_sha256") == open_source(Path(config.model.path)).hashes
+        and matches_manifest(output)
+    )
+
+
+def data_hashes(config: Config) -> dict[str, str]:
+    """sha256 of every file beside the checkpoint that the config names, by name as written.
+
+    That is data, and the code of the factory.
+    """
+    texts = (config.calibration, config.certification, *(config.evaluation or ()))
+    paths = {text.path for text in texts if text is not None and text.path is not None}
+    data = {path: hash_file(Path(path)) for path in sorted(paths) if Path(path).is_file()}
+    return {**data, **factory_hashes(config)}
+
+
+def factory_hashes(config: Config) -> dict[str, str]:
+    """sha256 of the file that defines the factory, if it has one, by the factory's name.
+
+    What that file imports is not followed.
+    """
+    if config.model.factory is None:
+        return {}
+    file = source_file(config.model.factory)
+    return {config.model.factory: hash_file(file) if file else "built in"}

@@ -1,0 +1,73 @@
+"""Whether a network can take the blocks that were drawn for it: checked before the work begins."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.errors import InputError
+from lrc_cli.factories import named
+from lrc_cli.models import Network, check_inputs
+
+
+def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
+    """Raise InputError if the module cannot take the blocks of some purpose."""
+    embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    for name, blocks in sequences.items():
+        check_inputs(module, name, blocks.inputs)
+        if "input_ids" in blocks.inputs:
+            longest = (source.config or {}).get("max_position_embeddings")
+            known = getattr(embeddings, "num_embeddings", None)
+            _check_tokens(name, blocks.inputs, longest=longest, known=known)
+
+
+def _check_tokens(name: str, inputs: Batch, *, longest: Any, known: int | None) -> None:
+    """Token ids are whole numbers that the model knows, in (sequences, tokens), as is the mask."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2 or not ids.shape[1]:
+        raise InputError(
+            f"{name}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}",
+            "give integers of shape (sequences, tokens)",
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(
+            f"{name}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
+            "give one entry of the mask for every token",
+        )
+    if isinstance(longest, int) and ids.shape[1] > longest:
+        raise InputError(
+            f"{name}: sequence_length {ids.shape[1]} exceeds the model's {longest} positions",
+            f"set it to {longest} or less",
+        )
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or (known is not None and highest >= known):
+        wrong = lowest if lowest < 0 else highest
+        why = "is negative" if known is None else f"is not one of the {known} that the model knows"
+        raise InputError(f"{name}: token {wrong} {why}", "give the checkpoint its own tokenizer")
+
+
+def probe(network: Network, sequences: dict[str, Sequences]) -> None:
+    """Run the first sequence of every kind of inputs: they are the user's, and so may the code be.
+
+    Raises:
+        InputError: the forward pass fails; names the shapes.
+    """
+    kinds: dict[str, tuple[str, Batch]] = {}
+    for name, blocks in sequences.items():
+        batch = next(blocks.batches(1))
+        shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items())
+        kinds.setdefault(shapes, (name, batch))
+    for shapes, (name, batch) in kinds.items():
+        try:
+            with torch.no_grad():
+                network(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{name}: the network fails on {shapes}: {named(error)}",
+                "check the data against what its forward takes",
+            ) from error

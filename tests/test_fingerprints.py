@@ -1,0 +1,67 @@
+"""What makes earlier statistics unusable: everything that their numbers depend on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pico
+import pytest
+import torch
+from conftest import Models
+
+from lrc_cli import fingerprints
+from lrc_cli.config import load_config
+from lrc_cli.fingerprints import digest, statistics_fingerprint
+from lrc_cli.plan import CALIBRATION, Plan, make_plan
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path) -> Plan:
+    changes = {"model.path": str(checkpoint("bert-mlm")), "calibration.path": str(text)}
+    return make_plan(load_config(pico.job(tmp_path_factory.mktemp("plan"), changes)))
+
+
+def fields(plan: Plan, **changes: Any) -> dict[str, Any]:
+    values = {
+        "config": plan.config,
+        "source": plan.source,
+        "calibration": plan.sequences[CALIBRATION],
+        "solvers": plan.solvers,
+        "network": plan.network,
+        "tokenizer": plan.tokenizer,
+    }
+    return statistics_fingerprint(**{**values, **changes})
+
+
+def test_the_same_plan_has_the_same_fingerprint(plan: Plan) -> None:
+    assert fields(plan) == plan.statistics_fingerprint
+    assert digest(fields(plan)) == digest(plan.statistics_fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("changed", "edit"),
+    [
+        ("mask token", lambda _: {"tokenizer": SimpleNamespace(mask_token_id=7)}),
+        ("mask token", lambda _: {"tokenizer": None}),
+        (
+            "dtype",
+            lambda plan: {
+                "network": SimpleNamespace(dtype=torch.bfloat16, device=plan.network.device)
+            },
+        ),
+    ],
+)
+def test_what_the_statistics_depend_on(
+    changed: str, edit: Callable[[Plan], dict[str, Any]], plan: Plan
+) -> None:
+    before, after = fields(plan), fields(plan, **edit(plan))
+    assert [name for name in before if before[name] != after[name]] == [changed]
+
+
+def test_another_release_of_a_library_counts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fields(plan)
+    monkeypatch.setattr(fingerprints, "version", lambda name: f"{name} 99")
+    after = fields(plan)
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == ["torch version", "transformers version"]
