@@ -15,7 +15,6 @@ from lrc_cli.config import Calibration, Certification, Config, matches
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
-from lrc_cli.fingerprints import data_hashes as data_hashes
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import (

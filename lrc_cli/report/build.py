@@ -11,7 +11,8 @@ import torch
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
-from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan, data_hashes
+from lrc_cli.fingerprints import data_hashes
+from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "safetensors")
