@@ -5,12 +5,15 @@ the project claims come from scripts/bench_quality.py.
 """
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from lrc_cli.config import load_config
@@ -46,6 +49,15 @@ def texts(count: int) -> list[str]:
         f"evaluation.0.num_sequences={count}",
         f"evaluation.1.num_sequences={count}",
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    """conftest's one thread suits tiny models, not these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
