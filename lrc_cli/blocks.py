@@ -22,7 +22,7 @@ HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 Forward = Callable[..., Any]
 
 
-class StopForward(Exception):  # noqa: N818 (it ends a pass early, it is no error)
+class StopForward(Exception):
     """Raised by a hook that has seen what it needs: the rest of the segment is not run."""
 
 
@@ -307,9 +307,7 @@ class Walk:
                     self._calls[index] = entered
             return None
         if segment.name == TAIL:
-            with _patched(
-                self.network.module, _passing(self.chain, {}, self._hidden[index])
-            ):
+            with _patched(self.network.module, _passing(self.chain, {}, self._hidden[index])):
                 return self.network(batch)
         args, kwargs = self._calls[index][segment.name].with_hidden(self._hidden[index])
         output = self.network.module.get_submodule(segment.name)(*args, **kwargs)

@@ -11,16 +11,13 @@ import torch
 
 from lrc_cli.engine import (
     DENSE,
-    FROBENIUS,
     SVD,
-    Metric,
+    Approximation,
     Packed,
     SolveError,
-    Solver,
     Statistics,
     dense,
     pack_best,
-    tails,
 )
 
 RESOLUTION = 2.0**-24
@@ -33,6 +30,8 @@ class Fitted:
     """A layer's outcome: packed factors, or None for a layer that stays dense."""
 
     packed: Packed | None
+    bias: torch.Tensor | None = None
+    """The new bias (m,), stored dtype; None where the old one stays."""
     facts: dict[str, Any]
     """For the report; see `fit_layer`."""
 
@@ -40,8 +39,13 @@ class Fitted:
         """What is written for the layer of this disk name; empty where it stays dense."""
         if self.packed is None:
             return {}
-        written = {f"{key}.weight": self.packed.weight, f"{key}.up.weight": self.packed.up}
-        return written if self.packed.perm is None else {**written, f"{key}.perm": self.packed.perm}
+        written = {
+            f"{key}.weight": self.packed.weight,
+            f"{key}.up.weight": self.packed.up,
+            f"{key}.perm": self.packed.perm,
+            f"{key}.bias": self.bias,
+        }
+        return {name: tensor for name, tensor in written.items() if tensor is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Request:
     """Of the stored factors."""
     max_layer_error: float | None = None
     """A bound on the plain relative output error that the stored factors must meet."""
+    bias: torch.Tensor | None = None
+    """The layer's bias (m,); None where it has none."""
 
 
 def left_dense(reason: str, *, fallback: bool) -> Fitted:
@@ -67,29 +73,18 @@ def left_dense(reason: str, *, fallback: bool) -> Fitted:
     return Fitted(packed=None, facts={"storage": "dense", "reason": reason, "fallback": fallback})
 
 
-def fit_layer(
-    weight: torch.Tensor,
-    solver: Solver,
-    statistics: Statistics,
-    spectrum: torch.Tensor,
-    request: Request,
-) -> Fitted:
+def fit_layer(problem: Approximation, request: Request) -> Fitted:
     """Factorise, round and pack one layer, and measure it.
 
-    Args:
-        weight: (m, n), any floating dtype.
-        spectrum: the solver's, (k,) float64.
-
     Returns:
-        The packed factors with facts: `errors.metric` in the solver's unit and `errors.output`
-        relative (||(W - Z) X||_F / ||W X||_F), each for the stored factors, for the optimum of that
-        rank and for plain SVD of that rank.
+        The packed factors with facts: `errors.metric` in the problem's unit and `errors.output`
+        relative (||W X - Z X~||_F / ||W X||_F), each for the stored factors, for the optimum of
+        that rank (None where none can be proved) and for plain SVD of that rank.
     """
     if request.rank == DENSE:
         return left_dense("dense pays better at this size", fallback=False)
-    target = weight.double()
     try:
-        packed, reason = _pack(target, solver, statistics, spectrum, request)
+        packed, reason = _pack(problem, request)
     except SolveError as error:
         return left_dense(f"could not be solved: {error}", fallback=True)
     if packed is None:
@@ -101,89 +96,63 @@ def fit_layer(
         "reason": reason,
         "fallback": False,
         "max_coefficient": packed.up.abs().max().item() if packed.perm is not None else None,
-        "errors": _errors(target, packed, solver, statistics, spectrum),
+        "errors": _errors(problem, packed),
     }
-    return Fitted(packed=packed, facts=facts)
+    return Fitted(packed=packed, bias=_bias(problem, packed, request), facts=facts)
 
 
-def _pack(
-    target: torch.Tensor,
-    solver: Solver,
-    statistics: Statistics,
-    spectrum: torch.Tensor,
-    request: Request,
-) -> tuple[Packed | None, str]:
+def _pack(problem: Approximation, request: Request) -> tuple[Packed | None, str]:
     """The form with the lowest stored error; the rank is raised until max_layer_error holds."""
-    m, n = target.shape
-    metric, rank = solver.metric(statistics), request.rank
-    allowed = _allowed_error(target, statistics, request.max_layer_error)
+    m, n = problem.weight.shape
+    rank, relative = request.rank, request.max_layer_error
+    allowed = None if relative is None else relative**2 * problem.energy
     largest = min(m - 1, n)
-    # The rank may have to rise; solutions are nested, so one of the largest rank holds them all.
-    factors = solver.factorize(target, statistics, rank if allowed is None else largest)
+    if allowed is not None:
+        problem.solve(largest)  # the rank may have to rise: one solution holds them all
     while rank <= largest:
         stored = pack_best(
-            factors.truncated(rank),
-            target,
-            metric,
+            problem,
+            rank,
             request.dtype,
             storage=request.storage,
-            rank=rank,
             rank_multiple=request.rank_multiple,
-            spectrum=spectrum,
         )
         if stored.packed.num_bytes >= m * n * request.dtype.itemsize:
             return None, ""
-        if allowed is None or metric.errors(target - dense(stored.packed))[1] <= allowed:
+        if allowed is None or problem.errors(dense(stored.packed)).output <= allowed:
             return stored.packed, stored.reason
         rank += request.rank_multiple
     return None, ""
 
 
-def _allowed_error(
-    target: torch.Tensor, statistics: Statistics, relative: float | None
-) -> float | None:
-    """The plain output error that a relative one allows; None: any."""
-    if relative is None:
+def _bias(problem: Approximation, packed: Packed, request: Request) -> torch.Tensor | None:
+    shift = problem.shift(dense(packed))
+    if shift is None:
         return None
-    return relative**2 * Metric(gram=statistics.gram).error(target)
+    return (shift if request.bias is None else request.bias.double() + shift).to(request.dtype)
 
 
-def _errors(
-    target: torch.Tensor,
-    packed: Packed,
-    solver: Solver,
-    statistics: Statistics,
-    spectrum: torch.Tensor,
-) -> dict[str, Any]:
-    rank, metric = packed.rank, solver.metric(statistics)
-    plain = SVD.factorize(target, Statistics(), rank).dense()
-    stored, stored_output = metric.errors(target - dense(packed))
-    svd, svd_output = metric.errors(target - plain)
-    # Without a Gram matrix (svd needs no data) the inputs count as white.
-    best = FROBENIUS if statistics.gram is not None else SVD
-    optimum = best.spectrum(target, statistics)
-    energy = optimum.sum().item()
+def _errors(problem: Approximation, packed: Packed) -> dict[str, Any]:
+    rank, energy = packed.rank, problem.energy
+    stored = problem.errors(dense(packed))
+    svd = problem.errors(SVD.factorize(problem.weight, Statistics(), rank).dense())
     return {
         "metric": {
-            "unit": solver.unit,
-            "stored": stored,
-            "optimum": _tail(spectrum, rank),
-            "svd": svd,
-            "total": spectrum.sum().item(),
-            "floor": RESOLUTION * spectrum.sum().item(),
+            "unit": problem.unit,
+            "stored": stored.metric,
+            "optimum": problem.optimum(rank),
+            "svd": svd.metric,
+            "total": problem.total,
+            "floor": RESOLUTION * problem.total,
         },
         "output": {
-            "inputs": "calibration" if statistics.gram is not None else "white",
-            "stored": _relative(stored_output, energy),
-            "optimum": _relative(_tail(optimum, rank), energy),
-            "svd": _relative(svd_output, energy),
+            "inputs": problem.inputs,
+            "stored": _relative(stored.output, energy),
+            "optimum": _relative(problem.output_optimum(rank), energy),
+            "svd": _relative(svd.output, energy),
             "floor": math.sqrt(RESOLUTION),
         },
     }
-
-
-def _tail(spectrum: torch.Tensor, rank: int) -> float:
-    return tails(spectrum)[min(rank, len(spectrum))].item()
 
 
 def _relative(error: float, energy: float) -> float:

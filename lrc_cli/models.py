@@ -49,6 +49,11 @@ class Layer:
         # GPT-2's Conv1D stores (n, m); nothing but the class tells for a square matrix.
         return stored.T if self.kind == "Conv1D" else stored
 
+    def bias(self, source: Source) -> torch.Tensor | None:
+        """The bias (m,): a view of the mapped file; None where the layer has none."""
+        key = f"{self.key}.bias"
+        return source.read(key) if key in source.tensors else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:

@@ -90,6 +90,7 @@ def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
 def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
     """Every tensor of the output, in the source's order; factors stand where their weight stood."""
     units = {f"{layer.key}.weight": layer.unit for layer in plan.layers}
+    units |= {f"{layer.key}.bias": layer.unit for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
     for key, info in plan.source.tensors.items():
         packed = work.get(stage, units[key])[0] if key in units else {}
@@ -98,10 +99,14 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
             read = partial(_converted, plan.source, key, dtype)
             yield Entry(key=key, shape=info.shape, dtype=dtype, read=read)
             continue
-        # A loader that does not know lrc must fail on the shape, never load something else.
-        assert tuple(packed[key].shape) != info.shape, key
-        stem = key.removesuffix(".weight")
-        for name in (key, f"{stem}.up.weight", f"{stem}.perm"):
+        names = [key]
+        if key.endswith(".weight"):
+            # A loader that does not know lrc must fail on the shape, never load something else.
+            assert tuple(packed[key].shape) != info.shape, key
+            stem = key.removesuffix(".weight")
+            gained = [] if f"{stem}.bias" in plan.source.tensors else [f"{stem}.bias"]
+            names += [f"{stem}.up.weight", f"{stem}.perm", *gained]
+        for name in names:
             if name in packed:
                 tensor, read = packed[name], partial(_packed, work, stage, units[key], name)
                 yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)

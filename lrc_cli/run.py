@@ -8,7 +8,7 @@ import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Config
-from lrc_cli.engine import SolveError
+from lrc_cli.engine import SameInput, SolveError
 from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
 from lrc_cli.gather import collect_statistics, read_statistics
 from lrc_cli.models import Layer
@@ -179,13 +179,13 @@ def _fit(plan: Plan, work: WorkDirectory, ranks: dict[str, int], layer: Layer) -
         return left_dense(reasons[layer.name], fallback=True)
     statistics, _ = read_statistics(plan, work, layer)
     assert statistics is not None
-    return fit_layer(
+    problem = SameInput(
         _weight(plan, layer),
-        plan.solvers[layer.name],
         statistics,
+        plan.solvers[layer.name],
         spectra[layer.name].to(plan.device),
-        _request(plan, layer, ranks[layer.name]),
     )
+    return fit_layer(problem, _request(plan, layer, ranks[layer.name]))
 
 
 def _request(plan: Plan, layer: Layer, rank: int) -> Request:
@@ -197,4 +197,5 @@ def _request(plan: Plan, layer: Layer, rank: int) -> Request:
         storage=override.storage or compression.storage,
         dtype=plan.stored_dtype(layer),
         max_layer_error=None if override.rank is not None else compression.max_layer_error,
+        bias=layer.bias(plan.source),
     )

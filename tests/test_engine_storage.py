@@ -13,6 +13,7 @@ from lrc_cli.engine import (
     Factors,
     Metric,
     Packed,
+    SameInput,
     SolveError,
     Statistics,
     Stored,
@@ -186,10 +187,8 @@ def test_refit_stays_bounded_where_the_gram_matrix_is_singular(
 ) -> None:
     weight, statistics = case(name)
     solver = SOLVERS[method]
-    factors = solver.factorize(weight, statistics, 16)
-    stored = pack_best(
-        factors, weight, solver.metric(statistics), torch.bfloat16, storage=storage, rank=16
-    )
+    problem = SameInput(weight, statistics, solver)
+    stored = pack_best(problem, 16, torch.bfloat16, storage=storage)
     assert torch.isfinite(dense(stored.packed)).all()
     assert stored.packed.up.abs().max() < 30
     assert dense(stored.packed).norm() < 10 * weight.norm()
@@ -209,8 +208,8 @@ def test_tiny_gradients_fit_every_dtype(
         gram=statistics.gram.to(device), fisher=1e-6 * statistics.fisher.to(device)
     )
     solver = SOLVERS["curvature"]
-    factors = solver.factorize(weight, statistics, 16)
-    stored = pack_best(factors, weight, solver.metric(statistics), dtype, storage=storage)
+    problem = SameInput(weight, statistics, solver)
+    stored = pack_best(problem, 16, dtype, storage=storage)
     total, tail = (solver.spectrum(weight, statistics)[rank:].sum().item() for rank in (0, 16))
     assert 0 < total < 1e-15
     assert stored.packed.weight.device.type == device
@@ -219,10 +218,10 @@ def test_tiny_gradients_fit_every_dtype(
 
 def test_overflow_of_the_stored_dtype_is_a_solve_error() -> None:
     weight, _ = case("wide")
-    factors = exactly(1e12 * weight, 8)
+    problem = SameInput(1e12 * weight, Statistics(), SOLVERS["svd"])
     for storage in STORAGES:
         with pytest.raises(SolveError, match="float16"):
-            pack_best(factors, 1e12 * weight, Metric(), torch.float16, storage=storage)
+            pack_best(problem, 8, torch.float16, storage=storage)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -232,7 +231,8 @@ def test_bytes_are_those_of_the_tensors(
     storage: str, dtype: torch.dtype, m: int, n: int, rank: int
 ) -> None:
     weight = gaussian(m, n, seed=1)
-    packed = pack_best(exactly(weight, rank), weight, Metric(), dtype, storage=storage).packed
+    problem = SameInput(weight, Statistics(), SOLVERS["svd"])
+    packed = pack_best(problem, rank, dtype, storage=storage).packed
     tensors = [t for t in (packed.weight, packed.up, packed.perm) if t is not None]
     assert packed.num_bytes == sum(len(t.numpy(force=True).tobytes()) for t in map(raw, tensors))
     block = pivot_block(m, rank)
@@ -255,8 +255,8 @@ def test_a_rank_lowered_by_the_cap_keeps_its_blocks(shape: str) -> None:
     solver = SOLVERS["curvature"]
     factors = solver.factorize(weight, statistics, 16)
     assert factors.rank == 10
-    metric = solver.metric(statistics)
-    stored = pack_best(factors, weight, metric, torch.float32, storage="interpolative", rank=16)
+    problem = SameInput(weight, statistics, solver)
+    stored = pack_best(problem, 16, torch.float32, storage="interpolative")
     assert stored.packed.rank == 16 and stored.packed.block == 8
     assert stored.error < 1e-10 * solver.error(weight, statistics)
 
@@ -268,7 +268,8 @@ def trial(decades: float, spectrum_given: bool) -> tuple[Stored, Stored, Stored]
     solver = SOLVERS["frobenius"]
     factors, metric = solver.factorize(weight, statistics, 40), solver.metric(statistics)
     spectrum = solver.spectrum(weight, statistics) if spectrum_given else None
-    auto = pack_best(factors, weight, metric, torch.bfloat16, spectrum=spectrum)
+    problem = SameInput(weight, statistics, solver, spectrum)
+    auto = pack_best(problem, 40, torch.bfloat16)
     blocked = STORAGES["interpolative"].pack(factors, weight, metric, torch.bfloat16, 8)
     rank = storage_bytes("interpolative", 64, 64, 40, 2, 8) // storage_bytes(
         "factors", 64, 64, 1, 2, 8

@@ -4,7 +4,7 @@ solver = SOLVERS["curvature"]
 choices = rank_choices(solver.spectrum(weight, statistics), m=m, n=n, itemsize=2)
 (pick,) = within_bytes([choices], budget)
 factors = solver.factorize(weight, statistics, int(choices.ranks[pick]))
-stored = pack_best(factors, weight, solver.metric(statistics), torch.bfloat16)
+stored = pack_best(SameInput(weight, statistics, solver), factors.rank, torch.bfloat16)
 """
 
 from lrc_cli.engine.allocate import (
@@ -15,6 +15,7 @@ from lrc_cli.engine.allocate import (
     within_error,
     within_layer_error,
 )
+from lrc_cli.engine.approximation import Approximation, Errors, SameInput, Solution
 from lrc_cli.engine.best import pack_best
 from lrc_cli.engine.choices import (
     DENSE,
@@ -49,12 +50,16 @@ __all__ = [
     "SOLVERS",
     "STORAGES",
     "SVD",
+    "Approximation",
     "Choices",
+    "Errors",
     "Factors",
     "Infeasible",
     "Metric",
     "Packed",
     "RankChoices",
+    "SameInput",
+    "Solution",
     "SolveError",
     "Solver",
     "Statistics",

@@ -23,10 +23,13 @@ class Statistics:
 
     gram: Tensor | None = None
     """G = X X^T / T of the inputs, (n, n) float64: symmetric, positive semidefinite up to
-    rounding, possibly singular."""
+    rounding, possibly singular. Where `mean` is given: around it, G = X X^T / T - mean mean^T."""
 
     fisher: Tensor | None = None
     """F = sum g g^T / T of the output gradients, (m, m) float64, undamped."""
+
+    mean: Tensor | None = None
+    """The mean input (n,) float64; given where the bias is free (`center`), else None."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,153 @@
+"""One layer's approximation problem: its solution of any rank, and the judge of any matrix.
+
+What is fitted to what differs (the layer's own inputs, the inputs of a compressed network, the
+outputs behind a ReLU); rounding, packing and the errors that reports print do not, so they go
+through this one interface.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.choices import tails
+from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics
+from lrc_cli.engine.svd import SVD
+
+
+class Solution(NamedTuple):
+    """The solution of one rank."""
+
+    factors: Factors
+    aim: Tensor
+    """(m, n) float64: what rounded factors are refitted to. The approximated matrix where the
+    solution is its best approximation; the solution itself where it is something else."""
+
+
+class Errors(NamedTuple):
+    """How far a matrix Z is off."""
+
+    metric: float
+    """In the problem's own unit."""
+    output: float
+    """||W X - Z X~||_F^2 / T, after the change of the bias if there is one."""
+
+
+class Approximation(ABC):
+    """What fit_layer needs to know. All tensors are float64 on one device."""
+
+    unit: str
+    """What Errors.metric measures, in words."""
+    inputs: str
+    """On which inputs Errors.output is measured: "calibration", "white" (no data was used) or
+    "compressed" (calibration data through the compressed network)."""
+    weight: Tensor
+    """W (m, n), the dense weight."""
+    metric: Metric
+    """The form in which rounded factors are refitted and forms of storage compared."""
+
+    @abstractmethod
+    def solve(self, rank: int) -> Solution:
+        """The solution of a rank in 1..min(m, n). Raises SolveError."""
+
+    @abstractmethod
+    def errors(self, fitted: Tensor) -> Errors:
+        """The errors of a matrix Z (m, n), from differences, not from differences of sums."""
+
+    @abstractmethod
+    def optimum(self, rank: int) -> float | None:
+        """The least Errors.metric of that rank; None where it cannot be proved."""
+
+    @abstractmethod
+    def output_optimum(self, rank: int) -> float:
+        """The least Errors.output of that rank."""
+
+    @property
+    @abstractmethod
+    def total(self) -> float:
+        """Errors.metric of Z = 0: the scale of the numerical floor."""
+
+    @property
+    @abstractmethod
+    def energy(self) -> float:
+        """||W X||_F^2 / T."""
+
+    def shift(self, fitted: Tensor) -> Tensor | None:
+        """(m,) what Z's new bias adds to the old one; None: the bias stays as it is."""
+        return None
+
+
+class SameInput(Approximation):
+    """A solver's own problem: Z approximates W on the inputs of the dense network.
+
+    Args:
+        weight: (m, n), any floating dtype.
+        spectrum: the solver's, where it is known already.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        statistics: Statistics,
+        solver: Solver,
+        spectrum: Tensor | None = None,
+    ) -> None:
+        self.weight = weight.double()
+        self.statistics = statistics
+        self.solver = solver
+        self.unit = solver.unit
+        self.inputs = "white" if statistics.gram is None else "calibration"
+        self.metric = solver.metric(statistics)
+        self._spectrum = spectrum
+        self._largest: Factors | None = None
+
+    def solve(self, rank: int) -> Solution:
+        # Solutions are nested: one of the largest rank asked for holds all smaller ones.
+        if self._largest is None or self._largest.rank < rank:
+            self._largest = self.solver.factorize(self.weight, self.statistics, rank)
+        return Solution(self._largest.truncated(rank), self.weight)
+
+    def errors(self, fitted: Tensor) -> Errors:
+        return Errors(*self.metric.errors(self.weight - fitted))
+
+    @cached_property
+    def spectrum(self) -> Tensor:
+        """The solver's spectrum, (k,) float64."""
+        if self._spectrum is not None:
+            return self._spectrum
+        return self.solver.spectrum(self.weight, self.statistics)
+
+    @cached_property
+    def output_spectrum(self) -> Tensor:
+        """That of the best plain output error."""
+        # Without a Gram matrix (svd needs no data) the inputs count as white.
+        best = FROBENIUS if self.statistics.gram is not None else SVD
+        return best.spectrum(self.weight, self.statistics)
+
+    def optimum(self, rank: int) -> float:
+        return _tail(self.spectrum, rank)
+
+    def output_optimum(self, rank: int) -> float:
+        return _tail(self.output_spectrum, rank)
+
+    @property
+    def total(self) -> float:
+        return self.spectrum.sum().item()
+
+    @property
+    def energy(self) -> float:
+        varying = self.output_spectrum.sum().item()
+        mean = self.statistics.mean
+        return varying if mean is None else varying + torch.sum((self.weight @ mean) ** 2).item()
+
+    def shift(self, fitted: Tensor) -> Tensor | None:
+        """W mean(x) - Z mean(x), the free bias of method.md section 2."""
+        mean = self.statistics.mean
+        return None if mean is None else (self.weight - fitted) @ mean
+
+
+def _tail(spectrum: Tensor, rank: int) -> float:
+    return tails(spectrum)[min(rank, len(spectrum))].item()
