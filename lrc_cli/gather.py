@@ -8,8 +8,9 @@ from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
 from lrc_cli.losses import Loss, choose_loss
 from lrc_cli.models import Layer, input_groups
-from lrc_cli.plan import CALIBRATION, Plan
+from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
+from lrc_cli.purposes import CALIBRATION
 from lrc_cli.statistics import GramSum, collect, micro_batch
 from lrc_cli.work import STATISTICS, WorkDirectory, compress_gram, expand_gram
 

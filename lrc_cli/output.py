@@ -26,8 +26,10 @@ from lrc_cli.errors import RunError
 from lrc_cli.evaluate import compare, scoring
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, make_network, open_module
-from lrc_cli.plan import CALIBRATION, DTYPES, Plan
+from lrc_cli.plan import Plan
+from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
+from lrc_cli.purposes import CALIBRATION
 from lrc_cli.report import build_report, render_card, render_html
 from lrc_cli.work import STATISTICS, WorkDirectory
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
-from lrc_cli.config import Calibration, Certification, Config, matches
+from lrc_cli.config import Config, matches
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
-from lrc_cli.factories import named
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import (
@@ -26,10 +25,8 @@ from lrc_cli.models import (
     open_module,
     resolve_device,
 )
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CALIBRATION, CERTIFICATION = "calibration", "certification"
-HELD_BACK = "held back"
+from lrc_cli.precision import DTYPES
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,60 +199,3 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
         raise InputError(
             f"compression.layers: {unused[0]!r} matches no selected layer", "see `lrc inspect`"
         )
-
-
-def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's own tokenizer, or None where it has none."""
-    if source.config is None:
-        return None
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-        "tokenizer.model",
-        "vocab.json",
-    )
-    if not any((source.path / name).exists() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # tokenizers raises bare ones
-        raise InputError(
-            f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
-        ) from error
-
-
-def purposes_of(config: Config) -> list[Purpose]:
-    """What blocks the config asks for, in the order in which purposes take them."""
-    calibration = config.calibration
-    purposes = [_purpose(CALIBRATION, calibration, calibration)]
-    if config.certification is not None:
-        purposes.append(_purpose(CERTIFICATION, config.certification, calibration))
-    if config.evaluation is None:
-        held_back = Purpose(
-            name=HELD_BACK,
-            path=Path(calibration.path),
-            sequence_length=calibration.sequence_length,
-            num_sequences=64,
-            required=False,
-            text_field=calibration.text_field,
-        )
-        return [*purposes, held_back]
-    return [*purposes, *(_purpose(text.name, text, calibration) for text in config.evaluation)]
-
-
-def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
-    own_field = calibration.text_field if isinstance(section, Certification) else section.text_field
-    return Purpose(
-        name=name,
-        path=Path(section.path or calibration.path),
-        part=section.part or (0.0, 1.0),
-        sequence_length=section.sequence_length or calibration.sequence_length,
-        num_sequences=section.num_sequences,
-        required=not section.num_sequences_is_default,
-        text_field=own_field,
-    )

@@ -17,6 +17,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""By their names in configs."""
+
 
 def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     """The dtype of activations: the stored one where the device multiplies it, else float32."""

@@ -19,7 +19,8 @@ from lrc_cli.engine import (
 )
 from lrc_cli.errors import InputError
 from lrc_cli.models import Layer
-from lrc_cli.plan import DTYPES, Plan
+from lrc_cli.plan import Plan
+from lrc_cli.precision import DTYPES
 
 BISECTIONS = 30
 

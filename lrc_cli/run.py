@@ -14,8 +14,9 @@ from lrc_cli.gather import collect_statistics, read_statistics
 from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.parallel import in_parallel
-from lrc_cli.plan import CERTIFICATION, Plan, make_plan, purposes_of
+from lrc_cli.plan import Plan, make_plan
 from lrc_cli.progress import Progress
+from lrc_cli.purposes import CERTIFICATION, purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable, rank_multiple
 from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, STATISTICS, WorkDirectory
 

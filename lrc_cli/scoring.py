@@ -16,8 +16,9 @@ from lrc_cli.factories import ask_for_factory
 from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import Network, make_network, open_module, resolve_device
 from lrc_cli.output import peak_memory
-from lrc_cli.plan import CALIBRATION, CERTIFICATION, DTYPES, open_tokenizer, purposes_of
+from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
 
 REPEATS = 3
 

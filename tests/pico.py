@@ -254,6 +254,7 @@ def job(directory: Path, changes: dict[str, Any]) -> Path:
         "calibration.sequence_length": LENGTH,
         "calibration.part": [0.0, 0.6],
         "output.path": str(directory / "out"),
+        "runtime.dtype": "float32",  # what auto resolves to depends on the machine
         "compression.size": 0.6,
         **changes,
     }

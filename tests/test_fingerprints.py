@@ -13,7 +13,8 @@ from conftest import Models
 from lrc_cli import fingerprints
 from lrc_cli.config import load_config
 from lrc_cli.fingerprints import digest, statistics_fingerprint
-from lrc_cli.plan import CALIBRATION, Plan, make_plan
+from lrc_cli.plan import Plan, make_plan
+from lrc_cli.purposes import CALIBRATION
 
 
 @pytest.fixture(scope="module")

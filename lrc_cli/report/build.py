@@ -12,7 +12,8 @@ from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.fingerprints import data_hashes
-from lrc_cli.plan import CALIBRATION, CERTIFICATION, Plan
+from lrc_cli.plan import Plan
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "safetensors")
