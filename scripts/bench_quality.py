@@ -41,7 +41,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "0.8 frobenius, uniform, factors (SVD-LLM)": ("compression.size=0.8", *BASELINE),
     "0.8 curvature, global, auto": ("compression.size=0.8",),
     "0.6 frobenius, uniform, factors (SVD-LLM)": ("compression.size=0.6", *BASELINE),
-    "0.6 curvature, global, auto": ("compression.size=0.6",),
+    "0.6 curvature, global, auto": ("compression.size=0.6", "compression.sequential=false"),
 }
 BASE_8, OURS_8, BASE_6, OURS_6 = ROWS
 INT8 = "dense, int8 per output channel"
@@ -61,7 +61,8 @@ def main() -> None:
     results: dict[int, Losses] = {}
     for seed in arguments.seeds:
         start = time.perf_counter()
-        results[seed] = run_seed(seed, arguments.blocks, arguments.rows)
+        rows = {name: keys for name, keys in ROWS.items() if arguments.rows in name}
+        results[seed] = run_seed(seed, arguments.blocks, rows)
         print(table(results[seed], seed), flush=True)
         print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -70,23 +71,28 @@ def main() -> None:
         sys.exit(1)
 
 
-def run_seed(seed: int, blocks: int, rows: str) -> Losses:
-    """Compress by every row and score everything on the blocks that the seed draws."""
+def run_seed(
+    seed: int, blocks: int, rows: Mapping[str, tuple[str, ...]], *, int8: bool = True
+) -> Losses:
+    """Compress by every row and score everything on the blocks that the seed draws.
+
+    Args:
+        rows: {name: what `lrc compress --set` would override}.
+        int8: whether the dense network rounded to int8 is scored too.
+    """
     common = [f"calibration.seed={seed}", f"runtime.seed={seed}"]
     scored = [*common, *(f"evaluation.{i}.num_sequences={blocks}" for i in (0, 1))]
     networks: dict[str, Network] = {}
     base = ROOT / "configs" / "benchmark.yaml"
-    for row, overrides in ROWS.items():
-        if rows not in row:
-            continue
+    for row, overrides in rows.items():
         path = OUT / f"seed{seed}" / row.split(" (")[0].replace(", ", "-").replace(" ", "-")
         config = load_config(base, [*common, *overrides, "evaluation=[]", f"output.path={path}"])
         print(f"seed {seed}: {row}", file=sys.stderr, flush=True)
         compress(config, force=True, progress=Progress())
         networks[row] = make_network(load(path), device=torch.device("cpu"), dtype=None)
     plan = make_plan(load_config(base, [*scored, f"output.path={OUT / 'none'}"]))
-    networks = {"dense": plan.network, INT8: rounded_to_int8(plan), **networks}
-    return {row: losses for row, losses in score(networks, plan).items()}
+    rounded = {INT8: rounded_to_int8(plan)} if int8 else {}
+    return score({"dense": plan.network, **rounded, **networks}, plan)
 
 
 def rounded_to_int8(plan: Plan) -> Network:
