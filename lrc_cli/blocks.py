@@ -242,7 +242,7 @@ def segments_of(
         layer.name: name
         for layer in ordered
         for name in chain.names
-        if layer.name.startswith(f"{name}.")
+        if f"{layer.name}.".startswith(f"{name}.")  # a block may be a layer itself
     }
     outside = [layer for layer in ordered if layer.name not in inside]
     return [

@@ -38,6 +38,9 @@ class Purpose:
     required: bool
     """True when the user wrote the number: fewer blocks are then an error."""
     text_field: str = "text"
+    own_draw: bool = False
+    """Whether its permutation is independent of the other purposes', as statements with a
+    probability need; otherwise purposes with as many free blocks share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def draw(purposes: Sequence[Purpose], *, tokenizer: Any, seed: int) -> dict[str,
     Args:
         purposes: a purpose without a block left is absent from the result.
         tokenizer: the checkpoint's own tokenizer, or None where only tensor files are read.
-        seed: of the permutation.
+        seed: of the permutations.
 
     Raises:
         InputError: a file is missing, empty or of an unknown kind, has fewer blocks than asked, or
@@ -134,7 +137,7 @@ def _take(purpose: Purpose, file: _File, tokenizer: Any, seed: int) -> Sequences
         )
     first, last = (int(share * file.length) for share in purpose.part)
     starts = [s for s in range(first, last - width + 1, width) if file.is_free(s, s + width)]
-    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(starts), generator=_generator(purpose, seed)).tolist()
     chosen = [starts[i] for i in order[: purpose.num_sequences]]
     if len(chosen) < purpose.num_sequences and purpose.required:
         unit = f"blocks of {purpose.sequence_length} tokens" if is_text else "rows"
@@ -153,6 +156,13 @@ def _take(purpose: Purpose, file: _File, tokenizer: Any, seed: int) -> Sequences
     else:
         inputs = {name: tensor[chosen] for name, tensor in file.tensors.items()}
     return Sequences(name=purpose.name, inputs=inputs, population=len(starts), sha256=_hash(inputs))
+
+
+def _generator(purpose: Purpose, seed: int) -> torch.Generator:
+    if purpose.own_draw:
+        digest = hashlib.sha256(f"{seed} {purpose.name}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "little")
+    return torch.Generator().manual_seed(seed)
 
 
 def _hash(inputs: Batch) -> str:

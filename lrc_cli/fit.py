@@ -13,6 +13,7 @@ from lrc_cli.engine import (
     DENSE,
     SVD,
     Approximation,
+    Errors,
     Packed,
     SolveError,
     Statistics,
@@ -84,11 +85,12 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
     if request.rank == DENSE:
         return left_dense("dense pays better at this size", fallback=False)
     try:
-        packed, reason = _pack(problem, request)
+        problem, packed, reason = _pack(problem, request)
     except SolveError as error:
         return left_dense(f"could not be solved: {error}", fallback=True)
     if packed is None:
         return left_dense("no smaller form meets max_layer_error", fallback=False)
+    errors, bias = _measured(problem, packed, request)
     facts = {
         "storage": packed.storage,
         "rank": packed.rank,
@@ -96,20 +98,28 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
         "reason": reason,
         "fallback": False,
         "max_coefficient": packed.up.abs().max().item() if packed.perm is not None else None,
-        "errors": _errors(problem, packed),
+        "errors": _errors(problem, packed, errors),
+        **problem.facts,
     }
-    return Fitted(packed=packed, bias=_bias(problem, packed, request), facts=facts)
+    return Fitted(packed=packed, bias=bias, facts=facts)
 
 
-def _pack(problem: Approximation, request: Request) -> tuple[Packed | None, str]:
-    """The form with the lowest stored error; the rank is raised until max_layer_error holds."""
+def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Packed | None, str]:
+    """The form with the lowest stored error; the rank is raised until max_layer_error holds.
+
+    Returns:
+        The problem of the final rank, the form (None: none is smaller than dense) and why it.
+    """
     m, n = problem.weight.shape
     rank, relative = request.rank, request.max_layer_error
     allowed = None if relative is None else relative**2 * problem.energy
     largest = min(m - 1, n)
+    gains_bias = request.bias is None and problem.shift(problem.weight) is not None
+    available = (m * n - (m if gains_bias else 0)) * request.dtype.itemsize
     if allowed is not None:
         problem.solve(largest)  # the rank may have to rise: one solution holds them all
     while rank <= largest:
+        problem = problem.at(rank)
         stored = pack_best(
             problem,
             rank,
@@ -117,24 +127,29 @@ def _pack(problem: Approximation, request: Request) -> tuple[Packed | None, str]
             storage=request.storage,
             rank_multiple=request.rank_multiple,
         )
-        if stored.packed.num_bytes >= m * n * request.dtype.itemsize:
-            return None, ""
-        if allowed is None or problem.errors(dense(stored.packed)).output <= allowed:
-            return stored.packed, stored.reason
+        if stored.packed.num_bytes >= available:
+            return problem, None, ""
+        if allowed is None or _measured(problem, stored.packed, request)[0].output <= allowed:
+            return problem, stored.packed, stored.reason
         rank += request.rank_multiple
-    return None, ""
+    return problem, None, ""
 
 
-def _bias(problem: Approximation, packed: Packed, request: Request) -> torch.Tensor | None:
-    shift = problem.shift(dense(packed))
+def _measured(
+    problem: Approximation, packed: Packed, request: Request
+) -> tuple[Errors, torch.Tensor | None]:
+    """The errors of what is written, the rounding of a new bias included, and that bias."""
+    fitted = dense(packed)
+    errors, shift = problem.errors(fitted), problem.shift(fitted)
     if shift is None:
-        return None
-    return (shift if request.bias is None else request.bias.double() + shift).to(request.dtype)
+        return errors, None
+    exact = shift if request.bias is None else request.bias.to(shift) + shift
+    bias = exact.to(request.dtype)
+    return problem.offset(errors, bias.to(exact) - exact), bias
 
 
-def _errors(problem: Approximation, packed: Packed) -> dict[str, Any]:
+def _errors(problem: Approximation, packed: Packed, stored: Errors) -> dict[str, Any]:
     rank, energy = packed.rank, problem.energy
-    stored = problem.errors(dense(packed))
     svd = problem.errors(SVD.factorize(problem.weight, Statistics(), rank).dense())
     return {
         "metric": {

@@ -45,6 +45,7 @@ def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> N
             seed=plan.config.runtime.seed,
             micro_batch=micro_batch(sequences, MICRO_BATCH_TOKENS),
             advance=phase.advance,
+            center=plan.config.compression.center,
         )
     for unit in missing:
         members = plan.units[unit]
@@ -52,7 +53,12 @@ def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> N
             "layers": {x.name: _facts(x, leaders, groups, grams, fishers) for x in members},
             "loss": None if loss is None else loss.facts(),
         }
-        work.put(STATISTICS, unit, _packed(members, grams, fishers), facts)
+        tensors = _packed(members, grams, fishers)
+        if plan.config.compression.center:
+            tensors |= {
+                f"mean.{x.name}": grams[x.name].mean_row() for x in members if x.name in grams
+            }
+        work.put(STATISTICS, unit, tensors, facts)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -117,4 +123,6 @@ def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Stat
         tensors if seen["group_unit"] == layer.unit else work.get(STATISTICS, seen["group_unit"])[0]
     )
     fisher = expand("fisher", layer.name, tensors) if "fisher" in needs else None
-    return Statistics(gram=expand("gram", seen["group"], leader), fisher=fisher), ""
+    gram, mean = expand("gram", seen["group"], leader), leader.get(f"mean.{seen['group']}")
+    mean = None if mean is None else mean.to(plan.device)
+    return Statistics(gram=gram, fisher=fisher, mean=mean), ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.bias import check_bias, gained_bytes
 from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
@@ -15,6 +16,7 @@ from lrc_cli.config import Config, matches
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
+from lrc_cli.gates import check_gates_possible
 from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import (
     Layer,
@@ -27,6 +29,7 @@ from lrc_cli.models import (
 )
 from lrc_cli.precision import DTYPES
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
+from lrc_cli.rectified import NOT_FOLLOWED, with_relu_where_followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,17 @@ class Plan:
         """What the layer's factors are written in."""
         return DTYPES.get(self.config.output.dtype, layer.dtype)
 
+    def gained_bytes(self, layer: Layer) -> int:
+        """Bytes of the bias that factorising the layer adds to the checkpoint."""
+        if not self.config.compression.center:
+            return 0
+        return gained_bytes(layer, self.source, self.stored_dtype(layer))
+
+    def method_reason(self, layer: Layer) -> str | None:
+        """Why the layer's method is not the one that the config asks for; None: it is."""
+        asked = _method(self.config, layer)
+        return NOT_FOLLOWED if asked != self.solvers[layer.name].name else None
+
     @property
     def compressible_bytes(self) -> int:
         """Bytes of the layers' dense weights in the source."""
@@ -85,6 +99,7 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         InputError: whatever is wrong, with the remedy.
         RunError: another run is writing the output.
     """
+    check_gates_possible(config)
     output = resolve_output(config.output.path)
     source = open_source(Path(config.model.path))
     check_output(output, source, force=force)
@@ -95,6 +110,8 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     layers, skipped = find_layers(module, source, config.compression)
     solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
     check_layers(config, layers)
+    if config.compression.center:
+        check_bias(module, source, layers)
     tokenizer = open_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     sequences = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
     if CALIBRATION not in sequences:
@@ -106,6 +123,9 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     device = resolve_device(config.runtime.device)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     probe(network, sequences)
+    solvers = with_relu_where_followed(
+        solvers, network, layers, next(sequences[CALIBRATION].batches(1))
+    )
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, tokenizer
     )
@@ -184,10 +204,21 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
             f" {_method(config, other)}",
             "leave its method out, or exclude the layer",
         )
-    if compression.max_layer_error is not None and "svd" in methods:
+    if compression.threshold is not None and methods != {"nuclear"}:
+        other = next(layer for layer in layers if _method(config, layer) != "nuclear")
         raise InputError(
-            "compression.max_layer_error: svd looks at no data", "use frobenius or curvature"
+            f"compression.threshold: needs method nuclear, and {other.name} has"
+            f" {_method(config, other)}",
+            "leave its method out, or exclude the layer",
         )
+    if compression.center and methods & {"svd", "relu"}:
+        why = "svd looks at no data" if "svd" in methods else "relu fits a bias of its own"
+        raise InputError(
+            f"compression.center: {why}", "set center: false, or use frobenius or curvature"
+        )
+    if compression.max_layer_error is not None and methods & {"svd", "relu"}:
+        why = "svd looks at no data" if "svd" in methods else "relu is about what follows"
+        raise InputError(f"compression.max_layer_error: {why}", "use frobenius or curvature")
     if len(methods) > 1 and compression.allocation == "global":
         raise InputError(
             "compression.allocation: global compares errors in one unit, and"

@@ -93,14 +93,17 @@ class LiveCasts:
         return self._stored.get(tensor.untyped_storage().data_ptr())
 
 
-def cast_on_read(module: nn.Module, dtype: torch.dtype) -> LiveCasts:
+def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None = None) -> LiveCasts:
     """Make every floating-point parameter and buffer of `module` read as `dtype`.
 
     Buffers are small and converted at once; parameters keep their stored tensors. Parameters that
     already have the dtype are left alone. An embedding converts the rows that it looks up, never
     its whole table.
+
+    Args:
+        live: of the network that the module becomes a part of; None: a new one.
     """
-    live = LiveCasts()
+    live = live or LiveCasts()
     for part in list(module.modules()):
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_floating_point() and parameter.dtype != dtype:

@@ -67,4 +67,5 @@ def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
         num_sequences=section.num_sequences,
         required=not section.num_sequences_is_default,
         text_field=own_field,
+        own_draw=name == CERTIFICATION,
     )

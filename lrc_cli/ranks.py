@@ -11,6 +11,7 @@ from lrc_cli.engine import (
     RankChoices,
     default_rank_multiple,
     rank_choices,
+    rank_of,
     uniform,
     uniform_within_error,
     within_bytes,
@@ -79,6 +80,8 @@ def _meets_target(plan: Plan, choices: Sequence[RankChoices], picks: Sequence[in
     chosen = list(zip(choices, picks, strict=True))
     if compression.size is not None:
         return sum(int(choice.num_bytes[i]) for choice, i in chosen) <= _budget(plan)
+    if compression.threshold is not None:
+        return True
     if compression.max_loss_increase is not None:
         total = sum(choice.errors[i].item() for choice, i in chosen)
         return total <= compression.max_loss_increase
@@ -88,8 +91,9 @@ def _meets_target(plan: Plan, choices: Sequence[RankChoices], picks: Sequence[in
 
 def rank_multiple(plan: Plan, layer: Layer) -> int:
     """What the layer's rank must be a multiple of; a rank that the user wrote is taken as it is."""
-    asked = plan.config.compression.rank_multiple
-    if plan.config.compression.override(layer.name).rank is not None:
+    compression = plan.config.compression
+    asked = compression.rank_multiple
+    if compression.override(layer.name).rank is not None or compression.threshold is not None:
         return 1
     return default_rank_multiple(*layer.shape) if asked == "auto" else int(asked)
 
@@ -111,6 +115,7 @@ def _choices(
         itemsize=itemsize,
         storage=override.storage or compression.storage,
         rank_multiple=rank_multiple(plan, layer),
+        extra=plan.gained_bytes(layer),
     )
     if override.rank is not None:
         return _only(choices, choices.ranks == override.rank, layer, f"rank {override.rank}")
@@ -118,6 +123,9 @@ def _choices(
         keep = choices.num_bytes <= override.size * layer.num_bytes
         keep &= choices.num_bytes == choices.num_bytes[keep].max() if keep.any() else keep
         return _only(choices, keep, layer, f"size {override.size}")
+    if compression.threshold is not None:
+        kept = choices.ranks == rank_of(spectrum, compression.threshold)
+        return _narrowed(choices, kept if kept.any() else choices.ranks == DENSE)
     return choices
 
 
@@ -127,6 +135,11 @@ def _only(choices: RankChoices, keep: torch.Tensor, layer: Layer, asked: str) ->
             f"compression.layers: {layer.name} {layer.shape} has no factors of {asked}",
             "give another size or rank, or size: 1 to leave the layer dense",
         )
+    return _narrowed(choices, keep)
+
+
+def _narrowed(choices: RankChoices, keep: torch.Tensor) -> RankChoices:
+    """Those choices for which `keep` (k,) is True."""
     return RankChoices(
         ranks=choices.ranks[keep], num_bytes=choices.num_bytes[keep], errors=choices.errors[keep]
     )
@@ -143,6 +156,8 @@ def _only_dense(layer: Layer, itemsize: int) -> RankChoices:
 
 def _pick(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
     compression = plan.config.compression
+    if compression.threshold is not None:
+        return [0] * len(choices)
     if compression.max_layer_error is not None:
         return within_layer_error(choices, compression.max_layer_error**2)
     if compression.allocation == "uniform":

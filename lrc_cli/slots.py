@@ -129,6 +129,34 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
     replace_modules(model, slots)
 
 
+def low_rank_module(
+    replaced: nn.Module, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> LowRankLinear:
+    """The run-time form of one layer, holding the given tensors.
+
+    Args:
+        replaced: the module whose place it will take, for the mode it is in.
+        tensors: by their names below the layer: weight, up.weight, perm and bias; the last two may
+            be missing.
+        shape: (m, n) of the dense weight.
+
+    Raises:
+        InputError: where the tensors do not fit one another.
+    """
+    perm = tensors.get("perm")
+    shapes = FactorShapes(
+        name="",
+        weight=tuple(tensors["weight"].shape),
+        up=tuple(tensors["up.weight"].shape),
+        perm=None if perm is None else tuple(perm.shape),
+        bias="bias" in tensors,
+    )
+    shapes.check(*shape)
+    slot = LowRankSlot(replaced, shapes, out_features=shape[0], in_features=shape[1])
+    slot.load_state_dict(dict(tensors), assign=True)
+    return LowRankLinear(slot)
+
+
 def finish_slots(model: nn.Module) -> None:
     """Turns every slot whose tensors are in memory into its run-time form, sharing the tensors.
 

@@ -32,26 +32,58 @@ def micro_batch(sequences: Sequences, num_positions: int) -> int:
 
 
 class GramSum:
-    """A float64 sum of x x^T over rows x, and the number of rows."""
+    """A float64 sum of x x^T over rows x, and the number of rows.
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    Args:
+        center: sum (x - c) (x - c)^T, for c the mean of the rows that come first, and x - c. The
+            mean then leaves the Gram matrix by a small correction, where x x^T - mean mean^T
+            would lose as many digits as the mean is larger than the deviations.
+    """
+
+    def __init__(self, width: int, device: torch.device, *, center: bool = False) -> None:
         # float64 is missing on Apple's GPUs; their sums are held on the CPU.
         holder = torch.device("cpu") if device.type == "mps" else device
         self.total = torch.zeros(width, width, dtype=torch.float64, device=holder)
         self.num_rows = 0
+        self._center = center
+        self._pivot: torch.Tensor | None = None
+        self._deviation = self.total.new_zeros(width)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add rows of shape (t, n) in any floating dtype."""
         self.num_rows += len(rows)
+        if self._center and len(rows):
+            rows = self._around_pivot(rows)
         for start in range(0, rows.shape[1], PANEL):
             stop = min(start + PANEL, rows.shape[1])
             panel = _product(rows[:, start:stop], rows[:, :stop])
             self.total[start:stop, :stop] += panel.to(self.total.device)
 
+    def _around_pivot(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._pivot is None:
+            self._pivot = rows.float().mean(dim=0)
+        rows = rows.float() - self._pivot
+        self._deviation += rows.sum(dim=0, dtype=torch.float64).to(self._deviation.device)
+        return rows
+
     def mean(self) -> torch.Tensor:
-        """The Gram matrix divided by the number of rows: (n, n), float64, symmetric."""
+        """The Gram matrix divided by the number of rows: (n, n), float64, symmetric.
+
+        With `center` it is that of x - mean(x).
+        """
         lower = self.total.tril()
-        return (lower + lower.tril(-1).T) / max(self.num_rows, 1)
+        gram = (lower + lower.tril(-1).T) / max(self.num_rows, 1)
+        if not self._center:
+            return gram
+        deviation = self._deviation / max(self.num_rows, 1)
+        return gram - torch.outer(deviation, deviation)
+
+    def mean_row(self) -> torch.Tensor:
+        """The mean of the rows (n,), float64; with `center` only."""
+        if not self._center:
+            raise ValueError("the mean was not collected")
+        deviation = self._deviation / max(self.num_rows, 1)
+        return deviation if self._pivot is None else deviation + self._pivot.to(deviation)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -70,6 +102,7 @@ def collect(
     seed: int,
     micro_batch: int,
     advance: Callable[[int], None],
+    center: bool = False,
 ) -> tuple[dict[str, GramSum], dict[str, GramSum]]:
     """One pass over the calibration data.
 
@@ -79,6 +112,7 @@ def collect(
         seed: of masked tokens, drawn labels and probes.
         micro_batch: sequences run together.
         advance: called with the number of sequences done.
+        center: whether inputs are summed around their mean.
 
     Returns:
         Sums by group, and by layer name. A layer that was never reached has no entry.
@@ -96,7 +130,7 @@ def collect(
 
     def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
         if layer.name in leaders:
-            _add(grams, leaders[layer.name], x.detach(), mask)
+            _add(grams, leaders[layer.name], x.detach(), mask, center=center)
         if layer.name not in measured or loss is None:
             return None
         if not y.requires_grad:
@@ -134,11 +168,16 @@ def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Gen
 
 
 def _add(
-    sums: dict[str, GramSum], name: str, tensor: torch.Tensor, mask: torch.Tensor | None
+    sums: dict[str, GramSum],
+    name: str,
+    tensor: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    center: bool = False,
 ) -> None:
     rows = unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
     if name not in sums:
-        sums[name] = GramSum(tensor.shape[-1], tensor.device)
+        sums[name] = GramSum(tensor.shape[-1], tensor.device, center=center)
     sums[name].add(rows)
 
 

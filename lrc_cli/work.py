@@ -1,7 +1,7 @@
 """The work directory: one atomic file per finished unit, so that nothing is computed twice.
 
     <root>/fingerprint.json            what the statistics were collected on
-    <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling
+    <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              eigenvalues of every layer
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 

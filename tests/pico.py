@@ -27,6 +27,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -113,6 +115,12 @@ def _qwen() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_DECODER, tie_word_embeddings=False))
 
 
+def _opt() -> PreTrainedModel:
+    """Its blocks have a ReLU between fc1 and fc2, and its layers a bias."""
+    changes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}
+    return OPTForCausalLM(OPTConfig(**{**_DECODER, **changes}))
+
+
 def _bert(kind: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
     return kind(BertConfig(**_BERT, **changes))
 
@@ -121,6 +129,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], torch.dtype, str]] = {
     "llama": (_llama, torch.bfloat16, "5GB"),
     "llama-long": (functools.partial(_llama, num_hidden_layers=12), torch.float32, "5GB"),
     "qwen2": (_qwen, torch.float32, "100KB"),
+    "opt": (_opt, torch.bfloat16, "5GB"),
     "bert": (functools.partial(_bert, BertModel), torch.float32, "5GB"),
     "bert-mlm": (functools.partial(_bert, BertForMaskedLM), torch.float32, "5GB"),
     "bert-classifier": (

@@ -109,6 +109,21 @@ def test_the_draw_depends_on_the_seed_alone(numbers: Path) -> None:
     assert starts != sorted(starts), "the blocks are not permuted"
 
 
+def test_a_purpose_can_have_a_draw_of_its_own(numbers: Path) -> None:
+    def order(name: str, part: tuple[float, float], own: bool) -> list[int]:
+        wanted = purpose(numbers, name, part=part, num_sequences=40, own_draw=own)
+        drawn = draw([wanted], tokenizer=Counting(), seed=0)[name]
+        starts = [row[0] for row in rows(drawn)]
+        return [start - min(starts) for start in starts]
+
+    halves = (0.0, 0.5), (0.5, 1.0)
+    shared = [order("one", halves[0], False), order("two", halves[1], False)]
+    assert shared[0] == shared[1], "as many free blocks: one permutation"
+    own = [order("one", halves[0], True), order("two", halves[1], True)]
+    assert own[0] != own[1] and shared[0] not in own
+    assert own[0] == order("one", halves[0], True), "yet the seed and the name decide it"
+
+
 def test_two_names_of_one_file_are_one_file(numbers: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.txt"
     link.symlink_to(numbers)

@@ -31,7 +31,7 @@ Allocation = Literal["global", "relative", "uniform"]
 Storage = Literal["auto", "interpolative", "factors"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
-TARGETS = ("size", "max_layer_error", "max_loss_increase")
+TARGETS = ("size", "max_layer_error", "max_loss_increase", "threshold")
 
 
 def hidden_flag() -> Any:
@@ -145,7 +145,7 @@ class LayerOverride:
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """How much is compressed, and how; exactly one of the three targets is given."""
+    """How much is compressed, and how; exactly one of the four targets is given."""
 
     SCHEMA: ClassVar = {"oneOf": [_not_null(target) for target in TARGETS]}
 
@@ -159,6 +159,8 @@ class Compression:
     """Target: the largest relative error of any layer's output on calibration data."""
     max_loss_increase: Positive | None = None
     """Target: predicted increase of the loss per token (ranks before rounding); for curvature."""
+    threshold: Fraction | None = None
+    """Target: singular values to cut, as a share of each layer's largest; for nuclear."""
     size_of: Literal["compressible", "checkpoint"] = "compressible"
     """What size is a share of: the layers that can be compressed, or all tensors."""
     allocation: Allocation = field(default=cast(Allocation, None), metadata={"derived": True})
@@ -166,9 +168,9 @@ class Compression:
     sequential: Literal["auto"] | bool = "auto"
     """Whether each layer is fitted to the inputs that the compressed layers before it give."""
     ridge: Positive = 0.01
-    """Ridge of sequential fitting, relative to the Gram matrix's mean diagonal."""
+    """Ridge of sequential fitting and of relu, relative to the Gram matrix's mean diagonal."""
     center: bool = False
-    """Whether the mean input is split off into the bias."""
+    """Whether the bias is fitted too, so that factors only approximate what varies."""
     storage: Storage = "auto"
     """How factors are stored; auto: what has the lower error, as stored, in the same bytes."""
     rank_multiple: Literal["auto"] | Count = "auto"
@@ -189,6 +191,12 @@ class Compression:
         if self.max_loss_increase is not None and self.method != "curvature":
             message = f"needs method curvature, not {self.method}; set size instead"
             raise FieldError("max_loss_increase", message)
+        if self.threshold is not None and self.method != "nuclear":
+            message = f"needs method nuclear, not {self.method}; set size instead"
+            raise FieldError("threshold", message)
+        if self.threshold is not None and self.rank_multiple != "auto":
+            message = "must be auto with threshold, which alone decides the ranks"
+            raise FieldError("rank_multiple", message)
         if self.allocation is None:
             allocation = "global" if self.method == "curvature" else "relative"
             object.__setattr__(self, "allocation", allocation)

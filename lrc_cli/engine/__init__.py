@@ -15,8 +15,22 @@ from lrc_cli.engine.allocate import (
     within_error,
     within_layer_error,
 )
-from lrc_cli.engine.approximation import Approximation, Errors, SameInput, Solution
+from lrc_cli.engine.approximation import (
+    Approximation,
+    Errors,
+    SameInput,
+    Solution,
+    output_curve,
+)
 from lrc_cli.engine.best import pack_best
+from lrc_cli.engine.bounds import (
+    bernstein_mean_bound,
+    capital,
+    mean_bound,
+    quantile_bound,
+    quantile_order,
+    sequences_needed,
+)
 from lrc_cli.engine.choices import (
     DENSE,
     Choices,
@@ -27,7 +41,17 @@ from lrc_cli.engine.choices import (
 )
 from lrc_cli.engine.curvature import CURVATURE
 from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.nuclear import NUCLEAR, Shrunk, rank_of
 from lrc_cli.engine.problem import Factors, Metric, SolveError, Solver, Statistics
+from lrc_cli.engine.recovery import (
+    gaussian_noise_bound,
+    recovery_bound,
+    surviving_noise,
+    tail_norm,
+    visible_noise,
+)
+from lrc_cli.engine.rectified import RELU, Rectified, Unpolished
+from lrc_cli.engine.sequential import Drift, Sequential
 from lrc_cli.engine.storage import (
     PIVOT_BLOCK,
     STORAGES,
@@ -40,40 +64,62 @@ from lrc_cli.engine.storage import (
 )
 from lrc_cli.engine.svd import SVD
 
-SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (SVD, FROBENIUS, CURVATURE)}
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver for solver in (SVD, FROBENIUS, NUCLEAR, RELU, CURVATURE)
+}
 
 __all__ = [
     "CURVATURE",
     "DENSE",
     "FROBENIUS",
+    "NUCLEAR",
     "PIVOT_BLOCK",
+    "RELU",
     "SOLVERS",
     "STORAGES",
     "SVD",
     "Approximation",
     "Choices",
+    "Drift",
     "Errors",
     "Factors",
     "Infeasible",
     "Metric",
     "Packed",
     "RankChoices",
+    "Rectified",
     "SameInput",
+    "Sequential",
+    "Shrunk",
     "Solution",
     "SolveError",
     "Solver",
     "Statistics",
     "Storage",
     "Stored",
+    "Unpolished",
+    "bernstein_mean_bound",
+    "capital",
     "default_rank_multiple",
     "dense",
+    "gaussian_noise_bound",
+    "mean_bound",
+    "output_curve",
     "pack_best",
     "pivot_block",
+    "quantile_bound",
+    "quantile_order",
     "rank_choices",
+    "rank_of",
+    "recovery_bound",
+    "sequences_needed",
     "storage_bytes",
+    "surviving_noise",
+    "tail_norm",
     "tails",
     "uniform",
     "uniform_within_error",
+    "visible_noise",
     "within_bytes",
     "within_error",
     "within_layer_error",

@@ -7,7 +7,7 @@ through this one interface.
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -75,9 +75,27 @@ class Approximation(ABC):
     def energy(self) -> float:
         """||W X||_F^2 / T."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What reports say of this problem beside its errors."""
+        return {}
+
+    def at(self, rank: int) -> Self:
+        """The problem that belongs to this granted rank: itself, unless its objective depends on
+        the rank."""
+        return self
+
     def shift(self, fitted: Tensor) -> Tensor | None:
         """(m,) what Z's new bias adds to the old one; None: the bias stays as it is."""
         return None
+
+    def offset(self, errors: Errors, offset: Tensor) -> Errors:
+        """`errors` where all outputs are off by `offset` (m,) as well, as a rounded bias makes
+        them; the rest of the difference is around the mean inputs."""
+        fisher = self.metric.fisher
+        weighted = offset if fisher is None else fisher @ offset
+        form = self.metric.scale * torch.dot(weighted, offset).item()
+        return Errors(errors.metric + form, errors.output + torch.dot(offset, offset).item())
 
 
 class SameInput(Approximation):
@@ -147,6 +165,17 @@ class SameInput(Approximation):
         """W mean(x) - Z mean(x), the free bias of method.md section 2."""
         mean = self.statistics.mean
         return None if mean is None else (self.weight - fitted) @ mean
+
+
+def output_curve(solver: Solver, weight: Tensor, statistics: Statistics) -> Tensor:
+    """`solver.output_spectrum`, with all of ||W X||_F^2 / T as its sum.
+
+    A free bias takes the mean output over at every rank but 0, so that is where it belongs.
+    """
+    curve = solver.output_spectrum(weight, statistics).clone()
+    if statistics.mean is not None:
+        curve[0] += torch.sum((weight.double() @ statistics.mean) ** 2)
+    return curve
 
 
 def _tail(spectrum: Tensor, rank: int) -> float:

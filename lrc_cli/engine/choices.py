@@ -57,17 +57,19 @@ def rank_choices(
     itemsize: int,
     storage: str = "auto",
     rank_multiple: int | None = None,
+    extra: int = 0,
 ) -> RankChoices:
     """Every useful rank of an (m, n) layer, and dense at error 0.
 
     Ranks are multiples of `rank_multiple` (None: `default_rank_multiple`) in 1..min(m - 1, n)
-    whose storage takes fewer bytes than `itemsize` * m * n. Divide the spectrum by its sum for
+    whose storage, with `extra` bytes (a bias that dense lacks), takes fewer bytes than `itemsize`
+    * m * n. Divide the spectrum by its sum for
     `relative` allocation. The tensors are on the CPU.
     """
     step = default_rank_multiple(m, n) if rank_multiple is None else rank_multiple
     dense_bytes = itemsize * m * n
     sizes = {
-        rank: storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
+        rank: storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank)) + extra
         for rank in range(step, min(m - 1, n) + 1, step)
     }
     ranks = [rank for rank, size in sizes.items() if size < dense_bytes]

@@ -40,12 +40,12 @@ def root(gram: Tensor) -> Tensor:
     return vectors * values.sqrt()
 
 
-def cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor, name: str = "curvature") -> Tensor:
     """Lower triangular C with C C^T = matrix; SolveError where it is not positive definite."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0 or not torch.isfinite(factor).all():
-        raise SolveError("the curvature matrix is not positive definite")
+        raise SolveError(f"the {name} matrix is not positive definite")
     return factor
 
 

@@ -70,7 +70,8 @@ class Factors(NamedTuple):
     """Z = outer @ inner in float64, of rank at most r.
 
     Column i of `outer` and row i of `inner` have the same norm, and the directions come in
-    descending importance: `truncated(k)` is the solution of rank k of every solver here.
+    descending importance: `truncated(k)` is the solution of rank k of every solver but `nuclear`,
+    whose directions shrink with the rank.
     """
 
     outer: Tensor

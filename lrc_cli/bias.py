@@ -1,0 +1,66 @@
+"""The free bias of `compression.center`: which layers can carry a new one, and what it costs.
+
+A bias is read back under `<layer>.bias`, by our own low-rank module. So a layer can carry one where
+that name belongs to it in the running network, and to nothing else. Whether it does is tried out on
+the module itself; there is no table of model names.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.errors import InputError
+from lrc_cli.models import Layer
+from lrc_cli.names import module_names
+
+
+def gained_bytes(layer: Layer, source: Source, dtype: torch.dtype) -> int:
+    """Bytes of the bias that a layer without one gains, stored in `dtype`; 0 where it has one."""
+    return 0 if f"{layer.key}.bias" in source.tensors else layer.shape[0] * dtype.itemsize
+
+
+def check_bias(module: nn.Module, source: Source, layers: Sequence[Layer]) -> None:
+    """Raise InputError for the first layer that cannot carry a new bias.
+
+    Args:
+        module: the dense network as it was built, before `make_network`.
+        layers: those that are to be factorised.
+    """
+    names = {f"{layer.key}.bias": f"{layer.name}.bias" for layer in layers}
+    with _with_biases(module, layers):
+        found = module_names(module, names)
+        owners = _owners(module)
+    for layer in layers:
+        key, name = f"{layer.key}.bias", f"{layer.name}.bias"
+        bias = getattr(module.get_submodule(layer.name), "bias", None)
+        whole = bias is None or tuple(bias.shape) == layer.shape[:1]
+        stored = (bias is None) == (key not in source.tensors)
+        shared = bias is not None and owners[id(bias)] > 1
+        if found.get(key) != name or not whole or not stored or shared:
+            raise InputError(
+                f"compression.center: {layer.name} ({layer.kind}) cannot carry a new bias",
+                "set center: false or exclude it",
+            )
+
+
+@contextmanager
+def _with_biases(module: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Within it every layer without a bias has one that holds no numbers."""
+    bare = [module.get_submodule(layer.name) for layer in layers]
+    bare = [part for part in bare if part._parameters.get("bias", 0) is None]
+    for part in bare:
+        part.register_parameter("bias", nn.Parameter(torch.empty(0, device="meta")))
+    try:
+        yield
+    finally:
+        for part in bare:
+            part.register_parameter("bias", None)
+
+
+def _owners(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by id."""
+    return Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))

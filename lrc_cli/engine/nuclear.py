@@ -1,0 +1,168 @@
+"""Nuclear norm: min over V = Z X of 1/2 ||W X - V||_F^2 + l ||V||_*, everything per token.
+
+With U and s the left singular vectors and the singular values of W X / sqrt(T) (s^2 are the
+eigenvalues of W G W^T) the minimiser is the singular-value soft threshold (Cai, Candes, Shen 2010),
+realised by the weights
+
+    Z = U diag((s - l)_+ / s) U^T W,    the ratio being exactly 0 where s <= l.
+
+Its rank falls out of l. Rank r takes the smallest threshold that gives it, l = s_{r+1}, so its
+plain output error is e_r = sum_i min(s_i, s_{r+1})^2. Among matrices of a rank k below the one
+that l gives, the least objective is that of the leading k directions of the same Z: by von
+Neumann's trace inequality it is at least sum_i 1/2 (s_i - t_i)^2 + l t_i over k values t_i >= 0.
+"""
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.approximation import Errors, SameInput, Solution
+from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.linalg import balanced, eigenpairs, root
+from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics, required
+
+UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
+"""What the programme minimises."""
+
+
+def _metric(statistics: Statistics) -> Metric:
+    return Metric(gram=required(statistics.gram, "gram"))
+
+
+def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
+    """p_r = e_{r-1} - e_r = r (s_r^2 - s_{r+1}^2), whose sums from r on are the errors e_r."""
+    energies = FROBENIUS.spectrum(weight, statistics)
+    following = torch.cat([energies[1:], energies.new_zeros(1)])
+    return _counted(energies) * (energies - following)
+
+
+def energies_of(spectrum: Tensor) -> Tensor:
+    """s^2 (k,), descending, from the spectrum p (k,) of NUCLEAR: s_r^2 = sum_{j >= r} p_j / j."""
+    return (spectrum / _counted(spectrum)).flip(0).cumsum(0).flip(0)
+
+
+def rank_of(spectrum: Tensor, share: float) -> int:
+    """The number of s_i above share * s_1, at least 1, from the spectrum p (k,) of NUCLEAR."""
+    energies = energies_of(spectrum)
+    return max(int((energies > share**2 * energies[0]).sum()), 1)
+
+
+def _counted(values: Tensor) -> Tensor:
+    """1, 2, ... k, where `values` (k,) is."""
+    return torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
+
+
+def _directions(weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """U (m, k) and s (k,), descending; s is 0 below the numerical floor."""
+    weight, gram = weight.double(), required(statistics.gram, "gram")
+    if weight.shape[0] <= weight.shape[1]:
+        energies, u = eigenpairs(weight @ gram @ weight.T)
+    else:
+        outputs = weight @ root(gram)
+        energies, p = eigenpairs(outputs.T @ outputs)
+        u, _ = torch.linalg.qr(outputs @ p)
+    return u, energies.sqrt()
+
+
+def _shrunk(weight: Tensor, u: Tensor, s: Tensor, threshold: float, rank: int) -> Factors:
+    """The leading `rank` directions of Z, without those that the threshold removes (one stays)."""
+    kept = max(min(rank, int((s > threshold).sum())), 1)
+    u, s = u[:, :kept], s[:kept]
+    ratio = torch.where(s > threshold, (s - threshold) / s, 0.0)
+    return balanced(u, ratio[:, None] * (u.T @ weight))
+
+
+def _threshold(s: Tensor, rank: int) -> float:
+    """s_{rank+1}, the smallest threshold that leaves `rank` directions; 0 for the full rank."""
+    return s[rank].item() if rank < len(s) else 0.0
+
+
+def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+    u, s = _directions(weight, statistics)
+    return _shrunk(weight.double(), u, s, _threshold(s, rank), rank)
+
+
+NUCLEAR = Solver(
+    name="nuclear",
+    unit="mean squared output error per token, after the soft threshold",
+    needs=frozenset({"gram"}),
+    metric=_metric,
+    spectrum=_spectrum,
+    output_spectrum=_spectrum,
+    factorize=_factorize,
+)
+
+
+class Shrunk(SameInput):
+    """One layer's nuclear-norm programme: its objective is what `errors` and `optimum` measure.
+
+    Args:
+        weight: W (m, n), any floating dtype.
+        share: l as a share of s_1, in (0, 1); None: l follows from the rank, see `at`.
+    """
+
+    def __init__(
+        self, weight: Tensor, statistics: Statistics, *, share: float | None = None
+    ) -> None:
+        super().__init__(weight, statistics, NUCLEAR)
+        self.unit = UNIT
+        self.metric = Metric(gram=self.metric.gram, scale=0.5)
+        self._share = share
+
+    @cached_property
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return _directions(self.weight, self.statistics)
+
+    @cached_property
+    def output_spectrum(self) -> Tensor:
+        """s^2 (k,): what no matrix of a rank can do better than."""
+        return self._pair[1].square()
+
+    @cached_property
+    def threshold(self) -> float:
+        """l, in the unit of an output's root mean square."""
+        return 0.0 if self._share is None else self._share * self._pair[1][0].item()
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return root(required(self.statistics.gram, "gram"))
+
+    def at(self, rank: int) -> "Shrunk":
+        """The programme with the smallest threshold that gives this rank."""
+        if self._share is not None:
+            return self
+        new = copy.copy(self)
+        new.threshold = _threshold(self._pair[1], rank)
+        return new
+
+    def solve(self, rank: int) -> Solution:
+        u, s = self._pair
+        factors = _shrunk(self.weight, u, s, self.threshold, rank)
+        return Solution(factors, factors.dense())
+
+    def errors(self, fitted: Tensor) -> Errors:
+        form, plain = self.metric.errors(self.weight - fitted)
+        penalty = 0.0
+        if self.threshold > 0:
+            penalty = torch.linalg.svdvals(fitted.double() @ self._root).sum().item()
+        return Errors(form + self.threshold * penalty, plain)
+
+    def optimum(self, rank: int) -> float:
+        s, level = self._pair[1], self.threshold
+        kept = min(rank, int((s > level).sum()))
+        tail = s[kept:].square().flip(0).sum() / 2
+        return (tail + torch.sum(level * s[:kept] - level**2 / 2)).item()
+
+    @property
+    def total(self) -> float:
+        return self._pair[1].square().sum().item() / 2
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The threshold, and as a share of the largest singular value."""
+        largest = self._pair[1][0].item()
+        share = self.threshold / largest if largest > 0 else 0.0
+        return {"threshold": self.threshold, "threshold_share": share}

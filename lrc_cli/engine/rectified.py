@@ -1,0 +1,200 @@
+"""A layer whose outputs go into a ReLU: Z and the bias b^ approximate relu(W X + b).
+
+The judge is the mean squared error behind the ReLU, per token. The solution of a rank is the best
+of three: the truncated solution of the convex programme, polished (relu.py); `frobenius`'s,
+polished; and `frobenius`'s as it is. So it is never above `frobenius`'s, and no optimum can be
+proved: the error behind a ReLU is not convex, and the programme's bound is one for its majorant.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.approximation import Approximation, Errors, SameInput, Solution
+from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.linalg import balanced, eigenpairs
+from lrc_cli.engine.problem import Factors, Metric, Statistics, required
+from lrc_cli.engine.rectifier import refined_offset, true_error
+from lrc_cli.engine.relu import Convex, Programme, programme
+
+UNIT = "mean squared error behind the ReLU per token"
+
+RELU = replace(FROBENIUS, name="relu")
+"""Phase one of the method: ranks come from `frobenius`'s spectra, the errors before the ReLU, which
+bound those behind it."""
+
+
+class Rectified(Approximation):
+    """The problem of one layer, which keeps its own bias if it has one and gains none.
+
+    A matrix is judged with the best bias found for it, rounded as it will be stored: the layer's
+    own, the one that keeps the mean outputs, and what a few steps make of them (rectifier.py).
+
+    Args:
+        weight: W (m, n), any floating dtype.
+        bias: b (m,), any floating dtype; None where the layer has none.
+        statistics: `gram` around 0, of the same inputs.
+        activations: the inputs (T, n), a row for every token; float32 or float64, in which the
+            products with them are taken.
+        spectrum: `frobenius`'s, where it is known already.
+        dtype: in which a bias is stored.
+        ridge: share of the mean diagonal of the Gram matrix, above 0.
+    """
+
+    unit = UNIT
+    inputs = "calibration"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: Statistics,
+        activations: Tensor,
+        spectrum: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float64,
+        ridge: float = 1e-2,
+    ) -> None:
+        self.weight = weight.double()
+        self.plain = SameInput(weight, statistics, FROBENIUS, spectrum)
+        self.bias = None if bias is None else bias.to(self.weight)
+        self.dtype = dtype
+        self.mean = activations.mean(dim=0, dtype=torch.float64)
+        gram = required(statistics.gram, "gram")
+        self.gram = gram if bias is None else gram - torch.outer(self.mean, self.mean)
+        self.metric = Metric(gram=self.gram)
+        self.programme: Programme = programme(
+            self.weight, self.bias, activations, self.gram, self.mean, ridge
+        )
+        self._solved: dict[int, Solution] = {}
+        self._found: dict[int, dict[str, Any]] = {}
+        self._biases: tuple[Tensor, Tensor] | None = None
+
+    def solve(self, rank: int) -> Solution:
+        if rank not in self._solved:
+            self._solved[rank] = self._best(rank)
+        return self._solved[rank]
+
+    def _best(self, rank: int) -> Solution:
+        plain, convex = self.plain.solve(rank).factors, self.programme.convex(rank)
+        whitened = plain.dense() @ self.programme.root
+        centre = None if self.bias is None else self.bias + plain.dense() @ self.mean
+        polished = {
+            "convex": self.programme.polished(convex.point, rank),
+            "frobenius": self.programme.polished(whitened, rank, centre),
+        }
+        tried = {name: self._factors(found.point, rank) for name, found in polished.items()}
+        tried["frobenius as it is"] = plain
+        errors = {name: self.errors(factors.dense()).metric for name, factors in tried.items()}
+        start = min(errors, key=lambda name: errors[name])
+        self._found[rank] = _facts(rank, convex, start)
+        return Solution(tried[start], tried[start].dense())
+
+    def _factors(self, point: Tensor, rank: int) -> Factors:
+        """Z = U (U^T Z) with U the leading left singular vectors of A = Z R."""
+        matrix = self.programme.unwhitened(point)
+        if point.shape[0] <= point.shape[1]:
+            u = eigenpairs(point @ point.T)[1][:, :rank]
+        else:
+            u, _ = torch.linalg.qr(point @ eigenpairs(point.T @ point)[1][:, :rank])
+        return balanced(u, u.T @ matrix)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`relu`: one entry for every rank that was solved, lowest first."""
+        return {"relu": [self._found[rank] for rank in sorted(self._found)]}
+
+    def errors(self, fitted: Tensor) -> Errors:
+        difference, bias = self.weight - fitted, self._bias(fitted)
+        shift = bias if self.bias is None else bias - self.bias
+        metric = sum(
+            true_error(self._pre(fitted, bias, block), self.programme.targets[:, block])
+            .sum(dim=0)
+            .double()
+            .sum()
+            .item()
+            for block in self.programme.blocks()
+        )
+        output = torch.sum(difference @ self.gram * difference).clamp(min=0)
+        if self.bias is not None:
+            output = output + torch.sum((difference @ self.mean - shift) ** 2)
+        return Errors(2 * metric / len(self.programme.inputs), output.item())
+
+    def _pre(self, fitted: Tensor, bias: Tensor, block: slice) -> Tensor:
+        outputs = self.programme.products(fitted, block)
+        return outputs.add_(bias[block].to(outputs.dtype))
+
+    def _bias(self, fitted: Tensor) -> Tensor:
+        """The best bias found for a matrix, (m,) float64: zero where the layer has none."""
+        if self.bias is None:
+            return torch.zeros_like(self.weight[:, 0])
+        if self._biases is None or not torch.equal(self._biases[0], fitted):
+            self._biases = fitted.clone(), self._refined(fitted, self.bias)
+        return self._biases[1]
+
+    def _refined(self, fitted: Tensor, bias: Tensor) -> Tensor:
+        starts = bias, bias + (self.weight - fitted) @ self.mean
+        found = [
+            refined_offset(
+                self.programme.products(fitted, block),
+                self.programme.targets[:, block],
+                [start[block] for start in starts],
+                self.dtype,
+            )
+            for block in self.programme.blocks()
+        ]
+        return torch.cat(found)
+
+    def shift(self, fitted: Tensor) -> Tensor | None:
+        """The change of the bias; added to the old one, it is exact in the stored dtype."""
+        return None if self.bias is None else self._bias(fitted) - self.bias
+
+    def optimum(self, rank: int) -> None:
+        """None: see above."""
+
+    def output_optimum(self, rank: int) -> float:
+        """With a bias that may change, only what varies around the mean inputs counts."""
+        return self._varying.optimum(rank)
+
+    @cached_property
+    def _varying(self) -> SameInput:
+        if self.bias is None:
+            return self.plain
+        return SameInput(self.weight, Statistics(gram=self.gram), FROBENIUS)
+
+    @property
+    def total(self) -> float:
+        return self.errors(torch.zeros_like(self.weight)).metric
+
+    @property
+    def energy(self) -> float:
+        return self.plain.energy
+
+
+class Unpolished(Rectified):
+    """The same judge for `frobenius`'s solution as it is, packed as `frobenius` packs it.
+
+    Rounding may reverse the order of two solutions: whoever must not be above `frobenius` in the
+    stored dtype fits both problems and keeps the better outcome.
+    """
+
+    def __init__(self, other: Rectified) -> None:
+        self.__dict__.update(other.__dict__)
+        self.metric = self.plain.metric
+
+    def solve(self, rank: int) -> Solution:
+        return self.plain.solve(rank)
+
+
+def _facts(rank: int, convex: Convex, start: str) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "start": start,
+        "penalty": convex.penalty,
+        "objective": convex.objective,
+        "gap": convex.gap,
+        "steps": convex.steps,
+    }

@@ -1,0 +1,109 @@
+"""One layer's solve, from plan and work directory: its weight, problem, request and cost."""
+
+from collections.abc import Mapping
+
+import torch
+
+from lrc_cli.engine import (
+    DENSE,
+    NUCLEAR,
+    RELU,
+    Approximation,
+    Rectified,
+    SameInput,
+    Shrunk,
+)
+from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
+from lrc_cli.gather import read_statistics
+from lrc_cli.models import Layer
+from lrc_cli.plan import Plan
+from lrc_cli.purposes import CALIBRATION
+from lrc_cli.ranks import rank_multiple
+from lrc_cli.rectified import fit_rectified, read_inputs
+from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, WorkDirectory
+
+PARALLEL_WIDTH = 2048
+"""Layers up to this width are solved side by side on a CPU, wider ones in turn."""
+
+
+def weight_of(plan: Plan, layer: Layer) -> torch.Tensor:
+    """The dense weight (m, n), stored dtype, on the run's device."""
+    return layer.weight(plan.source).to(plan.device)
+
+
+def dense_reason(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
+    """Why phase one found that the layer must stay dense; None where it need not."""
+    reasons = dict(work.get(SPECTRA, layer.unit)[1]["dense"])
+    if plan.config.compression.max_layer_error is not None:
+        reasons |= work.get(OUTPUT_SPECTRA, layer.unit)[1]["dense"]
+    return reasons.get(layer.name)
+
+
+def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:
+    """The layer's approximation problem on the inputs that it has in the dense network."""
+    statistics, _ = read_statistics(plan, work, layer)
+    assert statistics is not None
+    if plan.solvers[layer.name] is NUCLEAR:
+        override = plan.config.compression.override(layer.name)
+        forced = override.rank is not None or override.size is not None
+        share = None if forced else plan.config.compression.threshold
+        return Shrunk(weight_of(plan, layer), statistics, share=share)
+    spectrum = work.get(SPECTRA, layer.unit)[0][layer.name].to(plan.device)
+    return SameInput(weight_of(plan, layer), statistics, plan.solvers[layer.name], spectrum)
+
+
+def _rectified(plan: Plan, work: WorkDirectory, layer: Layer) -> Rectified:
+    """The problem behind the ReLU that follows the layer."""
+    statistics, _ = read_statistics(plan, work, layer)
+    assert statistics is not None
+    bias = layer.bias(plan.source)
+    return Rectified(
+        weight_of(plan, layer),
+        None if bias is None else bias.to(plan.device),
+        statistics,
+        read_inputs(plan.network, plan.sequences[CALIBRATION], layer),
+        work.get(SPECTRA, layer.unit)[0][layer.name].to(plan.device),
+        dtype=plan.stored_dtype(layer),
+        ridge=plan.config.compression.ridge,
+    )
+
+
+def request_of(plan: Plan, layer: Layer, rank: int) -> Request:
+    """What is asked of the layer at its granted rank."""
+    compression = plan.config.compression
+    override = compression.override(layer.name)
+    return Request(
+        rank=rank,
+        rank_multiple=rank_multiple(plan, layer),
+        storage=override.storage or compression.storage,
+        dtype=plan.stored_dtype(layer),
+        max_layer_error=None if override.rank is not None else compression.max_layer_error,
+        bias=layer.bias(plan.source),
+    )
+
+
+def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer) -> Fitted:
+    """The layer's outcome on the inputs that it has in the dense network."""
+    reason = dense_reason(plan, work, layer)
+    if reason is not None:
+        return left_dense(reason, fallback=True)
+    request = request_of(plan, layer, ranks[layer.name])
+    if plan.solvers[layer.name] is RELU and request.rank != DENSE:
+        return fit_rectified(_rectified(plan, work, layer), request)
+    return fit_layer(problem_of(plan, work, layer), request)
+
+
+def num_workers(plan: Plan, layers: list[Layer]) -> int:
+    """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
+    widest = max(max(layer.shape) for layer in layers)
+    # With relu a fit runs the network, and holds the layer's inputs.
+    runs_alone = any(plan.solvers[layer.name] is RELU for layer in layers)
+    if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or runs_alone:
+        return 1
+    return torch.get_num_threads()
+
+
+def solve_cost(layer: Layer) -> float:
+    """Of an eigenproblem on the small side, and products with the large one: multiplications."""
+    small, large = sorted(layer.shape)
+    return float(small**3 * 4 + small * large * (small + large))

@@ -1,0 +1,135 @@
+"""Layers followed by a ReLU: which they are, their inputs, and their fit.
+
+Which they are is seen in one forward pass, at the level of torch's operations: no table of names or
+of modules. What is in between may only look at the same numbers in another shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
+from lrc_cli.errors import InputError
+from lrc_cli.fit import Fitted, Request, fit_layer
+from lrc_cli.losses import floating_outputs, unpadded
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.statistics import micro_batch
+
+NOT_FOLLOWED = "not followed by ReLU: fitted with frobenius"
+MICRO_BATCH_TOKENS = 2048
+
+_RELU, _RELU_IN_PLACE = torch.ops.aten.relu.default, torch.ops.aten.relu_.default
+
+
+class _Watch(TorchDispatchMode):
+    """Follows tensors by their storage, to see what becomes of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rectified: set[str] = set()
+        self.otherwise: set[str] = set()
+        self._owners: dict[int, str] = {}
+        # A storage that was freed could lend its address to another one.
+        self._alive: list[torch.Tensor] = []
+
+    def follow(self, name: str, output: torch.Tensor) -> None:
+        """From now on, see what `output` of the layer `name` is used for."""
+        self._owners[_address(output)] = name
+        self._alive.append(output)
+
+    def returned(self, outputs: Sequence[torch.Tensor]) -> None:
+        """The network's outputs: what is returned is used outside."""
+        self.otherwise |= {self._owners.get(_address(tensor), "") for tensor in outputs}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        addresses = {_address(x) for x in taken} & set(self._owners)
+        result = function(*args, **(kwargs or {}))
+        for address in addresses:
+            self._used(function, address, result)
+        return result
+
+    def _used(self, function: Any, address: int, result: Any) -> None:
+        given = {_address(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        if function is _RELU_IN_PLACE:
+            self.rectified.add(self._owners.pop(address))
+        elif function is _RELU:
+            self.rectified.add(self._owners[address])
+        elif function._schema.is_mutable or given != {address}:  # else a view of it
+            self.otherwise.add(self._owners[address])
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def followed_by_relu(network: Network, layers: Sequence[Layer], batch: Batch) -> set[str]:
+    """The names of the layers whose outputs go into a ReLU and nowhere else, seen on one batch.
+
+    Args:
+        batch: a micro-batch; a layer that it does not reach is not among them.
+    """
+    watch = _Watch()
+    with torch.no_grad(), hooked(network, layers, lambda layer, _, y: watch.follow(layer.name, y)):
+        with watch:
+            outputs = network(batch)
+        watch.returned(floating_outputs(outputs))
+    return watch.rectified - watch.otherwise
+
+
+def with_relu_where_followed(
+    solvers: Mapping[str, Solver], network: Network, layers: Sequence[Layer], batch: Batch
+) -> dict[str, Solver]:
+    """The solvers by layer name, `relu` giving way to `frobenius` where no ReLU follows.
+
+    Raises:
+        InputError: none of the layers with method `relu` is followed by one.
+    """
+    asked = [layer for layer in layers if solvers[layer.name] is RELU]
+    followed = followed_by_relu(network, asked, batch) if asked else set()
+    if asked and not followed:
+        raise InputError(
+            "compression.method: relu: no selected layer is followed by a ReLU",
+            "use frobenius or curvature",
+        )
+    return {
+        name: FROBENIUS if solver is RELU and name not in followed else solver
+        for name, solver in solvers.items()
+    }
+
+
+def read_inputs(network: Network, sequences: Sequences, layer: Layer) -> torch.Tensor:
+    """The layer's inputs on all sequences, by one pass: (T, n) float32 on the network's device.
+
+    Padding is left out. They are the rows that its Gram matrix was summed over; a layer at a time,
+    they are T n numbers of 4 bytes.
+    """
+    taken: list[torch.Tensor] = []
+    mask: torch.Tensor | None = None
+
+    def take(_: Layer, x: torch.Tensor, __: torch.Tensor) -> None:
+        taken.append(unpadded(x, mask).reshape(-1, x.shape[-1]).float())
+
+    with torch.no_grad(), hooked(network, [layer], take):
+        for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
+            mask = batch.get("attention_mask")
+            network(batch)
+    return torch.cat(taken)
+
+
+def fit_rectified(problem: Rectified, request: Request) -> Fitted:
+    """The better one, as stored, of the polished solution and of what `frobenius` gives.
+
+    So rounding cannot put the error behind the ReLU above `frobenius`'s at the same rank.
+    """
+    polished, plain = (fit_layer(p, request) for p in (problem, Unpolished(problem)))
+    if polished.packed is None or plain.packed is None:
+        return polished if plain.packed is None else plain
+    errors = [x.facts["errors"]["metric"]["stored"] for x in (polished, plain)]
+    return polished if errors[0] <= errors[1] else plain

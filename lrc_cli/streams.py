@@ -1,0 +1,185 @@
+"""The dense and the compressed network side by side, on their way through the calibration data.
+
+The compressed one is the same checkpoint opened again, its parameters views of the same files;
+every layer becomes low-rank in it as soon as its factors are there.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lrc_cli.blocks import Chain, Segment, StopForward, Walk
+from lrc_cli.calibration import Batch
+from lrc_cli.engine import Drift
+from lrc_cli.errors import RunError
+from lrc_cli.layers import replace_modules
+from lrc_cli.losses import unpadded
+from lrc_cli.models import Layer, Network, make_network, open_module
+from lrc_cli.plan import Plan
+from lrc_cli.precision import DTYPES, cast_on_read
+from lrc_cli.slots import low_rank_module
+from lrc_cli.statistics import GramSum
+from lrc_cli.work import Tensors
+
+
+class DriftSum:
+    """Streaming sums of what `Drift` holds: products in float32, sums in float64."""
+
+    def __init__(self, width: int, device: torch.device, *, center: bool) -> None:
+        self.compressed, self.drift = GramSum(width, device), GramSum(width, device)
+        self.cross = torch.zeros_like(self.compressed.total)
+        self.means = self.cross.new_zeros(2, width) if center else None
+
+    def add(self, x: torch.Tensor, compressed: torch.Tensor) -> None:
+        """Add rows (t, n) of inputs in the dense and, for the same tokens, in the compressed
+        network."""
+        compressed = compressed.float()
+        drift = x.float() - compressed
+        self.compressed.add(compressed)
+        self.drift.add(drift)
+        self.cross += drift.T @ compressed
+        if self.means is not None:
+            both = torch.stack([drift, compressed])
+            self.means += both.sum(dim=1, dtype=torch.float64)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input was NaN or infinite, in either network."""
+        diagonals = self.compressed.total.diagonal(), self.drift.total.diagonal()
+        return all(bool(torch.isfinite(diagonal.sum())) for diagonal in diagonals)
+
+    def mean(self) -> Drift:
+        """The moments per token, around the means where they are asked for."""
+        num_tokens = self.compressed.num_rows
+        second = self.compressed.mean(), self.cross / num_tokens, self.drift.mean()
+        if self.means is None:
+            compressed, cross, drift = second
+            return Drift(compressed=compressed, cross=cross, drift=drift, num_tokens=num_tokens)
+        shift, mean = self.means / num_tokens
+        around = torch.outer(mean, mean), torch.outer(shift, mean), torch.outer(shift, shift)
+        compressed, cross, drift = (a - b for a, b in zip(second, around, strict=True))
+        return Drift(
+            compressed=compressed,
+            cross=cross,
+            drift=drift,
+            mean=mean + shift,
+            mean_compressed=mean,
+            num_tokens=num_tokens,
+        )
+
+
+class Streams:
+    """Both networks over the same micro-batches.
+
+    Args:
+        chain: the network's.
+        batches: micro-batches of model inputs.
+    """
+
+    def __init__(self, plan: Plan, chain: Chain, batches: Sequence[Batch]) -> None:
+        self.plan, self.batches = plan, batches
+        self.dense = Walk(plan.network, chain, batches)
+        self.compressed = Walk(_open_again(plan), chain, batches)
+
+    def install(self, layer: Layer, tensors: Tensors) -> None:
+        """Put a layer's factors into the compressed network.
+
+        Args:
+            tensors: as written, by their disk names; without the layer's, it stays dense.
+        """
+        prefix = f"{layer.key}."
+        # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and
+        # a resumed run reads from a file what this one computed.
+        own = {
+            k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)
+        }
+        if not own:
+            return
+        bias = layer.bias(self.plan.source)
+        if bias is not None and "bias" not in own:
+            own["bias"] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
+        network = self.compressed.network
+        replaced = network.module.get_submodule(layer.name)
+        new: nn.Module = low_rank_module(replaced, own, layer.shape)
+        new.requires_grad_(False).to(network.device)
+        cast_on_read(new, network.dtype, network.casts)
+        replace_modules(network.module, {replaced: new})
+
+    def drift(self, segment: Segment, layer: Layer, step: Callable[[], None]) -> Drift | None:
+        """The moments of a layer's inputs in both networks, over all micro-batches.
+
+        Args:
+            segment: the one that both networks have come to, in which the layer first runs.
+            step: called after every micro-batch.
+
+        Returns:
+            None where the networks themselves choose which tokens go through the layer.
+
+        Raises:
+            RunError: an input is NaN or infinite.
+        """
+        center = self.plan.config.compression.center
+        sums = DriftSum(layer.shape[1], self.plan.device, center=center)
+        per_sequence: set[float] = set()
+        for index, batch in enumerate(self.batches):
+            pair = [input_of(walk, segment, index, layer) for walk in (self.dense, self.compressed)]
+            x, compressed = pair
+            if x is None or compressed is None or x.shape != compressed.shape:
+                return None
+            # Experts get a number of tokens that depends on the data; all others, on its shape.
+            per_sequence.add(x[..., 0].numel() / len(next(iter(batch.values()))))
+            if len(per_sequence) > 1:
+                return None
+            mask = batch.get("attention_mask")
+            sums.add(*(unpadded(t, mask).reshape(-1, t.shape[-1]) for t in (x, compressed)))
+            step()
+        if not sums.is_finite:
+            raise RunError(
+                f"{layer.name}: NaN or infinity in its inputs on the calibration data, once the"
+                " layers before it are compressed",
+                "set runtime.dtype: float32, or compression.sequential: false",
+            )
+        return sums.mean() if sums.compressed.num_rows else None
+
+    def advance(self, segment: Segment) -> None:
+        """Both networks pass a segment."""
+        self.dense.advance(segment)
+        self.compressed.advance(segment)
+
+
+def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Tensor | None:
+    """What a layer reads when it first runs; what comes after it in the segment is not run.
+
+    Args:
+        index: of the micro-batch.
+
+    Returns:
+        (..., n), or None where the layer is not reached.
+    """
+    seen: list[torch.Tensor] = []
+
+    def look(_: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        seen.append([*args, *named.values()][0])
+        raise StopForward
+
+    part = walk.network.module.get_submodule(layer.name)
+    handle = part.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        walk.run(segment, index)
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
+def _open_again(plan: Plan) -> Network:
+    """The checkpoint as a second network, its tensors rounded as they will be written."""
+    model = plan.config.model
+    module = open_module(
+        plan.source, factory=model.factory, trust_remote_code=model.trust_remote_code
+    )
+    written = DTYPES.get(plan.config.output.dtype)
+    for tensor in module.state_dict(keep_vars=True).values():
+        if written is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(written)
+    return make_network(module, device=plan.device, dtype=plan.network.dtype)

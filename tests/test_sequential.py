@@ -1,0 +1,508 @@
+"""`compression.sequential` end to end: what it lowers, when it is on, what falls back, resuming."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from conftest import Models
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel
+
+import lrc_cli
+import lrc_cli.sequential
+from lrc_cli.calibration import Batch
+from lrc_cli.config import load_config
+from lrc_cli.engine import DENSE, SolveError
+from lrc_cli.errors import RunError
+from lrc_cli.layers import LowRankLinear
+from lrc_cli.models import hooked, make_network
+from lrc_cli.plan import Plan, make_plan
+from lrc_cli.sequential import decide
+from lrc_cli.streams import DriftSum, Streams
+
+Changes = dict[str, Any]
+MANY = {"calibration.num_sequences": 60, "evaluation": None}
+"""1920 tokens, 10 for each input of every pico layer."""
+
+
+@pytest.fixture
+def job(checkpoint: Models, text: Path) -> Any:
+    """Changes for `pico.job` by the model's name."""
+
+    def changes(name: str, **compression: Any) -> Changes:
+        asked = {f"compression.{key}": value for key, value in compression.items()}
+        paths = {"model.path": str(checkpoint(name)), "calibration.path": str(text)}
+        return paths | MANY | asked
+
+    return changes
+
+
+def factorised(report: Any) -> list[Any]:
+    return [layer for layer in report["layers"] if layer["storage"] != "dense"]
+
+
+def dense_layers(report: Any) -> list[Any]:
+    return [layer for layer in report["layers"] if layer["storage"] == "dense"]
+
+
+def calibration_data(directory: Path) -> Batch:
+    """The blocks that the job in `directory` was fitted to."""
+    return (
+        make_plan(load_config(directory / "job.yaml"), force=True).sequences["calibration"].inputs
+    )
+
+
+@torch.no_grad()
+def hidden_error(source: Path, output: Path, batch: Batch) -> float:
+    """The relative error of the last hidden states."""
+    models = [AutoModel.from_pretrained(path, dtype=torch.float32) for path in (source, output)]
+    expected, found = (model(**batch).last_hidden_state for model in models)
+    return (torch.linalg.norm(expected - found) / torch.linalg.norm(expected)).item()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "curvature"), ("qwen2", "frobenius"), ("bert", "curvature")]
+)
+def test_it_lowers_the_error_of_the_whole_network(
+    name: str, method: str, tmp_path: Path, job: Any
+) -> None:
+    errors = {}
+    for sequential in (False, True):
+        changes = job(name, method=method, size=0.3, sequential=sequential)
+        output, report = pico.compressed(tmp_path, changes, "--force")
+        assert report["sequential"]["used"] is sequential
+        source = Path(changes["model.path"])
+        errors[sequential] = hidden_error(source, output, calibration_data(tmp_path))
+    assert errors[True] < 0.97 * errors[False]
+
+
+@torch.no_grad()
+def measured(plan: Plan, output: Path) -> dict[str, float]:
+    """By layer, ||W x + b - Z x~ - b~|| / ||W x|| over the data, from what was written."""
+    written = lrc_cli.load(output, factory=plan.config.model.factory)
+    other = make_network(written, device=torch.device("cpu"), dtype=torch.float32)
+    batch = plan.sequences["calibration"].inputs
+    mask = batch.get("attention_mask")
+    outputs: list[dict[str, Tensor]] = []
+    for network in (plan.network, other):
+        seen: dict[str, Tensor] = {}
+
+        def look(layer: Any, _: Tensor, y: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            seen[layer.name] = y if mask is None else y[mask.bool()]
+
+        with hooked(network, plan.layers, look):
+            network(batch)
+        outputs.append(seen)
+    found = {}
+    for name, y in outputs[0].items():
+        bias = plan.network.module.get_submodule(name).bias
+        energy = torch.linalg.norm(y if bias is None else y - bias)
+        found[name] = (torch.linalg.norm(y - outputs[1][name]) / energy).item()
+    return found
+
+
+def assert_errors_as_written(directory: Path, report: Any) -> None:
+    plan = make_plan(load_config(directory / "job.yaml"), force=True)
+    found = measured(plan, directory / "out")
+    layers = [layer for layer in report["layers"] if layer.get("sequential")]
+    assert layers
+    for layer in layers:
+        errors = layer["errors"]
+        expected = pytest.approx(found[layer["name"]], rel=1e-3, abs=1e-4)
+        assert errors["output"]["stored"] == expected
+        assert errors["output"]["inputs"] == "compressed"
+        assert errors["output"]["optimum"] <= errors["output"]["stored"]
+        metric = errors["metric"]
+        assert 0 <= metric["inherited"] <= metric["optimum"] <= metric["stored"] <= metric["total"]
+        assert metric["stored"] < metric["svd"]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_report_has_the_errors_on_both_networks(name: str, tmp_path: Path, job: Any) -> None:
+    """Measured again from the written files, with forward passes alone."""
+    output, report = pico.compressed(tmp_path, job(name, sequential=True))
+    assert report["sequential"]["used"] and "asked for" in report["sequential"]["reason"]
+    assert_errors_as_written(tmp_path, report)
+    page = (output / "report.html").read_text()
+    assert "the compressed network&#x27;s inputs" in page and "on: asked for" in page
+    assert "on: asked for" in (output / "README.md").read_text()
+
+
+def test_ranks_come_from_the_original_network(tmp_path: Path, job: Any) -> None:
+    """The statistics and the spectra are those of the plain run, and are used again."""
+    _, plain = pico.compressed(tmp_path, job("llama", sequential=False, storage="factors"))
+    changes = job("llama", sequential=True, storage="factors")
+    _, first = pico.compressed(tmp_path, changes, "--force")
+    assert "statistics" not in first["timing"] and "spectra" not in first["timing"]
+    ranks = [[layer.get("rank") for layer in r["layers"]] for r in (plain, first)]
+    assert ranks[0] == ranks[1]
+    before = pico.read_state(tmp_path / "out")
+    _, second = pico.compressed(tmp_path, changes | {"compression.ridge": 1.0}, "--force")
+    assert "statistics" not in second["timing"] and "factors" in second["timing"]
+    after = pico.read_state(tmp_path / "out")
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@dataclass
+class Known:
+    """A work directory that knows how many tokens reached every layer."""
+
+    plan: Plan
+    tokens: int
+
+    def get(self, stage: str, unit: str) -> tuple[dict[str, Tensor], Any]:
+        return {}, {"layers": {x.name: {"tokens": self.tokens} for x in self.plan.layers}}
+
+
+AUTO: dict[str, tuple[Changes, int, int, bool, str]] = {
+    "strong": ({}, 8, 960, True, "14 of 14 factorised layers"),
+    "half-of-the-layers": (
+        {"allocation": "relative", "layers": {"*self_attn*": {"method": "svd"}}},
+        8,
+        960,
+        False,
+        "6 of 14 factorised layers",
+    ),
+    "weak": ({}, 40, 960, False, "84.7% of the bytes are kept, and it pays at 70% only"),
+    "few-tokens": ({}, 8, 639, False, "0 of 14 factorised layers"),
+    "just-enough-tokens": ({}, 8, 640, True, "12 of 14 factorised layers"),
+    "svd": ({"method": "svd"}, 8, 960, False, "0 of 14 factorised layers"),
+    "layer-error": ({"max_layer_error": 0.5}, 8, 960, False, "max_layer_error is about the dense"),
+    "loss-increase": ({"max_loss_increase": 1}, 8, 960, False, "max_loss_increase is about the"),
+    "nothing": ({}, DENSE, 960, False, "100.0% of the bytes are kept"),
+}
+"""Keys of compression, every layer's rank, the tokens, and what comes of it."""
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_is_on_where_it_pays_and_says_why(name: str, tmp_path: Path, job: Any) -> None:
+    asked, rank, tokens, used, reason = AUTO[name]
+    config = load_config(pico.job(tmp_path, job("llama", **asked)))
+    plan = make_plan(config)
+    work: Any = Known(plan, tokens)
+    decision = decide(plan, work, {layer.name: rank for layer in plan.layers})
+    assert decision.used is used
+    assert decision.reason.startswith("auto: ") and reason in decision.reason
+    off = replace(config.compression, sequential=False)
+    plain = replace(plan, config=replace(config, compression=off))
+    decision = decide(plain, work, {layer.name: rank for layer in plan.layers})
+    assert not decision.used and decision.reason == "compression.sequential is false"
+
+
+def test_auto_is_said_in_the_log_and_in_the_report(tmp_path: Path, job: Any) -> None:
+    ended = pico.call("compress", pico.job(tmp_path, job("llama", size=0.4)))
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = report["sequential"]
+    assert found["used"] and "39.7% of the bytes are kept" in found["reason"]
+    assert f"compression.sequential: on: {found['reason']}" in ended.err.splitlines()
+    assert all(layer["sequential"] for layer in factorised(report))
+
+
+def test_auto_is_off_with_few_tokens(tmp_path: Path, job: Any) -> None:
+    changes = job("llama", size=0.4) | {"calibration.num_sequences": 19}
+    _, report = pico.compressed(tmp_path, changes)
+    assert not report["sequential"]["used"]
+    assert "0 of 13 factorised layers" in report["sequential"]["reason"]
+    assert not any("sequential" in layer for layer in report["layers"])
+
+
+def test_layers_with_few_tokens_are_fitted_plainly(tmp_path: Path, job: Any) -> None:
+    """640 tokens are 10 for each of 64 inputs, not of the 96 of the last layer of a block."""
+    changes = job("llama", size=0.4, sequential=True) | {"calibration.num_sequences": 20}
+    _, report = pico.compressed(tmp_path, changes)
+    assert report["sequential"]["used"] and "11 of 13" in report["sequential"]["reason"]
+    assert [x["sequential_reason"] for x in dense_layers(report)] == ["it stays dense"]
+    for layer in factorised(report):
+        wide = layer["name"].endswith("down_proj")
+        assert layer["sequential"] is not wide and not layer["fallback"]
+        assert layer["errors"]["output"]["inputs"] == ("calibration" if wide else "compressed")
+        reason = "640 tokens are fewer than 10 for each of its 96 inputs"
+        assert layer.get("sequential_reason") == (reason if wide else None)
+
+
+def test_where_every_layer_falls_back_the_bytes_are_those_of_a_plain_run(
+    tmp_path: Path, job: Any
+) -> None:
+    changes = job("llama", size=0.4, sequential=True) | {"calibration.num_sequences": 19}
+    output, report = pico.compressed(tmp_path, changes)
+    assert not report["sequential"]["used"]
+    assert "asked for; 0 of 13" in report["sequential"]["reason"]
+    state = pico.read_state(output)
+    plain, _ = pico.compressed(tmp_path, changes | {"compression.sequential": False}, "--force")
+    assert all(torch.equal(state[key], tensor) for key, tensor in pico.read_state(plain).items())
+
+
+def test_other_methods_are_fitted_plainly(tmp_path: Path, job: Any) -> None:
+    asked = {"size": 0.5, "allocation": "relative", "layers": {"*.up_proj": {"method": "svd"}}}
+    _, report = pico.compressed(tmp_path, job("llama", sequential=True, **asked))
+    for layer in report["layers"]:
+        plain = layer["name"].endswith("up_proj")
+        assert layer["sequential"] is not plain
+        assert layer.get("sequential_reason") == ("not with method svd" if plain else None)
+
+
+def test_a_bound_on_layer_errors_is_refused(tmp_path: Path, job: Any) -> None:
+    changes = job("llama", max_layer_error=0.3, sequential=True)
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert "compression.sequential: max_layer_error bounds errors" in ended.err
+    assert "sequential: false" in ended.err and not (tmp_path / ".lrc-work").exists()
+
+
+def test_a_layer_whose_sequential_solve_fails_is_fitted_plainly(
+    tmp_path: Path, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = lrc_cli.sequential.Sequential
+
+    def broken(weight: Tensor, *rest: Any, **options: Any) -> Any:
+        if weight.shape == (96, 64):
+            raise SolveError("the regularised Gram matrix is not positive definite")
+        return solve(weight, *rest, **options)
+
+    monkeypatch.setattr(lrc_cli.sequential, "Sequential", broken)
+    _, report = pico.compressed(tmp_path, job("llama", size=0.4, sequential=True))
+    for layer in factorised(report):
+        failed = layer["shape"] == [96, 64]
+        assert layer["sequential"] is not failed and not layer["fallback"]
+        assert ("could not be solved" in layer.get("sequential_reason", "")) == failed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path
+) -> Callable[[str], tuple[Changes, Path]]:
+    """A model's job, and what it writes when nothing happens."""
+    found: dict[str, tuple[Changes, Path]] = {}
+
+    def run(name: str) -> tuple[Changes, Path]:
+        if name not in found:
+            paths = {"model.path": str(checkpoint(name)), "calibration.path": str(text)}
+            changes = paths | MANY | {"compression.size": 0.4, "compression.sequential": True}
+            found[name] = changes, pico.compressed(tmp_path_factory.mktemp(name), changes)[0]
+        return found[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "moment", "units"), [("llama", 3, 0), ("llama", 10, 1), ("bert", 12, 2)]
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    name: str,
+    moment: int,
+    units: int,
+    tmp_path: Path,
+    undisturbed: Callable[[str], tuple[Changes, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped inside a block, inside the next one, and before the pooler behind the blocks."""
+    changes, expected = undisturbed(name)
+    install, done = Streams.install, []
+
+    def stopping(*arguments: Any) -> None:
+        if len(done) == moment:
+            raise RunError("stopped by the test")
+        done.append(arguments[1].name)
+        install(*arguments)
+
+    monkeypatch.setattr(Streams, "install", stopping)
+    config = pico.job(tmp_path, changes)
+    ended = pico.call("compress", config, "-q")
+    assert ended.code == 1 and "stopped by the test" in ended.err
+    monkeypatch.setattr(Streams, "install", install)
+    stored = {f: f.stat().st_mtime_ns for f in tmp_path.glob(".lrc-work/*/factors/*/*.safetensors")}
+    assert len(stored) == units
+    assert pico.call("compress", config, "-q").code == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in stored.items())
+    for file in expected.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    reports = [json.loads((p / "report.json").read_text()) for p in (expected, tmp_path / "out")]
+    assert reports[0]["layers"] == reports[1]["layers"]
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_what_is_written_is_what_the_second_network_ran_with(
+    center: bool, tmp_path: Path, job: Any
+) -> None:
+    """In another dtype than the source's, biases and embeddings included."""
+    changes = job("qwen2", size=0.4, sequential=True, center=center)
+    _, report = pico.compressed(tmp_path, changes | {"output.dtype": "float16"})
+    assert_errors_as_written(tmp_path, report)
+
+
+FACTORIES = '''
+import torch
+from torch import nn
+
+
+class Experts(nn.Module):
+    """Each token goes through the expert that the router picks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.router = nn.Linear(24, 24), nn.Linear(24, 2)
+        self.left, self.right = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.last = nn.Linear(24, 16)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        picked = self.router(x).argmax(-1)
+        y = torch.empty_like(x)
+        y[picked == 0], y[picked == 1] = self.left(x[picked == 0]), self.right(x[picked == 1])
+        return self.last(y)
+
+
+class Twice(nn.Module):
+    """One layer runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(self.again(torch.tanh(self.again(torch.tanh(self.first(x))))))
+
+
+def experts():
+    return Experts()
+
+
+def twice():
+    return Twice()
+'''
+
+
+@pytest.fixture
+def plain_job(
+    plain_folder: pico.PlainFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Changes for networks that are not transformers', with 600 calibration rows."""
+    for name, source in (("more_factories", FACTORIES), ("pico_factories", pico.FACTORY_SOURCE)):
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    generator = torch.Generator().manual_seed(8)
+    colour = torch.randn(24, 24, generator=generator)
+    save_file({"x": torch.randn(600, 24, generator=generator) @ colour}, tmp_path / "x.safetensors")
+
+    def changes(name: str, factory: str = "more_factories", **compression: Any) -> Changes:
+        namespace: dict[str, Any] = {}
+        exec(FACTORIES + pico.FACTORY_SOURCE, namespace)
+        torch.manual_seed(3)
+        model = namespace[name]()
+        pico.randomise(model)
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+        return {
+            "model.path": str(tmp_path / f"{name}.safetensors"),
+            "model.factory": f"{factory}:{name}",
+            "calibration.path": str(tmp_path / "x.safetensors"),
+            "calibration.num_sequences": 600,
+            "evaluation": [],
+            "compression.sequential": True,
+            "compression.rank_multiple": 1,
+            **{f"compression.{key}": value for key, value in compression.items()},
+        }
+
+    return changes
+
+
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_a_plain_network_runs_whole(method: str, tmp_path: Path, plain_job: Any) -> None:
+    changes = plain_job("mlp", "pico_factories", method=method)
+    _, report = pico.compressed(tmp_path, changes)
+    assert [layer["sequential"] for layer in report["layers"][:2]] == [True, True]
+    assert all(layer["sequential"] for layer in factorised(report))
+    assert_errors_as_written(tmp_path, report)
+
+
+def test_padding_does_not_count(
+    tmp_path: Path, plain_job: Any, plain_folder: pico.PlainFolder
+) -> None:
+    changes = plain_job("attention", "pico_factories", method="frobenius", size=0.8)
+    masked = {"calibration.path": str(plain_folder.path / "masked.safetensors")}
+    changes |= masked | {"calibration.num_sequences": 64}
+    _, report = pico.compressed(tmp_path, changes)
+    assert report["sequential"]["used"]
+    assert_errors_as_written(tmp_path, report)
+
+
+def test_layers_that_are_not_reached_stay_dense(tmp_path: Path, plain_job: Any) -> None:
+    changes = plain_job("with_idle", "pico_factories", method="frobenius", size=0.9)
+    _, report = pico.compressed(tmp_path, changes)
+    idle = next(layer for layer in report["layers"] if layer["name"] == "idle")
+    assert idle["storage"] == "dense" and idle["fallback"] and not idle["sequential"]
+    assert idle["sequential_reason"] == "the first calibration sequences do not reach it"
+    assert any(layer["sequential"] for layer in report["layers"])
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "reason"),
+    [
+        ("experts", ["left", "right"], "the tokens that reach it depend on the layers before it"),
+        ("twice", ["again"], "it runs several times in a pass, on several inputs"),
+    ],
+)
+def test_layers_without_one_input_for_every_token_are_fitted_plainly(
+    name: str, layers: list[str], reason: str, tmp_path: Path, plain_job: Any
+) -> None:
+    asked = {"method": "frobenius", "allocation": "uniform", "size": 0.5}
+    # A lone row leaves an expert without a token, which factors take and permutations do not.
+    asked |= {"exclude": ["router"], "storage": "factors"}
+    _, report = pico.compressed(tmp_path, plain_job(name, **asked))
+    assert report["sequential"]["used"]
+    for layer in report["layers"]:
+        assert layer["storage"] != "dense" and layer["sequential"] is (layer["name"] not in layers)
+        assert layer.get("sequential_reason") == (None if layer["sequential"] else reason)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_streamed_moments_are_those_of_all_tokens(center: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(300, 20, generator=generator) + 1
+    compressed = x + 0.1 * torch.randn(300, 20, generator=generator)
+    sums = DriftSum(20, torch.device("cpu"), center=center)
+    for start in range(0, 300, 70):
+        sums.add(x[start : start + 70], compressed[start : start + 70])
+    drift, (a, b) = sums.mean(), (x.double(), compressed.double())
+    means = [t.mean(dim=0) if center else torch.zeros(20) for t in (a, b)]
+    a, b = a - means[0], b - means[1]
+    for found, expected in (
+        (drift.compressed, b.T @ b / 300),
+        (drift.cross, (a - b).T @ b / 300),
+        (drift.drift, (a - b).T @ (a - b) / 300),
+        (drift.gram, a.T @ a / 300),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert drift.num_tokens == 300 and (drift.mean is not None) is center
+    if drift.mean is not None and drift.mean_compressed is not None:
+        torch.testing.assert_close(
+            torch.stack([drift.mean, drift.mean_compressed]),
+            torch.stack(means),
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
+def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> None:
+    """Factors that a layer has are put in its place, and no other layer changes."""
+    config = load_config(pico.job(tmp_path, job("llama", sequential=True)))
+    plan = make_plan(config)
+    batches = list(plan.sequences["calibration"].batches(4))
+    streams = Streams(plan, lrc_cli.sequential.find_chain(plan.network, batches[0]), batches)
+    layer = plan.layers[0]
+    weight = layer.weight(plan.source)
+    streams.install(
+        layer, {f"{layer.key}.weight": weight[:8], f"{layer.key}.up.weight": weight[:, :8]}
+    )
+    modules = streams.compressed.network.module
+    assert isinstance(modules.get_submodule(layer.name), LowRankLinear)
+    assert not any(isinstance(m, LowRankLinear) for m in plan.network.module.modules())
+    other = plan.layers[1]
+    streams.install(other, {f"{layer.key}.weight": weight[:8]})
+    assert not isinstance(modules.get_submodule(other.name), LowRankLinear)
