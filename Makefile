@@ -20,6 +20,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 demo: setup  ## compress a real language model into out/demo
 	$(BIN)/python scripts/fetch_demo.py
 	$(BIN)/lrc compress configs/demo.yaml
+	$(BIN)/lrc verify out/demo --against .cache/models/smollm2-135m
 	@echo "report: out/demo/report.html"
 
 check: setup  ## lint, format check, types

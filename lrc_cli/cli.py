@@ -33,8 +33,8 @@ trust_option = click.option(
 def lrc() -> None:
     """Make a checkpoint smaller by low-rank factors fitted to real activations.
 
-    Exit codes: 0 done; 1 failed while running; 2 bad usage, config or input; 4 --strict and a
-    layer fell back; 130 interrupted; 143 terminated.
+    Exit codes: 0 done; 1 failed while running; 2 bad usage, config or input; 3 a gate is missed, or
+    a statement does not hold; 4 --strict and a layer fell back; 130 interrupted; 143 terminated.
     """
 
 
@@ -53,6 +53,12 @@ def lrc() -> None:
     "--restart", is_flag=True, help="Drop the work directory's finished units of this run first."
 )
 @click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back to dense.")
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write gates, target and certificate to FILE as JUnit XML.",
+)
 @json_option
 @quiet_option
 def compress(
@@ -62,6 +68,7 @@ def compress(
     force: bool,
     restart: bool,
     strict: bool,
+    junit: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -77,14 +84,20 @@ def compress(
     calm_transformers()
     from lrc_cli.errors import StrictFallback
     from lrc_cli.fingerprints import already_done
+    from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
     from lrc_cli.output import read_report
     from lrc_cli.progress import Progress, stop_on_signals
+    from lrc_cli.report.junit import check_junit_path, write_junit
     from lrc_cli.run import compress as run
 
     directory = Path(loaded.output.path)
+    check_gates_possible(loaded)
+    if junit is not None:
+        check_junit_path(junit, directory)
     if not force and not restart and already_done(loaded):
         click.echo(f"{directory}: already what the config asks for", err=True)
         report = read_report(directory)
+        report["gates"] = check_gates(loaded.gates, report)
     else:
         with stop_on_signals() as stop:
             report = run(
@@ -93,6 +106,9 @@ def compress(
     click.echo(json.dumps(report, indent=2) if as_json else str(directory))
     if not quiet and not as_json:
         click.echo(summary(report), err=True)
+    if junit is not None:
+        write_junit(junit, report, strict=strict)
+    fail_if_missed(report)
     fallen = [layer["name"] for layer in report["layers"] if layer["fallback"]]
     if strict and fallen:
         raise StrictFallback(
@@ -152,6 +168,44 @@ def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> Non
 
 
 @lrc.command()
+@directory_argument
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The original checkpoint: measures the errors and the quality once more.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A data file that is not where the config says; known by its hash.",
+)
+@click.option(
+    "--manifest-sha256", metavar="HEX", help="What the hash of manifest.json must be: pins it all."
+)
+@factory_option
+@trust_option
+@json_option
+@quiet_option
+def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check what the files in DIRECTORY say of themselves, independently of the run.
+
+    Exit code 3 if a statement fails. What could not be looked at is said to be not checked.
+    """
+    calm_transformers()
+    from lrc_cli.progress import Progress, stop_on_signals
+    from lrc_cli.verify import render, verify_directory
+    from lrc_cli.verify.statements import StatementFailed
+
+    with stop_on_signals() as stop:
+        found = verify_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
+    click.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found.findings))
+    if not as_json:
+        click.echo(f"sha256 of manifest.json: {found.manifest_sha256}")
+    if found.findings.failed:
+        raise StatementFailed(f"{directory}: not every statement holds", "see what fails above")
+
+
+@lrc.command()
 def schema() -> None:
     """Print the JSON Schema of the config."""
     from lrc_cli.config import json_schema
@@ -172,6 +226,10 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(f"{row['text']}: perplexity {before:.2f} -> {after:.2f}")
         else:
             lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
+    if report["certificate"]["statements"]:
+        from lrc_cli.report.sentences import main_statements
+
+        lines += ["certificate:", *(f"- {x}" for x in main_statements(report["certificate"]))]
     return "\n".join(lines)
 
 

@@ -24,13 +24,17 @@ from lrc_cli.checkpoint.writer import (
 from lrc_cli.config import config_hash, to_yaml
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import compare, scoring
+from lrc_cli.feedforward import worst_case
+from lrc_cli.gates import check_gates
+from lrc_cli.guarantee import certify
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, make_network, open_module
 from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION
-from lrc_cli.report import build_report, render_card, render_html
+from lrc_cli.report import render_card, render_html
+from lrc_cli.report.build import build_report
 from lrc_cli.work import STATISTICS, WorkDirectory
 
 
@@ -123,9 +127,13 @@ def _packed(work: WorkDirectory, stage: str, unit: str, name: str) -> torch.Tens
 
 
 def finish_output(
-    plan: Plan, work: WorkDirectory, stage: str, progress: Progress
+    plan: Plan, work: WorkDirectory, stage: str, sequential: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Reload what was written, check and measure it, and write the report and the manifest."""
+    """Reload what was written, check and measure it, and write the report and the manifest.
+
+    Args:
+        sequential: whether the layers were fitted sequentially, and why.
+    """
     directory = partial_of(plan)
     written = open_source(directory, factorised=True)
     with progress.phase("verification", 1):
@@ -138,17 +146,23 @@ def finish_output(
         network = make_network(module, device=plan.device, dtype=plan.network.dtype)
         _check_forward(network, plan)
     quality = _measure(plan, network, progress)
+    facts = {name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()}
+    certificate = certify(plan, network, facts, progress)
     report = build_report(
         plan,
-        layers={
-            name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()
-        },
+        layers=facts,
         loss=_loss(plan, work),
+        sequential=sequential,
         written=written,
         quality=quality,
+        certificate=certificate,
+        worst_case=worst_case(
+            plan.network.module, network.module, plan.sequences[CALIBRATION].inputs
+        ),
         seconds=progress.seconds,
         memory=peak_memory(plan.device),
     )
+    report["gates"] = check_gates(plan.config.gates, report)
     write_json(directory / "report.json", report)
     write_text(directory / "README.md", render_card(report))
     write_text(directory / "report.html", render_html(report))

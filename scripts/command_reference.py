@@ -19,6 +19,7 @@ EXIT_CODES = """## Exit codes
 | 0 | done, or the output already is what the config asks for |
 | 1 | failed while running; finished units stay in the work directory |
 | 2 | bad usage, config or input, found before the first forward pass |
+| 3 | a gate is missed: the output is there, marked as failed; `verify`: a statement fails |
 | 4 | `--strict` was given and a layer fell back to dense |
 | 130 | interrupted (Ctrl-C); the same command goes on where it stopped |
 | 143 | terminated (SIGTERM), the same |

@@ -52,7 +52,10 @@ def test_commands_and_options_are_frozen() -> None:
     }
     assert surface == {
         "compress": sorted(
-            ["config", "--set", "--output", "--force", "--restart", "--strict", "--json", "--quiet"]
+            [
+                *("config", "--set", "--output", "--force", "--restart", "--strict", "--junit"),
+                *("--json", "--quiet"),
+            ]
         ),
         "inspect": sorted(["checkpoint", "--factory", "--trust-remote-code", "--json"]),
         "eval": sorted(

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import yaml
-from report_helpers import Page, dense_layer, factorised_layer, small_report, text_row
+from report_helpers import Page, certify, dense_layer, factorised_layer, small_report, text_row
 
 from lrc_cli.report.card import render_card
-from lrc_cli.report.formatting import byte_size, duration, factor, percent, perplexity, small
+from lrc_cli.report.formatting import (
+    byte_size,
+    duration,
+    error_gap,
+    factor,
+    percent,
+    perplexity,
+    small,
+)
 from lrc_cli.report.html import render_html
 
 HOSTILE = "<script>alert(1)</script>|`x` \"q\" 'a' & [b](c)"
@@ -52,6 +60,7 @@ def test_figures_appear(report: dict[str, Any], render: Any) -> None:
     assert "activations computed in float32" in text
     assert "curvature of the negative log-likelihood of the next token" in text
     assert "no certificate" in text
+    assert "There is none: none was asked for" in text
 
 
 def test_card_tells_how_to_load_a_transformers_model(report: dict[str, Any]) -> None:
@@ -234,6 +243,55 @@ def test_an_error_below_the_numerical_floor_never_reads_as_zero(report: dict[str
     assert "< 3e-09" in Page(render_html(report)).text
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_certificate_is_told_in_words(report: dict[str, Any], per_layer: bool) -> None:
+    certify(report, per_layer=per_layer)
+    card, page = render_card(report), Page(render_html(report)).text
+    for statement in report["certificate"]["statements"]:
+        assert statement["text"] in page
+        assert (statement["text"] in card) == (statement["layer"] is None)
+    own = [s for s in report["certificate"]["statements"] if s["layer"] is not None]
+    assert len(own) == (3 if per_layer else 0)
+    for text in (card, page):
+        assert ("needed for a statement on each of the 3 layers" in text) != per_layer
+        assert "What this rests on" in text and "922e" * 16 in text
+        assert "is over the random draw of the certification data" in text
+        assert "no certificate" not in text
+        assert "that calibration left free and of nothing else" in text
+
+
+def test_what_too_few_sequences_cannot_certify_is_said(report: dict[str, Any]) -> None:
+    certify(report)
+    report["certificate"]["statements"][0] |= {
+        "status": "cannot certify",
+        "bound": None,
+        "num_needed": 97,
+        "text": "cannot certify: N = 20 < 97 needed",
+    }
+    assert "- KL divergence, mean: cannot certify: N = 20 < 97 needed" in render_card(report)
+    assert "cannot certify: 97 needed" in Page(render_html(report)).text
+
+
+def test_inherited_and_new_errors_are_in_the_page(report: dict[str, Any]) -> None:
+    assert "inherited" not in Page(render_html(report)).text
+    certify(report)
+    text = Page(render_html(report)).text
+    for figure in ("0.136", "0.247", "0.346", "0.234", "0.457", "0.333", "Over 120 certification"):
+        assert figure in text
+
+
+def test_a_hostile_data_file_is_text(report: dict[str, Any]) -> None:
+    certify(report, file=HOSTILE)
+    page = Page(render_html(report))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert "<script>" not in render_card(report)
+
+
+def test_the_gap_to_the_optimum_is_in_the_page(report: dict[str, Any]) -> None:
+    text = Page(render_html(report)).text
+    assert "0.0002 (+1.7%)" in text and "0.0155 (+6.6%)" in text
+
+
 def test_rendering_leaves_the_report_alone(report: dict[str, Any]) -> None:
     before = copy.deepcopy(report)
     assert render_card(report) == render_card(json.loads(json.dumps(report)))
@@ -257,6 +315,10 @@ def test_rendering_leaves_the_report_alone(report: dict[str, Any]) -> None:
         (perplexity(math.inf), "infinite"),
         (factor(1.18), "1.180x"),
         (small(1.147e-5), "1.15e-05"),
+        (error_gap(0.0123, 0.0121), "0.0002 (+1.7%)"),
+        (error_gap(0.5, None), small(None)),
+        (error_gap(2e-9, 1e-9, floor=3e-9), "< 3e-09"),
+        (error_gap(0.1, 0.0, floor=3e-9), "0.1"),
         (duration(0.111), "0.11 s"),
         (duration(59.96), "60.0 s"),
         (duration(371), "6 min 11 s"),

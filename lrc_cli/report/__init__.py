@@ -1,7 +1,10 @@
-"""report.json and everything that people see, which derives from it alone."""
+"""report.json and everything that people see, which derives from it alone.
 
-from lrc_cli.report.build import build_report
+What assembles it, `report.build`, is not imported here: `lrc verify` renders reports, and must not
+import the run that made them.
+"""
+
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 
-__all__ = ["build_report", "render_card", "render_html"]
+__all__ = ["render_card", "render_html"]

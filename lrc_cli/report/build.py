@@ -24,8 +24,11 @@ def build_report(
     *,
     layers: Mapping[str, dict[str, Any]],
     loss: dict[str, Any] | None,
+    sequential: dict[str, Any],
     written: Source,
     quality: list[dict[str, Any]],
+    certificate: dict[str, Any],
+    worst_case: dict[str, Any] | None,
     seconds: Mapping[str, float],
     memory: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -34,8 +37,11 @@ def build_report(
     Args:
         layers: the facts of every layer, by name (see `fit.fit_layer`).
         loss: what `curvature` was taken of; None for other methods.
+        sequential: whether layers were fitted to the compressed network's inputs, and why.
         written: the output, opened.
         quality: one row per evaluation text.
+        certificate: of `guarantee.certify`.
+        worst_case: of `feedforward.worst_case`; None for other networks.
         seconds: wall time by phase.
         memory: peak bytes.
     """
@@ -55,7 +61,7 @@ def build_report(
             "met": _target_met(plan, layers, size),
         },
         "allocation": compression.allocation,
-        "sequential": {"used": False, "reason": "not in this version"},
+        "sequential": sequential,
         "size": size,
         "quality": quality,
         "layers": [_layer(plan, written, layer, layers[layer.name]) for layer in plan.layers],
@@ -68,7 +74,8 @@ def build_report(
             }
             for skipped in plan.skipped
         ],
-        "certificate": {"statements": [], "note": "not in this version"},
+        "certificate": certificate,
+        "worst_case": worst_case,
         "timing": {name: round(value, 3) for name, value in seconds.items()},
         "memory": dict(memory),
         "provenance": _provenance(plan),
@@ -83,8 +90,12 @@ def _target_met(plan: Plan, layers: Mapping[str, dict[str, Any]], size: Mapping[
         return bool(size[f"kept_{compression.size_of}"] <= compression.size)
     if compression.max_layer_error is not None:
         return all(e["output"]["stored"] <= compression.max_layer_error for e in errors)
+    if compression.threshold is not None:
+        return not any(facts["fallback"] for facts in layers.values())
     assert compression.max_loss_increase is not None
-    return sum(e["metric"]["stored"] for e in errors) <= compression.max_loss_increase
+    # What a sequential fit inherits is predicted with the layers that it comes from.
+    own = (e["metric"]["stored"] - e["metric"].get("inherited", 0.0) for e in errors)
+    return sum(own) <= compression.max_loss_increase
 
 
 def _size(plan: Plan, written: Source) -> dict[str, Any]:
@@ -109,12 +120,15 @@ def _size(plan: Plan, written: Source) -> dict[str, Any]:
 
 
 def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    keys = (f"{layer.key}.weight", f"{layer.key}.up.weight", f"{layer.key}.perm")
+    keys = [f"{layer.key}.weight", f"{layer.key}.up.weight", f"{layer.key}.perm"]
+    if f"{layer.key}.bias" not in plan.source.tensors:
+        keys.append(f"{layer.key}.bias")  # the layer has gained it
     return {
         "name": layer.name,
         "kind": layer.kind,
         "shape": list(layer.shape),
         "method": plan.solvers[layer.name].name,
+        "method_reason": plan.method_reason(layer),
         "bytes_before": layer.num_bytes,
         "bytes_after": sum(
             written.tensors[key].num_bytes for key in keys if key in written.tensors

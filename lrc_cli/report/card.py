@@ -12,18 +12,27 @@ from lrc_cli.report.facts import (
     layers_fell_back,
     limits,
     measured_in,
+    missed_gates,
     settings,
     summary,
 )
 from lrc_cli.report.formatting import count
+from lrc_cli.report.sentences import main_statements
 from lrc_cli.report.tables import (
     Table,
+    gates_table,
     provenance_table,
     quality_table,
     reasons_table,
     size_table,
 )
+from lrc_cli.report.worst_case import worst_case_note
 
+VERIFYING = (
+    "`lrc verify path/to/this/directory --against path/to/the/original` checks these files and"
+    " measures every figure again."
+)
+"""How to check an output, for its card."""
 MAX_FALLBACKS = 20
 """How many fallen layers are listed by name."""
 
@@ -41,13 +50,15 @@ def render_card(report: Report) -> str:
     sections = [
         _front_matter(report),
         f"# {_escape(report['model'])}, low-rank compressed\n\n{_escape(summary(report))}",
+        *_gates(report),
         _size(report),
         _quality(report),
         _loading(report),
         _layers(report),
+        _certificate(report),
         _limits(report),
         f"## Configuration\n\n{_fenced('yaml', report['provenance']['config'])}",
-        f"## Versions and hashes\n\n{_table(provenance_table(report))}",
+        f"## Versions and hashes\n\n{VERIFYING}\n\n{_table(provenance_table(report))}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -60,6 +71,11 @@ def _front_matter(report: Report) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
+def _gates(report: Report) -> list[str]:
+    missed = [f"**Gate missed: {_escape(text)}.**" for text in missed_gates(report)]
+    return [*missed, f"## Gates\n\n{_table(gates_table(report))}"] if report.get("gates") else []
+
+
 def _size(report: Report) -> str:
     files = count(report["size"]["file_bytes"])
     note = f"The weight files take {files} bytes, headers included."
@@ -67,9 +83,13 @@ def _size(report: Report) -> str:
 
 
 def _quality(report: Report) -> str:
+    worst = [_escape(note)] if (note := worst_case_note(report)) else []
     if not report["quality"]:
-        return "## Quality\n\nNot measured: the configuration names no evaluation data."
-    return f"## Quality\n\n{_table(quality_table(report))}\n\n{_escape(measured_in(report))}"
+        return "\n\n".join(
+            ["## Quality", "Not measured: the configuration names no evaluation data.", *worst]
+        )
+    measured = [_table(quality_table(report)), _escape(measured_in(report))]
+    return "\n\n".join(["## Quality", *measured, *worst])
 
 
 def _loading(report: Report) -> str:
@@ -124,6 +144,22 @@ def _fallbacks(report: Report) -> str:
     if len(fallen) > MAX_FALLBACKS:
         lines.append(f"- and {len(fallen) - MAX_FALLBACKS} more, see report.json")
     return f"**{layers_fell_back(report)}:**\n\n" + "\n".join(lines)
+
+
+def _certificate(report: Report) -> str:
+    certificate = report["certificate"]
+    if not certificate["statements"]:
+        return f"## Certificate\n\nThere is none: {_escape(certificate['note'])}."
+    data = f"Certification data: sha256 {certificate['data_sha256']}."
+    return "\n\n".join(
+        [
+            "## Certificate",
+            "\n".join(f"- {_escape(line)}" for line in main_statements(certificate)),
+            "What this rests on:",
+            "\n".join(f"- {_escape(line)}" for line in certificate["assumptions"]),
+            _escape(data),
+        ]
+    )
 
 
 def _limits(report: Report) -> str:

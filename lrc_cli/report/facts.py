@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from lrc_cli.report.formatting import byte_size, percent
+from lrc_cli.report.formatting import byte_size, count, percent
+from lrc_cli.report.sentences import not_promised
 
 Report = dict[str, Any]
 """report.json, parsed; see docs/ and `build_report`."""
@@ -34,12 +35,16 @@ def summary(report: Report) -> str:
     aim = f"{target['name']} {target['value']:g}"
     if target["name"] == "size":
         aim += f" of {of.get(target['of'], target['of'])}"
+    if target["name"] == "threshold":
+        aim += " of each layer's largest singular value"
     loss = ""
     if report["method"] == "curvature" and report["loss"]:
         loss = f" of the {report['loss']['description']}"
+    center = settings(report).get("compression", {}).get("center", False)
+    bias = " and a bias fitted with them" if center else ""
     return (
         f"{len(factorised(report))} of {len(report['layers'])} compressible layers are replaced by"
-        f" low-rank factors, fitted with the method {report['method']}{loss}"
+        f" low-rank factors{bias}, fitted with the method {report['method']}{loss}"
         f" ({report['allocation']} allocation, target: {aim})."
         f" The compressible weights keep {percent(size['kept_compressible'])} of their bytes,"
         f" the whole checkpoint {percent(size['kept_checkpoint'])}."
@@ -76,14 +81,43 @@ def error_note(report: Report) -> str:
     errors = [layer["errors"] for layer in factorised(report)]
     if not errors:
         return ""
-    words = {"white": "white inputs (no calibration data was used)"}
+    words = {
+        "white": "white inputs (no calibration data was used)",
+        "compressed": "the compressed network's inputs (||W X - Z X~|| / ||W X||)",
+    }
     kinds = sorted({error["output"]["inputs"] for error in errors})
     inputs = " or ".join(words.get(kind, f"{kind} inputs") for kind in kinds)
     units = " / ".join(sorted({error["metric"]["unit"] for error in errors}))
     return (
         f"Output error: ||(W - Z) X|| / ||W X|| on {inputs}, of the stored factors, of the best"
         " matrix of that rank and of plain SVD of that rank. Metric error: what the method"
-        f" minimises ({units}), of the same three."
+        f" minimises ({units}), of the same three.{_thresholds(report)}"
+    )
+
+
+def _thresholds(report: Report) -> str:
+    """Where nuclear cut, in a sentence."""
+    shares = [x["threshold_share"] for x in factorised(report) if "threshold_share" in x]
+    if not shares:
+        return ""
+    least, most = f"{min(shares):.3g}", f"{max(shares):.3g}"
+    span = least if least == most else f"{least} to {most}"
+    return f" Thresholds l: {span} of the largest singular value of each layer's outputs."
+
+
+def held_out_note(report: Report) -> str:
+    """What the errors on certification data are, in words; empty where there are none."""
+    found = [layer.get("errors", {}).get("held_out") for layer in report["layers"]]
+    numbers = {errors["num_sequences"] for errors in found if errors}
+    if not numbers:
+        return ""
+    return (
+        f"Over {', '.join(map(count, sorted(numbers)))} certification sequences, relative to"
+        " ||W X||: inherited, ||W X - W X~||, came from the layers before; new, ||(W - Z) X~||, is"
+        " what the layer's own factors add; deployed, ||W X - Z X~||, is what the layer is off in"
+        " the compressed network, at most the sum of both. On the dense inputs: ||(W - Z) X||."
+        " Worst sequence and tolerance: the error that the certificate speaks of, at its largest on"
+        " one certification sequence and on one selection sequence."
     )
 
 
@@ -98,6 +132,9 @@ def loss_estimate(report: Report) -> str:
     methods = {layer["method"] for layer in factorised(report)}
     # Other losses are per other units than the perplexity's, and methods of other metrics.
     if methods != {"curvature"} or (report["loss"] or {}).get("kind") != "next_token":
+        return ""
+    # The errors of a sequential fit hold what it inherits: their sum would count that many times.
+    if any("inherited" in metric for metric in metrics):
         return ""
     total = sum(metric["stored"] for metric in metrics)
     text = f"The layers' estimated loss increases add up to {total:.3g} nats per token"
@@ -120,7 +157,7 @@ def limits(report: Report) -> list[str]:
     note = certificate.get("note") or "none was asked for"
     missing = [f"There is no certificate ({note}): no figure is a guarantee."]
     return [
-        *([] if certificate["statements"] else missing),
+        *(not_promised(certificate) if certificate["statements"] else missing),
         "The layer errors belong to the calibration data, or to white inputs where none was used:"
         " they bound nothing on other data.",
         "Quality was measured on the evaluation data only, with activations in"
@@ -135,3 +172,17 @@ def layers_fell_back(report: Report) -> str:
     """How many layers fell back, with the verb."""
     number = len(fallen_back(report))
     return f"{number} layer{'' if number == 1 else 's'} fell back to dense"
+
+
+def missed_gates(report: Report) -> list[str]:
+    """The gates that are missed, each in words."""
+    return [gate_missed(gate) for gate in report.get("gates", ()) if not gate["met"]]
+
+
+def gate_missed(gate: dict[str, Any]) -> str:
+    """One missed gate in words."""
+    limit = f"gates.{gate['name']}: {gate['limit']:g} is missed"
+    if gate["measured"] is None:
+        return f"{limit}: {gate['reason']}"
+    rest = f" ({gate['reason']})" if gate["reason"] else ""
+    return f"{limit}: {gate['measured']:.6g} on {gate['where']}{rest}"

@@ -41,6 +41,16 @@ def layer_error(value: float | None, floor: float = 0.0) -> str:
     return f"< {small(floor)}" if value is not None and value < floor else small(value)
 
 
+def error_gap(stored: float | None, optimum: float | None, floor: float = 0.0) -> str:
+    """What an error is above its optimum, and in relation to it: "0.0002 (+1.7%)"."""
+    if stored is None or optimum is None:
+        return EMPTY
+    if max(stored, optimum) < floor:
+        return f"< {small(floor)}"
+    share = f" ({(stored - optimum) / optimum:+.1%})" if optimum > floor else ""
+    return f"{small(stored - optimum)}{share}"
+
+
 def perplexity(value: float | None) -> str:
     """20.4371 -> "20.44"; from a thousand on without a fraction, from ten millions on 1.7e+07."""
     if value is None:

@@ -8,19 +8,25 @@ from lrc_cli.report.facts import (
     error_note,
     factorised,
     fallen_back,
+    held_out_note,
     layers_fell_back,
     limits,
     loss_estimate,
     measured_in,
     memory_note,
+    missed_gates,
     perplexity_ratio,
     summary,
 )
 from lrc_cli.report.formatting import byte_size, count, duration, factor, percent, perplexity, small
 from lrc_cli.report.markup import Markup, element, join
+from lrc_cli.report.sentences import main_statements
 from lrc_cli.report.tables import (
     Column,
     Table,
+    certificate_table,
+    gates_table,
+    held_out_table,
     layer_table,
     make_table,
     provenance_table,
@@ -28,6 +34,7 @@ from lrc_cli.report.tables import (
     reasons_table,
     size_table,
 )
+from lrc_cli.report.worst_case import worst_case_note
 
 # The policy makes the promise binding: a browser that honours it fetches nothing for this page.
 HEAD = (
@@ -52,13 +59,17 @@ def render_html(report: Report) -> str:
         element("h1", title),
         element("p", summary(report)),
         _alarm(report),
+        *(element("p", f"Gate missed: {text}.", class_="alarm") for text in missed_gates(report)),
         _tiles(report),
         _section("Quality", *_quality(report)),
+        *_gates(report),
+        _section("Certificate", *_certificate(report)),
         _section("Size", *_size(report)),
         _section("Kept bytes per layer", *_shares(report)),
         _section("Error per layer", *_errors(report)),
         _section("Time and memory", *_costs(report)),
         _section("Layers", *_layers(report)),
+        _section("Layers on held-out data", *_held_out(report)),
         _section("Not compressible", *_skipped(report)),
         _section("What is not promised", _list(limits(report))),
         _section("Versions and hashes", _table(provenance_table(report), "hashes")),
@@ -123,6 +134,12 @@ def _quality(report: Report) -> list[Markup]:
     return [_table(quality_table(report)), _note(measured_in(report))]
 
 
+def _gates(report: Report) -> list[Markup]:
+    gates = report.get("gates", [])
+    missed = {index for index, gate in enumerate(gates) if not gate["met"]}
+    return [_section("Gates", _table(gates_table(report), alarms=missed))] if gates else []
+
+
 def _size(report: Report) -> list[Markup]:
     files_note = f"The weight files take {count(report['size']['file_bytes'])} bytes with headers."
     return [_table(size_table(report)), _note(files_note)]
@@ -144,6 +161,7 @@ def _errors(report: Report) -> list[Markup]:
     return [
         _note(f"{error_note(report)} The charts show the output error on a logarithmic axis."),
         _note(loss_estimate(report)),
+        _note(worst_case_note(report)),
         error_legend(),
         error_chart(report["layers"]),
     ]
@@ -157,6 +175,29 @@ def _costs(report: Report) -> list[Markup]:
 def _layers(report: Report) -> list[Markup]:
     fallen = {index for index, layer in enumerate(report["layers"]) if layer["fallback"]}
     return [_table(layer_table(report), "names", tall=True, alarms=fallen)]
+
+
+def _certificate(report: Report) -> list[Markup]:
+    certificate = report["certificate"]
+    if not certificate["statements"]:
+        return [element("p", f"There is none: {certificate['note']}.")]
+    own = [s["text"] for s in certificate["statements"] if s["layer"] is not None]
+    opener = element("summary", f"The statements on {count(len(own))} single layers")
+    return [
+        _list(main_statements(certificate)),
+        element("details", opener, _list(own)) if own else Markup(),
+        _table(certificate_table(report), tall=True),
+        _note("What this rests on:"),
+        _list(certificate["assumptions"]),
+        _note(f"Certification data: sha256 {certificate['data_sha256']}."),
+    ]
+
+
+def _held_out(report: Report) -> list[Markup]:
+    note = held_out_note(report)
+    if not note:
+        return [element("p", "Not measured.")]
+    return [_note(note), _table(held_out_table(report), "names", tall=True)]
 
 
 def _skipped(report: Report) -> list[Markup]:

@@ -10,12 +10,14 @@ from lrc_cli.report.formatting import (
     byte_size,
     count,
     duration,
+    error_gap,
     factor,
     layer_error,
     percent,
     perplexity,
     small,
 )
+from lrc_cli.report.sentences import rounded_up, title
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Heading, "l" or "r" for the alignment, and what a row's cell says."""
@@ -79,6 +81,19 @@ def quality_table(report: Report) -> Table:
     return make_table(columns, report["quality"])
 
 
+def gates_table(report: Report) -> Table:
+    """One row per gate."""
+    columns: list[Column] = [
+        ("gate", "l", lambda gate: gate["name"]),
+        ("limit", "r", lambda gate: f"{gate['limit']:g}"),
+        ("measured", "r", lambda gate: small(gate["measured"])),
+        ("where", "l", lambda gate: gate["where"] or EMPTY),
+        ("", "l", lambda gate: "met" if gate["met"] else "missed"),
+        ("note", "l", lambda gate: gate["reason"] or EMPTY),
+    ]
+    return make_table(columns, report.get("gates", ()))
+
+
 def _drawn(row: dict[str, Any]) -> str:
     if row.get("population") is None:
         return count(row.get("num_sequences"))
@@ -92,6 +107,10 @@ def layer_table(report: Report) -> Table:
         found = layer.get("errors", {}).get(kind, {})
         return layer_error(found.get(of), found.get("floor", 0.0))
 
+    def gap(layer: dict[str, Any], kind: str) -> str:
+        found = layer.get("errors", {}).get(kind, {})
+        return error_gap(found.get("stored"), found.get("optimum"), found.get("floor", 0.0))
+
     columns: list[Column] = [
         ("layer", "l", lambda x: x["name"]),
         ("kind", "l", lambda x: x["kind"]),
@@ -104,13 +123,55 @@ def layer_table(report: Report) -> Table:
         ("kept", "r", lambda x: percent(kept(x))),
         ("output error", "r", lambda x: error(x, "output", "stored")),
         ("its optimum", "r", lambda x: error(x, "output", "optimum")),
+        ("gap", "r", lambda x: gap(x, "output")),
         ("plain SVD", "r", lambda x: error(x, "output", "svd")),
         ("metric error", "r", lambda x: error(x, "metric", "stored")),
         ("its optimum", "r", lambda x: error(x, "metric", "optimum")),
+        ("gap", "r", lambda x: gap(x, "metric")),
         ("plain SVD", "r", lambda x: error(x, "metric", "svd")),
         ("why", "l", lambda x: x.get("reason") or EMPTY),
     ]
     return make_table(columns, report["layers"])
+
+
+def held_out_table(report: Report) -> Table:
+    """One row per layer that was measured on certification data; see `held_out_note`."""
+
+    def error(kind: str) -> Callable[[Any], str]:
+        return lambda layer: small(layer["errors"]["held_out"][kind])
+
+    layers = [x for x in report["layers"] if "held_out" in x.get("errors", {})]
+    columns: list[Column] = [
+        ("layer", "l", lambda x: x["name"]),
+        ("inherited", "r", error("inherited")),
+        ("new", "r", error("new")),
+        ("deployed", "r", error("deployed")),
+        ("on the dense inputs", "r", error("same_input")),
+        ("worst sequence", "r", error("worst_sequence")),
+        ("tolerance", "r", error("tolerance")),
+    ]
+    return make_table(columns, layers)
+
+
+def certificate_table(report: Report) -> Table:
+    """One row per statement of the certificate."""
+
+    def bound(statement: dict[str, Any]) -> str:
+        if statement["bound"] is None:
+            return f"{statement['status']}: {count(statement['num_needed'])} needed"
+        return rounded_up(statement["bound"])
+
+    columns: list[Column] = [
+        ("statement", "l", title),
+        ("bound", "r", bound),
+        ("unit", "l", lambda s: s["unit"]),
+        ("in the sample", "r", lambda s: small(s["observed"])),
+        ("worst in the sample", "r", lambda s: small(s["worst"])),
+        ("order", "r", lambda s: count(s["order"])),
+        ("clipped at", "r", lambda s: small(s["clip"][1] if s["clip"] else None)),
+        ("delta", "r", lambda s: small(s["delta"])),
+    ]
+    return make_table(columns, report["certificate"]["statements"])
 
 
 def reasons_table(items: Iterable[dict[str, Any]], what: str, size: str) -> Table:
@@ -152,7 +213,7 @@ def provenance_table(report: Report) -> Table:
         ("device", device),
         ("activations", facts["activation_dtype"]),
         ("seed", str(facts["seed"])),
-        ("sequential fitting", "on" if sequential["used"] else f"off: {sequential['reason']}"),
+        ("sequential fitting", f"{'on' if sequential['used'] else 'off'}: {sequential['reason']}"),
         ("total time", duration(sum(report["timing"].values()))),
         ("sha256 of the config", facts["config_sha256"]),
         *((f"sha256 of source {k}", v) for k, v in facts["checkpoint_sha256"].items()),

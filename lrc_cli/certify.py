@@ -1,0 +1,266 @@
+"""What compression changed, sequence by sequence: the values that certificates are made of.
+
+The dense and the written network run over the same sequences. A sequence is a row of the batch;
+padded positions count nowhere. Outputs of layers are compared in float32, sums are float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.errors import RunError
+from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare, unpadded
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.statistics import micro_batch
+
+MICRO_BATCH_TOKENS = 512
+"""The dense outputs of all layers are held for so many tokens."""
+ERRORS = ("deployed", "inherited", "new", "same_input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerErrors:
+    """One layer's squared errors on N sequences, sums over a sequence's real tokens.
+
+    With y = W x + b in the dense network and y~ = Z x~ + b~ in the compressed one:
+    """
+
+    energy: Tensor
+    """||W x||^2, (N,) float64, as are the others."""
+    deployed: Tensor
+    """||y - y~||^2: what the layer is off in the compressed network."""
+    inherited: Tensor
+    """||W x - W x~||^2: what it would be off if it had stayed dense."""
+    new: Tensor
+    """||W x~ + b - y~||^2: what its own factors add. deployed <= inherited + new as norms."""
+    same_input: Tensor
+    """||y - (Z x + b~)||^2: what its factors change on the dense network's inputs."""
+
+    def relative(self, kind: str) -> Tensor:
+        """(N,) float64: each sequence's error relative to its ||W x||; 0 where both are 0."""
+        ratio = (getattr(self, kind) / self.energy).sqrt()
+        return ratio.masked_fill(getattr(self, kind) == 0, 0.0)
+
+    def overall(self, kind: str) -> float:
+        """The error over all sequences together, relative to their ||W x||."""
+        total = getattr(self, kind).sum()
+        return float((total / self.energy.sum()).sqrt()) if total > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Everything measured on N sequences, in the order of the draw."""
+
+    values: dict[str, list[float]]
+    """By quantity, one value per sequence; see `measure`."""
+    layers: dict[str, LayerErrors]
+    """By layer name. A layer is absent where no token reached it, or where the tokens that did
+    cannot be told apart by sequence, or are not the same in both networks."""
+
+
+def measure(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    layers: Sequence[Layer],
+    *,
+    loss: Loss,
+    seed: int,
+    decompose: bool = True,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Measured:
+    """Run both networks over the same sequences and compare their outputs and their layers'.
+
+    Args:
+        layers: the factorised ones.
+        loss: of `evaluate.scoring`.
+        seed: of the masked tokens, drawn for all sequences at once, where the network predicts
+            those.
+        decompose: False leaves out `inherited` and `new`, and their product (they are 0 then).
+        advance: called with the number of sequences done.
+
+    Returns:
+        Values by quantity. With a likelihood of tokens: `kl`, the mean over scored tokens of the
+        divergence KL(dense || compressed) of the predictions, nats; `top1_disagreement`, the share
+        of scored tokens whose most likely prediction changed; `loss_difference`, the mean loss
+        after less that before, nats per scored token. For any other network
+        `relative_output_error`, ||f~(x) - f(x)|| / ||f(x)|| over the first output, and where that
+        is called logits `kl` and `top1_disagreement` over a sequence's predictions; nothing where
+        the output has no dimension for the sequences.
+
+    Raises:
+        RunError: an output, or a layer's output, is NaN or infinite.
+    """
+    inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
+    size = micro_batch(sequences, MICRO_BATCH_TOKENS)
+    comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
+    values: dict[str, list[float]] = {}
+    for start in range(0, len(sequences), size):
+        batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
+        old, new = comparison.run(batch, start)
+        for name, found in _values(old, new, batch, labels, start).items():
+            values.setdefault(name, []).extend(found)
+        advance(len(next(iter(batch.values()))))
+    return Measured(values=_checked(values), layers=comparison.layers())
+
+
+class _Comparison:
+    """Both networks' forward passes, with every layer's outputs compared on the way."""
+
+    def __init__(
+        self,
+        before: Network,
+        after: Network,
+        layers: Sequence[Layer],
+        num_sequences: int,
+        *,
+        decompose: bool,
+    ) -> None:
+        self.before, self.after, self.all, self.decompose = before, after, layers, decompose
+        kinds = ("energy", *ERRORS)
+        self.sums = {
+            x.name: {kind: torch.zeros(num_sequences, dtype=torch.float64) for kind in kinds}
+            for x in layers
+        }
+        self.reached: set[str] = set()
+        self.lost: set[str] = set()
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.batch: Batch = {}
+        self.start = 0
+
+    def run(self, batch: Batch, start: int) -> tuple[Any, Any]:
+        """The outputs of both networks; `start` is the number of the batch's first sequence."""
+        self.batch, self.start, self.outputs = batch, start, {x.name: [] for x in self.all}
+        with torch.no_grad():
+            with hooked(self.before, self.all, self._in_dense):
+                old = self.before(batch)
+            with hooked(self.after, self.all, self._in_compressed):
+                new = self.after(batch)
+        self.lost |= {name for name, left in self.outputs.items() if left}
+        return old, new
+
+    def layers(self) -> dict[str, LayerErrors]:
+        """What was summed of every layer that could be followed through both networks."""
+        followed = [x.name for x in self.all if x.name in self.reached - self.lost]
+        for name in followed:
+            if not all(bool(torch.isfinite(total).all()) for total in self.sums[name].values()):
+                raise RunError(
+                    f"{name}: NaN or infinity in its outputs on held-out data",
+                    "set runtime.dtype: float32",
+                )
+        return {name: LayerErrors(**self.sums[name]) for name in followed}
+
+    def _in_dense(self, layer: Layer, x: Tensor, y: Tensor) -> None:
+        bias = _module(self.before, layer).bias
+        self._add(layer, "energy", y.float() if bias is None else y.float() - bias.float())
+        self._add(layer, "same_input", _difference(y, _module(self.after, layer)(x)))
+        # What comes next may change the output in place.
+        self.outputs[layer.name].append(y.clone())
+        self.reached.add(layer.name)
+
+    def _in_compressed(self, layer: Layer, x: Tensor, y: Tensor) -> None:
+        if not self.outputs[layer.name] or self.outputs[layer.name][0].shape != y.shape:
+            self.lost.add(layer.name)
+            return
+        dense = self.outputs[layer.name].pop(0)
+        self._add(layer, "deployed", _difference(dense, y))
+        if self.decompose:
+            between = _module(self.before, layer)(x)
+            self._add(layer, "inherited", _difference(dense, between))
+            self._add(layer, "new", _difference(between, y))
+
+    def _add(self, layer: Layer, kind: str, rows: Tensor) -> None:
+        squares = torch.linalg.vector_norm(rows, dim=-1).double().square()
+        found = by_sequence(squares, self.batch)
+        if found is None:
+            self.lost.add(layer.name)
+        else:
+            self.sums[layer.name][kind][self.start : self.start + len(found)] += found.cpu()
+
+
+def _module(network: Network, layer: Layer) -> Any:
+    return network.module.get_submodule(layer.name)
+
+
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    return first.float() - second.float()
+
+
+def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:
+    """Sums over each sequence's real tokens, (sequences,); None where they cannot be told apart.
+
+    Args:
+        rows: (sequences, ...) or, flattened by the model, (sequences * tokens,).
+        batch: the inputs; `attention_mask` tells which tokens are real.
+    """
+    num_sequences = len(next(iter(batch.values())))
+    tokens = batch.get("attention_mask", batch.get("input_ids"))
+    if rows.ndim == 1 and tokens is not None and len(rows) == tokens.numel():
+        rows = rows.view(tokens.shape)
+    if rows.ndim == 0 or len(rows) != num_sequences:
+        return None
+    mask = batch.get("attention_mask")
+    if mask is not None and rows.shape[:2] == mask.shape:
+        rows = rows * mask.to(rows.device).bool().view(*mask.shape, *[1] * (rows.ndim - 2))
+    return rows.flatten(1).sum(dim=1) if rows.ndim > 1 else rows
+
+
+def _values(
+    old: Any, new: Any, batch: Batch, labels: Tensor | None, start: int
+) -> dict[str, list[float]]:
+    if labels is None:
+        return _output_values(old, new, batch)
+    found: dict[str, list[float]] = {}
+    for index, (first, second) in enumerate(zip(old.logits, new.logits, strict=True)):
+        wanted = labels[start + index].to(first.device)
+        scored = wanted != UNSCORED
+        for name, value in _predictions(first[scored], second[scored], wanted[scored]).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
+    first, second = (floating_outputs(outputs)[0].float() for outputs in (old, new))
+    if first.ndim < 2:
+        first, second = first[..., None], second[..., None]
+    norms = [torch.linalg.vector_norm(x, dim=-1).double() for x in (first, second - first)]
+    energy, error = (by_sequence(norm.square(), batch) for norm in norms)
+    if energy is None or error is None:
+        return {}
+    ratio = (error / energy).sqrt().masked_fill(error == 0, 0.0)
+    found = {"relative_output_error": ratio.tolist()}
+    if getattr(old, "logits", None) is None or first.shape[-1] < 2:
+        return found
+    mask = batch.get("attention_mask")
+    for index in range(len(ratio)):
+        own = None if mask is None else mask[index : index + 1]
+        sides = (unpadded(x[index : index + 1], own).flatten(0, -2) for x in (first, second))
+        for name, value in _predictions(*sides).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _predictions(old: Tensor, new: Tensor, wanted: Tensor | None = None) -> dict[str, float]:
+    """Means over the predictions (rows of logits) of one sequence; 0 where it has none."""
+    log_old, log_new = old.float().log_softmax(-1), new.float().log_softmax(-1)
+    # Rounding may leave a divergence of equal predictions a little below 0; NaN stays NaN.
+    kl = functional.kl_div(log_new, log_old, reduction="none", log_target=True).sum(-1).clamp(min=0)
+    each = {"kl": kl, "top1_disagreement": old.argmax(-1) != new.argmax(-1)}
+    if wanted is not None:
+        each["loss_difference"] = (log_old - log_new).gather(-1, wanted[:, None])
+    return {name: x.double().mean().item() if len(old) else 0.0 for name, x in each.items()}
+
+
+def _checked(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    for name, found in values.items():
+        if not bool(torch.isfinite(torch.tensor(found)).all()):
+            raise RunError(
+                f"certification: the networks' outputs give no finite {name}",
+                "set runtime.dtype: float32",
+            )
+    return values

@@ -1,0 +1,175 @@
+"""From a written network to its certificate: what is measured on which sequences, in which order.
+
+Selection data come first: tolerances and clipping limits are fixed on calibration sequences before
+any certification sequence is looked at.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.calibration import TEXT_SUFFIXES, Sequences
+from lrc_cli.certificate import (
+    NO_SEQUENCES,
+    NOT_ASKED,
+    Values,
+    clips_of,
+    make_certificate,
+    no_certificate,
+    tolerances_of,
+)
+from lrc_cli.certify import ERRORS, LayerErrors, Measured, measure
+from lrc_cli.checkpoint.source import hash_file
+from lrc_cli.evaluate import scoring
+from lrc_cli.losses import Loss
+from lrc_cli.models import Layer, Network
+from lrc_cli.plan import Plan
+from lrc_cli.progress import Progress
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.report.formatting import count
+
+NUM_SELECTION = 16
+"""Calibration sequences that tolerances and clipping limits are chosen on."""
+PREDICTIONS = {
+    "next_token": "next-token predictions",
+    "masked_token": "predictions of masked tokens",
+}
+
+Facts = Mapping[str, dict[str, Any]]
+
+
+def certify(plan: Plan, network: Network, facts: Facts, progress: Progress) -> dict[str, Any]:
+    """Measure the written network on held-out sequences and state what follows.
+
+    Args:
+        network: what was written, opened again.
+        facts: of every layer, by name; `errors.held_out` is added where the layer was measured.
+
+    Returns:
+        The `certificate` of report.json; without statements, but with a note, where the config
+        asks for none or no sequence was left.
+
+    Raises:
+        RunError: a network's outputs are not finite.
+    """
+    if plan.config.certification is None:
+        return no_certificate(NOT_ASKED)
+    if CERTIFICATION not in plan.sequences:
+        return no_certificate(NO_SEQUENCES)
+    loss = scoring(plan.network, next(plan.sequences[CALIBRATION].batches(1)), plan.tokenizer)
+    chosen = selection_of(plan.sequences)
+    selection = _measure(plan, network, facts, chosen, loss, progress, "selection")
+    drawn = plan.sequences[CERTIFICATION]
+    found = _measure(plan, network, facts, drawn, loss, progress, CERTIFICATION)
+    errors = _errors(found, facts)
+    tolerances = tolerances_of(_errors(selection, facts))
+    tolerances = {name: t for name, t in tolerances.items() if name in errors}
+    for name, tolerance in tolerances.items():
+        worst = max(errors[name])
+        facts[name]["errors"]["held_out"] = held_out(found.layers[name], tolerance, worst)
+    factorised = [layer.name for layer in _factorised(plan, facts)]
+    header = _header(plan, drawn, chosen, loss)
+    header["not_covered"] = [name for name in factorised if name not in tolerances]
+    if not found.values and not tolerances:
+        return no_certificate("none could be issued: nothing could be measured by sequence")
+    return make_certificate(
+        found.values,
+        {name: errors[name] for name in tolerances},
+        clips=clips_of(selection.values),
+        tolerances=tolerances,
+        confidence=plan.config.certification.confidence,
+        quantile=plan.config.certification.quantile,
+        header=header,
+    )
+
+
+def held_out(errors: LayerErrors, tolerance: float, worst: float) -> dict[str, Any]:
+    """A layer's `errors.held_out` (C3): over all sequences together, relative to ||W x||.
+
+    Args:
+        tolerance: what its error on selection data allows for one sequence.
+        worst: its largest error on one certification sequence.
+    """
+    overall = {kind: errors.overall(kind) for kind in ERRORS}
+    counts = {"num_sequences": len(errors.energy)}
+    return overall | {"worst_sequence": worst, "tolerance": tolerance} | counts
+
+
+def selection_of(sequences: Mapping[str, Sequences]) -> Sequences:
+    """The first calibration sequences; blocks of text cut to the length of certification's.
+
+    The limits are for values of one certification sequence, and longer ones vary less.
+    """
+    drawn, whole = sequences[CERTIFICATION], sequences[CALIBRATION]
+    inputs = {name: tensor[:NUM_SELECTION] for name, tensor in whole.inputs.items()}
+    if set(inputs) == set(drawn.inputs) == {"input_ids"}:
+        inputs["input_ids"] = inputs["input_ids"][:, : drawn.inputs["input_ids"].shape[1]]
+    return dataclasses.replace(whole, inputs=inputs)
+
+
+def _measure(
+    plan: Plan,
+    network: Network,
+    facts: Facts,
+    sequences: Sequences,
+    loss: Loss,
+    progress: Progress,
+    name: str,
+) -> Measured:
+    with progress.phase(name, len(sequences)) as phase:
+        return measure(
+            plan.network,
+            network,
+            sequences,
+            _factorised(plan, facts),
+            loss=loss,
+            seed=plan.config.runtime.seed,
+            decompose=name == CERTIFICATION,
+            advance=phase.advance,
+        )
+
+
+def _factorised(plan: Plan, facts: Facts) -> list[Layer]:
+    return [layer for layer in plan.layers if facts[layer.name]["storage"] != "dense"]
+
+
+def _errors(measured: Measured, facts: Facts) -> Values:
+    """By layer, each sequence's error: on the inputs that the layer was fitted to."""
+    kinds = {name: "deployed" if facts[name].get("sequential") else "same_input" for name in facts}
+    return {name: x.relative(kinds[name]).tolist() for name, x in measured.layers.items()}
+
+
+def _header(plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss) -> dict[str, Any]:
+    """What was drawn, from what, and what was chosen on which data."""
+    purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
+    is_text = purpose.path.suffix in TEXT_SUFFIXES
+    length = purpose.sequence_length if is_text else None
+    unit = "row" if length is None else f"sequence of {length} tokens"
+    return {
+        "sequence_length": length,
+        "unit": unit,
+        "sampling": "uniformly at random without replacement",
+        "population": {
+            "description": _population(purpose.path, purpose.part, length, drawn.population),
+            "file": purpose.path.name,
+            "part": list(purpose.part),
+            "size": drawn.population,
+            "file_sha256": hash_file(purpose.path),
+        },
+        "data_sha256": drawn.sha256,
+        "selection": {
+            "purpose": CALIBRATION,
+            "num_sequences": len(chosen),
+            "num_tokens": chosen.num_tokens,
+            "sha256": plan.sequences[CALIBRATION].sha256,
+        },
+        "predictions": PREDICTIONS.get(loss.kind, "predictions"),
+        "activation_dtype": str(plan.network.dtype).removeprefix("torch."),
+    }
+
+
+def _population(path: Path, part: tuple[float, float], length: int | None, size: int) -> str:
+    members = "rows" if length is None else f"blocks of {length} tokens"
+    place = path.name if part == (0.0, 1.0) else f"{path.name} (part {part[0]:g} to {part[1]:g})"
+    return f"the {count(size)} {members} of {place} that calibration left free"

@@ -1,0 +1,107 @@
+"""A run as JUnit XML, for the CI systems that read it: what was promised, and what was not kept."""
+
+import os
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+from lrc_cli.checkpoint.writer import write_text
+from lrc_cli.errors import InputError
+from lrc_cli.report.facts import Report, fallen_back, gate_missed, layers_fell_back
+
+SUITE = "lrc"
+RATIOS = ("kept_compressible", "kept_checkpoint", "kept_parameters")
+PERPLEXITIES = ("perplexity_before", "perplexity_after")
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render_junit(report: Report, *, strict: bool = False) -> str:
+    """One test suite: a case per gate, the target, the layers that fell back, the certificate.
+
+    Args:
+        report: report.json, see `build_report`; `gates` as checked now.
+        strict: whether a layer that fell back counts as a failure (`--strict`).
+
+    Returns:
+        XML text. A statement that could not be certified is skipped, not failed.
+    """
+    seconds = f"{sum(report['timing'].values()):.3f}"
+    suite = ElementTree.Element("testsuite", name=SUITE, time=seconds)
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in _properties(report).items():
+        ElementTree.SubElement(properties, "property", name=_clean(name), value=_clean(value))
+    for gate in report.get("gates", ()):
+        failure = None if gate["met"] else gate_missed(gate)
+        _case(suite, "gates", f"{gate['name']} <= {gate['limit']:g}", failure=failure)
+    if strict:
+        _case(suite, "strict", "no layer fell back", failure=_fallen(report))
+    target = report["target"]
+    name = f"{target['name']} {target['value']:g}"
+    missed = None if target["met"] else f"compression.{name} is missed"
+    _case(suite, "target", name, failure=missed)
+    for statement in report["certificate"]["statements"]:
+        skipped = None if statement["status"] == "certified" else statement["text"]
+        _case(suite, "certificate", statement["id"], skipped=skipped)
+    cases = suite.findall("testcase")
+    suite.set("tests", str(len(cases)))
+    suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+    suite.set("errors", "0")
+    suite.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
+    ElementTree.indent(suite)
+    text = ElementTree.tostring(suite, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+def check_junit_path(path: Path, output: Path) -> None:
+    """Raise InputError unless a file can be written there, outside the output directory."""
+    path = path.absolute()
+    if path.is_dir():
+        raise InputError(f"--junit: {path} is a directory", "give the name of a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"--junit: {path.parent} is not a writable directory", "make it, or give another path"
+        )
+    # Every file in there is named in its manifest.
+    if path.resolve().is_relative_to(output.absolute().resolve()):
+        raise InputError(f"--junit: {path} lies in the output directory", "give another path")
+
+
+def write_junit(path: Path, report: Report, *, strict: bool = False) -> None:
+    """Write `render_junit` whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    write_text(partial, render_junit(report, strict=strict))
+    partial.replace(path)
+
+
+def _properties(report: Report) -> dict[str, str]:
+    size = report["size"]
+    found = {name: f"{size[name]:.6g}" for name in RATIOS}
+    for row in report["quality"]:
+        found |= {f"{key}.{row['text']}": f"{row[key]:.6g}" for key in PERPLEXITIES if key in row}
+    return found
+
+
+def _fallen(report: Report) -> str | None:
+    names = [layer["name"] for layer in fallen_back(report)]
+    return f"{layers_fell_back(report)}: {', '.join(names)}" if names else None
+
+
+def _case(
+    suite: ElementTree.Element,
+    group: str,
+    name: str,
+    *,
+    failure: str | None = None,
+    skipped: str | None = None,
+) -> None:
+    case = ElementTree.SubElement(
+        suite, "testcase", classname=f"{SUITE}.{group}", name=_clean(name)
+    )
+    for kind, message in (("failure", failure), ("skipped", skipped)):
+        if message is not None:
+            ElementTree.SubElement(case, kind, message=_clean(message))
+
+
+def _clean(text: str) -> str:
+    """Names come from checkpoints and configs; XML has no way to write a control character."""
+    return _NOT_XML.sub("\ufffd", text)

@@ -1,0 +1,122 @@
+"""Both networks, the data and the layers, opened and ready to be measured."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.calibration import Sequences
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.errors import InputError
+from lrc_cli.models import Layer, Network, make_network, resolve_device
+from lrc_cli.precision import DTYPES
+from lrc_cli.progress import Progress
+from lrc_cli.purposes import open_tokenizer
+from lrc_cli.verify.data import draw_again
+from lrc_cli.verify.moments import HELD_BYTES, Checked
+from lrc_cli.verify.original import open_layers, open_networks
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import BIAS, Written, dense_matrix, layer_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Both networks, the data and the layers, ready to be measured."""
+
+    written: Written
+    before: Network
+    after: Network
+    tokenizer: Any
+    sequences: Mapping[str, Sequences]
+    checked: list[Checked]
+    findings: Findings
+    progress: Progress
+
+    @property
+    def seed(self) -> int:
+        """Of masked tokens, drawn labels and probes."""
+        assert self.written.config is not None
+        return self.written.config.runtime.seed
+
+    def row(self, checked: Checked) -> dict[str, Any]:
+        """The report's row of a layer."""
+        return next(row for row in self.written.layers if row["name"] == checked.layer.name)
+
+
+def open_bench(
+    written: Written,
+    original: Source,
+    data: Path | None,
+    factory: str | None,
+    trust_remote_code: bool,
+    findings: Findings,
+    progress: Progress,
+) -> Bench | None:
+    """None, with statements that say why, where the two networks do not match."""
+    assert written.report is not None
+    dense, module = open_networks(
+        written,
+        original,
+        factory=factory,
+        trust_remote_code=trust_remote_code,
+        findings=findings,
+    )
+    layers = open_layers(dense, written, original, findings)
+    tokenizer = open_tokenizer(original, trust_remote_code=trust_remote_code)
+    sequences = draw_again(written, tokenizer, data, findings)
+    if module is None or len(layers) < len(written.layers):
+        return None
+    facts = written.report["provenance"]
+    dtype, device = DTYPES[facts["activation_dtype"]], _device(facts["device"])
+    factorised = {row["name"] for row in written.factorised}
+    size = sum(4 * math.prod(x.shape) for x in layers if x.name in factorised)
+    held = size <= HELD_BYTES
+    checked = [
+        _checked(written, original, layer, device, held)
+        for layer in layers
+        if layer.name in factorised
+    ]
+    return Bench(
+        written=written,
+        before=make_network(dense, device=device, dtype=dtype),
+        after=make_network(module, device=device, dtype=dtype),
+        tokenizer=tokenizer,
+        sequences=sequences,
+        checked=checked,
+        findings=findings,
+        progress=progress,
+    )
+
+
+def _device(name: str) -> torch.device:
+    """The recorded device, or what there is here."""
+    try:
+        return resolve_device(name)
+    except (InputError, KeyError, RuntimeError):
+        return resolve_device("auto")
+
+
+def _checked(
+    written: Written, original: Source, layer: Layer, device: torch.device, held: bool
+) -> Checked:
+    source = written.source
+    assert source is not None
+    tensors, key = layer_tensors(source, layer.key), layer.key + BIAS
+    bias = layer.bias(original)
+    offset = None
+    if key in source.tensors:
+        new = source.read(key).double()
+        old = torch.zeros_like(new) if bias is None else bias.double()
+        offset = None if torch.equal(old.to(source.read(key).dtype).double(), new) else old - new
+    return Checked(
+        layer=layer,
+        weight=layer.weight(original).to(device),
+        fitted=partial(dense_matrix, tensors),
+        offset=None if offset is None else offset.to(device),
+        bias=None if bias is None else bias.to(device),
+        held=held,
+    )

@@ -1,0 +1,202 @@
+"""C1 once more: the errors of every factorised layer on the calibration data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from lrc_cli.losses import Loss, choose_loss
+from lrc_cli.parallel import in_parallel
+from lrc_cli.purposes import CALIBRATION
+from lrc_cli.verify.bench import Bench
+from lrc_cli.verify.compared import judge_bias, judge_errors
+from lrc_cli.verify.errors import (
+    Form,
+    Found,
+    damped,
+    nuclear_errors,
+    paired_errors,
+    same_input_errors,
+    white_errors,
+)
+from lrc_cli.verify.moments import (
+    Checked,
+    Moments,
+    PairMoments,
+    measure_inputs,
+    measure_pairs,
+    shared_inputs,
+)
+
+FORM_METHODS = ("frobenius", "curvature")
+"""Whose metric is a quadratic form of W - Z."""
+PARALLEL_WIDTH = 2048
+"""Layers up to this width are solved side by side on a CPU."""
+
+
+def measure_layers(bench: Bench) -> None:
+    """C1 of every factorised layer."""
+    white: list[Checked] = []
+    plain: list[Checked] = []
+    paired: list[Checked] = []
+    for checked in bench.checked:
+        row = bench.row(checked)
+        if row["errors"]["output"]["inputs"] == "white":
+            white.append(checked)
+        else:
+            (paired if row.get("sequential") is True else plain).append(checked)
+    _judge(bench, white, lambda checked: white_errors(checked, bench.row(checked)["rank"]))
+    if not plain and not paired:
+        return
+    if CALIBRATION not in bench.sequences:
+        for checked in (*plain, *paired):
+            what = f"the errors of {checked.layer.name} are what they are on the calibration data"
+            bench.findings.not_checked("c1", what, "the calibration data is not there")
+        return
+    sequences = bench.sequences[CALIBRATION]
+    probe = next(sequences.batches(1))
+    everything = [*plain, *paired]
+    groups = shared_inputs(bench.before, [x.layer for x in everything], probe)
+    for checked in everything:
+        checked.group = groups.get(checked.layer.name, checked.layer.name)
+    loss = _curvature_loss(bench)
+    graded = [x for x in everything if bench.row(x)["method"] == "curvature"]
+    _regroup(plain)
+    _regroup(paired)
+    with bench.progress.phase("statistics", len(sequences)) as phase:
+        inputs, gradients = measure_inputs(
+            bench.before,
+            sequences,
+            plain,
+            graded,
+            loss=loss,
+            seed=bench.seed,
+            advance=phase.advance,
+        )
+    pairs: dict[str, PairMoments] = {}
+    if paired:
+        with bench.progress.phase("both networks", len(sequences)) as phase:
+            pairs = measure_pairs(
+                bench.before, bench.after, sequences, paired, advance=phase.advance
+            )
+    _judge_plain(bench, plain, inputs, gradients)
+    for checked in paired:
+        _judge(bench, [checked], partial(_paired, bench, pairs, gradients))
+
+
+def _regroup(layers: list[Checked]) -> None:
+    """Groups of layers that are measured in one pass are led by one of them."""
+    leaders: dict[str, str] = {}
+    for checked in layers:
+        checked.group = leaders.setdefault(checked.group, checked.layer.name)
+
+
+def _curvature_loss(bench: Bench) -> Loss | None:
+    """The recorded loss, which must be the one that the network's outputs ask for."""
+    assert bench.written.report is not None and bench.written.config is not None
+    recorded = bench.written.report["loss"]
+    if recorded is None:
+        return None
+    probe = next(bench.sequences[CALIBRATION].batches(1))
+    wanted = bench.written.config.compression.loss
+    loss = choose_loss(wanted, bench.before, probe, bench.tokenizer)
+    what = "the loss is the one that the network's outputs ask for"
+    bench.findings.equal("c1.loss", what, recorded, loss.facts())
+    return loss
+
+
+def _judge(bench: Bench, layers: list[Checked], errors: Callable[[Checked], Found]) -> None:
+    for checked in layers:
+        what = f"the errors of {checked.layer.name} can be measured"
+        with bench.findings.guard("c1", what):
+            judge_errors(bench.findings, bench.row(checked), checked, errors(checked))
+            judge_bias(bench.findings, bench.row(checked), checked)
+
+
+def _judge_plain(
+    bench: Bench,
+    layers: list[Checked],
+    inputs: Mapping[str, Moments],
+    gradients: Mapping[str, Moments],
+) -> None:
+    """By group: layers that read one input share the root of its Gram matrix."""
+    groups: dict[str, list[Checked]] = {}
+    for checked in layers:
+        groups.setdefault(checked.group, []).append(checked)
+    members = list(groups.values())
+    widest = max((max(x.layer.shape) for x in layers), default=0)
+    is_small = bench.before.device.type == "cpu" and widest <= PARALLEL_WIDTH
+    workers = torch.get_num_threads() if is_small else 1
+    assert bench.written.config is not None
+    solve = partial(_group_errors, bench, inputs, gradients)
+    with bench.progress.phase("optima", max(len(members), 1)) as phase:
+        for group, found in zip(members, in_parallel(solve, members, workers), strict=True):
+            for checked, errors in zip(group, found, strict=True):
+                _judge(bench, [checked], partial(_raised, errors))
+            phase.advance(1)
+
+
+def _raised(errors: Found | Exception, checked: Checked) -> Found:
+    if isinstance(errors, Exception):
+        raise errors
+    return errors
+
+
+def _group_errors(
+    bench: Bench,
+    inputs: Mapping[str, Moments],
+    gradients: Mapping[str, Moments],
+    group: list[Checked],
+) -> list[Found | Exception]:
+    """The errors of the layers that read one input; what a damaged layer raises is kept for it."""
+    assert bench.written.config is not None
+    try:
+        moments = inputs[group[0].group]
+    except KeyError as error:
+        return [error for _ in group]
+    center = bench.written.config.compression.center
+    plain = Form(gram=moments.covariance() if center else moments.gram())
+    results: list[Found | Exception] = []
+    for checked in group:
+        try:
+            if center:
+                weight = checked.weight.double()
+                checked.shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
+            results.append(_plain_errors(bench, checked, plain, gradients))
+        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            results.append(error)
+    return results
+
+
+def _plain_errors(
+    bench: Bench, checked: Checked, plain: Form, gradients: Mapping[str, Moments]
+) -> Found:
+    row = bench.row(checked)
+    weighted = None
+    if row["method"] == "curvature":
+        weighted = replace(plain, fisher=damped(gradients[checked.layer.name]))
+        weighted.__dict__["root"] = plain.root  # the same Gram matrix: one eigenproblem
+    is_form = row["method"] in FORM_METHODS
+    found = same_input_errors(checked, row["rank"], plain, weighted, metric=is_form)
+    if row["method"] == "nuclear" and row.get("threshold") is not None:
+        found["metric"] = nuclear_errors(checked, row["rank"], plain, row["threshold"])
+    return found
+
+
+def _paired(
+    bench: Bench,
+    pairs: Mapping[str, PairMoments],
+    gradients: Mapping[str, Moments],
+    checked: Checked,
+) -> Found:
+    assert bench.written.config is not None
+    compression, row = bench.written.config.compression, bench.row(checked)
+    pair = pairs[checked.group].moments(center=compression.center)
+    if compression.center:
+        dense, compressed = pairs[checked.group].means()
+        fitted = checked.fitted().to(dense.device)
+        checked.shift = checked.weight.double() @ dense - fitted @ compressed
+    is_weighted = row["method"] == "curvature"
+    fisher = damped(gradients[checked.layer.name]) if is_weighted else None
+    return paired_errors(checked, row["rank"], pair, fisher, compression.ridge)

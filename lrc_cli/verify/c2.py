@@ -1,0 +1,77 @@
+"""Quality and C2 once more: evaluation texts, and the certificate's sequences one by one."""
+
+from dataclasses import replace
+
+from lrc_cli.calibration import Sequences
+from lrc_cli.errors import InputError
+from lrc_cli.losses import Loss, choose_loss
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.verify.bench import Bench
+from lrc_cli.verify.compared import judge_certificate, judge_quality
+from lrc_cli.verify.held_out import HeldOut, measure_held_out, measure_quality
+from lrc_cli.verify.promises import SELECTED
+
+
+def _scoring(bench: Bench, sequences: Sequences) -> Loss:
+    """How outputs are scored: the likelihood of tokens where there is one, else their change."""
+    try:
+        return choose_loss("nll", bench.before, next(sequences.batches(1)), bench.tokenizer)
+    except InputError:
+        return Loss(kind="output")
+
+
+def check_quality(bench: Bench) -> None:
+    """Every row of report["quality"]."""
+    assert bench.written.report is not None
+    rows = bench.written.report["quality"]
+    there = [row for row in rows if row["text"] in bench.sequences]
+    for row in rows:
+        if row not in there:
+            what = f"the quality on {row['text']} is what it is"
+            bench.findings.not_checked("quality.measured", what, "its data is not there")
+    if not there:
+        return
+    loss = _scoring(bench, bench.sequences[there[0]["text"]])
+    with bench.progress.phase("quality", sum(row["num_sequences"] for row in there)) as phase:
+        for row in there:
+            sequences = bench.sequences[row["text"]]
+            found = measure_quality(
+                bench.before, bench.after, sequences, loss, bench.seed, phase.advance
+            )
+            judge_quality(bench.findings, row, found, bench.before.dtype)
+
+
+def check_certificate_values(bench: Bench) -> None:
+    """Tolerances and limits on selection data, then the values on certification data."""
+    assert bench.written.report is not None
+    certificate, what = bench.written.report["certificate"], "the certificate's values"
+    if not certificate["statements"]:
+        bench.findings.not_checked("c2", what, "there is no certificate")
+        return
+    missing = [name for name in (CALIBRATION, CERTIFICATION) if name not in bench.sequences]
+    if missing:
+        bench.findings.not_checked("c2", what, f"the {missing[0]} data is not there")
+        return
+    whole = bench.sequences[CALIBRATION]
+    loss = _scoring(bench, whole)
+    first = {name: tensor[:SELECTED] for name, tensor in whole.inputs.items()}
+    drawn = bench.sequences[CERTIFICATION].inputs
+    if set(first) == set(drawn) == {"input_ids"}:  # blocks of text are cut to one length
+        first["input_ids"] = first["input_ids"][:, : drawn["input_ids"].shape[1]]
+    selection = _held_out(bench, replace(whole, inputs=first), loss, "selection")
+    found = _held_out(bench, bench.sequences[CERTIFICATION], loss, CERTIFICATION)
+    judge_certificate(bench.findings, bench.written, selection, found, bench.before.dtype)
+
+
+def _held_out(bench: Bench, sequences: Sequences, loss: Loss, name: str) -> HeldOut:
+    with bench.progress.phase(name, len(sequences)) as phase:
+        return measure_held_out(
+            bench.before,
+            bench.after,
+            sequences,
+            bench.checked,
+            loss=loss,
+            seed=bench.seed,
+            parts=name == CERTIFICATION,
+            advance=phase.advance,
+        )

@@ -1,0 +1,80 @@
+"""What is verified, in order: the files alone, then the original, then the data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.progress import Progress
+from lrc_cli.verify.figures import check_figures
+from lrc_cli.verify.files import check_hex, check_manifest, check_pin, open_manifest
+from lrc_cli.verify.measured import check_against, not_measured
+from lrc_cli.verify.promises import check_certificate
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.weights import check_weights
+from lrc_cli.verify.written import open_written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a verification came to."""
+
+    findings: Findings
+    manifest_sha256: str
+    """Of manifest.json as it is: pins every byte of the output."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "manifest_sha256": self.manifest_sha256,
+            "failed": self.findings.failed,
+            "statements": [statement.as_dict() for statement in self.findings.statements],
+        }
+
+
+def verify_directory(
+    directory: Path,
+    *,
+    against: Path | None = None,
+    data: Path | None = None,
+    manifest_sha256: str | None = None,
+    factory: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Verified:
+    """Check every statement that can be checked with what is given.
+
+    Args:
+        directory: an output of `lrc compress`.
+        against: the original checkpoint; None: only the files are checked.
+        data: a data file of the run that is not where the config says; known by its hash.
+        manifest_sha256: what sha256 of manifest.json should be, in hexadecimal.
+        factory: builds the module of checkpoints that are not transformers'.
+        trust_remote_code: whether code that comes with the checkpoints may run.
+
+    Raises:
+        InputError: the directory is no finished output, or an argument cannot be used.
+    """
+    progress = progress or Progress(quiet=True)
+    findings = Findings()
+    check_hex(manifest_sha256)
+    manifest = open_manifest(directory)
+    with progress.phase("files", 1):
+        pin = check_pin(directory, manifest_sha256, findings)
+        check_manifest(directory, manifest, findings)
+        written = open_written(directory, findings)
+        check_weights(written, findings)
+        check_figures(written, findings)
+        check_certificate(written, findings)
+    if against is None:
+        not_measured(findings, "no --against was given")
+    else:
+        check_against(
+            written,
+            against,
+            data=data,
+            factory=factory,
+            trust_remote_code=trust_remote_code,
+            findings=findings,
+            progress=progress,
+        )
+    return Verified(findings=findings, manifest_sha256=pin)

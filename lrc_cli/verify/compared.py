@@ -1,0 +1,207 @@
+"""What the report says beside what was measured again, with the tolerances that rounding needs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lrc_cli.verify.errors import (
+    CURVATURE_TOLERANCE,
+    TOLERANCE,
+    Found,
+    compare_metric,
+    compare_output,
+)
+from lrc_cli.verify.held_out import KINDS, HeldOut
+from lrc_cli.verify.moments import Checked
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import Written
+
+QUALITY_TOLERANCE = 1e-3
+"""Relative, of losses and of what is measured on one sequence."""
+LEAST_TOLERANCE = 1e-6
+"""What a tolerance or a clipping limit is at least (docs/theory.md)."""
+CLIP_FACTOR = 4.0
+"""A clipping limit is so many times the largest value on selection data."""
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Relative rounding of activations: two networks' outputs differ by it without a cause."""
+    return torch.finfo(dtype).eps
+
+
+def least_error(dtype: torch.dtype) -> float:
+    """Relative errors of a layer below it are rounding of its outputs."""
+    return max(rounding_of(dtype), 1e-5)
+
+
+def judge_errors(
+    findings: Findings, row: Mapping[str, Any], checked: Checked, found: Found
+) -> None:
+    """C1 of one layer: stored, optimum and svd in the output and in the metric."""
+    name, errors = row["name"], row["errors"]
+    num_tokens = max(checked.num_tokens, 1)
+    what = f"the output errors of {name} are those on {errors['output']['inputs']} inputs"
+    if row["method"] == "relu":
+        # Its optimum and its SVD are not of the plain output error with a free bias.
+        found = {"output": {"stored": found["output"]["stored"]}}
+    problem = compare_output(errors["output"], found["output"], checked.energy / num_tokens)
+    findings.judge("c1.output", what, problem)
+    what = f"the errors of {name} in the metric of {row['method']} are what they are"
+    if "metric" not in found:
+        reason = f"the metric of {row['method']} is no quadratic form of the weights' difference"
+        findings.not_checked("c1.metric", what, reason)
+        return
+    tolerance = CURVATURE_TOLERANCE if row["method"] == "curvature" else 2 * TOLERANCE
+    findings.judge("c1.metric", what, compare_metric(errors["metric"], found["metric"], tolerance))
+
+
+def judge_bias(findings: Findings, row: Mapping[str, Any], checked: Checked) -> None:
+    """A free bias makes up for the mean error; no other bias changes."""
+    what = f"the bias of {row['name']} is the one that its method asks for"
+    if row["method"] == "relu":
+        findings.not_checked("c1.bias", what, "relu has a bias of its own, which errors include")
+        return
+    if checked.shift is None:
+        return
+    shift = checked.shift
+    found = torch.zeros_like(shift) if checked.offset is None else -checked.offset
+    old = torch.zeros_like(shift) if checked.bias is None else checked.bias.double()
+    rounding = torch.finfo(getattr(torch, row["dtype"])).eps * (old + shift).abs()
+    slack = rounding + 10 * TOLERANCE * shift.square().mean().sqrt()
+    wrong = int(((found - shift).abs() > slack).sum())
+    problem = f"{wrong} of {len(shift)} entries are not" if wrong else None
+    findings.judge("c1.bias", what, problem)
+
+
+def judge_quality(
+    findings: Findings, row: Mapping[str, Any], found: Mapping[str, float], dtype: torch.dtype
+) -> None:
+    """One row of report["quality"]."""
+    what = f"the quality on {row['text']} is what both networks give"
+    problem = None
+    for key, value in found.items():
+        slack = QUALITY_TOLERANCE * abs(value) + _absolute(key, row, dtype)
+        if row.get(key) is None or not abs(row[key] - value) <= slack:
+            problem = problem or f"{key} is stated as {row.get(key)}, found {value}"
+    findings.judge("quality.measured", what, problem)
+
+
+def _absolute(key: str, row: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """Ties of the two largest logits break either way; divergences are rounded like losses."""
+    if key == "top1_agreement":
+        return max(2.0, 2 * rounding_of(dtype) * row["num_scored"]) / row["num_scored"]
+    return 0.0 if key == "num_scored" else rounding_of(dtype) / 10
+
+
+def judge_certificate(
+    findings: Findings,
+    written: Written,
+    selection: HeldOut,
+    found: HeldOut,
+    dtype: torch.dtype,
+) -> None:
+    """C2: tolerances, clipping limits and values; C3: every layer's parts on held-out data."""
+    assert written.report is not None
+    certificate = written.report["certificate"]
+    own = {
+        row["name"]: "deployed" if row.get("sequential") is True else "same_input"
+        for row in written.factorised
+    }
+    clips = {
+        name: max(LEAST_TOLERANCE, CLIP_FACTOR * max(map(abs, values)))
+        for name, values in selection.values.items()
+        if name != "top1_disagreement"
+    }
+    _judge_table(findings, "c2.clips", "the clipping limit of", certificate["clips"], clips, dtype)
+    covered = [name for name in own if name in selection.squares and name in found.squares]
+    tolerances = {
+        name: max(LEAST_TOLERANCE, *selection.relative(name, own[name])) for name in covered
+    }
+    stated = certificate["tolerances"]
+    _judge_table(findings, "c2.tolerances", "the tolerance of", stated, tolerances, dtype)
+    values = dict(found.values)
+    errors = {name: found.relative(name, own[name]) for name in covered if name in stated}
+    if errors:
+        each = [[e / stated[name] for e in errors[name]] for name in errors]
+        values["all_layers"] = [max(ratios) for ratios in zip(*each, strict=True)]
+    series = {k: v for k, v in certificate["values"].items() if k != "layers"}
+    series |= {f"error of {k}": v for k, v in certificate["values"].get("layers", {}).items()}
+    values |= {f"error of {k}": v for k, v in errors.items()}
+    for name, listed in series.items():
+        what = f"the values of {name} are what both networks give"
+        extra = 0.0
+        if name == "all_layers":
+            # Of a layer that is nearly exact, error / tolerance is rounding / rounding.
+            extra = (least_error(dtype) / min(stated.values())) ** 2 / 2
+        problem = _series_problem(name, listed, values.get(name), dtype, extra)
+        findings.judge("c2.values", what, problem)
+    for row in written.factorised:
+        what = f"the held-out errors of {row['name']} are what both networks give"
+        listed = row["errors"].get("held_out")
+        if listed is None:
+            findings.not_checked("c2.layers", what, "the report has none")
+        elif row["name"] not in covered:
+            findings.not_checked("c2.layers", what, "its tokens cannot be followed by sequence")
+        else:
+            problem = _held_out_problem(listed, found, row["name"], own[row["name"]], dtype)
+            findings.judge("c2.layers", what, problem)
+
+
+def _judge_table(
+    findings: Findings,
+    id: str,
+    what: str,
+    stated: Mapping[str, float],
+    found: Mapping[str, float],
+    dtype: torch.dtype,
+) -> None:
+    for name in sorted({*stated, *found}):
+        a, b = stated.get(name), found.get(name)
+        same = a is not None and b is not None and _is_near(a, b, dtype)
+        problem = None if same else f"stated {a}, found {b}"
+        findings.judge(id, f"{what} {name} comes from the selection data", problem)
+
+
+def _is_near(stated: float, found: float, dtype: torch.dtype) -> bool:
+    """Relative errors add in squares, so rounding matters little where they are large."""
+    slack = 10 * QUALITY_TOLERANCE * abs(found) + least_error(dtype)
+    squares = abs(stated**2 - found**2) <= 10 * QUALITY_TOLERANCE * found**2
+    return squares or abs(stated - found) <= slack
+
+
+def _series_problem(
+    name: str,
+    stated: Sequence[float],
+    found: Sequence[float] | None,
+    dtype: torch.dtype,
+    extra: float,
+) -> str | None:
+    if found is None or len(stated) != len(found):
+        return f"{len(stated)} are stated, {len(found or ())} found"
+    if name == "top1_disagreement":
+        return _flips_problem(stated, found)
+    for index, (a, b) in enumerate(zip(stated, found, strict=True)):
+        if not (abs(a - b) <= extra or _is_near(a, b, dtype)):
+            return f"sequence {index} is stated as {a}, found {b}"
+    return None
+
+
+def _flips_problem(stated: Sequence[float], found: Sequence[float]) -> str | None:
+    """The largest of several nearly equal logits may be another one in another forward pass."""
+    differences = [abs(a - b) for a, b in zip(stated, found, strict=True)]
+    if max(differences) <= 0.15 and math.fsum(differences) <= 0.02 * len(differences):
+        return None
+    return f"the shares differ by {math.fsum(differences) / len(differences)} on average"
+
+
+def _held_out_problem(
+    stated: Mapping[str, float], found: HeldOut, layer: str, own: str, dtype: torch.dtype
+) -> str | None:
+    wanted = {kind: found.overall(layer, kind) for kind in KINDS}
+    wanted["worst_sequence"] = max(found.relative(layer, own))
+    for key, value in wanted.items():
+        if not _is_near(stated[key], value, dtype):
+            return f"{key} is stated as {stated[key]}, found {value}"
+    return None

@@ -1,0 +1,108 @@
+"""The run's data: found by its hash, and its sequences drawn again."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.errors import InputError
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.verify.files import sha256_of
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import Written
+
+
+def draw_again(
+    written: Written, tokenizer: Any, data: Path | None, findings: Findings
+) -> dict[str, Sequences]:
+    """The sequences of every purpose whose file is there and that are the recorded ones.
+
+    Args:
+        data: a file of the run that is not where the config says.
+
+    Raises:
+        InputError: `data` is given and there is no such file.
+    """
+    assert written.report is not None and written.config is not None
+    if data is not None and not data.is_file():
+        raise InputError(f"--data {data}: there is no such file", "check the path")
+    recorded = written.report["provenance"]["data_files_sha256"]
+    wanted = purposes_of(written.config)
+    paths = {str(purpose.path): purpose.path for purpose in wanted}
+    stated = {str(Path(name)): sha256 for name, sha256 in recorded.items()}
+    given = None if data is None else sha256_of(data)
+    if data is not None and given not in {stated.get(name) for name in paths}:
+        what = f"--data {data} is a file of the run"
+        findings.not_checked("data.hash", what, "it has another hash than any of them")
+    places: dict[str, Path] = {}
+    for name, path in paths.items():
+        place, reason = _place(path, stated.get(name), data, given)
+        what = f"the data of {name} has the hash in the report"
+        if place is None:
+            findings.not_checked("data.hash", what, reason)
+        else:
+            findings.judge("data.hash", what, None)
+            places[name] = place
+    found = [
+        dataclasses.replace(purpose, path=places[str(purpose.path)])
+        for purpose in wanted
+        if str(purpose.path) in places
+    ]
+    try:
+        drawn = draw(found, tokenizer=tokenizer, seed=written.config.calibration.seed)
+    except InputError as error:
+        findings.not_checked("data.drawn", "the run's sequences", str(error))
+        return {}
+    return {
+        purpose.name: blocks
+        for purpose in wanted
+        for blocks in _same(written, purpose, drawn, findings)
+    }
+
+
+def _place(
+    path: Path, sha256: str | None, data: Path | None, given: str | None
+) -> tuple[Path | None, str]:
+    """Where a data file lies, or why it cannot be used."""
+    if sha256 is None:
+        return None, "the report has no hash of it"
+    if path.is_file() and sha256_of(path) == sha256:
+        return path, ""
+    if data is not None and given == sha256:
+        return data, ""
+    if path.is_file():
+        return None, "the file has another hash"
+    return None, "the file is not there: give it with --data"
+
+
+def _same(
+    written: Written, purpose: Purpose, drawn: dict[str, Sequences], findings: Findings
+) -> list[Sequences]:
+    """The purpose's sequences, if they are those of the report; else nothing."""
+    assert written.report is not None
+    facts = recorded_draw(written, purpose.name)
+    blocks, what = drawn.get(purpose.name), f"the {purpose.name} sequences are the recorded ones"
+    if blocks is None and facts is None:
+        return []
+    if blocks is None or facts is None:
+        reason = "their file is not there" if blocks is None else "the report has none"
+        findings.not_checked("data.drawn", what, reason)
+        return []
+    found = {
+        "num_sequences": len(blocks),
+        "population": blocks.population,
+        "sha256": blocks.sha256,
+    }
+    return [blocks] if findings.equal("data.drawn", what, facts, found) else []
+
+
+def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
+    """What the report says was drawn for a purpose, or None."""
+    assert written.report is not None
+    if name in (CALIBRATION, CERTIFICATION):
+        facts = written.report["provenance"]["sequences"].get(name)
+    else:
+        facts = next((row for row in written.report["quality"] if row["text"] == name), None)
+    if facts is None:
+        return None
+    return {key: facts[key] for key in ("num_sequences", "population", "sha256")}

@@ -1,0 +1,234 @@
+"""C1 once more: every layer's errors, optima and plain SVD, in another way than the engine's.
+
+The engine takes eigenvalues of W G W^T; here optima are tails of the singular values of
+L W G^(1/2), and the output errors of the written factors are direct sums over tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc_cli.verify.moments import Checked, Moments, Pair
+
+TOLERANCE = 2e-3
+"""Relative, of what is measured again; of squared errors twice that."""
+CURVATURE_TOLERANCE = 1e-2
+"""Relative, of squared errors in a metric that gradients make: they are rounded more coarsely."""
+FLOORS = 8.0
+"""Times the numerical floor of a figure: both sides have one."""
+DAMPING = 1e-3
+"""Of F, as a share of its mean eigenvalue (docs/theory.md)."""
+
+Found = dict[str, dict[str, float]]
+"""{"output" or "metric": {"stored", "optimum", "svd": squared errors per token}}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The quadratic form scale * tr(F D G D^T)."""
+
+    gram: Tensor
+    """G (n, n) float64."""
+    fisher: Tensor | None = None
+    """F (m, m) float64, damped; None: the identity."""
+
+    def error(self, difference: Tensor) -> float:
+        """The form of D (m, n) float64."""
+        left = difference if self.fisher is None else self.fisher @ difference
+        return self.half * max(torch.sum(left * (difference @ self.gram)).item(), 0.0)
+
+    @property
+    def half(self) -> float:
+        """1/2 for an estimate of the loss, 1 for a mean square."""
+        return 1.0 if self.fisher is None else 0.5
+
+    @cached_property
+    def root(self) -> Tensor:
+        """G^(1/2) (n, n), symmetric."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def tail(self, matrix: Tensor, rank: int) -> float:
+        """The least error of a rank: the squares of the singular values beyond it."""
+        side = matrix @ self.root
+        if self.fisher is not None:
+            side = torch.linalg.cholesky(self.fisher).T @ side
+        singular = torch.linalg.svdvals(side)
+        return self.half * singular[rank:].flip(0).square().sum().item()
+
+
+def damped(gradients: Moments) -> Tensor:
+    """F (m, m) float64 with its damping."""
+    fisher = gradients.gram()
+    mean = fisher.diagonal().mean()
+    return fisher + DAMPING * mean * torch.eye(
+        len(fisher), dtype=fisher.dtype, device=fisher.device
+    )
+
+
+def plain_svd(weight: Tensor, rank: int) -> Tensor:
+    """The truncated singular value decomposition of W (m, n), float64."""
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def white_errors(checked: Checked, rank: int) -> Found:
+    """For a method that knows no data: G is the identity."""
+    weight = checked.weight.double()
+    stored = (weight - checked.fitted().to(weight.device)).square().sum().item()
+    tail = torch.linalg.svdvals(weight)[rank:].flip(0).square().sum().item()
+    checked.energy = weight.square().sum().item()
+    errors = {"stored": stored, "optimum": tail, "svd": tail}
+    return {"output": errors, "metric": dict(errors)}
+
+
+def same_input_errors(
+    checked: Checked, rank: int, plain: Form, weighted: Form | None, *, metric: bool
+) -> Found:
+    """Errors on the dense network's inputs.
+
+    Args:
+        plain: the form of output errors.
+        weighted: the form of the metric, where it is not the plain one.
+        metric: whether the metric is a form at all.
+    """
+    weight = checked.weight.double()
+    simple = weight - plain_svd(weight, rank)
+    output = {
+        "stored": checked.error / checked.num_tokens,
+        "optimum": plain.tail(weight, rank),
+        "svd": plain.error(simple),
+    }
+    if not metric:
+        return {"output": output}
+    if weighted is None:
+        return {"output": output, "metric": dict(output)}
+    stored = weight - checked.fitted().to(weight.device)
+    metrics = {
+        "stored": weighted.error(stored),
+        "optimum": weighted.tail(weight, rank),
+        "svd": weighted.error(simple),
+        "total": weighted.error(weight),
+    }
+    return {"output": output, "metric": metrics}
+
+
+def nuclear_errors(checked: Checked, rank: int, plain: Form, level: float) -> dict[str, float]:
+    """The objective 1/2 ||W X - V||^2 + l ||V||_* per token, V = Z X, and its least value.
+
+    With s the singular values of W G^(1/2) and k of them above l, at most `rank`, the least value
+    is the sum of l s_i - l^2 / 2 over those k and of s_i^2 / 2 over the rest (soft threshold).
+
+    Args:
+        level: l.
+    """
+    weight = checked.weight.double()
+    singular = torch.linalg.svdvals(weight @ plain.root)
+    kept = min(rank, int((singular > level).sum()))
+
+    def objective(z: Tensor) -> float:
+        penalty = torch.linalg.svdvals(z @ plain.root).sum().item()
+        return plain.error(weight - z) / 2 + level * penalty
+
+    return {
+        "stored": objective(checked.fitted().to(weight.device)),
+        "svd": objective(plain_svd(weight, rank)),
+        "optimum": (level * singular[:kept] - level**2 / 2).sum().item()
+        + singular[kept:].square().sum().item() / 2,
+        "total": singular.square().sum().item() / 2,
+    }
+
+
+def paired_errors(
+    checked: Checked, rank: int, pair: Pair, fisher: Tensor | None, ridge: float
+) -> Found:
+    """Errors on the inputs of both networks: J of docs/theory.md, with its ridge.
+
+    Args:
+        ridge: as a share of the mean diagonal of C.
+    """
+    weight = checked.weight.double()
+    mean = pair.compressed.diagonal().mean().item()
+    identity = torch.eye(len(pair.compressed), dtype=torch.float64, device=weight.device)
+    level = ridge * mean if mean > 0 else ridge
+    regular = pair.compressed + level * identity
+    fitted, simple = checked.fitted().to(weight.device), plain_svd(weight, rank)
+    shifted = weight @ (pair.compressed + pair.cross) + level * weight
+    target = torch.linalg.solve(regular, shifted.T).T
+    form = Form(gram=regular, fisher=fisher)
+
+    def objective(z: Tensor) -> float:
+        return paired_error(weight, z, pair, form)
+
+    return {
+        "output": {
+            "stored": checked.error / checked.num_tokens,
+            "svd": paired_error(weight, simple, pair, Form(gram=pair.compressed)),
+            "optimum": _unregularised(weight, pair, rank),
+        },
+        "metric": {
+            "stored": objective(fitted),
+            "svd": objective(simple),
+            "optimum": objective(target) + form.tail(target, rank),
+            "total": objective(torch.zeros_like(weight)),
+        },
+    }
+
+
+def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:
+    """tr(F M) with M the second moments of W x - Z x~ = (W - Z) x~ + W (x - x~), and what the
+    form's Gram matrix has beyond C."""
+    difference = weight - z
+    mixed = difference @ pair.cross.T @ weight.T
+    outputs = difference @ form.gram @ difference.T + mixed + mixed.T
+    outputs += weight @ pair.drift @ weight.T
+    left = outputs.diagonal() if form.fisher is None else form.fisher * outputs
+    return form.half * max(left.sum().item(), 0.0)
+
+
+def _unregularised(weight: Tensor, pair: Pair, rank: int) -> float:
+    """The least output error of a rank: without the ridge, by least squares at unit diagonal."""
+    scale = pair.compressed.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(pair.compressed / scale[:, None] / scale)
+    inverse = torch.where(values > 2.0**-24 * values[-1], 1 / values, 0.0)
+    step = pair.cross / scale @ vectors @ torch.diag(inverse) @ vectors.T / scale
+    target = weight + weight @ step
+    form = Form(gram=pair.compressed)
+    return paired_error(weight, target, pair, form) + form.tail(target, rank)
+
+
+def compare_output(
+    stated: Mapping[str, Any], found: Mapping[str, float], energy: float
+) -> str | None:
+    """What differs between the report's relative output errors and those found; None: nothing.
+
+    Args:
+        found: squared errors per token.
+        energy: ||W x||^2 per token.
+    """
+    slack = FLOORS * stated["floor"] ** 2
+    for key, error in found.items():
+        if stated.get(key) is None:
+            continue
+        square = error / energy if energy > 0 else 0.0
+        if not abs(stated[key] ** 2 - square) <= 2 * TOLERANCE * square + slack:
+            return f"output.{key} is stated as {stated[key]}, found {square**0.5}"
+    return None
+
+
+def compare_metric(
+    stated: Mapping[str, Any], found: Mapping[str, float], tolerance: float
+) -> str | None:
+    """As `compare_output`, in the metric's own unit."""
+    slack = FLOORS * stated["floor"]
+    for key, error in found.items():
+        if stated.get(key) is None:
+            continue
+        if not abs(stated[key] - error) <= tolerance * error + slack:
+            return f"metric.{key} is stated as {stated[key]}, found {error}"
+    return None

@@ -1,0 +1,260 @@
+"""Files only: every figure of report.json that follows from the files or from other figures."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lrc_cli import __version__
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.report.card import render_card
+from lrc_cli.report.html import render_html
+from lrc_cli.verify.files import check_origins
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import PERM, WEIGHT, Written, gained_biases
+
+FLOORS = 8.0
+"""Times the numerical floor: Gram matrices rounded to float32 are a little indefinite."""
+ROUNDING = 1e-9
+"""Relative: figures that are computed in another order differ in their last digits."""
+
+
+def check_figures(written: Written, findings: Findings) -> None:
+    """All that report.json says of itself; needs `written.report`."""
+    report, config, source = written.report, written.config, written.source
+    if report is None:
+        findings.not_checked("report", "the report's figures", "report.json cannot be read")
+        return
+    if config is not None:
+        with findings.guard("config", "the report tells of lrc.yaml's run"):
+            _check_config(report, config, written, findings)
+        with findings.guard("gates", "the report's gates are right"):
+            _check_gates(report, config, findings)
+    if source is not None:
+        with findings.guard("files.origin", "where the files come from can be told"):
+            recorded, names = report["provenance"]["checkpoint_sha256"], source.files
+            weights = {file.name for file in names}
+            check_origins(written.directory, recorded, weights, findings)
+        with findings.guard("size", "the report's sizes are right"):
+            _check_size(written, source, findings)
+    with findings.guard("target", "the report's target is right"):
+        _check_target(report, findings)
+    for layer in report["layers"]:
+        what = f"the errors of {layer['name']} are consistent"
+        with findings.guard("errors", what):
+            if layer["storage"] != "dense":
+                findings.judge("errors", what, error_problem(layer))
+    for row in report["quality"]:
+        what = f"the quality on {row['text']} is consistent"
+        with findings.guard("quality", what):
+            findings.judge("quality", what, _quality_problem(row))
+    _check_pages(written, report, findings)
+    what = "times, memory, hardware and versions"
+    findings.not_checked("report.run", what, "they belong to the run, and no file tells of them")
+    if report.get("worst_case") is not None:
+        what = "the worst-case bound of a feed-forward network"
+        findings.not_checked("report.worst_case", what, "it is not computed a second time")
+
+
+def close(a: float, b: float, tolerance: float = ROUNDING) -> bool:
+    """Equal up to a relative tolerance; infinities equal themselves."""
+    return a == b or math.isclose(a, b, rel_tol=tolerance)
+
+
+def _check_config(
+    report: Mapping[str, Any], config: Config, written: Written, findings: Findings
+) -> None:
+    facts = report["provenance"]
+    text = (written.directory / "lrc.yaml").read_text(encoding="utf-8")
+    what = "lrc.yaml is the config in the report"
+    findings.judge("config", what, None if text == facts["config"] else "they differ")
+    what = "the config has the hash in the report"
+    findings.equal("config", what, facts["config_sha256"], config_hash(config))
+    compression = config.compression
+    name, value = compression.target
+    stated = {
+        "method": report["method"],
+        "allocation": report["allocation"],
+        "target": [report["target"]["name"], report["target"]["value"]],
+        "seed": facts["seed"],
+        "evaluation": facts["evaluation"],
+    }
+    found = {
+        "method": compression.method,
+        "allocation": compression.allocation,
+        "target": [name, value],
+        "seed": config.runtime.seed,
+        "evaluation": to_dict(config)["evaluation"],
+    }
+    findings.equal("config", "the report says what the config asks for", stated, found)
+    for layer in report["layers"]:
+        wanted = compression.override(layer["name"]).method or compression.method
+        what = f"the method of {layer['name']} is the config's"
+        # Relu is for layers before a ReLU: the others say that they were fitted otherwise, and why.
+        other = wanted == "relu" and layer.get("method_reason") and layer["method"] == "frobenius"
+        findings.equal("config.method", what, layer["method"], "frobenius" if other else wanted)
+
+
+def _check_size(written: Written, source: Source, findings: Findings) -> None:
+    """Bytes and parameters from the headers; what was before from the layers and what was kept."""
+    assert written.report is not None
+    size, layers, skipped = (written.report[key] for key in ("size", "layers", "skipped"))
+    kept = {entry["name"]: entry["bytes"] for entry in skipped}
+    missing = sorted(set(kept) - set(source.tensors))
+    problem = f"not there: {', '.join(missing[:3])}" if missing else None
+    findings.judge("tensors.kept", "every tensor that was not compressible is there", problem)
+    known = {key + end for key in written.keys.values() for end in (WEIGHT, ".up.weight", PERM)}
+    unknown = sorted(set(source.tensors) - known - set(kept) - set(gained_biases(written)))
+    what = "every tensor belongs to a layer or is listed as kept"
+    if len(written.keys) == len(layers):
+        problem = f"not so: {', '.join(unknown[:3])}" if unknown else None
+        findings.judge("tensors.known", what, problem)
+    else:
+        findings.not_checked("tensors.known", what, "some layers' tensors go by other names")
+    if missing:
+        return
+    before = sum(layer["bytes_before"] for layer in layers)
+    whole = before + sum(kept.values())
+    after = sum(info.num_bytes for info in source.tensors.values())
+    rest = sum(source.tensors[key].num_bytes for key in kept)
+    parameters = sum(math.prod(layer["shape"]) for layer in layers)
+    parameters += sum(source.tensors[key].num_elements for key in kept)
+    left = sum(i.num_elements for key, i in source.tensors.items() if not key.endswith(PERM))
+    found = {
+        "compressible_bytes": {"before": before, "after": after - rest},
+        "checkpoint_bytes": {"before": whole, "after": after},
+        "parameters": {"before": parameters, "after": left},
+        "file_bytes": sum(file.stat().st_size for file in source.files),
+        "kept_compressible": (after - rest) / before,
+        "kept_checkpoint": after / whole,
+        "kept_parameters": left / parameters,
+    }
+    for key in sorted({*found, *size}):
+        findings.equal("size", f"size.{key} is what was written", size.get(key), found.get(key))
+    for entry in skipped:
+        what = f"the share of {entry['name']} is right"
+        same = close(entry["share"], entry["bytes"] / whole)
+        findings.judge("size.share", what, None if same else f"stated {entry['share']}")
+
+
+def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
+    target, what = report["target"], "whether the target is met is right"
+    name, value = target["name"], target["value"]
+    errors = [layer["errors"] for layer in report["layers"] if "errors" in layer]
+    if name == "size":
+        met = report["size"][f"kept_{target['of']}"] <= value
+    elif name == "max_layer_error":
+        met = all(error["output"]["stored"] <= value for error in errors)
+    elif name == "max_loss_increase":
+        # What a sequential fit inherits is predicted with the layers that it comes from.
+        own = (e["metric"]["stored"] - e["metric"].get("inherited", 0.0) for e in errors)
+        met = sum(own) <= value
+    elif name == "threshold":
+        met = not any(layer["fallback"] for layer in report["layers"])
+    else:
+        findings.not_checked("target", what, f"{name} is not a figure of the report")
+        return
+    findings.equal("target", what, target["met"], met)
+    used = any(layer.get("sequential") is True for layer in report["layers"])
+    what = "whether layers were fitted in sequence is right"
+    findings.equal("target", what, report["sequential"]["used"], used)
+
+
+def error_problem(layer: Mapping[str, Any]) -> str | None:
+    """What in a layer's errors cannot be; None where nothing is."""
+    metric, output = layer["errors"]["metric"], layer["errors"]["output"]
+    for name, errors in (("metric", metric), ("output", output)):
+        values = [errors[key] for key in ("stored", "svd", "floor") if errors[key] is not None]
+        if any(not math.isfinite(value) or value < 0 for value in values):
+            return f"{name}: {values} are no errors"
+        for key in ("stored", "svd"):
+            if _below(errors[key], errors["optimum"], errors["floor"], name):
+                return f"{name}: {key} {errors[key]} is below the optimum {errors['optimum']}"
+    if not close(metric["floor"], 2.0**-24 * metric["total"]):
+        return f"metric: floor {metric['floor']} does not belong to total {metric['total']}"
+    if output["floor"] != 2.0**-12:
+        return f"output: floor {output['floor']} is not 2^-12"
+    parts = layer["errors"].get("held_out")
+    if parts and parts["deployed"] > (parts["inherited"] + parts["new"]) * (1 + 1e-5) + 1e-9:
+        return "held out: deployed is more than inherited and new together"
+    if layer["method"] in ("frobenius", "svd") and not layer.get("sequential"):
+        return _ratio_problem(metric, output)
+    return None
+
+
+def _below(error: float | None, optimum: float | None, floor: float, kind: str) -> bool:
+    """Whether an error is below its provable optimum by more than the numerical floor."""
+    if error is None or optimum is None:
+        return False
+    power = 2 if kind == "output" else 1
+    return error**power < optimum**power * (1 - ROUNDING) - FLOORS * floor**power
+
+
+def _ratio_problem(metric: Mapping[str, float], output: Mapping[str, float]) -> str | None:
+    """Where the metric is the squared output error, both say the same three things."""
+    for key in ("optimum", "svd"):
+        floors = [output[k] <= 4 * output["floor"] for k in ("stored", key)]
+        if any(floors) or metric[key] == 0:
+            continue
+        stated, found = metric["stored"] / metric[key], (output["stored"] / output[key]) ** 2
+        if not close(stated, found, 1e-6):
+            return f"stored / {key} is {stated} in the metric and {found} in the output"
+    return None
+
+
+def _quality_problem(row: Mapping[str, Any]) -> str | None:
+    for side in ("before", "after"):
+        loss = row.get(f"loss_{side}")
+        if loss is None:
+            continue
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        if not close(row[f"perplexity_{side}"], perplexity):
+            return f"perplexity_{side} {row[f'perplexity_{side}']} is not exp({loss})"
+    if row.get("kl") is not None and not row["kl"] >= -1e-3:
+        return f"a divergence of {row['kl']} cannot be"
+    if row.get("top1_agreement") is not None and not 0 <= row["top1_agreement"] <= 1:
+        return f"an agreement of {row['top1_agreement']} cannot be"
+    if not 0 < row["num_sequences"] <= row["population"]:
+        return f"{row['num_sequences']} of {row['population']} sequences cannot be"
+    return None
+
+
+def _check_gates(report: Mapping[str, Any], config: Config, findings: Findings) -> None:
+    limits = {k: v for k, v in to_dict(config)["gates"].items() if v is not None}
+    gates = {gate["name"].removeprefix("gates."): gate for gate in report.get("gates", ())}
+    what = "the report has the config's gates"
+    stated = {name: gate["limit"] for name, gate in gates.items()}
+    findings.equal("gates", what, stated, limits)
+    for name, gate in gates.items():
+        measured = _measured(name, report)
+        met = measured is not None and measured <= gate["limit"]
+        what = f"whether the gate {name} is met is right"
+        findings.equal("gates", what, bool(gate["met"]), met)
+        same = gate["measured"] is None if measured is None else close(gate["measured"], measured)
+        problem = None if same else f"stated {gate['measured']}, found {measured}"
+        findings.judge("gates", f"what the gate {name} measured is right", problem)
+
+
+def _measured(gate: str, report: Mapping[str, Any]) -> float | None:
+    """The figure of the report that a gate limits: the worst of its kind."""
+    if gate == "max_perplexity_increase":
+        pairs = [(row.get("loss_before"), row.get("loss_after")) for row in report["quality"]]
+        rises = [after - before for before, after in pairs if None not in (before, after)]
+        return max((math.expm1(r) if r < 700 else math.inf for r in rises), default=None)
+    held_out = [layer.get("errors", {}).get("held_out") for layer in report["layers"]]
+    deployed = [errors.get("deployed") for errors in held_out if errors]
+    return max((value for value in deployed if value is not None), default=None)
+
+
+def _check_pages(written: Written, report: dict[str, Any], findings: Findings) -> None:
+    """README.md and report.html say what report.json says, word by word."""
+    for name, render in (("README.md", render_card), ("report.html", render_html)):
+        what = f"{name} is what report.json renders to"
+        with findings.guard("pages", what):
+            version = report["provenance"]["lrc_version"]
+            if version != __version__:
+                reason = f"written by lrc {version}, and this is {__version__}"
+                findings.not_checked("pages", what, reason)
+                continue
+            same = (written.directory / name).read_bytes() == render(report).encode()
+            findings.judge("pages", what, None if same else "the two differ")

@@ -1,0 +1,247 @@
+"""Quality and C2 once more: both networks over the evaluation texts, and sequence by sequence."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.verify.moments import Checked, batch_size
+
+QUALITY_TOKENS = 1024
+"""Tokens run together: as in the run."""
+HELD_TOKENS = 512
+KINDS = ("deployed", "inherited", "new", "same_input")
+
+Values = dict[str, list[float]]
+
+
+def measure_quality(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    loss: Loss,
+    seed: int,
+    advance: Callable[[float], None],
+) -> dict[str, float]:
+    """A row of report["quality"]: over all scored positions together."""
+    totals: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in sequences.batches(batch_size(sequences, QUALITY_TOKENS)):
+        inputs, labels = prepare(loss, batch, generator)
+        with torch.no_grad():
+            old, new = before(inputs), after(inputs)
+        for part in _scores(old, new, labels, batch):
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        advance(len(next(iter(batch.values()))))
+    count = totals.get("count", 0.0)
+    row = {"num_scored": totals.get("count", totals.get("positions", 0.0))}
+    if "energy" in totals:
+        row["relative_output_error"] = _root(totals["error"], totals["energy"])
+    if count:
+        row |= {"kl": totals["kl"] / count, "top1_agreement": 1 - totals["changed"] / count}
+    if "before" in totals:
+        row |= {f"loss_{side}": totals[side] / count for side in ("before", "after")}
+    return row
+
+
+def _root(error: float, energy: float) -> float:
+    return math.sqrt(error / energy) if error > 0 and energy > 0 else 0.0
+
+
+def _scores(old: Any, new: Any, labels: Tensor | None, batch: Batch) -> list[dict[str, float]]:
+    """Sums for every sequence of a micro-batch, in order.
+
+    Outputs without an entry for every sequence count as one sequence.
+    """
+    if labels is not None:
+        return [_token_sums(old.logits[i], new.logits[i], labels[i]) for i in range(len(labels))]
+    first, second = (floating_outputs(outputs)[0].float() for outputs in (old, new))
+    has_logits = getattr(old, "logits", None) is not None and first.shape[-1] > 1
+    rows = _by_sequence(first, batch), _by_sequence(second, batch)
+    sums = []
+    for a, b in zip(*rows, strict=True):
+        found = {
+            "energy": a.double().square().sum().item(),
+            "error": (a - b).double().square().sum().item(),
+            "positions": float(a[..., 0].numel()) if a.ndim else 1.0,
+        }
+        if has_logits:
+            found |= _prediction_sums(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        sums.append(found)
+    return sums
+
+
+def _by_sequence(tensor: Tensor, batch: Batch) -> list[Tensor]:
+    """The real entries of each sequence; one list entry of everything where it has no such axis."""
+    count = len(next(iter(batch.values())))
+    mask = batch.get("attention_mask")
+    if mask is not None and tensor.ndim == 2 and len(tensor) == mask.numel() > count:
+        tensor = tensor.view(*mask.shape, -1)
+    if tensor.ndim == 0 or len(tensor) != count:
+        return [tensor]
+    if mask is None or tensor.ndim < 3 or tensor.shape[:2] != mask.shape:
+        return list(tensor)
+    return [row[real.to(row.device).bool()] for row, real in zip(tensor, mask, strict=True)]
+
+
+def _token_sums(old: Tensor, new: Tensor, labels: Tensor) -> dict[str, float]:
+    scored = (labels != UNSCORED).to(old.device)
+    wanted = labels.to(old.device)[scored]
+    first, second = old[scored].float(), new[scored].float()
+    losses = [
+        -x.log_softmax(-1).gather(1, wanted[:, None]).double().sum().item() for x in (first, second)
+    ]
+    return {"before": losses[0], "after": losses[1], **_prediction_sums(first, second)}
+
+
+def _prediction_sums(old: Tensor, new: Tensor) -> dict[str, float]:
+    """KL(old || new) = sum p (log p - log q) and changed predictions, over rows of logits."""
+    p, q = old.log_softmax(-1), new.log_softmax(-1)
+    divergence = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return {
+        "kl": divergence.double().sum().item(),
+        "changed": float((old.argmax(-1) != new.argmax(-1)).sum()),
+        "count": float(len(old)),
+    }
+
+
+@dataclass(kw_only=True)
+class HeldOut:
+    """What was measured on N sequences, in the order of the draw."""
+
+    values: Values = field(default_factory=dict)
+    """By quantity."""
+    squares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By layer and kind, each sequence's squared error; "energy" is ||W x||^2."""
+
+    def relative(self, layer: str, kind: str) -> list[float]:
+        """A layer's error on each sequence."""
+        found = self.squares[layer]
+        return [_root(e, total) for e, total in zip(found[kind], found["energy"], strict=True)]
+
+    def overall(self, layer: str, kind: str) -> float:
+        """A layer's error over all sequences together."""
+        found = self.squares[layer]
+        return _root(math.fsum(found[kind]), math.fsum(found["energy"]))
+
+
+def measure_held_out(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    layers: Sequence[Checked],
+    *,
+    loss: Loss,
+    seed: int,
+    parts: bool,
+    advance: Callable[[float], None],
+) -> HeldOut:
+    """Both networks over the same sequences, with every layer's errors on each of them.
+
+    A layer's own error is (W - Z) x in float32 from the tensors, in both networks; what it inherits
+    is the rest of the difference between the two networks' outputs.
+
+    Args:
+        parts: whether `new` and `inherited` are wanted; they are 0 otherwise.
+    """
+    inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
+    found = HeldOut()
+    size = batch_size(sequences, HELD_TOKENS)
+    for start in range(0, len(sequences), size):
+        batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
+        scored = None if labels is None else labels[start : start + size]
+        with torch.no_grad():
+            old, new = _followed(before, after, batch, layers, found, parts)
+        scores = _scores(old, new, scored, batch)
+        if len(scores) == len(next(iter(batch.values()))):
+            for part in scores:
+                _append(found.values, part)
+        advance(len(next(iter(batch.values()))))
+    whole = [x for x, sums in found.squares.items() if _is_whole(sums, len(sequences))]
+    found.squares = {name: found.squares[name] for name in whole}
+    return found
+
+
+def _is_whole(sums: Mapping[str, list[float]], count: int) -> bool:
+    return all(len(sums.get(kind, ())) == count for kind in ("energy", *KINDS))
+
+
+def _append(values: Values, part: Mapping[str, float]) -> None:
+    count = part.get("count", 0.0)
+    row: dict[str, float] = {}
+    if "kl" in part:
+        row["kl"] = max(0.0, part["kl"] / count) if count else 0.0
+        row["top1_disagreement"] = part["changed"] / count if count else 0.0
+    if "before" in part:
+        row["loss_difference"] = (part["after"] - part["before"]) / count if count else 0.0
+    if "energy" in part:
+        row["relative_output_error"] = _root(part["error"], part["energy"])
+    for name, value in row.items():
+        values.setdefault(name, []).append(value)
+
+
+def _followed(
+    before: Network,
+    after: Network,
+    batch: Batch,
+    layers: Sequence[Checked],
+    found: HeldOut,
+    parts: bool,
+) -> tuple[Any, Any]:
+    """The outputs of both networks; every layer's squares are added to `found`."""
+    by_name = {checked.layer.name: checked for checked in layers}
+    outputs: dict[str, list[Tensor]] = {}
+    sums: dict[str, dict[str, list[float]]] = {}
+
+    def add(name: str, kind: str, rows: Tensor) -> None:
+        parts = _by_sequence(_unflattened(rows, batch), batch)
+        squares = [part.double().square().sum().item() for part in parts]
+        earlier = sums.setdefault(name, {}).get(kind, [0.0] * len(squares))
+        if len(earlier) == len(squares):
+            sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)]
+
+    def own_error(checked: Checked, x: Tensor) -> Tensor:
+        rows = x.float() @ checked.difference().T
+        return rows if checked.offset is None else rows + checked.offset.to(rows)
+
+    def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
+        checked = by_name[layer.name]
+        bias = 0.0 if checked.bias is None else checked.bias.to(y).float()
+        add(layer.name, "energy", y.float() - bias)
+        add(layer.name, "same_input", own_error(checked, x))
+        outputs.setdefault(layer.name, []).append(y.clone())
+
+    def in_compressed(layer: Layer, x: Tensor, y: Tensor) -> None:
+        left = outputs.get(layer.name)
+        if not left or left[0].shape != y.shape:
+            return
+        difference = left.pop(0).float() - y.float()
+        new = own_error(by_name[layer.name], x) if parts else torch.zeros_like(difference)
+        for kind, rows in (("deployed", difference), ("new", new), ("inherited", difference - new)):
+            add(layer.name, kind, rows)
+
+    own = [checked.layer for checked in layers]
+    with hooked(before, own, in_dense):
+        old = before(batch)
+    with hooked(after, own, in_compressed):
+        new = after(batch)
+    for name, kinds in sums.items():
+        for kind, squares in kinds.items():
+            found.squares.setdefault(name, {}).setdefault(kind, []).extend(squares)
+    return old, new
+
+
+def _unflattened(rows: Tensor, batch: Batch) -> Tensor:
+    """(sequences, tokens, width) of rows that the model keeps as (sequences * tokens, width)."""
+    tokens = batch.get("attention_mask", batch.get("input_ids"))
+    if rows.ndim == 2 and tokens is not None and len(rows) == tokens.numel() > len(tokens):
+        return rows.view(*tokens.shape, -1)
+    return rows

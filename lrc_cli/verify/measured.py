@@ -1,0 +1,67 @@
+"""With the original: what was measured is measured again, on the same data, by this package."""
+
+from pathlib import Path
+
+from lrc_cli.progress import Progress
+from lrc_cli.verify.bench import open_bench
+from lrc_cli.verify.c1 import measure_layers
+from lrc_cli.verify.c2 import check_certificate_values, check_quality
+from lrc_cli.verify.original import check_factory, check_original, open_original
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import Written
+
+MEASURED = {
+    "c1": "the layers' errors on the calibration data",
+    "quality": "the quality on the evaluation data",
+    "c2": "the certificate's values on the certification data",
+}
+"""What needs both networks, by the first part of the statements' ids."""
+
+
+def not_measured(findings: Findings, reason: str) -> None:
+    """One line for each group of statements that needs the original."""
+    what = "the original's hashes and the tensors that are unchanged"
+    findings.not_checked("original", what, reason)
+    _not_run(findings, reason)
+
+
+def _not_run(findings: Findings, reason: str) -> None:
+    for id, what in MEASURED.items():
+        findings.not_checked(id, what, reason)
+
+
+def check_against(
+    written: Written,
+    against: Path,
+    *,
+    data: Path | None,
+    factory: str | None,
+    trust_remote_code: bool,
+    findings: Findings,
+    progress: Progress,
+) -> None:
+    """Level two: the original's hashes and tensors, C1, quality and C2.
+
+    Raises:
+        InputError: the original or `data` cannot be opened, or a factory is missing.
+    """
+    if written.report is None or written.config is None:
+        not_measured(findings, "report.json or lrc.yaml cannot be read")
+        return
+    original = open_original(against, factory, written.config.model.factory)
+    with progress.phase("original", 1):
+        if not check_original(written, original, findings):
+            reason = "--against is not the checkpoint that was compressed"
+            _not_run(findings, reason)
+            return
+        check_factory(written, factory, findings)
+        bench = open_bench(written, original, data, factory, trust_remote_code, findings, progress)
+    if bench is None:
+        _not_run(findings, "the two networks do not match")
+        return
+    with findings.guard("c1", "the layers' errors can be measured"):
+        measure_layers(bench)
+    with findings.guard("quality", "the quality can be measured"):
+        check_quality(bench)
+    with findings.guard("c2", "the certificate can be measured"):
+        check_certificate_values(bench)

@@ -1,0 +1,300 @@
+"""What the calibration data say of the layers, measured once more with forward and backward passes.
+
+Errors are direct sums of ||(W - Z) x||^2 over tokens, not taken from second moments; those are
+summed for the optima only, around an origin near their mean.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.precision import recast_in_backward
+
+STATISTICS_TOKENS = 2048
+"""Tokens run together: as in the run, because labels and probes are drawn batch by batch."""
+PAIR_TOKENS = 512
+"""The inputs of all layers are held for so many tokens."""
+PANEL = 512
+HELD_BYTES = 1 << 30
+"""Differences W - Z are held in float32 if all of them together take no more."""
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """One factorised layer: what was written for it, and what is measured of it."""
+
+    layer: Layer
+    weight: Tensor
+    """W (m, n), as in the original."""
+    fitted: Callable[[], Tensor]
+    """Z (m, n) float64, from the written tensors."""
+    offset: Tensor | None
+    """(m,) float64 old bias - new bias; None where the bias is unchanged."""
+    bias: Tensor | None
+    """(m,) the original's bias."""
+    group: str = ""
+    """The first layer that reads the same input."""
+    held: bool = True
+    error: float = 0.0
+    """Sum over tokens of ||W x - Z x||^2, or of ||W x - Z x~||^2, with biases if they differ."""
+    energy: float = 0.0
+    """Sum over tokens of ||W x||^2."""
+    num_tokens: int = 0
+    shift: Tensor | None = None
+    """(m,) float64 W mean(x) - Z mean(x~), what a free bias adds; None where the bias is not."""
+    _difference: Tensor | None = field(default=None, repr=False)
+
+    def difference(self) -> Tensor:
+        """W - Z (m, n), float32."""
+        if self._difference is not None:
+            return self._difference
+        found = (self.weight.double() - self.fitted().to(self.weight.device)).float()
+        if self.held:
+            self._difference = found
+        return found
+
+    def add_error(self, rows: Tensor) -> None:
+        """Add output differences (t, m), without those of the biases."""
+        if self.offset is not None:
+            rows = rows + self.offset.to(rows)
+        self.error += rows.double().square().sum().item()
+
+    def add_energy(self, outputs: Tensor) -> None:
+        """Add outputs (t, m) of the dense layer."""
+        rows = outputs.float() if self.bias is None else outputs.float() - self.bias.to(outputs)
+        self.energy += rows.double().square().sum().item()
+        self.num_tokens += len(outputs)
+
+
+class Moments:
+    """Sums of x and x x^T over rows x, around the mean of the rows that came first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.origin = self.first = self.second = torch.zeros(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (t, n) in any floating dtype: products in float32, sums in float64."""
+        rows = rows.float()
+        if not self.count:
+            n = rows.shape[1]
+            self.origin = rows.double().mean(dim=0).float()
+            self.first = torch.zeros(n, dtype=torch.float64, device=rows.device)
+            self.second = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+        self.count += len(rows)
+        rows = rows - self.origin
+        self.first += rows.sum(dim=0, dtype=torch.float64)
+        for start in range(0, rows.shape[1], PANEL):
+            stop = start + PANEL
+            self.second[start:stop, :stop] += rows[:, start:stop].T @ rows[:, :stop]
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean row (n,), float64."""
+        return self.origin.double() + self.first / self.count
+
+    def covariance(self) -> Tensor:
+        """The second moments around the mean (n, n), float64."""
+        lower = self.second.tril()
+        near = (lower + lower.tril(-1).T) / self.count
+        drift = self.first / self.count
+        return near - torch.outer(drift, drift)
+
+    def gram(self) -> Tensor:
+        """The second moments around zero (n, n), float64."""
+        return self.covariance() + torch.outer(self.mean, self.mean)
+
+
+class PairMoments:
+    """Second moments of the inputs x~ of a layer in the compressed network and of x - x~."""
+
+    def __init__(self) -> None:
+        self.joint: Moments = Moments()
+
+    def add(self, x: Tensor, compressed: Tensor) -> None:
+        """Add rows (t, n) of the same tokens in both networks."""
+        self.joint.add(torch.cat([x.float() - compressed.float(), compressed.float()], dim=1))
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The mean x and the mean x~, (n,) float64 each."""
+        drift, compressed = self.joint.mean.chunk(2)
+        return drift + compressed, compressed
+
+    def moments(self, *, center: bool) -> "Pair":
+        """The moments per token, around the means where the bias is free."""
+        whole = self.joint.covariance() if center else self.joint.gram()
+        n = len(whole) // 2
+        return Pair(drift=whole[:n, :n], cross=whole[:n, n:], compressed=whole[n:, n:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """V = E E^T / T, S = E X~^T / T and C = X~ X~^T / T with E = X - X~; (n, n) float64 each."""
+
+    drift: Tensor
+    cross: Tensor
+    compressed: Tensor
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """X X^T / T."""
+        return self.compressed + self.cross + self.cross.T + self.drift
+
+
+def batch_size(sequences: Sequences, num_positions: int) -> int:
+    """How many sequences have about `num_positions` positions together, at least one."""
+    sizes = [
+        tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
+        for tensor in sequences.inputs.values()
+    ]
+    return max(1, num_positions // max(1, *sizes))
+
+
+def shared_inputs(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
+    """{layer: first layer that reads the same input in every call}, of the layers reached."""
+    seen: dict[str, list[Tensor]] = {}
+    versions: dict[str, list[int]] = {}
+
+    def look(layer: Layer, x: Tensor, _: Tensor) -> None:
+        seen.setdefault(layer.name, []).append(x)
+        versions.setdefault(layer.name, []).append(x._version)
+
+    with torch.no_grad(), hooked(network, layers, look):
+        network(batch)
+    groups: dict[str, str] = {}
+    for name in seen:
+        same = (
+            other
+            for other in dict.fromkeys(groups.values())
+            if versions[other] == versions[name]
+            and len(seen[other]) == len(seen[name])
+            and all(_is_same(a, b) for a, b in zip(seen[other], seen[name], strict=True))
+        )
+        groups[name] = next(same, name)
+    return groups
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
+
+
+def measure_inputs(
+    network: Network,
+    sequences: Sequences,
+    layers: Sequence[Checked],
+    graded: Sequence[Checked],
+    *,
+    loss: Loss | None,
+    seed: int,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """One pass of the dense network over the calibration data; errors are added to `layers`.
+
+    Args:
+        layers: those that were fitted to the dense network's inputs.
+        graded: those whose output gradients are wanted; needs `loss`.
+
+    Returns:
+        Moments of inputs by group, and of output gradients by layer.
+    """
+    inputs: dict[str, Moments] = {}
+    gradients: dict[str, Moments] = {}
+    by_name = {checked.layer.name: checked for checked in layers}
+    wanted = {checked.layer.name for checked in graded}
+    mask: Tensor | None = None
+
+    def after_layer(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
+        if layer.name in by_name:
+            checked = by_name[layer.name]
+            rows, outputs = (real_rows(tensor.detach(), mask) for tensor in (x, y))
+            checked.add_error(rows.float() @ checked.difference().T)
+            checked.add_energy(outputs)
+            if checked.group == layer.name:
+                inputs.setdefault(layer.name, Moments()).add(rows)
+        if layer.name not in wanted or loss is None:
+            return None
+        if not y.requires_grad:
+            y = y.requires_grad_().clone()
+        sums = gradients.setdefault(layer.name, Moments())
+        y.register_hook(lambda gradient: sums.add(real_rows(gradient, mask)))
+        return y
+
+    generator = torch.Generator().manual_seed(seed)
+    hooks = {checked.layer.name: checked.layer for checked in (*layers, *graded)}
+    with hooked(network, list(hooks.values()), after_layer):
+        for batch in sequences.batches(batch_size(sequences, STATISTICS_TOKENS)):
+            mask = batch.get("attention_mask")
+            _run(network, batch, loss, generator)
+            advance(len(next(iter(batch.values()))))
+    return inputs, {name: sums for name, sums in gradients.items() if sums.count}
+
+
+def real_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The entries (t, width) of the tokens that are not padding."""
+    return unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
+
+
+def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Generator) -> None:
+    if loss is None:
+        with torch.no_grad():
+            network(batch)
+        return
+    inputs, labels = prepare(loss, batch, generator)
+    with recast_in_backward(network.casts):
+        outputs, left = network(inputs), num_scalars(loss)
+        mask = batch.get("attention_mask")
+        for scalar in backward_scalars(loss, outputs, labels, generator, mask):
+            left -= 1
+            if scalar.requires_grad:
+                scalar.backward(retain_graph=left > 0)
+
+
+def measure_pairs(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    layers: Sequence[Checked],
+    *,
+    advance: Callable[[int], None],
+) -> dict[str, PairMoments]:
+    """Both networks over the calibration data; errors are added to `layers`.
+
+    Args:
+        layers: those that were fitted to the compressed network's inputs; each runs once in a pass.
+
+    Returns:
+        The moments of input pairs by group.
+    """
+    pairs: dict[str, PairMoments] = {}
+    seen: dict[str, Tensor] = {}
+    by_name = {checked.layer.name: checked for checked in layers}
+    mask: Tensor | None = None
+
+    def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
+        if by_name[layer.name].group == layer.name:
+            seen[layer.name] = real_rows(x, mask).clone()
+        by_name[layer.name].add_energy(real_rows(y, mask))
+
+    def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
+        checked, compressed = by_name[layer.name], real_rows(x, mask).float()
+        drift = seen[checked.group].float() - compressed
+        checked.add_error(compressed @ checked.difference().T + drift @ checked.weight.float().T)
+        if checked.group == layer.name:
+            pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
+
+    own = [checked.layer for checked in layers]
+    with torch.no_grad():
+        for batch in sequences.batches(batch_size(sequences, PAIR_TOKENS)):
+            mask = batch.get("attention_mask")
+            with hooked(before, own, in_dense):
+                before(batch)
+            with hooked(after, own, in_compressed):
+                after(batch)
+            advance(len(next(iter(batch.values()))))
+    return pairs

@@ -1,0 +1,229 @@
+"""The original checkpoint: is it the recorded one, and is everything unchanged that should be?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.errors import InputError
+from lrc_cli.factories import ask_for_factory, source_file
+from lrc_cli.layers import linear_shape
+from lrc_cli.models import Layer, open_module
+from lrc_cli.names import module_names
+from lrc_cli.precision import DTYPES
+from lrc_cli.verify.files import is_inside, sha256_of
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import BIAS, UP, WEIGHT, Written
+
+
+def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
+    """The dense checkpoint.
+
+    Raises:
+        InputError: it is missing or no dense checkpoint, or needs a factory that was not given.
+    """
+    source = open_source(against)
+    if source.config is None and factory is None:
+        raise ask_for_factory(source.path, recorded)
+    return source
+
+
+def check_original(written: Written, original: Source, findings: Findings) -> bool:
+    """Hashes, tensors and side files; returns whether it is the recorded checkpoint."""
+    assert written.report is not None
+    recorded = written.report["provenance"]["checkpoint_sha256"]
+    same = _check_hashes(recorded, original, findings)
+    if same:
+        with findings.guard("original.tensors", "the unchanged tensors can be compared"):
+            _check_tensors(written, original, findings)
+        with findings.guard("original.files", "the side files can be compared"):
+            _check_side_files(written, original, recorded, findings)
+    return same
+
+
+def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings) -> bool:
+    """Every recorded file, and no weight file that is not recorded."""
+    single = original.path.is_file()
+    weights = {file.name for file in original.files} | (
+        {"config.json"} if original.config else set()
+    )
+    same = True
+    for name, sha256 in recorded.items():
+        file = original.path if single and len(recorded) == 1 else original.path / name
+        what = f"the original's {name} has the hash in the report"
+        if not is_inside(name) or not file.is_file():
+            problem: str | None = "the file is missing"
+        else:
+            found = sha256_of(file)
+            problem = None if found == sha256 else f"stated {sha256}, found {found}"
+        holds = findings.judge("original.hash", what, problem)
+        # A licence or a card that changed since does not make it another network.
+        same &= holds or not (single or name in weights or name.endswith(".safetensors"))
+    if not single:
+        unknown = sorted({file.name for file in original.files} - set(recorded))
+        what = "the report has the hash of every weight file of the original"
+        problem = f"not of {', '.join(unknown[:3])}" if unknown else None
+        same &= findings.judge("original.hash", what, problem)
+    return same
+
+
+def _check_tensors(written: Written, original: Source, findings: Findings) -> None:
+    """Bit by bit, after the conversion that output.dtype asks for."""
+    assert written.report is not None
+    if written.source is None:
+        reason = "the weight files cannot be opened"
+        findings.not_checked("original.tensors", "unchanged tensors", reason)
+        return
+    report, source = written.report, written.source
+    kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
+    for key, info in original.tensors.items():
+        factor = key.removesuffix(WEIGHT) + UP
+        if key.endswith(WEIGHT) and factor in source.tensors and factor not in original.tensors:
+            continue
+        what = f"tensor {key} is the original's"
+        if key not in source.tensors:
+            findings.judge("original.tensors", what, "it is missing")
+        elif not _may_change(written, key):  # else C1 measures the layer with it
+            wanted = original.read(key)
+            findings.judge("original.tensors", what, _tensor_problem(written, wanted, key))
+        if key in kept:
+            stated, what = kept[key], f"the report has the bytes of the original's {key}"
+            findings.equal("original.bytes", what, stated, info.num_bytes)
+    what = "the report has the bytes and the parameters of the original"
+    size = report["size"]
+    stated_sizes = [size["checkpoint_bytes"]["before"], size["parameters"]["before"]]
+    infos: list[TensorInfo] = list(original.tensors.values())
+    found = [sum(i.num_bytes for i in infos), sum(i.num_elements for i in infos)]
+    findings.equal("original.bytes", what, stated_sizes, found)
+
+
+def _may_change(written: Written, key: str) -> bool:
+    """Whether it is the bias of a factorised layer whose method has a bias of its own."""
+    config, stem = written.config, key.removesuffix(BIAS)
+    if config is None or not key.endswith(BIAS) or stem not in written.table:
+        return False
+    methods = {x["method"] for x in written.factorised if written.keys.get(x["name"]) == stem}
+    return config.compression.center or "relu" in methods
+
+
+def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str | None:
+    assert written.source is not None
+    found = written.source.read(key)
+    name = written.config.output.dtype if written.config else "auto"
+    if original.is_floating_point() and name in DTYPES:
+        original = original.to(DTYPES[name])
+    if found.dtype != original.dtype or found.shape != original.shape:
+        return f"{found.dtype} {tuple(found.shape)}, not {original.dtype} {tuple(original.shape)}"
+    same = torch.equal(_bits(found), _bits(original))
+    return None if same else "its numbers differ"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes, in which every NaN equals itself and -0 is not 0."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _check_side_files(
+    written: Written, original: Source, recorded: dict[str, str], findings: Findings
+) -> None:
+    """Tokenizer, licence and the rest are carried over; config.json but for what was added."""
+    if original.path.is_file():
+        return
+    weights = {file.name for file in original.files}
+    for name, sha256 in recorded.items():
+        if name in weights or name == "config.json" or not is_inside(name):
+            continue
+        file, what = written.directory / name, f"{name} is carried over unchanged"
+        problem = None if file.is_file() and sha256_of(file) == sha256 else "it differs"
+        findings.judge("original.files", what, problem)
+    if original.config is None:
+        return
+    ours = json.loads((written.directory / "config.json").read_text(encoding="utf-8"))
+    ours.pop("quantization_config", None)
+    theirs = dict(original.config)
+    name = written.config.output.dtype if written.config else "auto"
+    if name != "auto":
+        theirs.pop("torch_dtype", None)
+        theirs["dtype"] = name
+    problem = None if ours == theirs else "it differs beyond what lrc adds"
+    findings.judge("original.files", "config.json is the original's", problem)
+
+
+def open_layers(
+    module: nn.Module, written: Written, original: Source, findings: Findings
+) -> list[Layer]:
+    """The report's layers as modules of the dense network, in the report's order.
+
+    Must see the module as it was built, before `make_network`.
+    """
+    keys = {name: key for key, name in module_names(module, original.tensors).items()}
+    parts: dict[str, Any] = dict(module.named_modules())
+    layers = []
+    for row in written.layers:
+        name, what = row["name"], f"{row['name']} is a layer of the original of that kind and shape"
+        part, key = parts.get(name), keys.get(f"{name}{WEIGHT}")
+        shape = None if part is None else linear_shape(part)
+        stated = [row["kind"], tuple(row["shape"])]
+        if shape is None or key is None or stated != [type(part).__name__, shape]:
+            findings.judge("original.layers", what, f"found {type(part).__name__} {shape}")
+            continue
+        findings.judge("original.layers", what, None)
+        stem, dtype = key.removesuffix(WEIGHT), original.tensors[key].dtype
+        written.keys[name] = stem
+        layers.append(
+            Layer(name=name, key=stem, kind=row["kind"], shape=shape, dtype=dtype, unit="")
+        )
+        size = original.tensors[key].num_bytes
+        what = f"the report has the bytes of the original's {name}"
+        findings.equal("original.bytes", what, row["bytes_before"], size)
+    return layers
+
+
+def open_networks(
+    written: Written,
+    original: Source,
+    *,
+    factory: str | None,
+    trust_remote_code: bool,
+    findings: Findings,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The modules of both checkpoints; None, with a failed statement, for a damaged output.
+
+    Raises:
+        InputError: the original cannot be loaded.
+    """
+    dense = open_module(original, factory=factory, trust_remote_code=trust_remote_code)
+    what = "the output loads as the network that the original is"
+    if written.source is None:
+        findings.not_checked("network", what, "the weight files cannot be opened")
+        return dense, None
+    with findings.guard("network", what):
+        module = open_module(written.source, factory=factory, trust_remote_code=trust_remote_code)
+        same = type(module).__qualname__ == type(dense).__qualname__
+        problem = None if same else f"it is a {type(module).__name__}"
+        return dense, module if findings.judge("network", what, problem) else None
+    return dense, None
+
+
+def check_factory(written: Written, factory: str | None, findings: Findings) -> None:
+    """The file that defines the factory has the recorded hash."""
+    assert written.report is not None
+    recorded = written.report["provenance"]["data_files_sha256"]
+    named = written.config.model.factory if written.config else None
+    if named is None:
+        return
+    what = f"the file that defines the factory {named} has the hash in the report"
+    if factory != named:
+        findings.not_checked("original.factory", what, f"--factory is {factory}")
+        return
+    try:
+        file = source_file(factory)
+    except InputError as error:
+        findings.not_checked("original.factory", what, str(error))
+        return
+    found = sha256_of(file) if file else "built in"
+    findings.equal("original.factory", what, recorded.get(named), found)

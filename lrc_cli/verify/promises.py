@@ -1,0 +1,228 @@
+"""Files only: the certificate follows from the values that it lists, and says what they say."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.calibration import TEXT_SUFFIXES
+from lrc_cli.purposes import CERTIFICATION, purposes_of
+from lrc_cli.report.sentences import assumptions, statement_text
+from lrc_cli.verify.figures import close
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.tails import exact, is_needed, mean_problem, smallest_order
+from lrc_cli.verify.written import Written
+
+SELECTED = 16
+"""Calibration sequences that tolerances and clipping limits are taken from, at most."""
+
+
+def check_certificate(written: Written, findings: Findings) -> None:
+    """The figures and the sentences of report["certificate"]."""
+    report = written.report
+    if report is None:
+        findings.not_checked("certificate", "the certificate", "report.json cannot be read")
+        return
+    with findings.guard("certificate", "the certificate can be read"):
+        certificate = report["certificate"]
+        if not certificate["statements"]:
+            note = certificate.get("note") or "no reason is given"
+            findings.not_checked("certificate", "the certificate", f"there is none: {note}")
+            return
+        _check_header(written, certificate, findings)
+        _check_listed_values(certificate, findings)
+        for statement in certificate["statements"]:
+            what = f"the statement {statement['id']} follows from the values"
+            with findings.guard("certificate.statement", what):
+                problem = statement_problem(statement, certificate)
+                findings.judge("certificate.statement", what, problem)
+            what = f"the sentence of {statement['id']} says what its figures say"
+            with findings.guard("certificate.sentence", what):
+                same = statement["text"] == statement_text(statement, certificate)
+                findings.judge("certificate.sentence", what, None if same else "it does not")
+        same = certificate["assumptions"] == assumptions(certificate)
+        what = "the assumptions are those of such a certificate"
+        findings.judge("certificate.sentence", what, None if same else "they are not")
+
+
+def _check_header(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:
+    """What the certificate says of its data, against the config and the report."""
+    assert written.report is not None
+    facts = written.report["provenance"]["sequences"]
+    data, chosen = facts["certification"], facts["calibration"]
+    section = written.config.certification if written.config else None
+    if section is None:
+        findings.judge("certificate.header", "a certificate was asked for", "the config has none")
+        return
+    population, selection = certificate["population"], certificate["selection"]
+    stated = {
+        "confidence": certificate["confidence"],
+        "quantile": certificate["quantile"],
+        "num_sequences": certificate["num_sequences"],
+        "population": population["size"],
+        "data": certificate["data_sha256"],
+        "selection": [selection["num_sequences"], selection["sha256"]],
+    }
+    found = {
+        "confidence": section.confidence,
+        "quantile": section.quantile,
+        "num_sequences": data["num_sequences"],
+        "population": data["population"],
+        "data": data["sha256"],
+        "selection": [min(SELECTED, chosen["num_sequences"]), chosen["sha256"]],
+    }
+    what = "the certificate's header agrees with the config and the provenance"
+    findings.equal("certificate.header", what, stated, found)
+    _check_population(written, certificate, findings)
+
+
+def _check_population(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:
+    """Unit, sampling and population are those of the config's certification section."""
+    assert written.report is not None and written.config is not None
+    purpose = next(p for p in purposes_of(written.config) if p.name == CERTIFICATION)
+    is_text, population = purpose.path.suffix in TEXT_SUFFIXES, certificate["population"]
+    length = purpose.sequence_length if is_text else None
+    first, last = purpose.part
+    place, size = purpose.path.name, population["size"]
+    if (first, last) != (0.0, 1.0):
+        place += f" (part {first:g} to {last:g})"
+    members = f"blocks of {length} tokens" if is_text else "rows"
+    facts = written.report["provenance"]
+    hashes = {str(Path(name)): value for name, value in facts["data_files_sha256"].items()}
+    stated = {
+        "unit": certificate["unit"],
+        "sequence_length": certificate["sequence_length"],
+        "sampling": certificate["sampling"],
+        "activations": certificate["activation_dtype"],
+        "description": population["description"],
+        "file": [population["file"], population["part"], population["file_sha256"]],
+    }
+    found = {
+        "unit": f"sequence of {length} tokens" if is_text else "row",
+        "sequence_length": length,
+        "sampling": "uniformly at random without replacement",
+        "activations": facts["activation_dtype"],
+        "description": f"the {size:,} {members} of {place} that calibration left free",
+        "file": [purpose.path.name, list(purpose.part), hashes.get(str(purpose.path))],
+    }
+    what = "the certificate's unit and population are those of the config"
+    findings.equal("certificate.header", what, stated, found)
+
+
+def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> None:
+    """N values of each quantity; as many statements as are counted; every one has its place."""
+    values, statements = certificate["values"], certificate["statements"]
+    series = {name: found for name, found in values.items() if name != "layers"}
+    series |= {f"layers.{name}": found for name, found in values.get("layers", {}).items()}
+    wrong = [
+        name
+        for name, found in series.items()
+        if len(found) != certificate["num_sequences"] or not all(map(math.isfinite, found))
+    ]
+    problem = f"not so: {', '.join(wrong[:3])}" if wrong else None
+    what = "every quantity has one finite value per sequence"
+    findings.judge("certificate.values", what, problem)
+    wanted = {(name, kind) for name in series for kind in ("mean", "quantile")}
+    wanted = {
+        pair
+        for pair in wanted
+        if pair[1] == "quantile" or not pair[0].startswith(("all_", "layers."))
+    }
+    made = [(_series_name(s), s["kind"]) for s in statements if _series_name(s) is not None]
+    same = sorted(map(str, made)) == sorted(map(str, wanted))
+    problem = None if same else f"{len(made)} statements for {len(wanted)}"
+    findings.judge("certificate.values", "every quantity has its statements", problem)
+    what = "the number of statements is right"
+    findings.equal("certificate.values", what, certificate["num_statements"], len(made))
+    layers, worst = values.get("layers", {}), values.get("all_layers", [])
+    if layers and worst:
+        ratios = [
+            max(found[i] / certificate["tolerances"][name] for name, found in layers.items())
+            for i in range(len(worst))
+        ]
+        same = all(close(a, b) for a, b in zip(worst, ratios, strict=True))
+        problem = None if same else "they are not the largest error / tolerance"
+        findings.judge("certificate.values", "the worst layers' values are right", problem)
+
+
+def _series_name(statement: Mapping[str, Any]) -> str | None:
+    """The values that a statement is about; None for one that claims nothing of its own."""
+    if statement["quantity"] != "layer_error":
+        return str(statement["quantity"])
+    return None if statement["layer"] is None else f"layers.{statement['layer']}"
+
+
+def statement_problem(statement: Mapping[str, Any], certificate: Mapping[str, Any]) -> str | None:
+    """What of a statement does not follow from the listed values; None where all does."""
+    quantile = certificate["quantile"]
+    name = _series_name(statement)
+    stem = statement["quantity"] + ("" if not statement["layer"] else f".{statement['layer']}")
+    if statement["id"] != f"{stem}.{statement['kind']}":
+        return f"its name is not {stem}.{statement['kind']}"
+    delta = (1 - certificate["confidence"]) / certificate["num_statements"]
+    if name is None:
+        delta = (1 - certificate["confidence"]) / (
+            certificate["num_statements"] + len(certificate["tolerances"])
+        )
+    if not close(statement["delta"], delta):
+        return f"delta {statement['delta']} is not {delta}"
+    needed = statement["num_needed"]
+    if statement["kind"] == "quantile" and not is_needed(needed, quantile, statement["delta"]):
+        return f"{needed} sequences are not the least that serve"
+    if name is None:
+        return _too_many_problem(statement, certificate)
+    parts = name.split(".", 1)
+    table = certificate["values"]
+    values = table["layers"][parts[1]] if parts[0] == "layers" else table[name]
+    if not close(statement["worst"], max(values)):
+        return f"the largest value is {max(values)}, not {statement['worst']}"
+    problem_of = _mean_problem if statement["kind"] == "mean" else _quantile_problem
+    return problem_of(statement, certificate, values)
+
+
+def _too_many_problem(statement: Mapping[str, Any], certificate: Mapping[str, Any]) -> str | None:
+    """For the entry that says why there are no statements on single layers."""
+    if statement["status"] == "certified" or statement["bound"] is not None:
+        return "it certifies a bound of no layer"
+    drawn, size = certificate["num_sequences"], certificate["population"]["size"]
+    order = smallest_order(drawn, certificate["quantile"], statement["delta"], size)
+    return None if order is None else f"{drawn} sequences do suffice"
+
+
+def _quantile_problem(
+    statement: Mapping[str, Any], certificate: Mapping[str, Any], values: Sequence[float]
+) -> str | None:
+    quantile, size = certificate["quantile"], certificate["population"]["size"]
+    order = smallest_order(len(values), quantile, statement["delta"], size)
+    ordered = sorted(values)
+    middle = ordered[math.ceil(exact(quantile) * len(values)) - 1]
+    stated = [statement[key] for key in ("status", "order", "bound", "observed")]
+    found: list[Any] = ["cannot certify", None, None, middle]
+    if order is not None:
+        found = ["certified", order, ordered[order - 1], middle]
+    return None if stated == found else f"stated {stated}, found {found}"
+
+
+def _mean_problem(
+    statement: Mapping[str, Any], certificate: Mapping[str, Any], values: Sequence[float]
+) -> str | None:
+    quantity = statement["quantity"]
+    limit = certificate["clips"].get(quantity, 1.0)
+    lower = -limit if quantity == "loss_difference" else 0.0
+    if statement["clip"] != [lower, limit] or statement["status"] != "certified":
+        return f"stated {statement['status']} with clip {statement['clip']}, not {[lower, limit]}"
+    clipped = [sorted((lower, value, limit))[1] for value in values]
+    beyond = sum(value < lower or value > limit for value in values)
+    if statement["num_clipped"] != beyond:
+        return f"{beyond} values are beyond the limits, not {statement['num_clipped']}"
+    average = math.fsum(clipped) / len(clipped)
+    if not math.isclose(statement["observed"], average, rel_tol=1e-9, abs_tol=1e-12 * limit):
+        return f"the mean is {average}, not {statement['observed']}"
+    return mean_problem(
+        clipped,
+        statement["bound"],
+        lower=lower,
+        upper=limit,
+        delta=statement["delta"],
+        population=certificate["population"]["size"],
+    )

@@ -1,0 +1,129 @@
+"""What verification says: statements that hold, fail or were not checked, and how people read them.
+
+Nothing is ever called holding that was not looked at.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from safetensors import SafetensorError
+
+from lrc_cli.errors import LrcError
+from lrc_cli.factories import named
+from lrc_cli.progress import Interrupted
+
+HOLDS, FAILS, NOT_CHECKED = "holds", "fails", "not checked"
+
+MAX_LINES = 40
+"""How many lines of one status are printed one by one."""
+
+DAMAGE = (
+    LrcError,
+    SafetensorError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading a file that somebody changed may raise, its values being anything."""
+
+
+class StatementFailed(LrcError):
+    """Verification found a statement that does not hold."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """One sentence about the output, and what became of it."""
+
+    id: str
+    """Its group, for instance "tensors.hash"."""
+    what: str
+    """The sentence that holds or does not."""
+    status: str
+    """HOLDS, FAILS or NOT_CHECKED."""
+    detail: str = ""
+    """What was found, or why nothing was looked for."""
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"id": self.id, "what": self.what, "status": self.status, "detail": self.detail}
+
+
+class Findings:
+    """The statements of one verification, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.statements: list[Statement] = []
+
+    def judge(self, id: str, what: str, problem: str | None, detail: str = "") -> bool:
+        """The statement fails if there is a problem, else it holds; returns whether it holds."""
+        status = HOLDS if problem is None else FAILS
+        self.statements.append(
+            Statement(
+                id=id, what=what, status=status, detail=detail if problem is None else problem
+            )
+        )
+        return problem is None
+
+    def equal(self, id: str, what: str, stated: object, found: object) -> bool:
+        """The statement holds if what is stated is what was found; 1 and True differ."""
+        same = stated == found and isinstance(stated, bool) == isinstance(found, bool)
+        return self.judge(id, what, None if same else f"stated {stated!r}, found {found!r}")
+
+    def not_checked(self, id: str, what: str, reason: str) -> None:
+        """The statement was not looked at."""
+        self.statements.append(Statement(id=id, what=what, status=NOT_CHECKED, detail=reason))
+
+    @contextmanager
+    def guard(self, id: str, what: str) -> Iterator[None]:
+        """Within it, whatever damaged files raise is a failed statement instead."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except DAMAGE as error:
+            cause = str(error) if isinstance(error, LrcError) else named(error)
+            self.judge(id, what, f"cannot be checked against what is there: {cause}")
+
+    def with_status(self, status: str) -> list[Statement]:
+        """The statements of one status, in order."""
+        return [statement for statement in self.statements if statement.status == status]
+
+    @property
+    def failed(self) -> bool:
+        """Whether any statement fails."""
+        return any(statement.status == FAILS for statement in self.statements)
+
+
+def render(findings: Findings) -> str:
+    """For people: what fails first, what was not checked, then how many of each kind hold."""
+    lines = [
+        *_listed(findings.with_status(FAILS)),
+        *_listed(findings.with_status(NOT_CHECKED)),
+        *(f"{HOLDS}: {id}: {number:,} hold" for id, number in _counts(findings)),
+    ]
+    totals = [f"{len(findings.with_status(s)):,} {s}" for s in (HOLDS, FAILS, NOT_CHECKED)]
+    return "\n".join([*lines, ", ".join(totals)])
+
+
+def _listed(statements: list[Statement]) -> list[str]:
+    lines = [f"{s.status}: {s.id}: {s.what}: {s.detail}" for s in statements[:MAX_LINES]]
+    if len(statements) > MAX_LINES:
+        left = len(statements) - MAX_LINES
+        lines.append(f"{statements[0].status}: and {left:,} more, see --json")
+    return lines
+
+
+def _counts(findings: Findings) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for statement in findings.with_status(HOLDS):
+        counts[statement.id] = counts.get(statement.id, 0) + 1
+    return list(counts.items())

@@ -1,0 +1,214 @@
+"""Files only: tensors, their index, their metadata and the layer table agree with one another."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lrc_cli.checkpoint.headers import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    TensorInfo,
+    open_tensors,
+    read_json,
+)
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.written import BIAS, PERM, UP, WEIGHT, Written, gained_biases
+
+CHUNK = 1 << 22
+"""Entries looked at together."""
+
+
+def check_weights(written: Written, findings: Findings) -> None:
+    """All that the weight files alone say; needs `written.source`."""
+    source = written.source
+    if source is None:
+        reason = "the weight files cannot be opened"
+        findings.not_checked("tensors", "shapes, numbers, index and layer table", reason)
+        return
+    with findings.guard("tensors.finite", "the tensors can be read"):
+        _check_finite(source, findings)
+    with findings.guard("index", "the index is right"):
+        _check_index(source, findings)
+    with findings.guard("metadata", "the files' metadata is right"):
+        _check_metadata(written, source, findings)
+    with findings.guard("table", "the layer table is right"):
+        _check_table(written, source, findings)
+    with findings.guard("layers.shape", "the report's layers are those of the files"):
+        _check_layers(written, source, findings)
+
+
+def _check_finite(source: Source, findings: Findings) -> None:
+    for key, info in source.tensors.items():
+        if not info.dtype.is_floating_point:
+            continue
+        flat = source.read(key).flatten()
+        wrong = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(CHUNK))
+        problem = f"{wrong} entries are not" if wrong else None
+        findings.judge("tensors.finite", f"every number of {key} is finite", problem)
+
+
+def _check_index(source: Source, findings: Findings) -> None:
+    file = source.path / INDEX_NAME
+    if not file.exists():
+        single = len(list(source.path.glob("*.safetensors"))) == 1
+        problem = None if single else "there are several, and no index"
+        findings.judge("index.files", "there is one weight file", problem)
+        return
+    index = read_json(file)
+    found: dict[str, str] = {}
+    for shard in sorted(source.path.glob("*.safetensors")):
+        with open_tensors(shard) as handle:
+            found |= dict.fromkeys(handle.keys(), shard.name)
+    wrong = {
+        k for k in {*found, *index["weight_map"]} if index["weight_map"].get(k) != found.get(k)
+    }
+    problem = f"not for {', '.join(sorted(wrong)[:3])}" if wrong else None
+    findings.judge("index.files", "the index names the shard of every tensor", problem)
+    total = sum(info.num_bytes for info in source.tensors.values())
+    stated = index["metadata"]["total_size"]
+    findings.equal("index.size", "the index states the bytes of all tensors", stated, total)
+
+
+def _check_metadata(written: Written, source: Source, findings: Findings) -> None:
+    facts = (written.report or {}).get("provenance", {})
+    for file in source.files:
+        with open_tensors(file) as handle:
+            metadata = handle.metadata() or {}
+        record = json.loads(metadata.get("lrc", "{}"))
+        stated = {
+            "format_version": record.get("format_version"),
+            "tool_version": record.get("tool_version"),
+            "config_sha256": record.get("config_sha256"),
+            "format": metadata.get("format"),
+            "keys": sorted(metadata),
+        }
+        found = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": facts.get("lrc_version"),
+            "config_sha256": facts.get("config_sha256"),
+            "format": "pt",
+            "keys": ["format", "lrc"],
+        }
+        what = f"the metadata of {file.name} agrees with the report"
+        findings.equal("metadata", what, stated, found)
+        if source.config is None:
+            written.table = record.get("layers", {})
+            factory = written.config.model.factory if written.config else None
+            what = f"{file.name} names the config's factory"
+            findings.equal("metadata", what, record.get("factory"), factory)
+
+
+def _check_table(written: Written, source: Source, findings: Findings) -> None:
+    """The table names exactly the layers whose tensors are factors, and says what they are."""
+    if source.config is not None:
+        quantization = source.config.get("quantization_config") or {}
+        written.table = quantization.get("layers", {})
+        if quantization:
+            stated = quantization.get("format_version")
+            what = "config.json states the format version"
+            findings.equal("table", what, stated, FORMAT_VERSION)
+    found = {key.removesuffix(UP) for key in source.tensors if key.endswith(UP)}
+    found = {key for key in found if key + WEIGHT in source.tensors} | {
+        key.removesuffix(PERM) for key in source.tensors if key.endswith(PERM)
+    }
+    for key in sorted({*found, *written.table}):
+        what = f"the layer table and the tensors of {key} agree"
+        if key not in written.table:
+            findings.judge("table", what, "the table has no such layer, the tensors are factors")
+            continue
+        shapes = {end: _shape(source, key + end) for end in (WEIGHT, UP, PERM)}
+        problem = factor_problem(shapes, written.table[key])
+        if problem is None and shapes[PERM]:
+            problem = _perm_problem(source.read(key + PERM))
+        findings.judge("table", what, problem)
+
+
+def _shape(source: Source, key: str) -> tuple[int, ...] | None:
+    info = source.tensors.get(key)
+    return None if info is None else info.shape
+
+
+def factor_problem(
+    shapes: Mapping[str, tuple[int, ...] | None], entry: Mapping[str, Any]
+) -> str | None:
+    """What is wrong with a layer's shapes, given its table entry; None where they fit."""
+    weight, up, perm = shapes[WEIGHT], shapes[UP], shapes[PERM]
+    if weight is None or up is None:
+        return f"the tensor {'weight' if weight is None else 'up.weight'} is missing"
+    if len(weight) != 2 or len(up) != 2 or weight[0] != up[1]:
+        return f"factors of shape {weight} and {up} cannot be multiplied"
+    rank, rows = weight[0], up[0] if perm is None else up[0] + weight[0]
+    stated = {k: entry.get(k) for k in ("storage", "rank", "block")}
+    if perm is None:
+        found = {"storage": "factors", "rank": rank, "block": None}
+    elif len(perm) != 1 or not perm[0] or rows % perm[0]:
+        return f"a permutation of shape {perm} does not divide {rows} rows"
+    else:
+        found = {"storage": "interpolative", "rank": rank, "block": rows // perm[0]}
+        if rank % (rows // perm[0]):
+            return f"rank {rank} is not whole blocks of {rows // perm[0]}"
+    if stated != found:
+        return f"the table says {stated}, the tensors {found}"
+    return None if 0 < rank < rows else f"rank {rank} is not below {rows} rows"
+
+
+def _perm_problem(perm: torch.Tensor) -> str | None:
+    if perm.dtype != torch.int32:
+        return f"the permutation is stored as {perm.dtype}"
+    wanted = set(range(len(perm)))
+    return None if set(perm.tolist()) == wanted else "perm is not a permutation"
+
+
+def _check_layers(written: Written, source: Source, findings: Findings) -> None:
+    """The report's rows against the tensors."""
+    if not written.report:
+        findings.not_checked("layers.shape", "the report's layers", "report.json cannot be read")
+        return
+    factorised = {written.keys.get(layer["name"]) for layer in written.factorised} - {None}
+    if len(factorised) == len(written.factorised):
+        what = "the report's factorised layers are those of the layer table"
+        findings.equal("layers.shape", what, sorted(map(str, factorised)), sorted(written.table))
+    biases = gained_biases(written)
+    for layer in written.layers:
+        key, what = written.keys.get(layer["name"]), f"the report has the sizes of {layer['name']}"
+        if key is None:
+            findings.not_checked("layers.shape", what, "its tensors go by another name")
+        else:
+            gained = source.tensors.get(key + BIAS) if key + BIAS in biases else None
+            findings.judge("layers.shape", what, _layer_problem(layer, source, key, gained))
+
+
+def _layer_problem(
+    layer: Mapping[str, Any], source: Source, key: str, gained: TensorInfo | None
+) -> str | None:
+    infos = {end: source.tensors.get(key + end) for end in (WEIGHT, UP, PERM)}
+    weight, up, perm = infos[WEIGHT], infos[UP], infos[PERM]
+    if weight is None:
+        return f"the tensor {key}{WEIGHT} is missing"
+    stated: dict[str, Any] = {k: layer.get(k) for k in ("dtype", "bytes_after", "fallback")}
+    found: dict[str, Any] = {
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "bytes_after": sum(
+            info.num_bytes for info in (*infos.values(), gained) if info is not None
+        ),
+        "fallback": bool(layer["fallback"]) if layer["storage"] == "dense" else False,
+    }
+    stated["shape"] = layer["shape"]
+    if up is None:
+        found["shape"] = list(weight.shape)
+        if layer["kind"] == "Conv1D":
+            found["shape"].reverse()
+        stated["storage"], found["storage"] = layer["storage"], "dense"
+    else:
+        rows = up.shape[0] + (weight.shape[0] if perm is not None else 0)
+        found["shape"] = [rows, weight.shape[1]]
+        stated |= {k: layer.get(k) for k in ("storage", "rank", "block")}
+        found |= {
+            "storage": "factors" if perm is None else "interpolative",
+            "rank": up.shape[1],
+            "block": 1 if perm is None else rows // perm.shape[0],
+        }
+    return None if stated == found else f"stated {stated}, found {found}"

@@ -1,0 +1,150 @@
+"""The output as it lies on the disk: its report, its weights, its config, its layers' names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.checkpoint.headers import read_json
+from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.config import Config, load_config
+from lrc_cli.verify.files import REPORT
+from lrc_cli.verify.statements import Findings
+
+FORM: dict[str, type] = {
+    "layers": list,
+    "skipped": list,
+    "quality": list,
+    "provenance": dict,
+    "size": dict,
+    "target": dict,
+    "certificate": dict,
+    "sequential": dict,
+}
+"""The parts of a report that every statement may look into."""
+ROWS = {
+    "layers": ("name", "kind", "shape", "method", "storage", "fallback"),
+    "skipped": ("name", "bytes"),
+    "quality": ("text", "num_sequences"),
+}
+PROVENANCE = (
+    "lrc_version",
+    "activation_dtype",
+    "device",
+    "config",
+    "config_sha256",
+    "checkpoint_sha256",
+    "data_files_sha256",
+    "sequences",
+)
+UP, PERM, WEIGHT, BIAS = ".up.weight", ".perm", ".weight", ".bias"
+
+
+@dataclass(kw_only=True)
+class Written:
+    """An output; what could not be opened is None, and a statement says why."""
+
+    directory: Path
+    report: dict[str, Any] | None = None
+    source: Source | None = None
+    config: Config | None = None
+    table: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The layer table of config.json, or of the metadata: disk name -> storage, rank, block."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """The report's layer names -> disk names, for the layers where files alone tell."""
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """The report's layers."""
+        return list((self.report or {}).get("layers", ()))
+
+    @property
+    def factorised(self) -> list[dict[str, Any]]:
+        """The report's layers that were replaced by factors."""
+        return [layer for layer in self.layers if layer["storage"] != "dense"]
+
+
+def open_written(directory: Path, findings: Findings) -> Written:
+    """Open report.json, lrc.yaml and the weights; each that cannot be is a failed statement."""
+    written = Written(directory=directory)
+    what = "report.json can be read"
+    with findings.guard("report.open", what):
+        report = read_json(directory / REPORT)
+        if findings.judge("report.open", what, _form_problem(report)):
+            written.report = report
+    what = "lrc.yaml is a config"
+    with findings.guard("config.open", what):
+        written.config = load_config(directory / "lrc.yaml")
+        findings.judge("config.open", what, None)
+    what = "the weight files can be read, as their index names them"
+    with findings.guard("weights.open", what):
+        written.source = open_source(directory, factorised=True)
+        findings.judge("weights.open", what, None)
+    with findings.guard("layers.names", "the report's layers are named like tensors"):
+        written.keys = _disk_names(written)
+    return written
+
+
+def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Z (m, n) float64 from a layer's tensors, by the words of docs/format.md.
+
+    Two factors: up @ weight. Interpolative: c is (weight, up @ weight) as m / block slabs of rows,
+    and slab i of Z is slab perm[i] of c.
+
+    Args:
+        tensors: by their ends: ".weight" (r, n), ".up.weight" and, interpolative only, ".perm".
+    """
+    inner, outer = tensors[WEIGHT].double(), tensors[UP].double()
+    if PERM not in tensors:
+        return outer @ inner
+    slabs = torch.cat((inner, outer @ inner)).chunk(len(tensors[PERM]))
+    return torch.cat([slabs[index] for index in tensors[PERM].tolist()])
+
+
+def layer_tensors(source: Source, key: str) -> dict[str, torch.Tensor]:
+    """A factorised layer's tensors by their ends, as views of the files."""
+    ends = (WEIGHT, UP, PERM)
+    return {end: source.read(key + end) for end in ends if key + end in source.tensors}
+
+
+def _form_problem(report: dict[str, Any]) -> str | None:
+    """What keeps a JSON object from being a report at all; details are left to each statement."""
+    for key, wanted in FORM.items():
+        if not isinstance(report.get(key), wanted):
+            return f"{key} is {type(report.get(key)).__name__}, not {wanted.__name__}"
+    for key, names in ROWS.items():
+        for row in report[key]:
+            missing = [n for n in names if not isinstance(row, dict) or n not in row]
+            if missing:
+                return f"an entry of {key} has no {missing[0]}"
+    missing = [name for name in PROVENANCE if name not in report["provenance"]]
+    return f"provenance has no {missing[0]}" if missing else None
+
+
+def _disk_names(written: Written) -> dict[str, str]:
+    """Layer names are module names; disk names may have a prefix more or less."""
+    if written.source is None:
+        return {}
+    stems = [key.removesuffix(WEIGHT) for key in written.source.tensors if key.endswith(WEIGHT)]
+    skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
+    free = [stem for stem in stems if stem + WEIGHT not in skipped]
+    names = {}
+    for layer in written.layers:
+        name = layer["name"]
+        exact = [stem for stem in free if stem == name]
+        related = [s for s in free if f".{s}".endswith(f".{name}") or f".{name}".endswith(f".{s}")]
+        for found in (exact, related):
+            if len(found) == 1:
+                names[name] = found[0]
+                break
+    return names
+
+
+def gained_biases(written: Written) -> list[str]:
+    """Disk keys of biases that the original had not: known neither as skipped nor as a weight."""
+    assert written.source is not None
+    skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
+    keys = [key + BIAS for key in written.keys.values()]
+    return [key for key in keys if key in written.source.tensors and key not in skipped]
