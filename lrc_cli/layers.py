@@ -131,7 +131,8 @@ class LowRankLayer(nn.Module):
         if self.perm is None:
             return y
         rows = torch.cat([z, y], dim=-1)
-        blocks = rows.view(*rows.shape[:-1], -1, self.block)
+        # Not -1 for the number of blocks: an expert may be called with no rows at all.
+        blocks = rows.view(*rows.shape[:-1], self.out_features // self.block, self.block)
         return blocks.index_select(-2, self.perm).flatten(-2)
 
     def extra_repr(self) -> str:

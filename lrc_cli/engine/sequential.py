@@ -58,13 +58,13 @@ class Drift:
         return share * mean if mean > 0 else share
 
     @cached_property
-    def step(self) -> Tensor:
-        """S C^- (n, n), for a generalised inverse of C: the best linear guess of E from X~."""
+    def inverse_root(self) -> Tensor:
+        """R (n, n) with R R^T a generalised inverse of C."""
         scale = self.compressed.diagonal().clamp(min=0).sqrt()
         safe = torch.where(scale > 0, scale, 1.0)
         values, vectors = eigenpairs(self.compressed / safe[:, None] / safe)
-        inverse = torch.where(values > RESOLUTION * values[0], 1 / values, 0.0)
-        return (self.cross / safe @ vectors * inverse) @ vectors.T / safe
+        inverse = torch.where(values > RESOLUTION * values[0], values.rsqrt(), 0.0)
+        return vectors * inverse / safe[:, None]
 
 
 class Sequential(Approximation):
@@ -90,26 +90,32 @@ class Sequential(Approximation):
     ) -> None:
         self.weight = weight.double()
         self.moments = drift
+        self._cross = self.weight @ drift.cross
+        self._drift = self.weight @ drift.drift
         identity = torch.eye(len(drift.compressed), dtype=torch.float64, device=weight.device)
         gram = drift.compressed + drift.ridge(ridge) * identity
-        step = torch.cholesky_solve(drift.cross.T, cholesky(gram, "regularised Gram")).T
-        self._fit = SameInput(
-            self.weight + self.weight @ step, Statistics(gram=gram, fisher=fisher), solver
-        )
+        step = torch.cholesky_solve(self._cross.T, cholesky(gram, "regularised Gram")).T
+        statistics = Statistics(gram=gram, fisher=fisher)
+        self._fit = SameInput(self.weight + step, statistics, solver)
         self.metric = self._fit.metric
         self.unit = f"{solver.unit}, on the compressed network's inputs, with ridge"
-        remaining = drift.drift - step @ drift.cross.T
-        self.inherited = self.metric.scale * _form(self.weight, remaining, self.metric.fisher)
+        self.inherited = self.metric.scale * self._left_over(step, self.metric.fisher)
         """The part of J that is there whatever Z is, in the solver's unit."""
+
+    def _left_over(self, step: Tensor, fisher: Tensor | None) -> float:
+        """tr(F (W V - W S C^- S^T) W^T) from W S C^- = `step`; rounding may make a little less
+        than nothing of it where it is zero."""
+        left = self.weight if fisher is None else fisher @ self.weight
+        rows = self._drift - step @ self.moments.cross.T
+        return max(torch.sum(left * rows).item(), 0.0)
 
     def solve(self, rank: int) -> Solution:
         return self._fit.solve(rank)
 
     def errors(self, fitted: Tensor) -> Errors:
-        moments, difference = self.moments, self.weight - fitted
-        drifted = self.weight @ moments.drift + 2 * difference @ moments.cross.T
-        output = torch.sum(difference @ moments.compressed * difference)
-        output += torch.sum(drifted * self.weight)
+        difference = self.weight - fitted
+        output = torch.sum((difference @ self.moments.compressed + 2 * self._cross) * difference)
+        output += torch.sum(self._drift * self.weight)
         metric = self._fit.errors(fitted).metric + self.inherited
         return Errors(metric, max(output.item(), 0.0))
 
@@ -123,10 +129,10 @@ class Sequential(Approximation):
 
     @cached_property
     def _unregularised(self) -> tuple[float, SameInput]:
-        moments, step = self.moments, self.moments.step
-        inherited = _form(self.weight, moments.drift - step @ moments.cross.T)
-        target = self.weight + self.weight @ step
-        return inherited, SameInput(target, Statistics(gram=moments.compressed), FROBENIUS)
+        root = self.moments.inverse_root
+        step = self._cross @ root @ root.T
+        statistics = Statistics(gram=self.moments.compressed)
+        return self._left_over(step, None), SameInput(self.weight + step, statistics, FROBENIUS)
 
     @property
     def total(self) -> float:
@@ -144,9 +150,3 @@ class Sequential(Approximation):
         if mean is None or compressed is None:
             return None
         return self.weight @ mean - fitted @ compressed
-
-
-def _form(weight: Tensor, gram: Tensor, fisher: Tensor | None = None) -> float:
-    """tr(F W G W^T), which rounding may make a little negative where it is zero: then 0."""
-    left = weight if fisher is None else fisher @ weight
-    return max(torch.sum(left * (weight @ gram)).item(), 0.0)

@@ -96,7 +96,7 @@ def _device(name: str) -> torch.device:
     """The recorded device, or what there is here."""
     try:
         return resolve_device(name)
-    except (InputError, KeyError, RuntimeError):
+    except (InputError, KeyError, RuntimeError, TypeError):
         return resolve_device("auto")
 
 

@@ -38,7 +38,7 @@ def check_quality(bench: Bench) -> None:
             found = measure_quality(
                 bench.before, bench.after, sequences, loss, bench.seed, phase.advance
             )
-            judge_quality(bench.findings, row, found, bench.before.dtype)
+            judge_quality(bench.findings, row, found, loss, bench.before.dtype)
 
 
 def check_certificate_values(bench: Bench) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.losses import Loss
 from lrc_cli.verify.errors import (
     CURVATURE_TOLERANCE,
     TOLERANCE,
@@ -76,7 +77,11 @@ def judge_bias(findings: Findings, row: Mapping[str, Any], checked: Checked) -> 
 
 
 def judge_quality(
-    findings: Findings, row: Mapping[str, Any], found: Mapping[str, float], dtype: torch.dtype
+    findings: Findings,
+    row: Mapping[str, Any],
+    found: Mapping[str, float],
+    loss: Loss,
+    dtype: torch.dtype,
 ) -> None:
     """One row of report["quality"]."""
     what = f"the quality on {row['text']} is what both networks give"
@@ -85,6 +90,8 @@ def judge_quality(
         slack = QUALITY_TOLERANCE * abs(value) + _absolute(key, row, dtype)
         if row.get(key) is None or not abs(row[key] - value) <= slack:
             problem = problem or f"{key} is stated as {row.get(key)}, found {value}"
+    if "loss_before" in found and row.get("scored") != loss.description:
+        problem = problem or f"scored is stated as {row.get('scored')}, not {loss.description}"
     findings.judge("quality.measured", what, problem)
 
 

@@ -92,7 +92,9 @@ def _same(
         "num_sequences": len(blocks),
         "population": blocks.population,
         "sha256": blocks.sha256,
+        "num_tokens": blocks.num_tokens,
     }
+    found = {key: value for key, value in found.items() if key in facts}
     return [blocks] if findings.equal("data.drawn", what, facts, found) else []
 
 
@@ -105,4 +107,5 @@ def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
         facts = next((row for row in written.report["quality"] if row["text"] == name), None)
     if facts is None:
         return None
-    return {key: facts[key] for key in ("num_sequences", "population", "sha256")}
+    keys = ("num_sequences", "population", "sha256", "num_tokens")
+    return {key: facts[key] for key in keys if key in facts}

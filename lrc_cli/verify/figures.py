@@ -170,6 +170,10 @@ def error_problem(layer: Mapping[str, Any]) -> str | None:
         for key in ("stored", "svd"):
             if _below(errors[key], errors["optimum"], errors["floor"], name):
                 return f"{name}: {key} {errors[key]} is below the optimum {errors['optimum']}"
+    inputs = "white" if layer["method"] == "svd" else "calibration"
+    inputs = "compressed" if layer.get("sequential") is True else inputs
+    if output["inputs"] != inputs:
+        return f"output: inputs are stated as {output['inputs']}, not {inputs}"
     if not close(metric["floor"], 2.0**-24 * metric["total"]):
         return f"metric: floor {metric['floor']} does not belong to total {metric['total']}"
     if output["floor"] != 2.0**-12:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lrc_cli.errors import InputError
 from lrc_cli.progress import Progress
 from lrc_cli.verify.bench import open_bench
 from lrc_cli.verify.c1 import measure_layers
@@ -49,10 +50,14 @@ def check_against(
         not_measured(findings, "report.json or lrc.yaml cannot be read")
         return
     original = open_original(against, factory, written.config.model.factory)
-    with progress.phase("original", 1):
+    bench = None
+    what = "the output can be compared with the original"
+    with (
+        progress.phase("original", 1),
+        findings.guard("original", what, passing=(InputError,)),
+    ):
         if not check_original(written, original, findings):
-            reason = "--against is not the checkpoint that was compressed"
-            _not_run(findings, reason)
+            _not_run(findings, "--against is not the checkpoint that was compressed")
             return
         check_factory(written, factory, findings)
         bench = open_bench(written, original, data, factory, trust_remote_code, findings, progress)

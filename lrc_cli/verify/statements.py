@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from safetensors import SafetensorError
 
 from lrc_cli.errors import LrcError
@@ -83,12 +84,22 @@ class Findings:
         self.statements.append(Statement(id=id, what=what, status=NOT_CHECKED, detail=reason))
 
     @contextmanager
-    def guard(self, id: str, what: str) -> Iterator[None]:
-        """Within it, whatever damaged files raise is a failed statement instead."""
+    def guard(
+        self, id: str, what: str, passing: tuple[type[Exception], ...] = ()
+    ) -> Iterator[None]:
+        """Within it, whatever damaged files raise is a failed statement instead.
+
+        Args:
+            passing: errors that are the user's, and go on.
+        """
         try:
             yield
         except Interrupted:
             raise
+        except passing:
+            raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.not_checked(id, what, f"the memory does not suffice: {named(error)}")
         except DAMAGE as error:
             cause = str(error) if isinstance(error, LrcError) else named(error)
             self.judge(id, what, f"cannot be checked against what is there: {cause}")
