@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import RunError
+from lrc_cli.evaluate import LARGEST_RATIO
 from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare, unpadded
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.statistics import micro_batch
@@ -42,14 +43,12 @@ class LayerErrors:
     """||y - (Z x + b~)||^2: what its factors change on the dense network's inputs."""
 
     def relative(self, kind: str) -> Tensor:
-        """(N,) float64: each sequence's error relative to its ||W x||; 0 where both are 0."""
-        ratio = (getattr(self, kind) / self.energy).sqrt()
-        return ratio.masked_fill(getattr(self, kind) == 0, 0.0)
+        """(N,) float64: each sequence's error relative to its ||W x||, see `ratio`."""
+        return ratio(getattr(self, kind), self.energy)
 
     def overall(self, kind: str) -> float:
         """The error over all sequences together, relative to their ||W x||."""
-        total = getattr(self, kind).sum()
-        return float((total / self.energy.sum()).sqrt()) if total > 0 else 0.0
+        return float(ratio(getattr(self, kind).sum(), self.energy.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +182,12 @@ class _Comparison:
             self.sums[layer.name][kind][self.start : self.start + len(found)] += found.cpu()
 
 
+def ratio(error: Tensor, energy: Tensor) -> Tensor:
+    """sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN if one is infinite."""
+    floor = error / LARGEST_RATIO**2
+    return (error / torch.maximum(energy, floor)).sqrt().masked_fill(error == 0, 0.0)
+
+
 def _module(network: Network, layer: Layer) -> Any:
     return network.module.get_submodule(layer.name)
 
@@ -232,12 +237,12 @@ def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
     energy, error = (by_sequence(norm.square(), batch) for norm in norms)
     if energy is None or error is None:
         return {}
-    ratio = (error / energy).sqrt().masked_fill(error == 0, 0.0)
-    found = {"relative_output_error": ratio.tolist()}
+    ratios = ratio(error, energy).tolist()
+    found = {"relative_output_error": ratios}
     if getattr(old, "logits", None) is None or first.shape[-1] < 2:
         return found
     mask = batch.get("attention_mask")
-    for index in range(len(ratio)):
+    for index in range(len(ratios)):
         own = None if mask is None else mask[index : index + 1]
         sides = (unpadded(x[index : index + 1], own).flatten(0, -2) for x in (first, second))
         for name, value in _predictions(*sides).items():

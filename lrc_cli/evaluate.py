@@ -15,6 +15,8 @@ from lrc_cli.models import Network
 from lrc_cli.statistics import micro_batch
 
 MICRO_BATCH_TOKENS = 1024
+LARGEST_RATIO = 2.0**24
+"""What a relative error counts as where it is larger, or relative to an output of 0."""
 OUTPUT_ONLY = Loss(kind="output")
 
 
@@ -109,7 +111,9 @@ def _result(sums: _Sums, loss: Loss) -> dict[str, Any]:
         if not math.isfinite(sums.difference + sums.energy):
             raise RunError("evaluation: the outputs are not finite", "set runtime.dtype: float32")
         result["relative_output_error"] = (
-            math.sqrt(sums.difference / sums.energy) if sums.energy else 0.0
+            math.sqrt(sums.difference / max(sums.energy, sums.difference / LARGEST_RATIO**2))
+            if sums.difference
+            else 0.0
         )
         if not sums.kl and not sums.agree:
             return result

@@ -12,6 +12,7 @@ from lrc_cli.engine import (
     Rectified,
     SameInput,
     Shrunk,
+    SolveError,
 )
 from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
 from lrc_cli.gather import read_statistics
@@ -89,7 +90,11 @@ def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer)
         return left_dense(reason, fallback=True)
     request = request_of(plan, layer, ranks[layer.name])
     if plan.solvers[layer.name] is RELU and request.rank != DENSE:
-        return fit_rectified(_rectified(plan, work, layer), request)
+        try:
+            problem = _rectified(plan, work, layer)
+        except SolveError as error:
+            return left_dense(f"could not be solved: {error}", fallback=True)
+        return fit_rectified(problem, request)
     return fit_layer(problem_of(plan, work, layer), request)
 
 

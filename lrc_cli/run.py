@@ -1,14 +1,15 @@
 """The main job: two phases over a work directory, because a global budget needs every layer's
 spectrum before any rank is known."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
-from lrc_cli.config import Config
-from lrc_cli.engine import SolveError, output_curve
+from lrc_cli.config import Compression, Config
+from lrc_cli.engine import RELU, SolveError, output_curve
 from lrc_cli.gather import collect_statistics, read_statistics
 from lrc_cli.layerwise import fit, num_workers, solve_cost, weight_of
 from lrc_cli.models import Layer
@@ -36,8 +37,8 @@ def compress(
     """
     progress = progress or Progress()
     with progress.phase("checks", 1):
-        check_sequential(config)
         plan = make_plan(config, force=force)
+        check_sequential(plan)
         check_reachable(plan)
     _say_what_is_off(plan, progress)
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
@@ -51,6 +52,8 @@ def compress(
         if config.compression.sequential is not False:
             used = "on" if decision.used else "off"
             progress.note(f"compression.sequential: {used}: {decision.reason}")
+        if not decision.used and RELU not in plan.solvers.values():
+            _say_unused(config.compression, "ridge", "no layer is fitted with one", progress)
         factorize = factorize_sequentially if decision.used else factorize_layers
         factorize(plan, work, ranks, factors, progress)
         begin(plan.output)
@@ -78,11 +81,26 @@ def _say_what_is_off(plan: Plan, progress: Progress) -> None:
     compression = plan.config.compression
     if compression.loss != "auto" and all("fisher" not in s.needs for s in plan.solvers.values()):
         progress.note(f"compression.loss: {compression.loss} is not used: no layer has curvature")
+    target, _ = compression.target
+    if target != "size":
+        _say_unused(compression, "size_of", f"the target is {target}", progress)
+    if target in ("max_layer_error", "threshold"):
+        _say_unused(compression, "allocation", f"{target} decides layer by layer", progress)
     for purpose in purposes_of(plan.config):
         found = len(plan.sequences.get(purpose.name, ()))
         if found < purpose.num_sequences:
             lowered = f"{found} sequences, not {purpose.num_sequences}, because no more are left"
             progress.note(f"{purpose.name}: {lowered if found else 'skipped, no sequence is left'}")
+
+
+def _say_unused(compression: Compression, key: str, why: str, progress: Progress) -> None:
+    """Say that a key is not used, where it is not at its default."""
+    value, default = getattr(compression, key), getattr(Compression, key)
+    if default is None:  # it follows from other keys
+        left_out: dict[str, Any] = {key: None}
+        default = getattr(replace(compression, **left_out), key)
+    if value != default:
+        progress.note(f"compression.{key}: {value} is not used: {why}")
 
 
 def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.config import Config
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError, pivot_block, storage_bytes
 from lrc_cli.errors import InputError
 from lrc_cli.fit import Fitted, fit_layer
@@ -60,14 +59,23 @@ class Decision:
         return {"used": self.used, "reason": self.reason}
 
 
-def check_sequential(config: Config) -> None:
-    """Raise InputError where sequential fitting is asked for with a target that it cannot keep."""
-    compression = config.compression
-    if compression.sequential is True and compression.max_layer_error is not None:
+def check_sequential(plan: Plan) -> None:
+    """Raise InputError where sequential fitting is asked for, and target or methods rule it out."""
+    compression = plan.config.compression
+    if compression.sequential is not True:
+        return
+    if compression.max_layer_error is not None:
         raise InputError(
             "compression.sequential: max_layer_error bounds errors on the dense network's inputs,"
             " and sequential fitting uses others",
             "set sequential: false, or set size in place of max_layer_error",
+        )
+    methods = {solver.name for solver in plan.solvers.values()}
+    if not methods & set(METHODS):
+        raise InputError(
+            f"compression.sequential: no layer has method {' or '.join(METHODS)}, but"
+            f" {' and '.join(sorted(methods))}",
+            "set sequential: false, or another method",
         )
 
 
@@ -106,7 +114,8 @@ def _bytes(plan: Plan, layer: Layer, rank: int) -> int:
         return m * n * itemsize
     compression = plan.config.compression
     storage = compression.override(layer.name).storage or compression.storage
-    return storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
+    own = storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
+    return own + plan.gained_bytes(layer)
 
 
 def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:

@@ -49,8 +49,12 @@ class GramSum:
         self._pivot: torch.Tensor | None = None
         self._deviation = self.total.new_zeros(width)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add rows of shape (t, n) in any floating dtype."""
+    def add(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add rows of shape (t, n) in any floating dtype.
+
+        Returns:
+            What was multiplied: the rows, with `center` less c.
+        """
         self.num_rows += len(rows)
         if self._center and len(rows):
             rows = self._around_pivot(rows)
@@ -58,6 +62,7 @@ class GramSum:
             stop = min(start + PANEL, rows.shape[1])
             panel = _product(rows[:, start:stop], rows[:, :stop])
             self.total[start:stop, :stop] += panel.to(self.total.device)
+        return rows
 
     def _around_pivot(self, rows: torch.Tensor) -> torch.Tensor:
         if self._pivot is None:
@@ -73,17 +78,19 @@ class GramSum:
         """
         lower = self.total.tril()
         gram = (lower + lower.tril(-1).T) / max(self.num_rows, 1)
-        if not self._center:
-            return gram
-        deviation = self._deviation / max(self.num_rows, 1)
-        return gram - torch.outer(deviation, deviation)
+        return gram - torch.outer(self.deviation, self.deviation) if self._center else gram
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """The mean of x - c (n,), float64; zeros without `center`."""
+        return self._deviation / max(self.num_rows, 1)
 
     def mean_row(self) -> torch.Tensor:
         """The mean of the rows (n,), float64; with `center` only."""
         if not self._center:
             raise ValueError("the mean was not collected")
-        deviation = self._deviation / max(self.num_rows, 1)
-        return deviation if self._pivot is None else deviation + self._pivot.to(deviation)
+        mean = self.deviation
+        return mean if self._pivot is None else mean + self._pivot.to(mean)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -27,21 +27,16 @@ class DriftSum:
     """Streaming sums of what `Drift` holds: products in float32, sums in float64."""
 
     def __init__(self, width: int, device: torch.device, *, center: bool) -> None:
-        self.compressed, self.drift = GramSum(width, device), GramSum(width, device)
+        self.compressed, self.drift = (GramSum(width, device, center=center) for _ in range(2))
         self.cross = torch.zeros_like(self.compressed.total)
-        self.means = self.cross.new_zeros(2, width) if center else None
+        self._center = center
 
     def add(self, x: torch.Tensor, compressed: torch.Tensor) -> None:
         """Add rows (t, n) of inputs in the dense and, for the same tokens, in the compressed
         network."""
         compressed = compressed.float()
-        drift = x.float() - compressed
-        self.compressed.add(compressed)
-        self.drift.add(drift)
-        self.cross += drift.T @ compressed
-        if self.means is not None:
-            both = torch.stack([drift, compressed])
-            self.means += both.sum(dim=1, dtype=torch.float64)
+        drift = self.drift.add(x.float() - compressed)
+        self.cross += (drift.T @ self.compressed.add(compressed)).to(self.cross.device)
 
     @property
     def is_finite(self) -> bool:
@@ -52,18 +47,13 @@ class DriftSum:
     def mean(self) -> Drift:
         """The moments per token, around the means where they are asked for."""
         num_tokens = self.compressed.num_rows
-        second = self.compressed.mean(), self.cross / num_tokens, self.drift.mean()
-        if self.means is None:
-            compressed, cross, drift = second
-            return Drift(compressed=compressed, cross=cross, drift=drift, num_tokens=num_tokens)
-        shift, mean = self.means / num_tokens
-        around = torch.outer(mean, mean), torch.outer(shift, mean), torch.outer(shift, shift)
-        compressed, cross, drift = (a - b for a, b in zip(second, around, strict=True))
+        around = torch.outer(self.drift.deviation, self.compressed.deviation)
+        mean = self.compressed.mean_row() if self._center else None
         return Drift(
-            compressed=compressed,
-            cross=cross,
-            drift=drift,
-            mean=mean + shift,
+            compressed=self.compressed.mean(),
+            cross=self.cross / num_tokens - around,
+            drift=self.drift.mean(),
+            mean=None if mean is None else mean + self.drift.mean_row(),
             mean_compressed=mean,
             num_tokens=num_tokens,
         )

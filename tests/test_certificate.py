@@ -21,6 +21,7 @@ from lrc_cli.report.sentences import (
     main_statements,
     not_promised,
     rounded_up,
+    share,
     statement_text,
 )
 
@@ -180,7 +181,7 @@ def test_means_are_of_clipped_values_and_say_so() -> None:
     mean = statements["loss_difference.mean"]
     assert mean["clip"] == [-2.0, 2.0] and mean["num_clipped"] == 2 and mean["worst"] == 9.0
     assert mean["observed"] == pytest.approx((0.5 + 9.7) / 100)
-    assert "values beyond 2 either way count as 2, 2 of them did" in mean["text"]
+    assert "values above 2 count as 2 and below -2 as -2, 2 of them did" in mean["text"]
     assert statements["kl.mean"]["num_clipped"] == 1
     assert "values above 1 count as 1, 1 of them did" in statements["kl.mean"]["text"]
     expected = mean_bound(
@@ -268,3 +269,11 @@ def test_bounds_are_rounded_up(value: float, expected: str) -> None:
     assert rounded_up(value) == expected
     if math.isfinite(value):
         assert Decimal(expected) >= Decimal(repr(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.95, "95 %"), (0.5, "50 %"), (0.999, "99.9 %"), (0.9999999, "99.99999 %")],
+)
+def test_a_share_is_never_rounded_up(value: float, expected: str) -> None:
+    assert share(value) == expected

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import unescape
@@ -13,12 +14,13 @@ import pico
 import pytest
 import torch
 from conftest import Models
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lrc_cli
 from lrc_cli import certify
 from lrc_cli.calibration import Purpose, Sequences, draw
-from lrc_cli.certify import ERRORS, Measured, measure
+from lrc_cli.certify import ERRORS, Measured, measure, ratio
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
 from lrc_cli.errors import RunError
@@ -451,3 +453,43 @@ def test_bounds_hold_on_the_whole_population_and_wrong_ones_do_not(
         assert holds(statement, certificate, own), statement["text"]
         planted = sorted(own)[size // 2] if statement["kind"] == "quantile" else min(own)
         assert not holds(statement | {"bound": planted}, certificate, own)
+
+
+@pytest.mark.parametrize(
+    ("error", "energy", "expected"),
+    [(0.0, 0.0, 0.0), (4.0, 1.0, 2.0), (1e-30, 0.0, 2.0**24), (1.0, 1e-300, 2.0**24)],
+)
+def test_an_error_relative_to_nothing_counts_as_a_large_one(
+    error: float, energy: float, expected: float
+) -> None:
+    """Never infinite or NaN: `sorted` would call a NaN the smallest of a sample."""
+    found = ratio(torch.tensor([error]).double(), torch.tensor([energy]).double())
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(ratio(torch.tensor([math.inf]), torch.tensor([1.0])).item())
+
+
+def test_rows_whose_outputs_are_zero_are_certified_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a free bias the layers' outputs for rows of zeros are nothing but an error."""
+    folder = pico.write_plain(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pico_factories", raising=False)
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    x[::3] = 0
+    save_file({"x": x}, tmp_path / "rows.safetensors")
+    file = tmp_path / "mlp.safetensors"
+    state = pico.read_state(file)
+    # Nothing passes the first ReLU for a row of zeros, and no bias is added at the end.
+    state |= {k: 0 * t for k, t in state.items() if k.endswith("bias")}
+    state["0.bias"] = state["0.bias"] - 0.1
+    save_file(state, file)
+    changes = {"certification.num_sequences": 130, "compression.method": "frobenius"}
+    changes |= folder.model("mlp") | {"compression.center": True}
+    output, report = pico.compressed(tmp_path, changes)
+    assert "Infinity" not in json.dumps(report) and "NaN" not in json.dumps(report)
+    bounds = {s["id"]: s["bound"] for s in report["certificate"]["statements"]}
+    assert bounds["all_layers.quantile"] > 0
+    arguments = ("--against", file, "--factory", "pico_factories:mlp")
+    ended = pico.call("verify", output, *arguments)
+    assert ended.code == 0, ended.out

@@ -65,6 +65,12 @@ def test_commands_and_options_are_frozen() -> None:
             ]
         ),
         "schema": [],
+        "verify": sorted(
+            [
+                *("directory", "--against", "--data", "--manifest-sha256"),
+                *("--factory", "--trust-remote-code", "--json", "--quiet"),
+            ]
+        ),
     }
 
 

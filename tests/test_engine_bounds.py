@@ -349,3 +349,10 @@ def test_shares_and_draws_that_make_no_sense() -> None:
     ):
         with pytest.raises(ValueError):
             call()
+
+
+def test_quantiles_near_one_take_no_time() -> None:
+    """Powers of fractions would take hours; the smallest N is where b^N reaches the risk."""
+    needed = sequences_needed(0.9999999, 0.05 / 7)
+    assert needed * math.log1p(-1e-7) <= math.log(0.05 / 7) < (needed - 1) * math.log1p(-1e-7)
+    assert sequences_needed(0.5, 0.25) == 2

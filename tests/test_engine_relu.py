@@ -153,6 +153,11 @@ def test_the_gap_bounds_the_distance_from_a_brute_force_minimum(kind: str) -> No
     for steps in (0, 1, 2, 5):
         early = own.convex(4, tolerance=0.0, max_steps=steps)
         assert early.steps == steps
+        # Objective and gap are those of the point that is returned, not of one before it.
+        bias = best_bias(reference, own, early.point)
+        nuclear = torch.linalg.svdvals(early.point).sum()
+        value = reference.smooth(early.point, bias) + early.penalty * nuclear
+        assert early.objective == pytest.approx(value.item(), rel=1e-9)
         assert early.objective - tight.objective <= early.gap + 1e-9 * tight.objective
 
 
@@ -275,6 +280,23 @@ def test_float32_activations_give_the_same_on_every_device(device: str) -> None:
     )
     if device == "cpu":
         assert torch.equal(again.solve(4).factors.inner, moved.solve(4).factors.inner)
+
+
+def test_inputs_far_from_zero_keep_their_digits() -> None:
+    """The given Gram matrix has lost what varies to its rounding in float32."""
+    weight, bias, x = layer("tall")
+    assert bias is not None
+    x = (x + 1e3).float()
+    bias = bias - weight @ x.double().mean(0)
+    gram = (x.T @ x).double() / len(x)
+    own = Rectified(weight, bias, Statistics(gram=gram), x)
+    fitted = own.solve(4).factors.dense()
+    errors, shift = own.errors(fitted), own.shift(fitted)
+    assert shift is not None
+    output = (x.double() @ (weight - fitted).T - shift).square().sum().item() / len(x)
+    assert errors.output == pytest.approx(output, rel=1e-5)
+    behind = behind_relu((weight, bias, x.double()), fitted, bias + shift)
+    assert errors.metric == pytest.approx(behind, rel=1e-3)
 
 
 def test_ranks_come_from_the_spectra_of_frobenius() -> None:

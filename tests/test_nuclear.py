@@ -142,6 +142,20 @@ def test_a_threshold_beside_another_method_is_refused(
     assert "compression.threshold: needs method nuclear" in message and "q_proj" in message
 
 
+def test_keys_that_a_threshold_makes_idle_are_named(
+    llama_job: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {**llama_job, **THRESHOLD, "compression.threshold": 0.5}
+    ended = pico.call("compress", pico.job(tmp_path, changes))
+    assert ended.code == 0 and "is not used" not in ended.err
+    idle = {"allocation": "uniform", "size_of": "checkpoint", "ridge": 0.5}
+    changes |= {f"compression.{key}": value for key, value in idle.items()}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "--force")
+    assert ended.code == 0, ended.err
+    for key, value in idle.items():
+        assert f"compression.{key}: {value} is not used: " in ended.err
+
+
 def test_with_a_free_bias_nothing_is_lost_on_calibration(
     llama_job: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """`method: relu` through `lrc compress`: which layers it takes, what is written and said."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def test_a_layer_may_have_the_method_alone(tmp_path: Path, opt: dict[str, Any]) 
     run = Run(tmp_path, changes)
     methods = {name: layer["method"] for name, layer in run.layers.items()}
     assert methods.pop(FC1[0]) == "relu" and set(methods.values()) == {"frobenius"}
+
+
+def test_a_layer_whose_problem_cannot_be_posed_is_left_dense_and_strict_says_so(
+    tmp_path: Path, opt: dict[str, Any]
+) -> None:
+    """Without a ridge to speak of a singular Gram matrix has no Cholesky factor."""
+    changes = {**opt, "compression.method": "relu", "compression.ridge": 1e-300, "evaluation": []}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "--strict")
+    assert ended.code == 4, ended.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    fallen = {x["name"]: x["reason"] for x in report["layers"] if x["fallback"]}
+    assert set(fallen) == set(FC1)
+    assert all("not positive definite" in reason for reason in fallen.values())
 
 
 def test_a_network_of_a_factory(tmp_path: Path, plain_folder: pico.PlainFolder) -> None:

@@ -256,6 +256,24 @@ def test_a_bound_on_layer_errors_is_refused(tmp_path: Path, job: Any) -> None:
     assert "sequential: false" in ended.err and not (tmp_path / ".lrc-work").exists()
 
 
+@pytest.mark.parametrize("method", ["svd", "nuclear"])
+def test_methods_without_a_form_on_two_networks_are_refused(
+    method: str, tmp_path: Path, job: Any
+) -> None:
+    ended = pico.call(
+        "compress", pico.job(tmp_path, job("llama", method=method, sequential=True)), "-q"
+    )
+    assert ended.code == 2 and not (tmp_path / ".lrc-work").exists()
+    assert f"no layer has method frobenius or curvature, but {method}; set" in ended.err
+
+
+def test_the_share_that_decides_counts_gained_biases(tmp_path: Path, job: Any) -> None:
+    changes = job("llama", method="frobenius", center=True, size=0.6, storage="factors")
+    _, report = pico.compressed(tmp_path, changes)
+    share = report["size"]["kept_compressible"]
+    assert report["sequential"]["reason"].startswith(f"auto: {share:.1%} of the bytes are kept")
+
+
 def test_a_layer_whose_sequential_solve_fails_is_fitted_plainly(
     tmp_path: Path, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,6 +505,23 @@ def test_streamed_moments_are_those_of_all_tokens(center: bool) -> None:
             rtol=1e-6,
             atol=1e-6,
         )
+
+
+def test_streamed_moments_around_a_far_mean_keep_their_digits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(300, 20, generator=generator) + 1e3
+    compressed = x + 0.1 * torch.randn(300, 20, generator=generator) + 10
+    sums = DriftSum(20, torch.device("cpu"), center=True)
+    for start in range(0, 300, 70):
+        sums.add(x[start : start + 70], compressed[start : start + 70])
+    drift = sums.mean()
+    a, b = (t.double() - t.double().mean(dim=0) for t in (x, compressed))
+    for found, expected in (
+        (drift.compressed, b.T @ b / 300),
+        (drift.cross, (a - b).T @ b / 300),
+        (drift.drift, (a - b).T @ (a - b) / 300),
+    ):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> None:

@@ -56,6 +56,7 @@ MUTATIONS: dict[str, tuple[damage.Mutation, str]] = {
     "a layer's held-out error": (damage.edit(damage.held_out_figure), ORIGINAL),
     "a certificate's bound": (damage.edit(damage.better_bound), FILES),
     "a certificate's value": (damage.edit(damage.better_values), FILES),
+    "what the certificate's sentences call it": (damage.edit(damage.other_words), ORIGINAL),
     "a sentence of the certificate": (damage.edit(damage.better_sentence), FILES),
     "a sentence of README.md": (damage.edit_the_card, FILES),
     "a sentence of report.html": (damage.edit_the_page, FILES),
@@ -403,3 +404,33 @@ def test_plain_svd_in_the_solvers_place_is_found(
     assert failed(verify_directory(output)) == []
     found = failed(verify_directory(output, against=made.original))
     assert any(line.startswith("c1.output") for line in found)
+
+
+@pytest.mark.parametrize("key", ["purpose", "note", "not_covered", "unit"])
+def test_words_that_no_figure_has_are_checked(made: Made, tmp_path: Path, key: str) -> None:
+    output = damage.copied(made.output, tmp_path)
+
+    def change(report: dict[str, Any]) -> None:
+        certificate = report["certificate"]
+        place = {"purpose": certificate["selection"], "unit": certificate["statements"][0]}
+        place.get(key, certificate)[key] = ["x"] if key == "not_covered" else "x"
+        damage.restate(certificate)
+
+    damage.edit(change)(output)
+    damage.rewrite_manifest(output)
+    assert {s.split(":")[0] for s in failed(verify_directory(output))} & {
+        "certificate.header",
+        "certificate.statement",
+    }
+
+
+def test_deep_or_dangling_or_unreadable_things_are_said(made: Made, tmp_path: Path) -> None:
+    output = damage.copied(made.output, tmp_path)
+    (output / "link").symlink_to("nowhere")
+    assert any("link" in line for line in failed(verify_directory(output)))
+    (output / "link").unlink()
+    damage.edit_report(output, lambda report: report["provenance"].update(config="a: b: ["))
+    assert verify_directory(output).findings.failed
+    (output / "manifest.json").write_text("[" * 100_000)
+    ended = pico.call("verify", output)
+    assert ended.code == 2 and "is not JSON" in ended.err

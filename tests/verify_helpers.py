@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrc_cli.checkpoint.manifest import build_manifest
 from lrc_cli.report import render_card, render_html
-from lrc_cli.report.sentences import statement_text
+from lrc_cli.report.sentences import assumptions, statement_text
 
 Mutation = Callable[[Path], None]
 
@@ -230,6 +230,21 @@ def better_values(report: dict[str, Any]) -> None:
     """The largest per-sequence value, which the limits of its statements do not show."""
     values = report["certificate"]["values"]["all_layers"]
     values[values.index(max(values))] *= 0.8
+
+
+def restate(certificate: dict[str, Any]) -> None:
+    """Every sentence follows from the certificate's figures again."""
+    for statement in certificate["statements"]:
+        statement["text"] = statement_text(statement, certificate)
+    certificate["assumptions"] = assumptions(certificate)
+
+
+def other_words(report: dict[str, Any]) -> None:
+    """More selection data than there were, and other predictions, in every sentence."""
+    certificate = report["certificate"]
+    certificate["selection"]["num_tokens"] *= 10
+    certificate["predictions"] = "predictions of masked tokens"
+    restate(certificate)
 
 
 def better_sentence(report: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}", "restore the file") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})", "check the file") from error

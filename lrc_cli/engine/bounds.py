@@ -7,6 +7,7 @@ replacement, None where they are independent. Orders are found in exact arithmet
 
 import math
 from collections.abc import Iterator, Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import accumulate
 
@@ -22,11 +23,10 @@ def sequences_needed(quantile: float, delta: float) -> int:
         ValueError: `quantile` or `delta` is not between 0 and 1.
     """
     _check_shares(quantile, delta)
-    share, risk = _exact(quantile), Fraction(delta)
-    needed = max(1, math.floor(math.log(delta) / math.log(quantile)) - 1)
-    while share**needed > risk:
-        needed += 1
-    return needed
+    with localcontext(prec=60):
+        # Powers of fractions would take minutes for quantiles near 1. The last digits are rounding.
+        exact = Decimal(delta).ln() / Decimal(repr(float(quantile))).ln()
+        return max(1, math.ceil(exact - Decimal("1e-40")))
 
 
 def quantile_order(

@@ -21,6 +21,7 @@ from lrc_cli.engine.rectifier import refined_offset, true_error
 from lrc_cli.engine.relu import Convex, Programme, programme
 
 UNIT = "mean squared error behind the ReLU per token"
+CHUNK_ROWS = 4096
 
 RELU = replace(FROBENIUS, name="relu")
 """Phase one of the method: ranks come from `frobenius`'s spectra, the errors before the ReLU, which
@@ -64,7 +65,7 @@ class Rectified(Approximation):
         self.dtype = dtype
         self.mean = activations.mean(dim=0, dtype=torch.float64)
         gram = required(statistics.gram, "gram")
-        self.gram = gram if bias is None else gram - torch.outer(self.mean, self.mean)
+        self.gram = gram if bias is None else _around(activations, self.mean)
         self.metric = Metric(gram=self.gram)
         self.programme: Programme = programme(
             self.weight, self.bias, activations, self.gram, self.mean, ridge
@@ -187,6 +188,17 @@ class Unpolished(Rectified):
 
     def solve(self, rank: int) -> Solution:
         return self.plain.solve(rank)
+
+
+def _around(rows: Tensor, mean: Tensor) -> Tensor:
+    """The second moments (n, n) float64 of rows (T, n) around their mean, which leaves the rows
+    first: gram - mean mean^T would lose as many digits as the mean is larger than the deviations.
+    """
+    total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(CHUNK_ROWS):
+        deviations = chunk - mean.to(chunk.dtype)
+        total += deviations.T @ deviations
+    return total / len(rows)
 
 
 def _facts(rank: int, convex: Convex, start: str) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Programme:
                 here = self._pass(current, None)
                 objective = here.value + penalty * nuclear
                 gap = _gap(here, current, nuclear, penalty, objective)
-                if gap <= tolerance * objective:
+                if gap <= tolerance * objective or step == max_steps:
                     break
             new, nuclear = _shrunk(ahead - self._pass(ahead, None).gradient, penalty)
             if torch.sum((ahead - new) * (new - current)) > 0:

@@ -24,7 +24,7 @@ def rounded_up(value: float | Decimal) -> str:
 
 def share(value: float) -> str:
     """A share as a percentage without needless digits: 0.95 -> "95 %"."""
-    return f"{float(Decimal(repr(value)) * 100):g} %"
+    return f"{(Decimal(repr(value)) * 100).normalize():f} %"
 
 
 def statement_text(statement: Mapping[str, Any], certificate: Certificate) -> str:
@@ -58,7 +58,7 @@ def _mean(statement: Mapping[str, Any], certificate: Certificate) -> str:
     if statement["quantity"] != "top1_disagreement":
         limits = f"above {high:.6g} count as {high:.6g}"
         if low < 0:
-            limits = f"beyond {high:.6g} either way count as {high:.6g}"
+            limits += f" and below {low:.6g} as {low:.6g}"
         evidence += f"; values {limits}, {statement['num_clipped']} of them did"
     name, value = _name(statement, certificate), _value(statement)
     return f"over {where}, {name} is on average at most {value} ({evidence})"
@@ -170,7 +170,7 @@ def assumptions(certificate: Certificate) -> list[str]:
         lines.append(
             "A layer's output error is ||(W - Z) x|| / ||W x|| over a sequence, x its inputs in the"
             " dense network; of a layer fitted sequentially it is ||W x - Z x~|| / ||W x||, x~ its"
-            " inputs in the compressed network."
+            " inputs in the compressed network. It counts as 2^24 at most."
         )
     if certificate["not_covered"]:
         names = ", ".join(certificate["not_covered"][:3])

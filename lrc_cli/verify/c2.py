@@ -11,6 +11,12 @@ from lrc_cli.verify.compared import judge_certificate, judge_quality
 from lrc_cli.verify.held_out import HeldOut, measure_held_out, measure_quality
 from lrc_cli.verify.promises import SELECTED
 
+PREDICTIONS = {
+    "next_token": "next-token predictions",
+    "masked_token": "predictions of masked tokens",
+}
+"""What a sentence calls them, by the kind of loss."""
+
 
 def _scoring(bench: Bench, sequences: Sequences) -> Loss:
     """How outputs are scored: the likelihood of tokens where there is one, else their change."""
@@ -58,7 +64,12 @@ def check_certificate_values(bench: Bench) -> None:
     drawn = bench.sequences[CERTIFICATION].inputs
     if set(first) == set(drawn) == {"input_ids"}:  # blocks of text are cut to one length
         first["input_ids"] = first["input_ids"][:, : drawn["input_ids"].shape[1]]
-    selection = _held_out(bench, replace(whole, inputs=first), loss, "selection")
+    chosen = replace(whole, inputs=first)
+    stated = [certificate["selection"]["num_tokens"], certificate["predictions"]]
+    counted = [chosen.num_tokens, PREDICTIONS.get(loss.kind, "predictions")]
+    header = "the certificate counts the selection's tokens and names the predictions"
+    bench.findings.equal("c2.header", header, stated, counted)
+    selection = _held_out(bench, chosen, loss, "selection")
     found = _held_out(bench, bench.sequences[CERTIFICATION], loss, CERTIFICATION)
     judge_certificate(bench.findings, bench.written, selection, found, bench.before.dtype)
 

@@ -153,6 +153,10 @@ def judge_certificate(
             findings.not_checked("c2.layers", what, "its tokens cannot be followed by sequence")
         else:
             problem = _held_out_problem(listed, found, row["name"], own[row["name"]], dtype)
+            drawn = [listed["tolerance"], listed["num_sequences"]]
+            wanted = [stated.get(row["name"]), certificate["num_sequences"]]
+            if problem is None and drawn != wanted:
+                problem = f"tolerance and number of sequences are stated as {drawn}, not {wanted}"
             findings.judge("c2.layers", what, problem)
 
 

@@ -74,7 +74,9 @@ def _check_files(directory: Path, files: dict[str, str], findings: Findings) -> 
         found = sha256_of(there[name])
         problem = None if found == sha256 else f"stated {sha256}, found {found}"
         findings.judge("files.hash", what, problem)
-    extra = sorted(set(there) - set(files))
+    # A link that leads nowhere, or a pipe, cannot be hashed and should not be there.
+    odd = (x for x in directory.rglob("*") if x.is_symlink() or not (x.is_file() or x.is_dir()))
+    extra = sorted({*there, *(x.relative_to(directory).as_posix() for x in odd)} - set(files))
     problem = f"{len(extra)} are not named: {', '.join(extra[:3])}" if extra else None
     findings.judge("files.known", "manifest.json names every file", problem)
 

@@ -17,6 +17,8 @@ from lrc_cli.verify.moments import Checked, batch_size
 QUALITY_TOKENS = 1024
 """Tokens run together: as in the run."""
 HELD_TOKENS = 512
+LARGEST_RATIO = 2.0**24
+"""What a relative error is at most: that of an output of 0 (docs/theory.md)."""
 KINDS = ("deployed", "inherited", "new", "same_input")
 
 Values = dict[str, list[float]]
@@ -53,7 +55,8 @@ def measure_quality(
 
 
 def _root(error: float, energy: float) -> float:
-    return math.sqrt(error / energy) if error > 0 and energy > 0 else 0.0
+    """sqrt(error / energy), at most LARGEST_RATIO; 0 where there is no error."""
+    return math.sqrt(error / max(energy, error / LARGEST_RATIO**2)) if error else 0.0
 
 
 def _scores(old: Any, new: Any, labels: Tensor | None, batch: Batch) -> list[dict[str, float]]:

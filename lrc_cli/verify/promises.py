@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli.calibration import TEXT_SUFFIXES
-from lrc_cli.purposes import CERTIFICATION, purposes_of
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.report.sentences import assumptions, statement_text
 from lrc_cli.verify.figures import close
 from lrc_cli.verify.statements import Findings
@@ -15,6 +15,16 @@ from lrc_cli.verify.written import Written
 
 SELECTED = 16
 """Calibration sequences that tolerances and clipping limits are taken from, at most."""
+
+UNITS = {
+    "kl": "nats",
+    "loss_difference": "nats per token",
+    "top1_disagreement": "share of predictions",
+    "relative_output_error": "relative",
+    "all_layers": "times the layer's tolerance",
+    "layer_error": "relative",
+}
+"""Of each quantity; a divergence of next or masked tokens is per token."""
 
 
 def check_certificate(written: Written, findings: Findings) -> None:
@@ -55,13 +65,16 @@ def _check_header(written: Written, certificate: Mapping[str, Any], findings: Fi
         findings.judge("certificate.header", "a certificate was asked for", "the config has none")
         return
     population, selection = certificate["population"], certificate["selection"]
+    factorised = [row["name"] for row in written.factorised]
     stated = {
         "confidence": certificate["confidence"],
         "quantile": certificate["quantile"],
         "num_sequences": certificate["num_sequences"],
         "population": population["size"],
         "data": certificate["data_sha256"],
-        "selection": [selection["num_sequences"], selection["sha256"]],
+        "selection": [selection[key] for key in ("purpose", "num_sequences", "sha256")],
+        "not_covered": certificate["not_covered"],
+        "note": certificate["note"],
     }
     found = {
         "confidence": section.confidence,
@@ -69,7 +82,9 @@ def _check_header(written: Written, certificate: Mapping[str, Any], findings: Fi
         "num_sequences": data["num_sequences"],
         "population": data["population"],
         "data": data["sha256"],
-        "selection": [min(SELECTED, chosen["num_sequences"]), chosen["sha256"]],
+        "selection": [CALIBRATION, min(SELECTED, chosen["num_sequences"]), chosen["sha256"]],
+        "not_covered": [name for name in factorised if name not in certificate["tolerances"]],
+        "note": None,
     }
     what = "the certificate's header agrees with the config and the provenance"
     findings.equal("certificate.header", what, stated, found)
@@ -166,6 +181,11 @@ def statement_problem(statement: Mapping[str, Any], certificate: Mapping[str, An
         )
     if not close(statement["delta"], delta):
         return f"delta {statement['delta']} is not {delta}"
+    unit = UNITS[statement["quantity"]]
+    if statement["quantity"] == "kl" and "loss_difference" in certificate["values"]:
+        unit += " per token"
+    if statement["unit"] != unit:
+        return f"its unit is {unit}, not {statement['unit']}"
     needed = statement["num_needed"]
     if statement["kind"] == "quantile" and not is_needed(needed, quantile, statement["delta"]):
         return f"{needed} sequences are not the least that serve"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from lrc_cli.errors import LrcError
@@ -30,6 +31,7 @@ DAMAGE = (
     RuntimeError,
     TypeError,
     ValueError,
+    yaml.YAMLError,
 )
 """What reading a file that somebody changed may raise, its values being anything."""
 

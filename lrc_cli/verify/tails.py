@@ -6,6 +6,7 @@ logarithms. Nothing here is shared with `engine/bounds.py`.
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 
@@ -70,8 +71,9 @@ def smallest_order(num_drawn: int, quantile: float, delta: float, population: in
 
 def is_needed(num: int, quantile: float, delta: float) -> bool:
     """Whether `num` is the smallest N with quantile^N <= delta."""
-    share, risk = exact(quantile), Fraction(delta)
-    return share**num <= risk and (num <= 1 or share ** (num - 1) > risk)
+    with localcontext(prec=60):
+        step, limit = Decimal(repr(quantile)).ln(), Decimal(delta).ln() + Decimal("1e-40")
+        return num >= 1 and num * step <= limit and (num == 1 or (num - 1) * step > limit)
 
 
 def log_capital(
