@@ -144,7 +144,8 @@ def factorize_sequentially(
     streams = Streams(plan, chain, batches)
     fits = _Fits(plan, work, ranks, stage, streams)
     todo = fits.start(segments)
-    with progress.phase("factors", sum(_segment_cost(plan, segment) for segment in todo)) as phase:
+    cost = sum(_segment_cost(plan, work, segment) for segment in todo)
+    with progress.phase("factors", cost) as phase:
         for segment in todo:
             for group in _groups(plan, work, segment):
                 fits.add(segment, group, phase)
@@ -298,8 +299,7 @@ def _advance_cost(plan: Plan, segment: Segment) -> float:
     return 2 * _walk_cost(plan, segment)
 
 
-def _segment_cost(plan: Plan, segment: Segment) -> float:
-    # Half of the layers read another one's input, as in an attention's and a gated MLP's.
+def _segment_cost(plan: Plan, work: WorkDirectory, segment: Segment) -> float:
     solves = sum(map(solve_cost, segment.layers))
-    groups = sum(_group_cost(plan, segment, layer) for layer in segment.layers) / 2
+    groups = sum(_group_cost(plan, segment, group[0]) for group in _groups(plan, work, segment))
     return solves + groups + _advance_cost(plan, segment)

@@ -30,7 +30,7 @@ from lrc_cli.report.worst_case import worst_case_note
 
 VERIFYING = (
     "`lrc verify path/to/this/directory --against path/to/the/original` checks these files and"
-    " measures every figure again."
+    " measures errors, quality and certificate again."
 )
 """How to check an output, for its card."""
 MAX_FALLBACKS = 20
