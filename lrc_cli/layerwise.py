@@ -62,7 +62,7 @@ def _rectified(plan: Plan, work: WorkDirectory, layer: Layer) -> Rectified:
         weight_of(plan, layer),
         None if bias is None else bias.to(plan.device),
         statistics,
-        read_inputs(plan.network, plan.sequences[CALIBRATION], layer),
+        read_inputs(plan.network, plan.sequences[CALIBRATION], layer, work.root),
         work.get(SPECTRA, layer.unit)[0][layer.name].to(plan.device),
         dtype=plan.stored_dtype(layer),
         ridge=plan.config.compression.ridge,

@@ -4,7 +4,9 @@ Which they are is seen in one forward pass, at the level of torch's operations: 
 of modules. What is in between may only look at the same numbers in another shape.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.checkpoint.manifest import tensor_bytes
 from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
 from lrc_cli.errors import InputError
 from lrc_cli.fit import Fitted, Request, fit_layer
@@ -104,23 +107,30 @@ def with_relu_where_followed(
     }
 
 
-def read_inputs(network: Network, sequences: Sequences, layer: Layer) -> torch.Tensor:
+def read_inputs(
+    network: Network, sequences: Sequences, layer: Layer, directory: Path
+) -> torch.Tensor:
     """The layer's inputs on all sequences, by one pass: (T, n) float32 on the network's device.
 
-    Padding is left out. They are the rows that its Gram matrix was summed over; a layer at a time,
-    they are T n numbers of 4 bytes.
+    Padding is left out. They are the rows that its Gram matrix was summed over. On the CPU they are
+    a view of a file without a name in `directory`, which goes with them: 4 T n bytes on the disk,
+    whose pages are read as they are needed.
     """
-    taken: list[torch.Tensor] = []
     mask: torch.Tensor | None = None
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="inputs-") as file:
 
-    def take(_: Layer, x: torch.Tensor, __: torch.Tensor) -> None:
-        taken.append(unpadded(x, mask).reshape(-1, x.shape[-1]).float())
+        def take(_: Layer, x: torch.Tensor, __: torch.Tensor) -> None:
+            rows = unpadded(x, mask).reshape(-1, x.shape[-1]).float()
+            file.write(tensor_bytes(rows.cpu()))
 
-    with torch.no_grad(), hooked(network, [layer], take):
-        for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
-            mask = batch.get("attention_mask")
-            network(batch)
-    return torch.cat(taken)
+        with torch.no_grad(), hooked(network, [layer], take):
+            for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
+                mask = batch.get("attention_mask")
+                network(batch)
+        file.flush()
+        size = file.tell() // torch.float32.itemsize
+        rows = torch.from_file(file.name, size=size, dtype=torch.float32)
+    return rows.view(-1, layer.shape[1]).to(network.device)
 
 
 def fit_rectified(problem: Rectified, request: Request) -> Fitted:

@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, opt: dict[str, Any]) -> dict[
 def behind_relu(run: Run, name: str) -> tuple[float, float]:
     """The mean squared error behind the ReLU of a written layer, per token; and that of zero."""
     layer = next(layer for layer in run.plan.layers if layer.name == name)
-    x = read_inputs(run.plan.network, run.plan.sequences[CALIBRATION], layer).double()
+    x = read_inputs(run.plan.network, run.plan.sequences[CALIBRATION], layer, run.output).double()
     written = lrc_cli.load(run.output).get_submodule(name)
     bias = layer.bias(run.plan.source)
     assert bias is not None and isinstance(written.bias, Tensor)
@@ -211,7 +211,8 @@ def test_the_inputs_are_the_rows_of_the_gram_matrix_without_padding(
     sequences = plan.sequences[CALIBRATION]
     layer = next(layer for layer in plan.layers if layer.name == "query")
     network: Network = plan.network
-    rows = read_inputs(network, sequences, layer)
+    rows = read_inputs(network, sequences, layer, tmp_path)
+    assert not list(tmp_path.glob("inputs-*")), "the file has no name any more"
     mask = sequences.inputs["attention_mask"].bool()
     assert torch.equal(rows, sequences.inputs["x"][mask]) and rows.dtype == torch.float32
 

@@ -112,7 +112,7 @@ class Rectified(Approximation):
         difference, bias = self.weight - fitted, self._bias(fitted)
         shift = bias if self.bias is None else bias - self.bias
         metric = sum(
-            true_error(self._pre(fitted, bias, block), self.programme.targets[:, block])
+            true_error(self._pre(fitted, bias, block), self.programme.targets(block))
             .sum(dim=0)
             .double()
             .sum()
@@ -141,7 +141,7 @@ class Rectified(Approximation):
         found = [
             refined_offset(
                 self.programme.products(fitted, block),
-                self.programme.targets[:, block],
+                self.programme.targets(block),
                 [start[block] for start in starts],
                 self.dtype,
             )

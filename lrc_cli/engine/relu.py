@@ -21,7 +21,7 @@ singular value decomposition gives.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -87,16 +87,16 @@ class _Pass(NamedTuple):
 class Programme:
     """One layer's data. Products are taken in the activations' dtype, everything else in float64.
 
-    The memory it takes is that of X and Y, T (n + m) numbers in the activations' dtype, a chunk of
-    CHUNK_ELEMENTS, and some dozen (m, n) matrices in float64.
+    The activations are streamed: X may be a view of a file, Y is computed again block by block. The
+    memory it takes is some chunks of CHUNK_ELEMENTS and some dozen (m, n) matrices in float64.
     """
 
     weight: Tensor
     """W (m, n) float64."""
     inputs: Tensor
     """X^T (T, n): a row for every token, float32 or float64."""
-    targets: Tensor
-    """Y^T (T, m), same dtype."""
+    bias: Tensor | None
+    """b (m,) float64."""
     mean: Tensor
     """The mean input (n,) float64 where the bias is free; zeros where there is none."""
     free_bias: bool
@@ -115,6 +115,13 @@ class Programme:
         size = max(1, CHUNK_ELEMENTS // max(len(self.inputs), 1))
         for start in range(0, len(self.weight), size):
             yield slice(start, start + size)
+
+    def targets(self, block: slice) -> Tensor:
+        """(T, k) some columns of Y^T."""
+        outputs = self.products(self.weight, block)
+        if self.bias is not None:
+            outputs += self.bias[block].to(outputs.dtype)
+        return outputs.relu_()
 
     def products(self, matrix: Tensor, block: slice) -> Tensor:
         """(T, k) the outputs of some rows of Z, without a bias."""
@@ -198,7 +205,7 @@ class Programme:
         total, found, sums = 0.0, [], []
         gradient = torch.empty_like(self.weight)
         for block in self.blocks():
-            pre, target = self.products(matrix, block), self.targets[:, block]
+            pre, target = self.products(matrix, block), self.targets(block)
             pre += offsets[block].to(pre.dtype)
             if centre is None and self.free_bias:
                 found.append(best_offset(pre, target))
@@ -232,19 +239,17 @@ def programme(
     diagonal = gram.diagonal().mean().item()
     scale = ridge * diagonal if diagonal > 0 else ridge
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    targets = inputs @ weight.to(inputs.dtype).T
-    if bias is not None:
-        targets += bias.to(inputs.dtype)
-    alive = (targets.relu_() > 0).sum(dim=0).double()[:, None] / len(inputs)
-    return Programme(
+    found = Programme(
         weight=weight,
         inputs=inputs,
-        targets=targets,
+        bias=bias,
         mean=torch.zeros_like(mean) if bias is None else mean,
         free_bias=bias is not None,
         root=cholesky(gram + scale * identity, "regularised Gram"),
-        ridge=scale * alive,
+        ridge=scale * torch.ones_like(weight[:, :1]),
     )
+    alive = torch.cat([(found.targets(block) > 0).sum(dim=0) for block in found.blocks()])
+    return replace(found, ridge=scale * alive.double()[:, None] / len(inputs))
 
 
 def _gap(here: _Pass, point: Tensor, nuclear: float, penalty: float, objective: float) -> float:
