@@ -71,9 +71,13 @@ def damped(gradients: Moments) -> Tensor:
 
 
 def plain_svd(weight: Tensor, rank: int) -> Tensor:
-    """The truncated singular value decomposition of W (m, n), float64."""
-    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+    """The truncated singular value decomposition of W (m, n), float64: W projected onto its leading
+    singular vectors of the small side."""
+    weight = weight.double()
+    if weight.shape[0] > weight.shape[1]:
+        return plain_svd(weight.T, rank).T
+    leading = torch.linalg.eigh(weight @ weight.T).eigenvectors[:, -rank:]
+    return leading @ (leading.T @ weight)
 
 
 def white_errors(checked: Checked, rank: int) -> Found:

@@ -20,7 +20,7 @@ STATISTICS_TOKENS = 2048
 """Tokens run together: as in the run, because labels and probes are drawn batch by batch."""
 PAIR_TOKENS = 512
 """The inputs of all layers are held for so many tokens."""
-PANEL = 512
+PANEL = 256
 HELD_BYTES = 1 << 30
 """Differences W - Z are held in float32 if all of them together take no more."""
 
@@ -63,13 +63,18 @@ class Checked:
         """Add output differences (t, m), without those of the biases."""
         if self.offset is not None:
             rows = rows + self.offset.to(rows)
-        self.error += rows.double().square().sum().item()
+        self.error += _energy(rows)
 
     def add_energy(self, outputs: Tensor) -> None:
         """Add outputs (t, m) of the dense layer."""
         rows = outputs.float() if self.bias is None else outputs.float() - self.bias.to(outputs)
-        self.energy += rows.double().square().sum().item()
+        self.energy += _energy(rows)
         self.num_tokens += len(outputs)
+
+
+def _energy(rows: Tensor) -> float:
+    """||rows||_F^2 of rows (t, m): norms in float32, their squares summed in float64."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()
 
 
 class Moments:
