@@ -52,7 +52,7 @@ def lrc() -> None:
 @click.option(
     "--restart", is_flag=True, help="Drop the work directory's finished units of this run first."
 )
-@click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back to dense.")
+@click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back.")
 @click.option(
     "--junit",
     type=click.Path(path_type=Path),
@@ -87,6 +87,7 @@ def compress(
     from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
     from lrc_cli.output import read_report
     from lrc_cli.progress import Progress, stop_on_signals
+    from lrc_cli.report.facts import not_as_asked
     from lrc_cli.report.junit import check_junit_path, write_junit
     from lrc_cli.run import compress as run
 
@@ -109,7 +110,7 @@ def compress(
     if junit is not None:
         write_junit(junit, report, strict=strict)
     fail_if_missed(report)
-    fallen = [layer["name"] for layer in report["layers"] if layer["fallback"]]
+    fallen = [layer["name"] for layer in not_as_asked(report)]
     if strict and fallen:
         raise StrictFallback(
             f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"

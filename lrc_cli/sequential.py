@@ -227,13 +227,14 @@ class _Fits:
         try:
             fitted = _fit_drift(self.plan, self.work, layer, drift, self.ranks[layer.name])
         except SolveError as error:
-            return self._plain(layer, f"could not be solved: {error}")
-        failed = fitted.facts["reason"] if fitted.facts["fallback"] else None
-        return fitted if failed is None else self._plain(layer, failed)
+            return self._plain(layer, f"could not be solved: {error}", failed=True)
+        if fitted.facts["fallback"]:
+            return self._plain(layer, fitted.facts["reason"], failed=True)
+        return fitted
 
-    def _plain(self, layer: Layer, reason: str) -> Fitted:
+    def _plain(self, layer: Layer, reason: str, *, failed: bool = False) -> Fitted:
         fitted = fit(self.plan, self.work, self.ranks, layer)
-        facts = {"sequential": False, "sequential_reason": reason}
+        facts = {"sequential": False, "sequential_reason": reason, "sequential_failed": failed}
         return replace(fitted, facts=fitted.facts | facts)
 
     def _keep(self, layer: Layer, fitted: Fitted) -> None:

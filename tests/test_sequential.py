@@ -285,8 +285,10 @@ def test_a_layer_whose_sequential_solve_fails_is_fitted_plainly(
         return solve(weight, *rest, **options)
 
     monkeypatch.setattr(lrc_cli.sequential, "Sequential", broken)
-    _, report = pico.compressed(tmp_path, job("llama", size=0.4, sequential=True))
-    for layer in factorised(report):
+    asked = pico.job(tmp_path, job("llama", size=0.4, sequential=True))
+    ended = pico.call("compress", asked, "--strict", "--json")
+    assert ended.code == 4 and "layers fell back" in ended.err
+    for layer in factorised(json.loads(ended.out)):
         failed = layer["shape"] == [96, 64]
         assert layer["sequential"] is not failed and not layer["fallback"]
         assert ("could not be solved" in layer.get("sequential_reason", "")) == failed

@@ -22,6 +22,12 @@ def fallen_back(report: Report) -> list[dict[str, Any]]:
     return [layer for layer in report["layers"] if layer["fallback"]]
 
 
+def not_as_asked(report: Report) -> list[dict[str, Any]]:
+    """The layers that --strict minds: those that fell back, and those whose sequential solve failed
+    and that were fitted plainly instead."""
+    return [x for x in report["layers"] if x["fallback"] or x.get("sequential_failed")]
+
+
 def settings(report: Report) -> dict[str, Any]:
     """The resolved config, parsed."""
     parsed: dict[str, Any] = yaml.safe_load(report["provenance"]["config"])

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from lrc_cli.checkpoint.writer import write_text
 from lrc_cli.errors import InputError
-from lrc_cli.report.facts import Report, fallen_back, gate_missed, layers_fell_back
+from lrc_cli.report.facts import Report, gate_missed, not_as_asked
 
 SUITE = "lrc"
 RATIOS = ("kept_compressible", "kept_checkpoint", "kept_parameters")
@@ -82,8 +82,9 @@ def _properties(report: Report) -> dict[str, str]:
 
 
 def _fallen(report: Report) -> str | None:
-    names = [layer["name"] for layer in fallen_back(report)]
-    return f"{layers_fell_back(report)}: {', '.join(names)}" if names else None
+    names = [layer["name"] for layer in not_as_asked(report)]
+    number = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+    return f"{number} fell back: {', '.join(names)}" if names else None
 
 
 def _case(
