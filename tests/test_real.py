@@ -34,6 +34,10 @@ print(AutoTokenizer.from_pretrained(sys.argv[1]).decode(
 """
 
 
+pytestmark = pytest.mark.timeout(1800)
+"""The real model's run is minutes alone, and several times that on a machine that others share."""
+
+
 def run(config: str, output: Path, *overrides: str) -> dict[str, Any]:
     """Compress by a shipped config with paths made absolute."""
     settings = (f"output.path={output}", *overrides)
