@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
 FLOOR_TESTS ?= tests
+# A worker a core; a file's tests stay together, so that its fixtures are made once.
+PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test bench docs floor clean
@@ -30,7 +32,7 @@ check: setup  ## lint, format check, types
 
 test: setup  ## fetch what the tests need, run them
 	$(BIN)/python scripts/fetch_demo.py --tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 bench: setup  ## print the figures of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests
@@ -41,7 +43,7 @@ docs: setup  ## regenerate the command reference
 
 floor: $(FLOOR)/.complete setup  ## run the tests on the oldest versions pyproject.toml allows
 	$(BIN)/python scripts/fetch_demo.py --tests
-	$(FLOOR)/bin/python -m pytest $(FLOOR_TESTS)
+	$(FLOOR)/bin/python $(PYTEST) $(FLOOR_TESTS)
 
 $(FLOOR)/.complete: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv $(FLOOR)
