@@ -1,13 +1,13 @@
-"""A network as segments that run one after another, so that only one block's activations live.
+"""A network as segments that can run one after another (walk.py), so that only one block lives.
 
 Most networks are a head (embeddings), a chain of blocks, each fed by the one before, and a tail.
 Whether a module list is such a chain is tried out on one batch, never read off a name. A network
 without one is a single segment, which runs whole.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Segment:
 
 
 @dataclass
-class _Call:
+class Call:
     """What a block was called with, and what it returned."""
 
     args: tuple[Any, ...]
@@ -55,7 +55,7 @@ class _Call:
         values = [*self.args, *self.kwargs.values()]
         return [t for value in values for t in _tensors(value) if t is not self.hidden]
 
-    def with_hidden(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_hidden(self, hidden: torch.Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with other hidden states."""
         if self.args:
             return (hidden, *self.args[1:]), self.kwargs
@@ -70,20 +70,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _hidden_output(output: Any) -> torch.Tensor | None:
+def hidden_output(output: Any) -> torch.Tensor | None:
     """The hidden states in a block's output; None where it returns other tensors besides."""
     found = list(_tensors(output))
     return found[0] if len(found) == 1 and isinstance(output, torch.Tensor | tuple) else None
 
 
-def _with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
+def with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return hidden
     return tuple(hidden if isinstance(item, torch.Tensor) else item for item in output)
 
 
 @contextmanager
-def _patched(module: nn.Module, forwards: dict[str, Forward]) -> Iterator[None]:
+def patched(module: nn.Module, forwards: dict[str, Forward]) -> Iterator[None]:
     """Within it, the named submodules run other forward functions."""
     parts = {name: module.get_submodule(name) for name in forwards}
     before = {name: vars(part).get("forward") for name, part in parts.items()}
@@ -107,6 +107,11 @@ class Chain:
     shape: Any = None
     """What a block returns, to return the like: a tensor, or a tuple around one."""
 
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the segments, in order."""
+        return (HEAD, *self.names, TAIL) if self.names else (WHOLE,)
+
 
 def find_chain(network: Network, batch: Batch) -> Chain:
     """The blocks of the module list with the most parameters, if they form a chain.
@@ -121,11 +126,11 @@ def find_chain(network: Network, batch: Batch) -> Chain:
     names = _candidate(network.module)
     if len(names) < 2:
         return Chain()
-    calls: list[tuple[str, _Call]] = []
+    calls: list[tuple[str, Call]] = []
     with _recording(network, names, calls):
         outputs = _run(network, batch)
     called = [call for _, call in calls]
-    hidden = [_hidden_output(call.output) for call in called]
+    hidden = [hidden_output(call.output) for call in called]
     linked = all(
         out is not None and call.hidden is out
         for out, call in zip(hidden[:-1], called[1:], strict=True)
@@ -133,8 +138,8 @@ def find_chain(network: Network, batch: Batch) -> Chain:
     if [name for name, _ in calls] != list(names) or not linked or hidden[-1] is None:
         return Chain()
     chain = Chain(names=names, shape=called[-1].output)
-    entered: dict[str, _Call] = {}
-    with _patched(network.module, _passing(chain, entered, hidden[-1])):
+    entered: dict[str, Call] = {}
+    with patched(network.module, passing(chain, entered, hidden[-1])):
         again = _run(network, batch)
     same_inputs = all(
         _equal(call.others(), entered[name].others()) if name in entered else False
@@ -172,13 +177,13 @@ def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 @contextmanager
 def _recording(
-    network: Network, names: Sequence[str], calls: list[tuple[str, _Call]]
+    network: Network, names: Sequence[str], calls: list[tuple[str, Call]]
 ) -> Iterator[None]:
     """Within it, every call of the named modules is noted, in order."""
 
     def attach(name: str) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append((name, _Call(args, kwargs, output)))
+            calls.append((name, Call(args, kwargs, output)))
 
         part = network.module.get_submodule(name)
         return part.register_forward_hook(note, with_kwargs=True)
@@ -191,8 +196,8 @@ def _recording(
             handle.remove()
 
 
-def _passing(
-    chain: Chain, entered: dict[str, _Call], last: torch.Tensor | None
+def passing(
+    chain: Chain, entered: dict[str, Call], last: torch.Tensor | None
 ) -> dict[str, Forward]:
     """Forward functions of blocks that hand their input on, and note what else they were given.
 
@@ -203,126 +208,69 @@ def _passing(
 
     def forward_of(name: str) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            entered[name] = call = _Call(args, kwargs)
+            entered[name] = call = Call(args, kwargs)
             if name != chain.names[-1]:
                 assert call.hidden is not None
-                return _with_hidden_output(chain.shape, call.hidden)
+                return with_hidden_output(chain.shape, call.hidden)
             if last is None:
                 raise StopForward
-            return _with_hidden_output(chain.shape, last)
+            return with_hidden_output(chain.shape, last)
 
         return forward
 
     return {name: forward_of(name) for name in chain.names}
 
 
+def places(
+    network: Network, chain: Chain, layers: Sequence[Layer], batch: Batch
+) -> dict[str, list[str]]:
+    """By layer name the segments it runs in, each once; in the order in which the layers first run.
+
+    Layers that `batch` does not reach are absent.
+    """
+    found: dict[str, list[str]] = {}
+    now = [HEAD if chain.names else WHOLE]
+
+    def look(layer: Layer, _: torch.Tensor, __: torch.Tensor) -> None:
+        seen = found.setdefault(layer.name, [])
+        if now[0] not in seen:
+            seen.append(now[0])
+
+    def move_to(name: str) -> Callable[..., None]:
+        def move(*_: Any) -> None:
+            now[0] = name
+
+        return move
+
+    blocks = [(name, network.module.get_submodule(name)) for name in chain.names]
+    handles = [part.register_forward_pre_hook(move_to(name)) for name, part in blocks]
+    try:
+        # A block may be a layer itself: its own hook comes before the one that leaves it.
+        with hooked(network, layers, look):
+            handles += [part.register_forward_hook(move_to(TAIL)) for _, part in blocks]
+            _run(network, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def segments_of(
     network: Network, chain: Chain, layers: Sequence[Layer], batch: Batch
 ) -> list[Segment]:
-    """The network's segments with the layers that run in them.
+    """The network's segments with the layers that first run in them.
 
     Layers that `batch` does not reach are in none.
     """
-    order: list[str] = []
-    blocks: list[tuple[str, _Call]] = []
-    reached_chain: dict[str, bool] = {}
+    return arrange(chain, layers, places(network, chain, layers, batch))
 
-    def look(layer: Layer, _: torch.Tensor, __: torch.Tensor) -> None:
-        if layer.name not in reached_chain:
-            order.append(layer.name)
-            reached_chain[layer.name] = bool(blocks)
 
-    with hooked(network, layers, look), _recording(network, chain.names, blocks):
-        _run(network, batch)
+def arrange(
+    chain: Chain, layers: Sequence[Layer], found: Mapping[str, Sequence[str]]
+) -> list[Segment]:
+    """The segments in order, from what `places` found."""
     by_name = {layer.name: layer for layer in layers}
-    ordered = [by_name[name] for name in order]
-    if not chain.names:
-        return [Segment(name=WHOLE, layers=ordered)]
-    inside = {
-        layer.name: name
-        for layer in ordered
-        for name in chain.names
-        if f"{layer.name}.".startswith(f"{name}.")  # a block may be a layer itself
-    }
-    outside = [layer for layer in ordered if layer.name not in inside]
     return [
-        Segment(name=HEAD, layers=[x for x in outside if not reached_chain[x.name]]),
-        *(
-            Segment(name=name, layers=[x for x in ordered if inside.get(x.name) == name])
-            for name in chain.names
-        ),
-        Segment(name=TAIL, layers=[x for x in outside if reached_chain[x.name]]),
+        Segment(name=name, layers=[by_name[x] for x, seen in found.items() if seen[0] == name])
+        for name in chain.segments
     ]
-
-
-@dataclass
-class Walk:
-    """One network on its way through its segments, over fixed micro-batches.
-
-    Holds, per micro-batch, the hidden states at the boundary that it has reached. Segments are run
-    any number of times, then passed with `advance`, in order:
-
-        walk = Walk(network, chain, batches)
-        for segment in segments_of(network, chain, layers, batches[0]):
-            for index in range(len(batches)):
-                with hooked(network, segment.layers, look):
-                    walk.run(segment, index)
-            walk.advance(segment)
-
-    Two networks of one structure (the dense and the compressed one) share chain and segments.
-    """
-
-    network: Network
-    chain: Chain
-    batches: Sequence[Batch]
-    _hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    _calls: dict[int, dict[str, _Call]] = field(default_factory=dict)
-
-    def run(self, segment: Segment, index: int) -> Any:
-        """Run a segment on its current input, without gradients.
-
-        Args:
-            index: of the micro-batch.
-
-        Returns:
-            A block's hidden states; the network's outputs for the tail and the whole network; None
-            for the head, or where a hook raised StopForward.
-        """
-        with torch.no_grad():
-            try:
-                return self._run(segment, index)
-            except StopForward:
-                return None
-
-    def _run(self, segment: Segment, index: int) -> Any:
-        batch = self.batches[index]
-        if segment.name == WHOLE:
-            return self.network(batch)
-        if segment.name == HEAD:
-            entered: dict[str, _Call] = {}
-            with _patched(self.network.module, _passing(self.chain, entered, None)):
-                try:
-                    self.network(batch)
-                finally:
-                    self._calls[index] = entered
-            return None
-        if segment.name == TAIL:
-            with _patched(self.network.module, _passing(self.chain, {}, self._hidden[index])):
-                return self.network(batch)
-        args, kwargs = self._calls[index][segment.name].with_hidden(self._hidden[index])
-        output = self.network.module.get_submodule(segment.name)(*args, **kwargs)
-        return _hidden_output(output)
-
-    def advance(self, segment: Segment) -> None:
-        """Pass a segment: its outputs become the next one's inputs."""
-        for index in range(len(self.batches)):
-            self.pass_on(segment, index, self.run(segment, index))
-
-    def pass_on(self, segment: Segment, index: int, output: Any) -> None:
-        """As `advance`, for one micro-batch whose whole run of the segment returned `output`."""
-        if segment.name == HEAD:
-            first = self._calls[index][self.chain.names[0]].hidden
-            assert first is not None
-            self._hidden[index] = first
-        elif segment.name not in (TAIL, WHOLE):
-            self._hidden[index] = output

@@ -1,64 +1,81 @@
 """Phase one, data: which statistics are missing, one pass that collects them, where they lie."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lrc_cli.blocks import Segment
 from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
+from lrc_cli.layout import Layout, find_layout
 from lrc_cli.losses import Loss, choose_loss
-from lrc_cli.models import Layer, input_groups
+from lrc_cli.memory import HostMemory
+from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION
-from lrc_cli.statistics import GramSum, collect, micro_batch
-from lrc_cli.work import STATISTICS, WorkDirectory, compress_gram, expand_gram
+from lrc_cli.statistics import Moments, micro_batch
+from lrc_cli.sweep import Job, Sweep
+from lrc_cli.work import (
+    PARTS,
+    PASSING,
+    STATISTICS,
+    Tensors,
+    WorkDirectory,
+    compress_gram,
+    expand_gram,
+)
 
 MICRO_BATCH_TOKENS = 2048
 
 
 def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     """Gram matrices of every unit that has none yet, in one pass over the calibration data."""
-    missing = [unit for unit in plan.units if not work.has(STATISTICS, unit)]
-    layers = [layer for unit in missing for layer in plan.units[unit]]
-    measured = [layer for layer in layers if "gram" in plan.solvers[layer.name].needs]
-    if not measured:
-        for unit in missing:
-            work.put(STATISTICS, unit, {}, {"layers": {}, "loss": None})
-        return
-    network, sequences = plan.network, plan.sequences[CALIBRATION]
-    probe = next(sequences.batches(1))
-    graded = [layer for layer in measured if "fisher" in plan.solvers[layer.name].needs]
+    missing = {name: x for name, x in plan.units.items() if not work.has(STATISTICS, name)}
+    for unit, layers in missing.items():
+        if not any(_is_measured(plan, layer) for layer in layers):
+            work.put(STATISTICS, unit, {}, _facts(layers, {}, None))
+    measured = [x for layers in missing.values() for x in layers if _is_measured(plan, x)]
+    if measured:
+        _measure(plan, work, missing, measured, progress)
+    work.drop([*PASSING])
+
+
+def _is_measured(plan: Plan, layer: Layer) -> bool:
+    return "gram" in plan.solvers[layer.name].needs
+
+
+def _measure(
+    plan: Plan,
+    work: WorkDirectory,
+    units: Mapping[str, list[Layer]],
+    layers: Sequence[Layer],
+    progress: Progress,
+) -> None:
+    """Collect the Gram matrices of `layers` and store them with those of their units."""
+    graded = {layer.name for layer in layers if "fisher" in plan.solvers[layer.name].needs}
     loss = _loss(plan, progress) if graded else None
-    leaders = input_groups(network, measured, probe)
-    groups: dict[str, list[Layer]] = {}
-    for layer in measured:
-        if layer.name in leaders:
-            groups.setdefault(leaders[layer.name], []).append(layer)
-    with progress.phase("statistics", len(sequences)) as phase:
-        grams, fishers = collect(
-            network,
-            sequences,
-            inputs=groups,
-            outputs=graded,
-            loss=loss,
-            seed=plan.config.runtime.seed,
-            micro_batch=micro_batch(sequences, MICRO_BATCH_TOKENS),
-            advance=phase.advance,
-            center=plan.config.compression.center,
-        )
-    for unit in missing:
-        members = plan.units[unit]
-        facts = {
-            "layers": {x.name: _facts(x, leaders, groups, grams, fishers) for x in members},
-            "loss": None if loss is None else loss.facts(),
-        }
-        tensors = _packed(members, grams, fishers)
-        if plan.config.compression.center:
-            tensors |= {
-                f"mean.{x.name}": grams[x.name].mean_row() for x in members if x.name in grams
-            }
-        work.put(STATISTICS, unit, tensors, facts)
+    sequences = plan.sequences[CALIBRATION]
+    layout = find_layout(plan.network, layers, graded, next(sequences.batches(1)))
+    if not layout.chain.names:
+        progress.note(f"the network runs whole, not block by block: {layout.reason}")
+    job = Job(
+        network=plan.network,
+        chain=layout.chain,
+        segments=layout.segments,
+        batches=list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS))),
+        leaders=layout.leaders,
+        graded=graded,
+        loss=loss,
+        seed=plan.config.runtime.seed,
+        center=plan.config.compression.center,
+    )
+    store = _Units(work, units, layout, loss)
+    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
+    sweep = Sweep(job, work, finished=store.has, finish=store.put, keep=memory.keep)
+    with progress.phase("statistics", sweep.cost) as phase:
+        sweep.run(phase.advance)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -75,32 +92,97 @@ def _loss(plan: Plan, progress: Progress) -> Loss:
 
 
 def _facts(
-    layer: Layer,
-    leaders: dict[str, str],
-    groups: dict[str, list[Layer]],
-    grams: dict[str, GramSum],
-    fishers: dict[str, GramSum],
+    layers: Sequence[Layer], measured: Mapping[str, Any], loss: Loss | None
 ) -> dict[str, Any]:
-    """Where the layer's Gram matrices lie: that of its inputs is stored once, with the leader."""
-    group = leaders.get(layer.name)
+    """A unit's facts: where its layers' Gram matrices lie, and how many tokens they are of."""
+    nothing = {"group": None, "group_unit": None, "tokens": 0, "has_gradient": False}
     return {
-        "group": group,
-        "group_unit": groups[group][0].unit if group else None,
-        "tokens": grams[group].num_rows if group in grams else 0,
-        "has_gradient": layer.name in fishers,
+        "layers": {layer.name: measured.get(layer.name, nothing) for layer in layers},
+        "loss": None if loss is None else loss.facts(),
     }
 
 
-def _packed(
-    layers: list[Layer], grams: dict[str, GramSum], fishers: dict[str, GramSum]
-) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
+class _Units:
+    """Stores segments' statistics by unit.
+
+    A unit whose layers run in several segments waits, in the stage PARTS, for the last of them.
+    """
+
+    def __init__(
+        self,
+        work: WorkDirectory,
+        units: Mapping[str, list[Layer]],
+        layout: Layout,
+        loss: Loss | None,
+    ) -> None:
+        self.work, self.units, self.layout, self.loss = work, units, layout, loss
+
+    def has(self, segment: Segment) -> bool:
+        """Whether the segment was measured."""
+        return self.work.has(PARTS, segment.name) or all(
+            self.work.has(STATISTICS, layer.unit) for layer in segment.layers
+        )
+
+    def put(self, segment: Segment, moments: Moments) -> None:
+        """Store what was measured in a segment. Raises RunError if it is not finite."""
+        moments.check_finite()
+        units = {layer.name: layer.unit for layer in segment.layers}
+        tensors = _packed(segment.layers, moments)
+        facts = {name: self._fact(name, units, moments) for name in units}
+        waiting: set[str] = set()
+        for unit in dict.fromkeys(units.values()):
+            others = [
+                other.name
+                for other in self.layout.segments
+                if other is not segment and any(layer.unit == unit for layer in other.layers)
+            ]
+            if all(self.work.has(PARTS, name) for name in others):
+                self._put_unit(unit, others, tensors, facts)
+            else:
+                waiting |= {name for name, own in units.items() if own == unit}
+        if waiting:
+            kept = {key: x for key, x in tensors.items() if _layer_of(key) in waiting}
+            self.work.put(PARTS, segment.name, kept, {name: facts[name] for name in waiting})
+
+    def _put_unit(
+        self, unit: str, others: Sequence[str], tensors: Tensors, facts: dict[str, Any]
+    ) -> None:
+        layers = self.units[unit]
+        names = {layer.name for layer in layers}
+        tensors, facts = dict(tensors), dict(facts)
+        for name in others:
+            more, more_facts = self.work.get(PARTS, name)
+            tensors, facts = tensors | more, facts | more_facts
+        own = {key: tensor for key, tensor in tensors.items() if _layer_of(key) in names}
+        self.work.put(STATISTICS, unit, own, _facts(layers, facts, self.loss))
+
+    def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
+        """Where a layer's Gram matrices lie: that of its inputs is stored once, with the leader."""
+        leader = self.layout.leaders[name]
+        gram = moments.grams.get(leader)
+        return {
+            "group": leader,
+            "group_unit": units[leader],
+            "tokens": 0 if gram is None else gram.num_rows,
+            "has_gradient": name in moments.fishers,
+        }
+
+
+def _layer_of(key: str) -> str:
+    """The layer that a tensor of the statistics belongs to."""
+    return key.partition(".")[2]
+
+
+def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:
+    tensors: Tensors = {}
     for layer in layers:
-        for kind, sums in (("gram", grams), ("fisher", fishers)):
+        for kind, sums in (("gram", moments.grams), ("fisher", moments.fishers)):
             if layer.name in sums:
                 triangle, scale = compress_gram(sums[layer.name].mean())
                 tensors[f"{kind}.{layer.name}"] = triangle
                 tensors[f"{kind}-scale.{layer.name}"] = scale
+        if moments.center and layer.name in moments.grams:
+            tensors[f"mean.{layer.name}"] = moments.grams[layer.name].mean_row()
     return tensors
 
 

@@ -20,7 +20,7 @@ from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
 from lrc_cli.sequential import check_sequential, decide, factorize_sequentially
-from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, STATISTICS, WorkDirectory
+from lrc_cli.work import OUTPUT_SPECTRA, PASSING, SPECTRA, STATISTICS, WorkDirectory
 
 
 def compress(
@@ -44,7 +44,7 @@ def compress(
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
         factors = f"factors/{plan.factors_fingerprint}"
         if restart:
-            work.drop([STATISTICS, SPECTRA, OUTPUT_SPECTRA, factors])
+            work.drop([*PASSING, STATISTICS, SPECTRA, OUTPUT_SPECTRA, factors])
         collect_statistics(plan, work, progress)
         solve_spectra(plan, work, progress)
         ranks = allocate_ranks(plan, read_spectra(plan, work))

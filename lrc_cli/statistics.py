@@ -4,15 +4,15 @@ G = (1/T) sum x x^T and F = (1/T) sum g g^T over the T tokens that are not paddi
 multiplied in float32 (products of bfloat16 numbers are exact there) and added to a float64 sum.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.calibration import Sequences
 from lrc_cli.errors import RunError
-from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
+from lrc_cli.losses import unpadded
 from lrc_cli.models import Layer, Network, hooked
-from lrc_cli.precision import recast_in_backward
 
 # Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
 # to 40 % of the products. Narrower panels would slow the matrix product itself.
@@ -99,79 +99,54 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.float().T @ right.float()
 
 
-def collect(
-    network: Network,
-    sequences: Sequences,
-    *,
-    inputs: Mapping[str, Sequence[Layer]],
-    outputs: Sequence[Layer],
-    loss: Loss | None,
-    seed: int,
-    micro_batch: int,
-    advance: Callable[[int], None],
-    center: bool = False,
-) -> tuple[dict[str, GramSum], dict[str, GramSum]]:
-    """One pass over the calibration data.
+class Moments:
+    """Gram matrices of the layers that run together: of their inputs and output gradients.
 
     Args:
-        inputs: {group: layers that read the same input}; the first one's input is measured.
-        outputs: layers whose output gradients are measured (needs `loss`).
-        seed: of masked tokens, drawn labels and probes.
-        micro_batch: sequences run together.
-        advance: called with the number of sequences done.
+        leaders: {layer: first layer that reads the same input}; the leader's input is measured.
+        graded: layers whose output gradients are measured too.
         center: whether inputs are summed around their mean.
-
-    Returns:
-        Sums by group, and by layer name. A layer that was never reached has no entry.
-
-    Raises:
-        RunError: an activation or a gradient is NaN or infinite; names the layer.
     """
-    grams: dict[str, GramSum] = {}
-    fishers: dict[str, GramSum] = {}
-    leaders = {layers[0].name: group for group, layers in inputs.items()}
-    measured = {layer.name for layer in outputs}
-    hooks = {layer.name: layer for layers in inputs.values() for layer in layers[:1]}
-    hooks |= {layer.name: layer for layer in outputs}
-    mask: torch.Tensor | None = None
 
-    def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
-        if layer.name in leaders:
-            _add(grams, leaders[layer.name], x.detach(), mask, center=center)
-        if layer.name not in measured or loss is None:
-            return None
-        if not y.requires_grad:
-            # Parameters are frozen, so gradients begin here; a clone, because a leaf may not be
-            # changed in place by what follows.
-            y = y.requires_grad_().clone()
-        y.register_hook(lambda gradient: _add(fishers, layer.name, gradient, mask))
-        return y
+    def __init__(
+        self, leaders: Mapping[str, str], graded: Sequence[Layer], *, center: bool = False
+    ) -> None:
+        self.leaders, self.graded = leaders, {layer.name for layer in graded}
+        self.grams: dict[str, GramSum] = {}
+        """By leader; a layer that was never reached has no entry."""
+        self.fishers: dict[str, GramSum] = {}
+        """By layer; one that the loss does not depend on has no entry."""
+        self.center = center
 
-    generator = torch.Generator().manual_seed(seed)
-    with hooked(network, list(hooks.values()), after_layer):
-        for batch in sequences.batches(micro_batch):
-            mask = batch.get("attention_mask")
-            _run(network, batch, loss, generator)
-            advance(len(next(iter(batch.values()))))
-    _check_finite("inputs", grams)
-    _check_finite("output gradients", fishers)
-    return grams, fishers
+    @contextmanager
+    def watching(
+        self, network: Network, layers: Sequence[Layer], mask: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Within it, what passes through `layers` is added, forwards and backwards.
 
+        Args:
+            mask: (sequences, tokens), true where a token is real; None: all are.
+        """
 
-def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Generator) -> None:
-    if loss is None:
-        with torch.no_grad():
-            network(batch)
-        return
-    model_inputs, labels = prepare(loss, batch, generator)
-    with recast_in_backward(network.casts):
-        outputs = network(model_inputs)
-        remaining = num_scalars(loss)
-        mask = batch.get("attention_mask")
-        for scalar in backward_scalars(loss, outputs, labels, generator, mask):
-            remaining -= 1
-            if scalar.requires_grad:  # else no measured layer has a say in the loss
-                scalar.backward(retain_graph=remaining > 0)
+        def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+            if self.leaders.get(layer.name) == layer.name:
+                _add(self.grams, layer.name, x.detach(), mask, center=self.center)
+            if layer.name not in self.graded or not torch.is_grad_enabled():
+                return None
+            if not y.requires_grad:
+                # Parameters are frozen, so gradients begin here; a clone, because a leaf may not
+                # be changed in place by what follows.
+                y = y.requires_grad_().clone()
+            y.register_hook(lambda gradient: _add(self.fishers, layer.name, gradient, mask))
+            return y
+
+        with hooked(network, layers, after_layer):
+            yield
+
+    def check_finite(self) -> None:
+        """Raise RunError, naming the layer, if an activation or a gradient is NaN or infinite."""
+        _check_finite("inputs", self.grams)
+        _check_finite("output gradients", self.fishers)
 
 
 def _add(

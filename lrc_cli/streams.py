@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lrc_cli.blocks import Chain, Segment, StopForward, Walk
+from lrc_cli.blocks import Chain, Segment, StopForward
 from lrc_cli.calibration import Batch
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
@@ -20,6 +20,7 @@ from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES, cast_on_read
 from lrc_cli.slots import low_rank_module
 from lrc_cli.statistics import GramSum
+from lrc_cli.walk import Walk
 from lrc_cli.work import Tensors
 
 

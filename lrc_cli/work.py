@@ -1,6 +1,7 @@
 """The work directory: one atomic file per finished unit, so that nothing is computed twice.
 
     <root>/fingerprint.json            what the statistics were collected on
+    <root>/inputs, gradients, parts    while statistics are collected, see sweep.py
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              eigenvalues of every layer
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
@@ -28,6 +29,8 @@ from lrc_cli.errors import InputError, RunError
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
 STATISTICS, SPECTRA, OUTPUT_SPECTRA = "statistics", "spectra", "output-spectra"
+PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
+"""On the way to the statistics: see sweep.py and gather.py. Deleted as soon as they are used."""
 
 
 class WorkDirectory:
@@ -131,8 +134,12 @@ class WorkDirectory:
         except SafetensorError as error:
             raise RunError(f"{file}: damaged ({error})", "run again with --restart") from error
 
+    def remove(self, stage: str, unit: str) -> None:
+        """Delete a unit's file if it is there."""
+        self._file(stage, unit).unlink(missing_ok=True)
+
     def drop(self, stages: list[str]) -> None:
-        """Delete stages, for `--restart`."""
+        """Delete whole stages."""
         for stage in stages:
             if (self.root / stage).exists():
                 shutil.rmtree(self.root / stage)

@@ -18,7 +18,6 @@ from lrc_cli.blocks import (
     Chain,
     Segment,
     StopForward,
-    Walk,
     find_chain,
     segments_of,
 )
@@ -27,6 +26,7 @@ from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network, find_layers, hooked, make_network, open_module
+from lrc_cli.walk import Walk
 
 NAMES = ["llama", "qwen2", "gpt2", "bert", "bert-mlm", "bert-classifier"]
 PREFIXES = {"llama": "model.layers", "qwen2": "model.layers", "gpt2": "transformer.h"}

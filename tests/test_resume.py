@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pico
 import pytest
 from conftest import Models
 from process_helpers import start
+
+from lrc_cli.work import PASSING
 
 Changes = dict[str, Any]
 
@@ -98,10 +103,60 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert running.wait() == 0, running.err
     assert contents(tmp_path / "out") == undisturbed
     assert not (tmp_path / "out.partial").exists()
-    whole = {file: time for file, time in finished.items() if file.suffix == ".safetensors"}
+    whole = {
+        file: time
+        for file, time in finished.items()
+        if file.suffix == ".safetensors" and file.parent.name not in PASSING
+    }
     assert whole and all(file.stat().st_mtime_ns == time for file, time in whole.items()), (
         "finished units were computed again"
     )
+
+
+@pytest.mark.parametrize("method", ["curvature", "frobenius"])
+def test_kills_at_random_moments_of_the_statistics_change_nothing(
+    method: str, tmp_path: Path, long_job: Changes
+) -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")  # shown where the test fails
+    chance = random.Random(seed)
+    changes = long_job | {"compression.method": method, "compression.sequential": False}
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    output, report = pico.compressed(calm, changes)
+    command = ["compress", pico.job(tmp_path, changes)]
+    kept: dict[Path, int] = {}
+    for number in range(3):
+        log = tmp_path / f"log-{number}"
+        log.touch()
+        running = start(command, log)
+        # Kills late enough leave no statistics to collect, and fall on what comes next.
+        running.wait_until(lambda r=running: re.search("statistics |spectra ", r.err) is not None)
+        moment = time.monotonic() + chance.uniform(0, report["timing"]["statistics"] / 3)
+        running.stop_when(lambda moment=moment: time.monotonic() > moment, signal.SIGKILL)
+        now = times(tmp_path, "statistics")
+        assert kept.items() <= now.items(), "finished units were computed again"
+        kept = {file: when for file, when in now.items() if file.suffix == ".safetensors"}
+    running = start(command, tmp_path / "log")
+    assert running.wait() == 0, running.err
+    assert kept.items() <= times(tmp_path, "statistics").items()
+    assert contents(tmp_path / "out") == contents(output)
+    (work,) = tmp_path.glob(".lrc-work/*")
+    assert not {path.name for path in work.iterdir()} & set(PASSING), "what was on the way is left"
+
+
+@pytest.mark.parametrize("limit", ["0B", "20KB"])
+@pytest.mark.parametrize("method", ["curvature", "frobenius"])
+def test_what_does_not_fit_the_memory_limit_goes_to_disk_and_comes_back_the_same(
+    method: str, limit: str, tmp_path: Path, llama_job: Changes
+) -> None:
+    written = []
+    for name, memory in (("all", None), ("limited", limit)):
+        (tmp_path / name).mkdir()
+        changes = {"compression.method": method, "compression.sequential": True}
+        changes |= {"runtime.memory_limit": memory}
+        written.append(contents(pico.compressed(tmp_path / name, llama_job | changes)[0]))
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

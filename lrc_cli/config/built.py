@@ -13,7 +13,6 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "LayerOverride.method": (*_METHODS, None),
     "Recover.scope": ("none",),
     "Recover.tokens": ("auto",),
-    "Runtime.memory_limit": (None,),
     "Output.remote_code": (False,),
 }
 """The allowed values, by dataclass and field; a field that is not here is built whole."""

@@ -237,11 +237,16 @@ class Runtime:
     dtype: Dtype = "auto"
     """Data type of activations."""
     memory_limit: ByteSize | None = None
-    """Memory beyond which activations and statistics go to disk; null: no limit."""
+    """Memory that activations and gradients between blocks may take; more of them go to disk."""
     work_dir: Text | None = None
     """Directory of finished units; null: .lrc-work/<statistics fingerprint> beside the output."""
     seed: Seed = 0
     """Seed of everything random but the draw of sequences."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """memory_limit in bytes; None: no limit."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
 
 @dataclass(frozen=True, kw_only=True)

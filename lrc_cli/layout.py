@@ -1,0 +1,96 @@
+"""Where the layers that are to be measured run: in which segments, on whose inputs."""
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from lrc_cli.blocks import (
+    HEAD,
+    Call,
+    Chain,
+    Segment,
+    StopForward,
+    arrange,
+    find_chain,
+    passing,
+    patched,
+    places,
+)
+from lrc_cli.calibration import Batch
+from lrc_cli.losses import floating_outputs
+from lrc_cli.models import Layer, Network, hooked, input_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The segments that a network is measured in."""
+
+    chain: Chain
+    segments: list[Segment]
+    """With every layer asked for in exactly one of them."""
+    leaders: dict[str, str]
+    """{layer: first layer of its segment that reads the very same input}."""
+    reason: str
+    """Why the network runs whole; empty where it does not."""
+
+
+def find_layout(
+    network: Network, layers: Sequence[Layer], graded: Collection[str], batch: Batch
+) -> Layout:
+    """The segments and the layers in them, seen on one batch.
+
+    A network is not cut where that would lose something: where a layer runs in several segments,
+    or where gradients reach it by another way than from block to block.
+
+    Args:
+        graded: names of the layers whose output gradients are wanted.
+    """
+    chain = find_chain(network, batch)
+    found = places(network, chain, layers, batch)
+    reason = "its blocks are no chain" if not chain.names else ""
+    for layer in layers:
+        inside = next((x for x in chain.names if f"{layer.name}.".startswith(f"{x}.")), None)
+        # One that this batch does not reach, such as an expert, may be reached by another.
+        seen = found.setdefault(layer.name, [inside] if inside else [])
+        if chain.names and len(seen) != 1:
+            reason = f"{layer.name} runs in {len(seen)} of its segments"
+    if not reason and _is_bypassed(network, chain, layers, graded, batch, found):
+        reason = "what comes before its blocks goes round them"
+    if reason:
+        chain = Chain()
+        found = {layer.name: [*chain.segments] for layer in layers}
+    segments = arrange(chain, layers, found)
+    groups = input_groups(network, layers, batch)
+    first: dict[tuple[str, str], str] = {}
+    leaders = {
+        layer.name: first.setdefault((segment.name, groups.get(layer.name, layer.name)), layer.name)
+        for segment in segments
+        for layer in segment.layers
+    }
+    return Layout(chain=chain, segments=segments, leaders=leaders, reason=reason)
+
+
+def _is_bypassed(
+    network: Network,
+    chain: Chain,
+    layers: Sequence[Layer],
+    graded: Collection[str],
+    batch: Batch,
+    found: dict[str, list[str]],
+) -> bool:
+    """Whether graded layers of the head reach blocks or tail but by the first hidden states."""
+    head = [x for x in layers if x.name in graded and found[x.name] == [HEAD]]
+    if not head:
+        return False
+    entered: dict[str, Call] = {}
+    with hooked(network, head, lambda _, __, y: y.requires_grad_().clone()):
+        with patched(network.module, passing(chain, entered, None)), suppress(StopForward):
+            network(batch)
+        first = entered[chain.names[0]].hidden
+        assert first is not None
+        with patched(network.module, passing(chain, entered, torch.zeros_like(first))):
+            outputs = network(batch)
+    others = [tensor for call in entered.values() for tensor in call.others()]
+    return any(tensor.requires_grad for tensor in [*others, *floating_outputs(outputs)])

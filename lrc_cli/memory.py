@@ -1,0 +1,58 @@
+"""Tensors between two segments: in private memory up to a limit, beyond it in files."""
+
+import mmap
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+from lrc_cli.checkpoint.manifest import tensor_bytes
+from lrc_cli.errors import RunError
+
+
+class HostMemory:
+    """Keeps tensors on the host; those that the limit leaves no room for go to files.
+
+    Such a file has no name: it is gone with its tensor, and with the process.
+
+    Args:
+        limit: bytes that kept tensors may take together; None: no limit.
+        directory: where the files go.
+    """
+
+    def __init__(self, limit: int | None, directory: Path) -> None:
+        self.limit, self.directory = limit, directory
+        self.held = 0
+        """Bytes of private memory that kept tensors take now."""
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same numbers on the host, in memory of their own: private, or a mapped file's.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        tensor = tensor.detach()
+        if not tensor.nbytes or (self.limit is not None and self.held + tensor.nbytes > self.limit):
+            return self._in_file(tensor) if tensor.nbytes else tensor.cpu()
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        kept = tensor.cpu() if whole else tensor.to("cpu", copy=True).contiguous()
+        self.held += kept.nbytes
+        weakref.finalize(kept.untyped_storage(), self._release, kept.nbytes)
+        return kept
+
+    def _release(self, num_bytes: int) -> None:
+        self.held -= num_bytes
+
+    def _in_file(self, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.write(tensor_bytes(tensor.cpu()))
+                file.flush()
+                pages = mmap.mmap(file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise RunError(
+                f"{self.directory}: activations cannot be written ({error.strerror})",
+                "make room on the disk, or raise runtime.memory_limit",
+            ) from error
+        return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)

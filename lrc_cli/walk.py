@@ -1,0 +1,141 @@
+"""A network on its way through its segments, over fixed micro-batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lrc_cli.blocks import (
+    HEAD,
+    TAIL,
+    WHOLE,
+    Call,
+    Chain,
+    Segment,
+    StopForward,
+    hidden_output,
+    passing,
+    patched,
+)
+from lrc_cli.calibration import Batch
+from lrc_cli.models import Network
+
+
+@dataclass
+class Walk:
+    """One network on its way through its segments, over fixed micro-batches.
+
+    Holds, per micro-batch, the hidden states at the boundary that it has reached. Segments are run
+    any number of times, then passed with `advance`, in order:
+
+        walk = Walk(network, chain, batches)
+        for segment in segments_of(network, chain, layers, batches[0]):
+            for index in range(len(batches)):
+                with hooked(network, segment.layers, look):
+                    walk.run(segment, index)
+            walk.advance(segment)
+
+    Two networks of one structure (the dense and the compressed one) share chain and segments.
+    """
+
+    network: Network
+    chain: Chain
+    batches: Sequence[Batch]
+    keep: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    """What becomes of hidden states at a boundary; see `HostMemory.keep`."""
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By micro-batch, the input of the segment that the walk has come to."""
+    _calls: dict[int, dict[str, Call]] = field(default_factory=dict)
+
+    def run(
+        self,
+        segment: Segment,
+        index: int,
+        hidden: torch.Tensor | None = None,
+        *,
+        gradients: bool = False,
+    ) -> Any:
+        """Run a segment.
+
+        Args:
+            index: of the micro-batch.
+            hidden: the segment's input; None: where the walk has come to.
+            gradients: whether autograd follows.
+
+        Returns:
+            The hidden states that the head or a block hands on; the network's outputs for the tail
+            and the whole network; None where a hook raised StopForward.
+        """
+        with torch.set_grad_enabled(gradients):
+            try:
+                return self._run(segment, index, hidden)
+            except StopForward:
+                return None
+
+    def _run(self, segment: Segment, index: int, hidden: torch.Tensor | None) -> Any:
+        batch = self.batches[index]
+        if segment.name == WHOLE:
+            return self.network(batch)
+        if segment.name == HEAD:
+            return self._run_head(batch, index)
+        if hidden is None:
+            # A copy: a block may change its input in place, and how a matrix product rounds may
+            # depend on where in memory a tensor begins, which is another place in a file.
+            hidden = self.hidden[index].to(self.network.device, copy=True)
+        if segment.name == TAIL:
+            with patched(self.network.module, passing(self.chain, {}, hidden)):
+                return self.network(batch)
+        args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
+        return hidden_output(self.network.module.get_submodule(segment.name)(*args, **kwargs))
+
+    def _run_head(self, batch: Batch, index: int) -> torch.Tensor:
+        entered: dict[str, Call] = {}
+        with patched(self.network.module, passing(self.chain, entered, None)):
+            try:
+                self.network(batch)
+            except StopForward:
+                if len(entered) < len(self.chain.names):  # a hook has stopped it
+                    raise
+        first = entered[self.chain.names[0]].hidden
+        assert first is not None
+        if not torch.is_grad_enabled():
+            self._calls[index] = _reusing(entered, self._calls.get(index - 1, {}))
+        return first
+
+    def advance(self, segment: Segment) -> None:
+        """Pass a segment: its outputs become the next one's inputs."""
+        for index in range(len(self.batches)):
+            self.pass_on(segment, index, self.run(segment, index))
+
+    def pass_on(self, segment: Segment, index: int, output: Any) -> None:
+        """As `advance`, for one micro-batch whose whole run of the segment returned `output`."""
+        if segment.name not in (TAIL, WHOLE):
+            self.hidden[index] = self.keep(output)
+
+
+def _reusing(calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:
+    """The calls without their hidden states, equal tensors of `earlier` ones in place of their own.
+
+    Masks and positions are mostly the same in every micro-batch, and then held once.
+    """
+    known: dict[int, torch.Tensor] = {}
+
+    def shared(new: Any, old: Any) -> Any:
+        if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+            return new
+        if id(new) not in known:
+            same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+            known[id(new)] = old if same else new
+        return known[id(new)]
+
+    slim: dict[str, Call] = {}
+    for name, call in calls.items():
+        leaves, form = tree_flatten(call.with_hidden(None))
+        if name in earlier:
+            others, other_form = tree_flatten((earlier[name].args, earlier[name].kwargs))
+            if form == other_form:
+                leaves = list(map(shared, leaves, others))
+        slim[name] = Call(*tree_unflatten(leaves, form))
+    return slim
