@@ -4,7 +4,9 @@ The dense and the written network run over the same sequences. A sequence is a r
 padded positions count nowhere. Outputs of layers are compared in float32, sums are float64.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,14 @@ from torch.nn import functional
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import LARGEST_RATIO
+from lrc_cli.layout import find_layout
 from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare, unpadded
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.statistics import micro_batch
+from lrc_cli.walk import Keep, Pair
 
 MICRO_BATCH_TOKENS = 512
-"""The dense outputs of all layers are held for so many tokens."""
+"""The dense outputs of a segment's layers are held for so many tokens."""
 ERRORS = ("deployed", "inherited", "new", "same_input")
 
 
@@ -72,8 +76,11 @@ def measure(
     seed: int,
     decompose: bool = True,
     advance: Callable[[float], None] = lambda _: None,
+    keep: Keep = torch.Tensor.detach,
 ) -> Measured:
-    """Run both networks over the same sequences and compare their outputs and their layers'.
+    """Compare both networks' outputs, and their layers', on the same sequences.
+
+    Both walk through them side by side, segment by segment.
 
     Args:
         layers: the factorised ones.
@@ -82,6 +89,7 @@ def measure(
             those.
         decompose: False leaves out `inherited` and `new`, and their product (they are 0 then).
         advance: called with the number of sequences done.
+        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
 
     Returns:
         Values by quantity. With a likelihood of tokens: `kl`, the mean over scored tokens of the
@@ -97,14 +105,20 @@ def measure(
     """
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
+    batches = list(dataclasses.replace(sequences, inputs=inputs).batches(size))
+    layout = find_layout(before, layers, (), next(sequences.batches(1)))
+    pair = Pair(before, after, layout.chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
-    for start in range(0, len(sequences), size):
-        batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
-        old, new = comparison.run(batch, start)
-        for name, found in _values(old, new, batch, labels, start).items():
-            values.setdefault(name, []).extend(found)
-        advance(len(next(iter(batch.values()))))
+    for segment in layout.segments:
+        for index, batch in enumerate(batches):
+            watching = comparison.watching(segment.layers, batch, index * size)
+            outputs = pair.run(segment, index, watching)
+            comparison.end()
+            if outputs is not None:
+                for name, found in _values(*outputs, batch, labels, index * size).items():
+                    values.setdefault(name, []).extend(found)
+            advance(len(next(iter(batch.values()))) / len(layout.segments))
     return Measured(values=_checked(values), layers=comparison.layers())
 
 
@@ -132,16 +146,24 @@ class _Comparison:
         self.batch: Batch = {}
         self.start = 0
 
-    def run(self, batch: Batch, start: int) -> tuple[Any, Any]:
-        """The outputs of both networks; `start` is the number of the batch's first sequence."""
-        self.batch, self.start, self.outputs = batch, start, {x.name: [] for x in self.all}
-        with torch.no_grad():
-            with hooked(self.before, self.all, self._in_dense):
-                old = self.before(batch)
-            with hooked(self.after, self.all, self._in_compressed):
-                new = self.after(batch)
+    def watching(
+        self, layers: Sequence[Layer], batch: Batch, start: int
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What to enter around a run of the dense network, and then of the compressed one.
+
+        Args:
+            layers: to look at in it.
+            start: the number of the batch's first sequence.
+        """
+        self.batch, self.start, self.outputs = batch, start, {x.name: [] for x in layers}
+        return (
+            hooked(self.before, layers, self._in_dense),
+            hooked(self.after, layers, self._in_compressed),
+        )
+
+    def end(self) -> None:
+        """Both networks have run."""
         self.lost |= {name for name, left in self.outputs.items() if left}
-        return old, new
 
     def layers(self) -> dict[str, LayerErrors]:
         """What was summed of every layer that could be followed through both networks."""

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lrc_cli.blocks import Segment, find_chain
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare, unpadded
 from lrc_cli.models import Network
 from lrc_cli.statistics import micro_batch
+from lrc_cli.walk import Keep, Pair
 
 MICRO_BATCH_TOKENS = 1024
 LARGEST_RATIO = 2.0**24
@@ -50,13 +52,15 @@ def compare(
     loss: Loss,
     seed: int,
     advance: Callable[[float], None] = lambda _: None,
+    keep: Keep = torch.Tensor.detach,
 ) -> dict[str, Any]:
-    """Run both networks over the same blocks.
+    """Run both networks over the same sequences, segment by segment.
 
     Args:
         loss: of `scoring`.
         seed: of the masked tokens where the network predicts those.
         advance: called with the number of sequences done.
+        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
 
     Returns:
         For a language model: mean loss (nats per scored token) and perplexity of both, KL
@@ -69,12 +73,16 @@ def compare(
     """
     sums = _Sums()
     generator = torch.Generator().manual_seed(seed)
-    for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
-        inputs, labels = prepare(loss, batch, generator)
-        with torch.no_grad():
-            old, new = before(inputs), after(inputs)
-        _add(sums, old, new, labels, batch.get("attention_mask"))
-        advance(len(next(iter(batch.values()))))
+    batches = sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS))
+    prepared = [prepare(loss, batch, generator) for batch in batches]
+    chain = find_chain(before, next(sequences.batches(1)))
+    pair = Pair(before, after, chain, [inputs for inputs, _ in prepared], keep)
+    for segment in (Segment(name=name, layers=[]) for name in chain.segments):
+        for index, (inputs, labels) in enumerate(prepared):
+            outputs = pair.run(segment, index)
+            if outputs is not None:
+                _add(sums, *outputs, labels, inputs.get("attention_mask"))
+            advance(len(next(iter(inputs.values()))) / len(chain.segments))
     return {"num_sequences": len(sequences), **_result(sums, loss)}
 
 

@@ -28,6 +28,7 @@ from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.report.formatting import count
+from lrc_cli.walk import Keep
 
 NUM_SELECTION = 16
 """Calibration sequences that tolerances and clipping limits are chosen on."""
@@ -39,12 +40,15 @@ PREDICTIONS = {
 Facts = Mapping[str, dict[str, Any]]
 
 
-def certify(plan: Plan, network: Network, facts: Facts, progress: Progress) -> dict[str, Any]:
+def certify(
+    plan: Plan, network: Network, facts: Facts, keep: Keep, progress: Progress
+) -> dict[str, Any]:
     """Measure the written network on held-out sequences and state what follows.
 
     Args:
         network: what was written, opened again.
         facts: of every layer, by name; `errors.held_out` is added where the layer was measured.
+        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
 
     Returns:
         The `certificate` of report.json; without statements, but with a note, where the config
@@ -59,9 +63,9 @@ def certify(plan: Plan, network: Network, facts: Facts, progress: Progress) -> d
         return no_certificate(NO_SEQUENCES)
     loss = scoring(plan.network, next(plan.sequences[CALIBRATION].batches(1)), plan.tokenizer)
     chosen = selection_of(plan.sequences)
-    selection = _measure(plan, network, facts, chosen, loss, progress, "selection")
+    selection = _measure(plan, network, facts, chosen, loss, keep, progress, "selection")
     drawn = plan.sequences[CERTIFICATION]
-    found = _measure(plan, network, facts, drawn, loss, progress, CERTIFICATION)
+    found = _measure(plan, network, facts, drawn, loss, keep, progress, CERTIFICATION)
     errors = _errors(found, facts)
     tolerances = tolerances_of(_errors(selection, facts))
     tolerances = {name: t for name, t in tolerances.items() if name in errors}
@@ -114,6 +118,7 @@ def _measure(
     facts: Facts,
     sequences: Sequences,
     loss: Loss,
+    keep: Keep,
     progress: Progress,
     name: str,
 ) -> Measured:
@@ -127,6 +132,7 @@ def _measure(
             seed=plan.config.runtime.seed,
             decompose=name == CERTIFICATION,
             advance=phase.advance,
+            keep=keep,
         )
 
 

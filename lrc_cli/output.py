@@ -28,6 +28,7 @@ from lrc_cli.feedforward import worst_case
 from lrc_cli.gates import check_gates
 from lrc_cli.guarantee import certify
 from lrc_cli.losses import floating_outputs
+from lrc_cli.memory import HostMemory
 from lrc_cli.models import Network, make_network, open_module
 from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES
@@ -145,9 +146,10 @@ def finish_output(
         )
         network = make_network(module, device=plan.device, dtype=plan.network.dtype)
         _check_forward(network, plan)
-    quality = _measure(plan, network, progress)
+    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
+    quality = _measure(plan, network, memory, progress)
     facts = {name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()}
-    certificate = certify(plan, network, facts, progress)
+    certificate = certify(plan, network, facts, memory.keep, progress)
     report = build_report(
         plan,
         layers=facts,
@@ -195,7 +197,9 @@ def _check_forward(network: Network, plan: Plan) -> None:
             )
 
 
-def _measure(plan: Plan, network: Network, progress: Progress) -> list[dict[str, Any]]:
+def _measure(
+    plan: Plan, network: Network, memory: HostMemory, progress: Progress
+) -> list[dict[str, Any]]:
     names = plan.evaluation_names
     if not names:
         return []
@@ -212,6 +216,7 @@ def _measure(plan: Plan, network: Network, progress: Progress) -> list[dict[str,
                 loss=loss,
                 seed=plan.config.runtime.seed,
                 advance=phase.advance,
+                keep=memory.keep,
             )
             data = {"population": sequences.population, "sha256": sequences.sha256}
             rows.append({"text": name, **row, **data})

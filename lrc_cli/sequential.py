@@ -27,6 +27,7 @@ from lrc_cli.layerwise import (
     solve_cost,
     weight_of,
 )
+from lrc_cli.memory import HostMemory
 from lrc_cli.models import Layer, hooked
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
@@ -142,7 +143,8 @@ def factorize_sequentially(
     batches = list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)))
     chain = find_chain(plan.network, next(sequences.batches(1)))
     segments = segments_of(plan.network, chain, plan.layers, batches[0])
-    streams = Streams(plan, chain, batches)
+    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
+    streams = Streams(plan, chain, batches, memory.keep)
     fits = _Fits(plan, work, ranks, stage, streams)
     todo = fits.start(segments)
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)

@@ -1,11 +1,12 @@
 """Streaming second moments: Gram matrices of layer inputs and of output gradients.
 
-G = (1/T) sum x x^T and F = (1/T) sum g g^T over the T tokens that are not padding. A chunk is
+G = (1/T) sum x x^T and F = (1/T) sum g g^T over the T tokens that are not padding. A micro-batch is
 multiplied in float32 (products of bfloat16 numbers are exact there) and added to a float64 sum.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -58,10 +59,11 @@ class GramSum:
         self.num_rows += len(rows)
         if self._center and len(rows):
             rows = self._around_pivot(rows)
-        for start in range(0, rows.shape[1], PANEL):
-            stop = min(start + PANEL, rows.shape[1])
-            panel = _product(rows[:, start:stop], rows[:, :stop])
-            self.total[start:stop, :stop] += panel.to(self.total.device)
+        with _exact_bfloat16(rows) as factor:
+            for start in range(0, rows.shape[1], PANEL):
+                stop = min(start + PANEL, rows.shape[1])
+                panel = _product(factor[:, start:stop], factor[:, :stop])
+                self.total[start:stop, :stop] += panel.to(self.total.device)
         return rows
 
     def _around_pivot(self, rows: torch.Tensor) -> torch.Tensor:
@@ -93,10 +95,30 @@ class GramSum:
         return mean if self._pivot is None else mean + self._pivot.to(mean)
 
 
+@contextmanager
+def _exact_bfloat16(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows in the dtype to multiply. Within it, products of bfloat16 rows are exact and fast.
+
+    A CPU has no product of bfloat16 matrices that keeps float32 sums. But float32 matrices may be
+    rounded to bfloat16 on the way into it, and to rows that are bfloat16 this does nothing.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        yield rows
+        return
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if rows.dtype == torch.bfloat16 else "ieee"
+    try:
+        yield rows.float()
+    finally:
+        settings.fp32_precision = before
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    if left.is_cuda and left.dtype == torch.bfloat16:
+    if left.dtype == torch.bfloat16:
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
+    return left.T @ right
 
 
 class Moments:

@@ -20,7 +20,7 @@ from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES, cast_on_read
 from lrc_cli.slots import low_rank_module
 from lrc_cli.statistics import GramSum
-from lrc_cli.walk import Walk
+from lrc_cli.walk import Keep, Pair, Walk
 from lrc_cli.work import Tensors
 
 
@@ -60,18 +60,24 @@ class DriftSum:
         )
 
 
-class Streams:
+class Streams(Pair):
     """Both networks over the same micro-batches.
 
     Args:
         chain: the network's.
         batches: micro-batches of model inputs.
+        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
     """
 
-    def __init__(self, plan: Plan, chain: Chain, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        chain: Chain,
+        batches: Sequence[Batch],
+        keep: Keep = torch.Tensor.detach,
+    ) -> None:
+        super().__init__(plan.network, _open_again(plan), chain, batches, keep)
         self.plan, self.batches = plan, batches
-        self.dense = Walk(plan.network, chain, batches)
-        self.compressed = Walk(_open_again(plan), chain, batches)
 
     def install(self, layer: Layer, tensors: Tensors) -> None:
         """Put a layer's factors into the compressed network.

@@ -23,7 +23,7 @@ from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadde
 from lrc_cli.models import Layer, Network
 from lrc_cli.precision import recast_in_backward
 from lrc_cli.statistics import Moments
-from lrc_cli.walk import Walk
+from lrc_cli.walk import Keep, Walk
 from lrc_cli.work import GRADIENTS, INPUTS, Tensors, WorkDirectory
 
 BACKWARD_COST = 3.0
@@ -65,7 +65,7 @@ class Sweep:
         *,
         finished: Callable[[Segment], bool],
         finish: Callable[[Segment, Moments], None],
-        keep: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+        keep: Keep = torch.Tensor.detach,
     ) -> None:
         self.job, self.work, self.finished, self.finish = job, work, finished, finish
         self.keep = keep

@@ -1,6 +1,7 @@
 """A network on its way through its segments, over fixed micro-batches."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ from lrc_cli.blocks import (
 )
 from lrc_cli.calibration import Batch
 from lrc_cli.models import Network
+
+Keep = Callable[[torch.Tensor], torch.Tensor]
+"""What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""
 
 
 @dataclass
@@ -43,8 +47,7 @@ class Walk:
     network: Network
     chain: Chain
     batches: Sequence[Batch]
-    keep: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
-    """What becomes of hidden states at a boundary; see `HostMemory.keep`."""
+    keep: Keep = torch.Tensor.detach
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch, the input of the segment that the walk has come to."""
     _calls: dict[int, dict[str, Call]] = field(default_factory=dict)
@@ -113,6 +116,42 @@ class Walk:
         """As `advance`, for one micro-batch whose whole run of the segment returned `output`."""
         if segment.name not in (TAIL, WHOLE):
             self.hidden[index] = self.keep(output)
+
+
+class Pair:
+    """The dense and the compressed network, side by side over the same micro-batches."""
+
+    def __init__(
+        self,
+        dense: Network,
+        compressed: Network,
+        chain: Chain,
+        batches: Sequence[Batch],
+        keep: Keep = torch.Tensor.detach,
+    ) -> None:
+        self.dense = Walk(dense, chain, batches, keep)
+        self.compressed = Walk(compressed, chain, batches, keep)
+
+    def run(
+        self,
+        segment: Segment,
+        index: int,
+        watching: Sequence[AbstractContextManager[None]] = (nullcontext(), nullcontext()),
+    ) -> tuple[Any, Any] | None:
+        """Both pass a segment with one micro-batch.
+
+        Args:
+            watching: what to enter around the run of each.
+
+        Returns:
+            The networks' outputs; None before the last segment.
+        """
+        outputs = []
+        for walk, watch in zip((self.dense, self.compressed), watching, strict=True):
+            with watch:
+                outputs.append(walk.run(segment, index))
+            walk.pass_on(segment, index, outputs[-1])
+        return (outputs[0], outputs[1]) if segment.name in (TAIL, WHOLE) else None
 
 
 def _reusing(calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:

@@ -266,7 +266,6 @@ def test_impossible_shard_sizes(size: str) -> None:
         ("recover.scope", "model", "'model'"),
         ("recover.tokens", "1000", "1000"),
         ("output.remote_code", "true", "true"),
-        ("runtime.memory_limit", "8GB", "'8GB'"),
         ("calibration.chat_template", "true", "true"),
     ],
 )
