@@ -16,6 +16,7 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.placement import block_names
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 
@@ -123,7 +124,7 @@ def find_chain(network: Network, batch: Batch) -> Chain:
     Args:
         batch: a micro-batch to try it on.
     """
-    names = _candidate(network.module)
+    names = block_names(network.module)
     if len(names) < 2:
         return Chain()
     calls: list[tuple[str, Call]] = []
@@ -148,20 +149,6 @@ def find_chain(network: Network, batch: Batch) -> Chain:
     if not same_inputs or not _equal(floating_outputs(outputs), floating_outputs(again)):
         return Chain()
     return chain
-
-
-def _candidate(module: nn.Module) -> tuple[str, ...]:
-    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
-    outermost = {
-        name: part
-        for name, part in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
-    }
-    if not outermost:
-        return ()
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in outermost.items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    return tuple(f"{largest}.{i}" for i in range(len(outermost[largest])))
 
 
 def _run(network: Network, batch: Batch) -> Any:

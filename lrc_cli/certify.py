@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrc_cli.blocks import Segment
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import LARGEST_RATIO
@@ -112,7 +113,7 @@ def measure(
     values: dict[str, list[float]] = {}
     for segment in layout.segments:
         for index, batch in enumerate(batches):
-            watching = comparison.watching(segment.layers, batch, index * size)
+            watching = comparison.watching(segment, batch, index * size)
             outputs = pair.run(segment, index, watching)
             comparison.end()
             if outputs is not None:
@@ -147,15 +148,19 @@ class _Comparison:
         self.start = 0
 
     def watching(
-        self, layers: Sequence[Layer], batch: Batch, start: int
+        self, segment: Segment, batch: Batch, start: int
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What to enter around a run of the dense network, and then of the compressed one.
 
         Args:
-            layers: to look at in it.
+            segment: that they run.
             start: the number of the batch's first sequence.
         """
+        layers = segment.layers
         self.batch, self.start, self.outputs = batch, start, {x.name: [] for x in layers}
+        # Layers of either network are called on the other's inputs too.
+        for network in (self.before, self.after):
+            network.placement.occupy(segment.name)
         return (
             hooked(self.before, layers, self._in_dense),
             hooked(self.after, layers, self._in_compressed),

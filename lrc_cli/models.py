@@ -19,6 +19,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.layers import linear_shape
 from lrc_cli.loading import load
 from lrc_cli.names import module_names
+from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
 
 
@@ -73,6 +74,7 @@ class Network:
     dtype: torch.dtype
     """Of activations."""
     casts: LiveCasts
+    placement: Placement
 
     @property
     def vocabulary(self) -> int:
@@ -131,9 +133,9 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
         module.config.use_cache = False
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     dtype = dtype or fast_dtype(device, stored)
-    if device.type != "cpu":
-        module.to(device)
-    return Network(module=module, device=device, dtype=dtype, casts=cast_on_read(module, dtype))
+    casts = cast_on_read(module, dtype)
+    placement = Placement(module, device)
+    return Network(module=module, device=device, dtype=dtype, casts=casts, placement=placement)
 
 
 def find_layers(

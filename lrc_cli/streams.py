@@ -99,7 +99,7 @@ class Streams(Pair):
         network = self.compressed.network
         replaced = network.module.get_submodule(layer.name)
         new: nn.Module = low_rank_module(replaced, own, layer.shape)
-        new.requires_grad_(False).to(network.device)
+        network.placement.adopt(new.requires_grad_(False), layer.name)
         cast_on_read(new, network.dtype, network.casts)
         replace_modules(network.module, {replaced: new})
 

@@ -1,0 +1,134 @@
+"""Gram matrices as a pass over the data collects them, and as hooks and autograd give them."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pico
+import torch
+from torch import Tensor, nn
+
+from lrc_cli import statistics
+from lrc_cli.blocks import WHOLE, Chain, Segment
+from lrc_cli.calibration import Sequences
+from lrc_cli.checkpoint.source import open_source
+from lrc_cli.config import Compression
+from lrc_cli.layout import find_layout
+from lrc_cli.losses import Loss, backward_scalars, prepare, unpadded
+from lrc_cli.models import Layer, Network, find_layers, open_module
+from lrc_cli.sweep import Job, Sweep
+from lrc_cli.work import PASSING, WorkDirectory
+
+SEED = 4
+Moments = dict[str, Tensor]
+
+
+def padded_tokens(rows: int = 6, length: int = 10) -> dict[str, Tensor]:
+    """Token ids and a right-padded mask; the first row is whole."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, len(pico.VOCABULARY), (rows, length), generator=generator)
+    lengths = torch.tensor([length, *range(3, 2 + rows)])
+    mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def sequences(inputs: dict[str, Tensor]) -> Sequences:
+    return Sequences(name="test", inputs=inputs, population=0, sha256="")
+
+
+def opened(
+    path: Path, factory: str | None = None, exclude: tuple[str, ...] = ("lm_head",)
+) -> tuple[nn.Module, list[Layer]]:
+    source = open_source(path)
+    module = open_module(source, factory=factory)
+    return module, find_layers(module, source, Compression(size=0.5, exclude=exclude))[0]
+
+
+def measured(
+    network: Network,
+    layers: list[Layer],
+    inputs: dict[str, Tensor],
+    loss: Loss | None,
+    batch: int,
+    *,
+    whole: bool = False,
+) -> tuple[Moments, Moments]:
+    """The Gram matrices of every layer's input and, given a loss, of its output gradients.
+
+    Args:
+        whole: run the network as one segment, whatever it is made of.
+    """
+    given = sequences(inputs)
+    graded = {layer.name for layer in layers} if loss else set()
+    layout = find_layout(network, layers, graded, next(given.batches(1)))
+    assert {x.name for s in layout.segments for x in s.layers} == {x.name for x in layers}
+    chain, segments = layout.chain, layout.segments
+    if whole:
+        chain, segments = Chain(), [Segment(name=WHOLE, layers=layers)]
+    job = Job(
+        network=network,
+        chain=chain,
+        segments=segments,
+        batches=list(given.batches(batch)),
+        leaders={layer.name: layer.name for layer in layers},
+        graded=graded,
+        loss=loss,
+        seed=SEED,
+        center=False,
+    )
+    found: dict[str, statistics.Moments] = {}
+
+    def finish(segment: Segment, moments: statistics.Moments) -> None:
+        found[segment.name] = moments
+
+    with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
+        sweep = Sweep(job, work, finished=lambda s: s.name in found, finish=finish)
+        sweep.run(lambda _: None)
+        left = [file for stage in PASSING for file in (Path(root) / stage).glob("*")]
+        assert not left, "what was on the way is still there"
+    grams = {name: gram.mean() for part in found.values() for name, gram in part.grams.items()}
+    fishers = {name: gram.mean() for part in found.values() for name, gram in part.fishers.items()}
+    return grams, fishers
+
+
+def by_autograd(
+    network: Network, layers: list[Layer], inputs: dict[str, Tensor], loss: Loss, batch: int
+) -> tuple[Moments, Moments]:
+    """The same by hooks and autograd on the network as it is, all of it at once."""
+    rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    generator = torch.Generator().manual_seed(SEED)
+    prepared = [prepare(loss, b, generator) for b in sequences(inputs).batches(batch)]
+    for given, labels in prepared:
+        mask = given.get("attention_mask")
+        outputs: list[tuple[str, Tensor]] = []
+
+        def watch(layer: Layer, mask: Tensor | None, outputs: list[tuple[str, Tensor]]) -> Any:
+            def hook(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+                rows[layer.name].append(unpadded(arguments[0].detach(), mask).flatten(0, -2))
+                outputs.append((layer.name, output.requires_grad_().clone()))
+                return outputs[-1][1]
+
+            return network.module.get_submodule(layer.name).register_forward_hook(hook)
+
+        handles = [watch(layer, mask, outputs) for layer in layers]
+        found = network(given)
+        for handle in handles:
+            handle.remove()
+        for scalar in backward_scalars(loss, found, labels, generator, mask):
+            wanted = torch.autograd.grad(scalar, [y for _, y in outputs], retain_graph=True)
+            for (name, _), gradient in zip(outputs, wanted, strict=True):
+                gradients[name].append(unpadded(gradient, mask).flatten(0, -2))
+    return {n: outer(x) for n, x in rows.items()}, {n: outer(x) for n, x in gradients.items()}
+
+
+def outer(rows: list[Tensor]) -> Tensor:
+    every = torch.cat(rows).double()
+    return every.T @ every / len(every)
+
+
+def assert_close(found: Moments, expected: Moments, tolerance: float = 1e-5) -> None:
+    assert set(found) == set(expected)
+    for name, matrix in expected.items():
+        assert found[name].dtype == torch.float64
+        assert (found[name] - matrix).norm() < tolerance * matrix.norm(), name

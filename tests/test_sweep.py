@@ -1,0 +1,134 @@
+"""The pass over the calibration data, segment by segment, against the whole network at once."""
+
+import pico
+import pytest
+import torch
+from conftest import Models
+from moments_helpers import assert_close, by_autograd, measured, opened, padded_tokens
+from torch import Tensor, nn
+
+from lrc_cli.layout import find_layout
+from lrc_cli.losses import Loss
+from lrc_cli.models import Layer, Network, make_network
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "next_token"),
+        ("llama", "output"),
+        ("bert-mlm", "masked_token"),
+        ("bert-classifier", "sampled"),
+        ("bert", "output"),
+    ],
+)
+def test_streamed_moments_equal_those_of_the_whole_network(
+    name: str, kind: str, checkpoint: Models
+) -> None:
+    """Padding masks, several probes, a smaller last micro-batch, layers in head and tail."""
+    module, layers = opened(checkpoint(name), exclude=())
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    loss = Loss(kind=kind, mask_token=pico.SPECIAL.index("[MASK]"))
+    inputs = padded_tokens(rows=7, length=9)
+    expected = by_autograd(network, layers, inputs, loss, 3)
+    found = measured(network, layers, inputs, loss, 3)
+    assert_close(found[0], expected[0], 1e-6)
+    assert_close(found[1], expected[1], 1e-5)
+
+
+class Blocks(nn.Module):
+    """A head, three blocks and a tail; `way` says what else is wired."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.last = nn.Linear(8, 4)
+        self.aside = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = start = torch.tanh(self.first(x))
+        if self.way == "twice":
+            x = self.aside(x)
+        for block in self.blocks:
+            x = block(torch.relu(x) if self.way == "between" else x)
+        if self.way == "twice":
+            x = self.aside(x)
+        if self.way == "skipped":
+            x = x + start
+        return torch.tanh(self.last(x))
+
+
+def plain(way: str) -> tuple[Network, list[Layer]]:
+    torch.manual_seed(0)
+    module = Blocks(way)
+    layers = [
+        Layer(
+            name=name,
+            key=name,
+            kind="Linear",
+            shape=(part.out_features, part.in_features),
+            dtype=torch.float32,
+            unit=name if name.startswith("blocks") else "",
+        )
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and (name != "aside" or way == "twice")
+    ]
+    return make_network(module, device=CPU, dtype=None), layers
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("chain", ""),
+        ("skipped", "goes round"),
+        ("twice", "aside runs in 2 of its segments"),
+        ("between", "no chain"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["output", "sampled", None])
+def test_plain_networks_are_cut_only_where_nothing_is_lost(
+    way: str, reason: str, kind: str | None
+) -> None:
+    """Layers of head and tail included; whatever the layout, the moments are those of the whole."""
+    network, layers = plain(way)
+    inputs = {"x": torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(1))}
+    loss = None if kind is None else Loss(kind=kind)
+    graded = {layer.name for layer in layers} if loss else set()
+    layout = find_layout(network, layers, graded, {"x": inputs["x"][:1]})
+    if way != "skipped" or loss:
+        assert reason in layout.reason and bool(layout.reason) == bool(reason)
+    assert len(layout.segments) == (1 if layout.reason else 5)
+    expected = by_autograd(network, layers, inputs, loss or Loss(kind="output"), 8)
+    found = measured(network, layers, inputs, loss, 8)
+    assert_close(found[0], expected[0], 1e-6)
+    if loss:
+        assert_close(found[1], expected[1], 1e-5)
+
+
+def test_only_some_layers_measured_are_measured_the_same(checkpoint: Models) -> None:
+    """Gradients are taken no further than the first layer that needs them."""
+    module, layers = opened(checkpoint("llama-long"))
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    chosen = [x for x in layers if x.unit in ("model.layers.3", "model.layers.8")]
+    inputs, loss = padded_tokens(rows=5), Loss(kind="next_token")
+    every, some = (measured(network, x, inputs, loss, 2) for x in (layers, chosen))
+    for all_of_kind, some_of_kind in zip(every, some, strict=True):
+        assert set(some_of_kind) == {layer.name for layer in chosen}
+        assert_close(some_of_kind, {name: all_of_kind[name] for name in some_of_kind}, 1e-6)
+
+
+def test_layers_that_read_one_tensor_share_a_leader_within_their_segment(
+    checkpoint: Models,
+) -> None:
+    module, layers = opened(checkpoint("llama"))
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    layout = find_layout(network, layers, (), batch)
+    for layer in layers:
+        stem, _, leaf = layer.name.rpartition(".")
+        leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(leaf, leaf)
+        assert layout.leaders[layer.name] == f"{stem}.{leader}"
