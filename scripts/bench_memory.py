@@ -48,7 +48,7 @@ class Shape:
         return 2 * (4 * self.width**2 + 3 * self.width * self.feed_forward)
 
 
-SMALL = Shape(width=768, feed_forward=2048, num_heads=12)
+SMALL = Shape(width=512, feed_forward=1536, num_heads=8)
 LARGE = Shape(width=1024, feed_forward=2816, num_heads=16)
 
 

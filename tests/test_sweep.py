@@ -1,5 +1,9 @@
 """The pass over the calibration data, segment by segment, against the whole network at once."""
 
+import gc
+from pathlib import Path
+from typing import Any
+
 import pico
 import pytest
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor, nn
 from lrc_cli.layout import find_layout
 from lrc_cli.losses import Loss
 from lrc_cli.models import Layer, Network, make_network
+from lrc_cli.statistics import GramSum
+from lrc_cli.work import STATISTICS, WorkDirectory
 
 CPU = torch.device("cpu")
 
@@ -107,6 +113,25 @@ def test_plain_networks_are_cut_only_where_nothing_is_lost(
     assert_close(found[0], expected[0], 1e-6)
     if loss:
         assert_close(found[1], expected[1], 1e-5)
+
+
+def test_gram_matrices_leave_memory_with_their_block(
+    tmp_path: Path, checkpoint: Models, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a unit is stored, no more of them are alive than a single block has."""
+    alive: list[int] = []
+    put = WorkDirectory.put
+
+    def counting(self: WorkDirectory, stage: str, *rest: Any) -> None:
+        if stage == STATISTICS:
+            gc.collect()
+            alive.append(sum(type(x) is GramSum for x in gc.get_objects()))
+        put(self, stage, *rest)
+
+    monkeypatch.setattr(WorkDirectory, "put", counting)
+    changes = {"model.path": str(checkpoint("llama-long")), "calibration.path": str(text)}
+    pico.compressed(tmp_path, changes)
+    assert alive == [4 + 7] * 12, "inputs of four groups and output gradients of seven layers"
 
 
 def test_only_some_layers_measured_are_measured_the_same(checkpoint: Models) -> None:
