@@ -159,16 +159,25 @@ def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     scale = gram.diagonal().clamp(min=0).sqrt()
     safe = torch.where(scale > 0, scale, 1.0)
-    rows, columns = torch.tril_indices(len(gram), len(gram), device=gram.device)
-    return (gram / safe[:, None] / safe)[rows, columns].float(), scale
+    n = len(gram)
+    triangle = torch.empty(n * (n + 1) // 2, dtype=torch.float32, device=gram.device)
+    # Row by row: index tensors, or a scaled copy, would be larger than the matrix itself.
+    for i, row in enumerate(_rows(triangle, n)):
+        row.copy_(gram[i, : i + 1] / safe[i] / safe[: i + 1])
+    return triangle, scale
 
 
 def expand_gram(triangle: torch.Tensor, scale: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The inverse of `compress_gram`: (n, n) float64 on `device`."""
     n = len(scale)
     scale = scale.to(device)
-    rows, columns = torch.tril_indices(n, n, device=device)
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    gram[rows, columns] = triangle.to(device, torch.float64)
+    for i, row in enumerate(_rows(triangle.to(device), n)):
+        gram[i, : i + 1] = row
     gram += gram.tril(-1).T
-    return gram * scale[:, None] * scale
+    return gram.mul_(scale[:, None]).mul_(scale)
+
+
+def _rows(triangle: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
+    """Views of the rows of an (n, n) lower triangle, of 1 to n entries."""
+    return triangle.split(list(range(1, n + 1)))

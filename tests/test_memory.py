@@ -79,9 +79,9 @@ def private_bytes(pid: int) -> int:
 
 
 def gram_bytes(method: str) -> int:
-    """Float64 Gram matrices of the compressed blocks: two distinct inputs, four outputs."""
-    per_block = {"svd": 0, "frobenius": 2, "curvature": 2 + 4}[method]
-    return 8 * len(COMPRESSED) * per_block * WIDTH**2
+    """Float64 Gram matrices of one of the compressed blocks: two distinct inputs, four outputs."""
+    num_matrices = {"svd": 0, "frobenius": 2, "curvature": 2 + 4}[method]
+    return 8 * num_matrices * WIDTH**2
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,52 @@
+"""What lies between two segments: in memory up to a limit, in files beyond it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrc_cli.errors import RunError
+from lrc_cli.memory import HostMemory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [None, 0, 100, 10_000])
+def test_what_is_kept_comes_back_the_same(
+    limit: int | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    memory = HostMemory(limit, tmp_path)
+    given = [torch.randn(3, 8).to(dtype) for _ in range(5)]
+    kept = [memory.keep(tensor) for tensor in given]
+    assert all(map(torch.equal, given, kept))
+    assert limit is None or memory.held <= limit
+    size = given[0].nbytes
+    assert memory.held == size * (5 if limit is None else min(5, limit // size))
+    assert not list(tmp_path.iterdir()), "its files have no names"
+
+
+def test_the_limit_is_for_what_is_held_now(tmp_path: Path) -> None:
+    memory = HostMemory(100, tmp_path)
+    for _ in range(20):
+        kept = memory.keep(torch.ones(5, 4))
+        assert memory.held == 80
+        del kept
+        assert memory.held == 0
+
+
+def test_a_part_of_a_tensor_does_not_keep_the_whole(tmp_path: Path) -> None:
+    memory = HostMemory(None, tmp_path)
+    large = torch.randn(100, 10)
+    kept = memory.keep(large[:, :2])
+    assert torch.equal(kept, large[:, :2]) and kept.untyped_storage().nbytes() == 100 * 2 * 4
+
+
+def test_what_is_kept_may_be_written_to_and_follows_no_gradient(tmp_path: Path) -> None:
+    for limit in (None, 0):
+        kept = HostMemory(limit, tmp_path).keep(torch.ones(4, requires_grad=True))
+        kept += 1
+        assert not kept.requires_grad and kept.tolist() == [2] * 4
+
+
+def test_a_missing_directory_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="activations cannot be written"):
+        HostMemory(0, tmp_path / "gone").keep(torch.ones(4))
