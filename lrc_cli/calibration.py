@@ -7,7 +7,7 @@ In a tensor file a block is a row. Purposes take blocks in turn and skip whateve
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ class Sequences:
         """Positions of all blocks: their tokens, or rows for inputs without a token dimension."""
         ids = self.inputs.get("input_ids")
         return len(self) if ids is None else ids.numel()
+
+    def split(self, count: int) -> "tuple[Sequences, Sequences]":
+        """The first `count` blocks, and the rest."""
+        first = {name: tensor[:count] for name, tensor in self.inputs.items()}
+        rest = {name: tensor[count:] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=first), replace(self, inputs=rest)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Micro-batches of at most `size` blocks, in order."""

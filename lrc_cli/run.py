@@ -9,6 +9,7 @@ import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Compression, Config
+from lrc_cli.decision import check_sequential, decide
 from lrc_cli.engine import RELU, SolveError, output_curve
 from lrc_cli.gather import collect_statistics, read_statistics
 from lrc_cli.layerwise import fit, num_workers, solve_cost, weight_of
@@ -19,7 +20,7 @@ from lrc_cli.plan import Plan, make_plan
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
-from lrc_cli.sequential import check_sequential, decide, factorize_sequentially
+from lrc_cli.sequential import factorize_sequentially
 from lrc_cli.work import OUTPUT_SPECTRA, PASSING, SPECTRA, STATISTICS, WorkDirectory
 
 

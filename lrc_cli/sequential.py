@@ -4,19 +4,21 @@ compressed layers before it give, so that it makes up for their errors.
 Both networks walk through the calibration data segment by segment. Inside a segment the layers come
 in groups that read one input, in the order in which they run: both networks run up to that input,
 its moments are summed, the group is fitted and becomes low-rank in the compressed network.
+
+No layer is fitted to the sequences that are held back: on them each layer measures how much of the
+drift of its inputs it can really make up for (`engine/sequential.py`).
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.engine import DENSE, Drift, Sequential, SolveError, pivot_block, storage_bytes
-from lrc_cli.errors import InputError
+from lrc_cli.decision import excluded, num_held_back
+from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
 from lrc_cli.layerwise import (
@@ -37,100 +39,10 @@ from lrc_cli.statistics import micro_batch
 from lrc_cli.streams import Streams
 from lrc_cli.work import STATISTICS, WorkDirectory
 
-METHODS = ("frobenius", "curvature")
-"""Those whose problem has a form on two networks' inputs."""
-MIN_TOKENS = 10
-"""For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
-LARGEST_SHARE = 0.5
-"""Of the bytes: `auto` is off where more is kept. On SmolLM2 sequential fitting lowers the
-perplexity by a fifth at 0.4 and raises it a little at 0.6 (docs/benchmarks.md)."""
+Drifts = tuple[Drift, Drift | None]
+"""Moments over what is fitted to, and over what is held back."""
 WALK_COST = 0.05
 """Of a multiplication in a forward pass, in those of an eigenproblem."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Whether a run is sequential."""
-
-    used: bool
-    reason: str
-    """Why or why not, in words."""
-
-    def facts(self) -> dict[str, Any]:
-        """For the report."""
-        return {"used": self.used, "reason": self.reason}
-
-
-def check_sequential(plan: Plan) -> None:
-    """Raise InputError where sequential fitting is asked for, and target or methods rule it out."""
-    compression = plan.config.compression
-    if compression.sequential is not True:
-        return
-    if compression.max_layer_error is not None:
-        raise InputError(
-            "compression.sequential: max_layer_error bounds errors on the dense network's inputs,"
-            " and sequential fitting uses others",
-            "set sequential: false, or set size in place of max_layer_error",
-        )
-    methods = {solver.name for solver in plan.solvers.values()}
-    if not methods & set(METHODS):
-        raise InputError(
-            f"compression.sequential: no layer has method {' or '.join(METHODS)}, but"
-            f" {' and '.join(sorted(methods))}",
-            "set sequential: false, or another method",
-        )
-
-
-def decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
-    """Resolve `compression.sequential` once the ranks are known."""
-    compression = plan.config.compression
-    if compression.sequential is False:
-        return Decision(used=False, reason="compression.sequential is false")
-    layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
-    able = [layer for layer in layers if excluded(plan, work, layer) is None]
-    numbers = (
-        f"{len(able)} of {len(layers)} factorised layers have one of the methods"
-        f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
-    )
-    if compression.sequential is True:
-        return Decision(used=bool(able), reason=f"asked for; {numbers}")
-    target, _ = compression.target
-    if target != "size":
-        return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
-    share = granted_share(plan, ranks)
-    if share > LARGEST_SHARE:
-        reason = f"auto: {share:.1%} of the bytes are kept, and it pays at {LARGEST_SHARE:.0%} only"
-        return Decision(used=False, reason=reason)
-    used = bool(able) and 2 * len(able) >= len(layers)
-    return Decision(used=used, reason=f"auto: {share:.1%} of the bytes are kept, {numbers}")
-
-
-def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
-    """Bytes of the compressible weights at their granted ranks, as a share of the dense ones."""
-    return sum(_bytes(plan, x, ranks[x.name]) for x in plan.layers) / plan.compressible_bytes
-
-
-def _bytes(plan: Plan, layer: Layer, rank: int) -> int:
-    (m, n), itemsize = layer.shape, plan.stored_dtype(layer).itemsize
-    if rank == DENSE:
-        return m * n * itemsize
-    compression = plan.config.compression
-    storage = compression.override(layer.name).storage or compression.storage
-    own = storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
-    return own + plan.gained_bytes(layer)
-
-
-def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
-    """Why a layer is fitted plainly, as far as its method and its tokens tell; None: it is not."""
-    method = plan.solvers[layer.name].name
-    if method not in METHODS:
-        return f"not with method {method}"
-    tokens = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
-    if tokens < MIN_TOKENS * layer.shape[1]:
-        return (
-            f"{tokens} tokens are fewer than {MIN_TOKENS} for each of its {layer.shape[1]} inputs"
-        )
-    return None
 
 
 def factorize_sequentially(
@@ -140,11 +52,14 @@ def factorize_sequentially(
     if all(work.has(stage, unit) for unit in plan.units):
         return
     sequences = plan.sequences[CALIBRATION]
-    batches = list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)))
+    size = micro_batch(sequences, MICRO_BATCH_TOKENS)
+    fitted, held_back = sequences.split(len(sequences) - num_held_back(plan))
+    held = list(held_back.batches(size))
+    batches = [*fitted.batches(size), *held]
     chain = find_chain(plan.network, next(sequences.batches(1)))
     segments = segments_of(plan.network, chain, plan.layers, batches[0])
     memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    streams = Streams(plan, chain, batches, memory.keep)
+    streams = Streams(plan, chain, batches, len(held), memory.keep)
     fits = _Fits(plan, work, ranks, stage, streams)
     todo = fits.start(segments)
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)
@@ -203,11 +118,11 @@ class _Fits:
             return
         reasons = {layer.name: self._reason(layer) for layer in todo}
         first = next((layer for layer in todo if reasons[layer.name] is None), None)
-        drift = None
+        drifts = None
         if first is not None:
             share = _group_cost(self.plan, segment, first) / len(self.streams.batches)
-            drift = self.streams.drift(segment, first, partial(phase.advance, share))
-        solve = partial(self._fit, drift, reasons)
+            drifts = self.streams.drift(segment, first, partial(phase.advance, share))
+        solve = partial(self._fit, drifts, reasons)
         workers = min(num_workers(self.plan, group), len(todo))
         for layer, fitted in zip(todo, in_parallel(solve, todo, workers), strict=True):
             self._keep(layer, fitted)
@@ -221,14 +136,16 @@ class _Fits:
             return "it runs several times in a pass, on several inputs"
         return excluded(self.plan, self.work, layer)
 
-    def _fit(self, drift: Drift | None, reasons: Mapping[str, str | None], layer: Layer) -> Fitted:
+    def _fit(
+        self, drifts: Drifts | None, reasons: Mapping[str, str | None], layer: Layer
+    ) -> Fitted:
         reason = reasons[layer.name]
         if reason is not None:
             return self._plain(layer, reason)
-        if drift is None:
+        if drifts is None:
             return self._plain(layer, "the tokens that reach it depend on the layers before it")
         try:
-            fitted = _fit_drift(self.plan, self.work, layer, drift, self.ranks[layer.name])
+            fitted = _fit_drifts(self.plan, self.work, layer, drifts, self.ranks[layer.name])
         except SolveError as error:
             return self._plain(layer, f"could not be solved: {error}", failed=True)
         if fitted.facts["fallback"]:
@@ -254,16 +171,25 @@ class _Fits:
         self.work.put(self.stage, layer.unit, tensors, facts)
 
 
-def _fit_drift(plan: Plan, work: WorkDirectory, layer: Layer, drift: Drift, rank: int) -> Fitted:
+def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:
     """The layer's outcome on both networks' inputs. Raises SolveError."""
+    drift, held_back = drifts
     solver = plan.solvers[layer.name]
     fisher = None
     if "fisher" in solver.needs:
         statistics, _ = read_statistics(plan, work, layer)
         assert statistics is not None
         fisher = statistics.fisher
-    ridge = plan.config.compression.ridge
-    problem = Sequential(weight_of(plan, layer), drift, solver, ridge=ridge, fisher=fisher)
+    compression = plan.config.compression
+    asked = 1.0 if compression.correction == "auto" else compression.correction
+    problem = Sequential(
+        weight_of(plan, layer),
+        drift,
+        solver,
+        ridge=compression.ridge,
+        correction=asked if held_back is None else held_back,
+        fisher=fisher,
+    )
     fitted = fit_layer(problem, request_of(plan, layer, rank))
     if fitted.packed is not None:
         fitted.facts["errors"]["metric"]["inherited"] = problem.inherited

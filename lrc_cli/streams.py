@@ -45,9 +45,14 @@ class DriftSum:
         diagonals = self.compressed.total.diagonal(), self.drift.total.diagonal()
         return all(bool(torch.isfinite(diagonal.sum())) for diagonal in diagonals)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were added."""
+        return self.compressed.num_rows
+
     def mean(self) -> Drift:
         """The moments per token, around the means where they are asked for."""
-        num_tokens = self.compressed.num_rows
+        num_tokens = self.num_tokens
         around = torch.outer(self.drift.deviation, self.compressed.deviation)
         mean = self.compressed.mean_row() if self._center else None
         return Drift(
@@ -66,6 +71,7 @@ class Streams(Pair):
     Args:
         chain: the network's.
         batches: micro-batches of model inputs.
+        num_held_back: how many of the last micro-batches nothing is fitted to.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
     """
 
@@ -74,10 +80,12 @@ class Streams(Pair):
         plan: Plan,
         chain: Chain,
         batches: Sequence[Batch],
+        num_held_back: int = 0,
         keep: Keep = torch.Tensor.detach,
     ) -> None:
         super().__init__(plan.network, _open_again(plan), chain, batches, keep)
         self.plan, self.batches = plan, batches
+        self.num_fitted = len(batches) - num_held_back
 
     def install(self, layer: Layer, tensors: Tensors) -> None:
         """Put a layer's factors into the compressed network.
@@ -103,21 +111,24 @@ class Streams(Pair):
         cast_on_read(new, network.dtype, network.casts)
         replace_modules(network.module, {replaced: new})
 
-    def drift(self, segment: Segment, layer: Layer, step: Callable[[], None]) -> Drift | None:
-        """The moments of a layer's inputs in both networks, over all micro-batches.
+    def drift(
+        self, segment: Segment, layer: Layer, step: Callable[[], None]
+    ) -> tuple[Drift, Drift | None] | None:
+        """The moments of a layer's inputs in both networks.
 
         Args:
             segment: the one that both networks have come to, in which the layer first runs.
             step: called after every micro-batch.
 
         Returns:
+            Over the micro-batches to fit to, and over those held back (None: no token of theirs).
             None where the networks themselves choose which tokens go through the layer.
 
         Raises:
             RunError: an input is NaN or infinite.
         """
         center = self.plan.config.compression.center
-        sums = DriftSum(layer.shape[1], self.plan.device, center=center)
+        fitted, held = (DriftSum(layer.shape[1], self.plan.device, center=center) for _ in range(2))
         per_sequence: set[float] = set()
         for index, batch in enumerate(self.batches):
             pair = [input_of(walk, segment, index, layer) for walk in (self.dense, self.compressed)]
@@ -129,15 +140,18 @@ class Streams(Pair):
             if len(per_sequence) > 1:
                 return None
             mask = batch.get("attention_mask")
+            sums = fitted if index < self.num_fitted else held
             sums.add(*(unpadded(t, mask).reshape(-1, t.shape[-1]) for t in (x, compressed)))
             step()
-        if not sums.is_finite:
+        if not (fitted.is_finite and held.is_finite):
             raise RunError(
                 f"{layer.name}: NaN or infinity in its inputs on the calibration data, once the"
                 " layers before it are compressed",
                 "set runtime.dtype: float32, or compression.sequential: false",
             )
-        return sums.mean() if sums.compressed.num_rows else None
+        if not fitted.num_tokens:
+            return None
+        return fitted.mean(), held.mean() if held.num_tokens else None
 
     def advance(self, segment: Segment) -> None:
         """Both networks pass a segment."""

@@ -48,6 +48,7 @@ class Case:
     """(n, T)"""
     fisher: Tensor
     ridge: float = RIDGE
+    correction: float = 1.0
 
     def drift(self, *, center: bool = False) -> Drift:
         means = [t.mean(dim=1) if center else torch.zeros(len(t)) for t in self.pair]
@@ -73,6 +74,7 @@ class Case:
             self.drift(),
             SOLVERS[self.method],
             ridge=self.ridge,
+            correction=self.correction,
             fisher=self.fisher if self.method == "curvature" else None,
         )
 
@@ -84,13 +86,17 @@ class Case:
         return square_root(0.5 * damped(self.fisher))
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Y and D with J(Z) = ||L Y - L Z D||^2: the outputs and inputs, and the ridge's."""
+        """Y and D with J(Z) = ||L Y - L Z D||^2: the dense network's outputs and the ridge's, a
+        parts; the dense weights on the same inputs, 1 - a parts."""
         tokens, n = self.x.shape[1], len(self.x)
         mean = self.compressed.square().sum(dim=1).mean().item() / tokens
         root = (self.ridge * mean) ** 0.5
-        targets = [self.weight @ self.x / tokens**0.5, root * self.weight]
-        inputs = [self.compressed / tokens**0.5, root * torch.eye(n, dtype=torch.float64)]
-        return torch.cat(targets, dim=1), torch.cat(inputs, dim=1)
+        ridge = root * torch.eye(n, dtype=torch.float64)
+        inputs = torch.cat([self.compressed / tokens**0.5, ridge], dim=1)
+        outputs = self.weight @ torch.cat([self.x / tokens**0.5, ridge], dim=1)
+        parts = self.correction**0.5, (1 - self.correction) ** 0.5
+        targets = [parts[0] * outputs, parts[1] * self.weight @ inputs]
+        return torch.cat(targets, dim=1), torch.cat([part * inputs for part in parts], dim=1)
 
     def objective(self, fitted: Tensor) -> float:
         """J, as a sum of squares."""
@@ -103,7 +109,13 @@ class Case:
 
 
 def case(
-    method: str, shape: str = "wide", *, tokens: int = 300, drift: float = 0.4, seed: int = 0
+    method: str,
+    shape: str = "wide",
+    *,
+    tokens: int = 300,
+    drift: float = 0.4,
+    seed: int = 0,
+    correction: float = 1.0,
 ) -> Case:
     """Coloured inputs, and the same through a network that dropped directions and added noise."""
     m, n = SHAPES[shape]
@@ -115,7 +127,14 @@ def case(
     compressed = compressed + 0.1 * drift * colour @ gaussian(n, tokens, seed=seed + 3)
     fisher = 1e-12 * second_moments(m, seed + 20)
     weight = gaussian(m, n, seed=seed)
-    return Case(method=method, weight=weight, x=x, compressed=compressed, fisher=fisher)
+    return Case(
+        method=method,
+        weight=weight,
+        x=x,
+        compressed=compressed,
+        fisher=fisher,
+        correction=correction,
+    )
 
 
 def own(given: Case, rank: int) -> Tensor:
@@ -181,20 +200,24 @@ def test_another_solver_in_its_place_fails_the_optimality_test(
         assert_optimal(case(method, shape), fit)
 
 
+@pytest.mark.parametrize("correction", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_j_is_an_inherited_part_and_the_rest(method: str, shape: str, device: str) -> None:
-    given = case(method, shape)
+def test_j_is_an_inherited_part_and_the_rest(
+    method: str, shape: str, device: str, correction: float
+) -> None:
+    given = case(method, shape, correction=correction)
     moved = Case(
         method=method,
         weight=given.weight.to(device),
         x=given.x.to(device),
         compressed=given.compressed.to(device),
         fisher=given.fisher.to(device),
+        correction=correction,
     )
     problem = moved.problem
-    assert problem.inherited > 0
+    assert (problem.inherited > 0) is (correction > 0)
     for seed, size in enumerate((0.0, 0.1, 1.0, 10.0)):
         fitted = given.weight + size * gaussian(*given.weight.shape, seed=seed)
         errors = problem.errors(fitted.to(device))
@@ -206,10 +229,13 @@ def test_j_is_an_inherited_part_and_the_rest(method: str, shape: str, device: st
     assert problem.total == pytest.approx(nothing, rel=1e-10)
 
 
+@pytest.mark.parametrize("correction", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_optimum_is_what_the_solution_reaches(method: str, shape: str) -> None:
-    given = case(method, shape)
+def test_the_optimum_is_what_the_solution_reaches(
+    method: str, shape: str, correction: float
+) -> None:
+    given = case(method, shape, correction=correction)
     problem = given.problem
     for rank in range(1, min(given.weight.shape) + 1):
         reached = given.objective(problem.solve(rank).factors.dense())
@@ -275,6 +301,49 @@ def test_the_ridge_keeps_few_tokens_from_being_learnt_by_heart() -> None:
     assert relative(new, on_dense_inputs(seen, rank)) < errors[RIDGE][1]
     enough = overfitting(20 * 48, seed=2)
     assert relative(new, own(enough, rank)) < relative(new, on_dense_inputs(enough, rank))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_held_back_tokens_say_how_much_of_the_correction_pays(method: str) -> None:
+    """The share measured on them is the best of all shares there, and fits new tokens better than
+    the whole correction, most of which few tokens taught by heart."""
+    rank, few, held, new = 40, *(overfitting(t, seed=s) for s, t in enumerate((240, 400, 4000)))
+    fisher = 1e-12 * second_moments(len(few.weight), 20) if method == "curvature" else None
+
+    def fitted(correction: float | Drift) -> Sequential:
+        return Sequential(
+            few.weight,
+            few.drift(),
+            SOLVERS[method],
+            ridge=1e-4,
+            correction=correction,
+            fisher=fisher,
+        )
+
+    problem = fitted(held.drift())
+    assert 0.1 < problem.correction < 0.9
+    assert problem.facts == {"correction": problem.correction}
+    left = torch.eye(len(few.weight)) if fisher is None else square_root(damped(fisher))
+
+    def left_over(given: Case, share: float) -> float:
+        aim = fitted(share).solve(len(few.weight)).aim
+        return (left.double() @ (given.weight @ given.x - aim @ given.compressed)).norm().item()
+
+    shares = [0.0, problem.correction - 0.05, problem.correction + 0.05, 1.0]
+    assert left_over(held, problem.correction) < min(left_over(held, share) for share in shares)
+    errors = {
+        share: relative(new, fitted(share).solve(rank).factors.dense())
+        for share in (0.0, problem.correction, 1.0)
+    }
+    assert errors[problem.correction] < min(errors[0.0], errors[1.0])
+
+
+def test_without_drift_nothing_is_left_out_of_the_correction() -> None:
+    given = case("frobenius", drift=0.0)
+    problem = Sequential(
+        given.weight, given.drift(), SOLVERS["frobenius"], ridge=RIDGE, correction=given.drift()
+    )
+    assert problem.correction == 1
 
 
 def overfitting(tokens: int, seed: int) -> Case:

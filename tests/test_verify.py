@@ -31,8 +31,8 @@ FILES, ORIGINAL, PIN = "files", "original", "pin"
 
 FORBIDDEN = (
     *("engine", "plan", "run", "fit", "layerwise", "ranks", "gather", "output", "work", "bias"),
-    *("certify", "certificate", "guarantee", "gates", "sequential", "streams", "fingerprints"),
-    *("evaluate", "report.build", "feedforward"),
+    *("certify", "certificate", "guarantee", "gates", "sequential", "decision", "streams"),
+    *("evaluate", "report.build", "feedforward", "fingerprints"),
 )
 """Modules that made the output: verification may import none of them."""
 

@@ -16,6 +16,7 @@ from lrc_cli.config.constraints import (
     FilePart,
     Fraction,
     Pattern,
+    Portion,
     Positive,
     Seed,
     SequenceLength,
@@ -169,6 +170,9 @@ class Compression:
     """Whether each layer is fitted to the inputs that the compressed layers before it give."""
     ridge: Positive = 0.01
     """Ridge of sequential fitting and of relu, relative to the Gram matrix's mean diagonal."""
+    correction: Literal["auto"] | Portion = "auto"
+    """How much of the drift of its inputs a sequential layer makes up for; auto: what pays on an
+    eighth of the calibration sequences, which is then held back from these fits."""
     center: bool = False
     """Whether the bias is fitted too, so that factors only approximate what varies."""
     storage: Storage = "auto"
@@ -206,6 +210,11 @@ class Compression:
         """The one target that is given: its key and its value."""
         (name,) = _given(**{target: getattr(self, target) for target in TARGETS})
         return name, getattr(self, name)
+
+    def num_held_back(self, num_sequences: int) -> int:
+        """How many of the last calibration sequences no sequential layer is fitted to."""
+        alone = self.correction != "auto" or num_sequences < 2
+        return 0 if alone else max(1, num_sequences // 8)
 
     def override(self, name: str) -> LayerOverride:
         """What is set for the layer of this module name by the last pattern that matches it."""

@@ -1,19 +1,26 @@
 """D0: Z x~ approximates W x, where x~ is what the layer's input became in the compressed network.
 
-Minimises J(Z) = ||W X - Z X~||^2 / T + l ||W - Z||^2 (method.md section 2) in the solver's metric
-F. With E = X - X~, C = X~ X~^T / T, S = E X~^T / T, V = E E^T / T and C_l = C + l I, completing the
-square gives
+With E = X - X~, C = X~ X~^T / T, S = E X~^T / T, V = E E^T / T and C_l = C + l I, minimises, in the
+solver's metric F, a mean of two aims (method.md section 2 has a = 1; docs/theory.md the proof):
 
-    W~ = W + W S C_l^-1
-    J(Z) = tr(F (W~ - Z) C_l (W~ - Z)^T) + tr(F W (V - S C_l^-1 S^T) W^T)
+    J(Z) = a (||W X - Z X~||^2 / T + l ||W - Z||^2) + (1 - a) ||(W - Z) C_l^(1/2)||^2
+
+give the dense network's outputs, or be the dense weights. Completing the square,
+
+    W~ = W + a W S C_l^-1
+    J(Z) = tr(F (W~ - Z) C_l (W~ - Z)^T) + a tr(F W (V - a S C_l^-1 S^T) W^T)
 
 for any F: the solver's own problem on (W~, C_l), and an inherited part that no Z removes. Written
 in E, nothing cancels where the two networks hardly differ. Where the bias is free, all moments are
 taken around the mean inputs.
+
+The correction W S C_l^-1 is a regression of the drift on x~, and part of it is learnt by heart: the
+share a of it that pays is measured on tokens that no layer was fitted to (`correction`).
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +81,7 @@ class Sequential(Approximation):
         weight: W (m, n), any floating dtype.
         solver: `frobenius` or `curvature`.
         ridge: l as a share of the mean diagonal of C, above 0.
+        correction: a in 0..1, or the moments of held-back tokens, on which it is measured.
         fisher: F (m, m) float64, where the solver needs it.
     """
 
@@ -86,6 +94,7 @@ class Sequential(Approximation):
         solver: Solver,
         *,
         ridge: float,
+        correction: float | Drift = 1.0,
         fisher: Tensor | None = None,
     ) -> None:
         self.weight = weight.double()
@@ -96,15 +105,27 @@ class Sequential(Approximation):
         gram = drift.compressed + drift.ridge(ridge) * identity
         step = torch.cholesky_solve(self._cross.T, cholesky(gram, "regularised Gram")).T
         statistics = Statistics(gram=gram, fisher=fisher)
+        self.metric = solver.metric(statistics)
+        self.correction = (
+            _paying_share(self.weight, step, correction, self.metric.fisher)
+            if isinstance(correction, Drift)
+            else correction
+        )
+        """a"""
+        step *= self.correction
         self._fit = SameInput(self.weight + step, statistics, solver)
-        self.metric = self._fit.metric
         self.unit = f"{solver.unit}, on the compressed network's inputs, with ridge"
-        self.inherited = self.metric.scale * self._left_over(step, self.metric.fisher)
+        left_over = self._left_over(step, self.metric.fisher)
+        self.inherited = self.metric.scale * self.correction * left_over
         """The part of J that is there whatever Z is, in the solver's unit."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"correction": self.correction}
+
     def _left_over(self, step: Tensor, fisher: Tensor | None) -> float:
-        """tr(F (W V - W S C^- S^T) W^T) from W S C^- = `step`; rounding may make a little less
-        than nothing of it where it is zero."""
+        """tr(F (W V - A S^T) W^T) from A = `step`, a multiple of W S C^-; rounding may make a
+        little less than nothing of it where it is zero."""
         left = self.weight if fisher is None else fisher @ self.weight
         rows = self._drift - step @ self.moments.cross.T
         return max(torch.sum(left * rows).item(), 0.0)
@@ -150,3 +171,16 @@ class Sequential(Approximation):
         if mean is None or compressed is None:
             return None
         return self.weight @ mean - fitted @ compressed
+
+
+def _paying_share(weight: Tensor, step: Tensor, held: Drift, fisher: Tensor | None) -> float:
+    """The a in 0..1 that makes ||W E - a A X~||^2 least on held-back tokens, in the metric F.
+
+    Args:
+        step: A (m, n), the whole correction.
+        held: moments of tokens that neither this layer nor one before it was fitted to.
+    """
+    left = step if fisher is None else fisher @ step
+    gained = torch.sum(left * (weight @ held.cross)).item()
+    spent = torch.sum(left * (step @ held.compressed)).item()
+    return min(max(gained / spent, 0.0), 1.0) if spent > 0 else 1.0

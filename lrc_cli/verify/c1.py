@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from lrc_cli.calibration import Sequences
 from lrc_cli.losses import Loss, choose_loss
 from lrc_cli.parallel import in_parallel
 from lrc_cli.purposes import CALIBRATION
@@ -76,13 +77,23 @@ def measure_layers(bench: Bench) -> None:
         )
     pairs: dict[str, PairMoments] = {}
     if paired:
-        with bench.progress.phase("both networks", len(sequences)) as phase:
-            pairs = measure_pairs(
-                bench.before, bench.after, sequences, paired, advance=phase.advance
-            )
+        fitted = _fitted(bench)
+        with bench.progress.phase("both networks", len(fitted)) as phase:
+            pairs = measure_pairs(bench.before, bench.after, fitted, paired, advance=phase.advance)
     _judge_plain(bench, plain, inputs, gradients)
     for checked in paired:
         _judge(bench, [checked], partial(_paired, bench, pairs, gradients))
+
+
+def _fitted(bench: Bench) -> Sequences:
+    """The calibration sequences that layers were fitted to on both networks' inputs."""
+    assert bench.written.report is not None and bench.written.config is not None
+    sequences = bench.sequences[CALIBRATION]
+    held_back = bench.written.config.compression.num_held_back(len(sequences))
+    what = "the config's number of sequences was held back from sequential fits"
+    stated = bench.written.report["sequential"]["held_back"]
+    bench.findings.equal("c1.held_back", what, stated, held_back)
+    return sequences.split(len(sequences) - held_back)[0]
 
 
 def _regroup(layers: list[Checked]) -> None:
@@ -199,4 +210,11 @@ def _paired(
         checked.shift = checked.weight.double() @ dense - fitted @ compressed
     is_weighted = row["method"] == "curvature"
     fisher = damped(gradients[checked.layer.name]) if is_weighted else None
-    return paired_errors(checked, row["rank"], pair, fisher, compression.ridge)
+    return paired_errors(
+        checked,
+        row["rank"],
+        pair,
+        fisher,
+        ridge=compression.ridge,
+        correction=row["correction"],
+    )

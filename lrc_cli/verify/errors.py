@@ -148,12 +148,19 @@ def nuclear_errors(checked: Checked, rank: int, plain: Form, level: float) -> di
 
 
 def paired_errors(
-    checked: Checked, rank: int, pair: Pair, fisher: Tensor | None, ridge: float
+    checked: Checked,
+    rank: int,
+    pair: Pair,
+    fisher: Tensor | None,
+    *,
+    ridge: float,
+    correction: float,
 ) -> Found:
-    """Errors on the inputs of both networks: J of docs/theory.md, with its ridge.
+    """Errors on the inputs of both networks: J of docs/theory.md.
 
     Args:
-        ridge: as a share of the mean diagonal of C.
+        ridge: l as a share of the mean diagonal of C.
+        correction: a.
     """
     weight = checked.weight.double()
     mean = pair.compressed.diagonal().mean().item()
@@ -161,12 +168,13 @@ def paired_errors(
     level = ridge * mean if mean > 0 else ridge
     regular = pair.compressed + level * identity
     fitted, simple = checked.fitted().to(weight.device), plain_svd(weight, rank)
-    shifted = weight @ (pair.compressed + pair.cross) + level * weight
+    shifted = weight @ (pair.compressed + correction * pair.cross) + level * weight
     target = torch.linalg.solve(regular, shifted.T).T
     form = Form(gram=regular, fisher=fisher)
 
     def objective(z: Tensor) -> float:
-        return paired_error(weight, z, pair, form)
+        outputs = paired_error(weight, z, pair, form)
+        return correction * outputs + (1 - correction) * form.error(weight - z)
 
     return {
         "output": {

@@ -1,0 +1,120 @@
+"""Whether a run is sequential, and which of its layers can be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lrc_cli.engine import DENSE, pivot_block, storage_bytes
+from lrc_cli.errors import InputError
+from lrc_cli.models import Layer
+from lrc_cli.plan import Plan
+from lrc_cli.purposes import CALIBRATION
+from lrc_cli.work import STATISTICS, WorkDirectory
+
+METHODS = ("frobenius", "curvature")
+"""Those whose problem has a form on two networks' inputs."""
+MIN_TOKENS = 10
+"""For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
+LARGEST_SHARE = 0.6
+"""Of the bytes: `auto` is off where more is kept, and little is left to make up for
+(docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Whether a run is sequential."""
+
+    used: bool
+    reason: str
+    """Why or why not, in words."""
+
+    held_back: int = 0
+    """Calibration sequences that no layer is fitted to."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        return {"used": self.used, "reason": self.reason, "held_back": self.held_back}
+
+
+def check_sequential(plan: Plan) -> None:
+    """Raise InputError where sequential fitting is asked for, and target or methods rule it out."""
+    compression = plan.config.compression
+    if compression.sequential is not True:
+        return
+    if compression.max_layer_error is not None:
+        raise InputError(
+            "compression.sequential: max_layer_error bounds errors on the dense network's inputs,"
+            " and sequential fitting uses others",
+            "set sequential: false, or set size in place of max_layer_error",
+        )
+    methods = {solver.name for solver in plan.solvers.values()}
+    if not methods & set(METHODS):
+        raise InputError(
+            f"compression.sequential: no layer has method {' or '.join(METHODS)}, but"
+            f" {' and '.join(sorted(methods))}",
+            "set sequential: false, or another method",
+        )
+
+
+def decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
+    """Resolve `compression.sequential` once the ranks are known."""
+    decision = _decide(plan, work, ranks)
+    return replace(decision, held_back=num_held_back(plan)) if decision.used else decision
+
+
+def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
+    compression = plan.config.compression
+    if compression.sequential is False:
+        return Decision(used=False, reason="compression.sequential is false")
+    layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
+    able = [layer for layer in layers if excluded(plan, work, layer) is None]
+    numbers = (
+        f"{len(able)} of {len(layers)} factorised layers have one of the methods"
+        f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
+    )
+    if compression.sequential is True:
+        return Decision(used=bool(able), reason=f"asked for; {numbers}")
+    target, _ = compression.target
+    if target != "size":
+        return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
+    share = granted_share(plan, ranks)
+    if share > LARGEST_SHARE:
+        reason = (
+            f"auto: {share:.1%} of the bytes are kept, and it pays from {LARGEST_SHARE:.0%} down"
+        )
+        return Decision(used=False, reason=reason)
+    used = bool(able) and 2 * len(able) >= len(layers)
+    return Decision(used=used, reason=f"auto: {share:.1%} of the bytes are kept, {numbers}")
+
+
+def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
+    """Bytes of the compressible weights at their granted ranks, as a share of the dense ones."""
+    return sum(_bytes(plan, x, ranks[x.name]) for x in plan.layers) / plan.compressible_bytes
+
+
+def _bytes(plan: Plan, layer: Layer, rank: int) -> int:
+    (m, n), itemsize = layer.shape, plan.stored_dtype(layer).itemsize
+    if rank == DENSE:
+        return m * n * itemsize
+    compression = plan.config.compression
+    storage = compression.override(layer.name).storage or compression.storage
+    own = storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
+    return own + plan.gained_bytes(layer)
+
+
+def num_held_back(plan: Plan) -> int:
+    """How many of the last calibration sequences no layer is fitted to."""
+    return plan.config.compression.num_held_back(len(plan.sequences[CALIBRATION]))
+
+
+def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
+    """Why a layer is fitted plainly, as far as its method and its tokens tell; None: it is not."""
+    method = plan.solvers[layer.name].name
+    if method not in METHODS:
+        return f"not with method {method}"
+    tokens = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
+    tokens -= tokens * num_held_back(plan) // len(plan.sequences[CALIBRATION])
+    if tokens < MIN_TOKENS * layer.shape[1]:
+        n = layer.shape[1]
+        return f"{tokens} tokens to fit to are fewer than {MIN_TOKENS} for each of its {n} inputs"
+    return None
