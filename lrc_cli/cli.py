@@ -11,21 +11,20 @@ import click
 
 from lrc_cli import __version__
 from lrc_cli.errors import LrcError
+from lrc_cli.options import (
+    config_argument,
+    directory_argument,
+    factory_option,
+    json_option,
+    output_option,
+    overrides_option,
+    quiet_option,
+    sizes_option,
+    trust_option,
+    verbose_option,
+)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-config_argument = click.argument("config", type=click.Path(path_type=Path))
-directory_argument = click.argument("directory", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
-factory_option = click.option(
-    "--factory",
-    metavar="PACKAGE.MODULE:FUNCTION",
-    help="Builds the module of a checkpoint that is not transformers'.",
-)
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let code that comes with the checkpoint run."
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,14 +39,9 @@ def lrc() -> None:
 
 @lrc.command()
 @config_argument
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key, e.g. compression.size=0.6.",
-)
-@click.option("--output", metavar="DIR", help="Short for --set output.path=DIR.")
+@overrides_option
+@output_option
+@sizes_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--restart", is_flag=True, help="Drop the work directory's finished units of this run first."
@@ -59,62 +53,47 @@ def lrc() -> None:
     metavar="FILE",
     help="Write gates, target and certificate to FILE as JUnit XML.",
 )
+@click.option("--dry-run", is_flag=True, help="Only check and estimate, as `lrc plan` begins.")
 @json_option
 @quiet_option
+@verbose_option
 def compress(
     config: Path,
     overrides: tuple[str, ...],
     output: str | None,
-    force: bool,
-    restart: bool,
-    strict: bool,
+    sizes: tuple[float, ...],
+    dry_run: bool,
     junit: Path | None,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
+    strict: bool,
+    **options: Any,
 ) -> None:
     """Compress the checkpoint that CONFIG names; prints the output directory.
 
     Interrupted or killed, the same command goes on where it stopped.
     """
-    from lrc_cli.config import load_config
+    from lrc_cli.config.sizes import load_configs
 
-    if output is not None:
-        overrides = (*overrides, f"output.path={json.dumps(output)}")
-    loaded = load_config(config, overrides)
+    configs = load_configs(config, overrides, output=output, sizes=sizes)
     calm_transformers()
-    from lrc_cli.errors import StrictFallback
-    from lrc_cli.fingerprints import already_done
-    from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
-    from lrc_cli.output import read_report
+    from lrc_cli.jobs import check_jobs, conclude, run_jobs, summary
     from lrc_cli.progress import Progress, stop_on_signals
-    from lrc_cli.report.facts import not_as_asked
-    from lrc_cli.report.junit import check_junit_path, write_junit
-    from lrc_cli.run import compress as run
 
-    directory = Path(loaded.output.path)
-    check_gates_possible(loaded)
-    if junit is not None:
-        check_junit_path(junit, directory)
-    if not force and not restart and already_done(loaded):
-        click.echo(f"{directory}: already what the config asks for", err=True)
-        report = read_report(directory)
-        report["gates"] = check_gates(loaded.gates, report)
-    else:
-        with stop_on_signals() as stop:
-            report = run(
-                loaded, force=force, restart=restart, progress=Progress(stop=stop, quiet=quiet)
-            )
-    click.echo(json.dumps(report, indent=2) if as_json else str(directory))
-    if not quiet and not as_json:
-        click.echo(summary(report), err=True)
-    if junit is not None:
-        write_junit(junit, report, strict=strict)
-    fail_if_missed(report)
-    fallen = [layer["name"] for layer in not_as_asked(report)]
-    if strict and fallen:
-        raise StrictFallback(
-            f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"
-        )
+    check_jobs(configs, junit)
+    reports = []
+    with stop_on_signals() as stop:
+        progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
+        for job, report in run_jobs(configs, progress=progress, **options):
+            reports.append(report)
+            if not as_json:
+                click.echo(job.output.path)
+            if not as_json and not quiet:
+                click.echo(summary(report), err=True)
+    if as_json:
+        click.echo(json.dumps(reports if sizes else reports[0], indent=2))
+    conclude(reports, junit, strict=strict)
 
 
 @lrc.command()
@@ -212,26 +191,6 @@ def schema() -> None:
     from lrc_cli.config import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
-
-
-def summary(report: dict[str, Any]) -> str:
-    """What a run came to, in a few lines."""
-    size = report["size"]
-    lines = [
-        f"kept {size['kept_compressible']:.1%} of the compressible weights,"
-        f" {size['kept_checkpoint']:.1%} of the checkpoint's bytes"
-    ]
-    for row in report["quality"]:
-        if "perplexity_after" in row:
-            before, after = row["perplexity_before"], row["perplexity_after"]
-            lines.append(f"{row['text']}: perplexity {before:.2f} -> {after:.2f}")
-        else:
-            lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
-    if report["certificate"]["statements"]:
-        from lrc_cli.report.sentences import main_statements
-
-        lines += ["certificate:", *(f"- {x}" for x in main_statements(report["certificate"]))]
-    return "\n".join(lines)
 
 
 def calm_transformers() -> None:

@@ -11,12 +11,12 @@ import torch
 
 from lrc_cli.engine import (
     DENSE,
-    SVD,
     Approximation,
     Errors,
     Packed,
+    References,
     SolveError,
-    Statistics,
+    Stored,
     dense,
     pack_best,
 )
@@ -35,6 +35,8 @@ class Fitted:
     """The new bias (m,), stored dtype; None where the old one stays."""
     facts: dict[str, Any]
     """For the report; see `fit_layer`."""
+    references: References | None = None
+    """What another size may use again."""
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """What is written for the layer of this disk name; empty where it stays dense."""
@@ -85,30 +87,30 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
     if request.rank == DENSE:
         return left_dense("dense pays better at this size", fallback=False)
     try:
-        problem, packed, reason = _pack(problem, request)
+        problem, stored = _pack(problem, request)
     except SolveError as error:
         return left_dense(f"could not be solved: {error}", fallback=True)
-    if packed is None:
+    if stored is None:
         return left_dense("no smaller form meets max_layer_error", fallback=False)
-    errors, bias = _measured(problem, packed, request)
+    packed, (errors, bias) = stored.packed, _measured(problem, stored, request)
     facts = {
         "storage": packed.storage,
         "rank": packed.rank,
         "block": packed.block,
-        "reason": reason,
+        "reason": stored.reason,
         "fallback": False,
         "max_coefficient": packed.up.abs().max().item() if packed.perm is not None else None,
         "errors": _errors(problem, packed, errors),
         **problem.facts,
     }
-    return Fitted(packed=packed, bias=bias, facts=facts)
+    return Fitted(packed=packed, bias=bias, facts=facts, references=problem.reusable)
 
 
-def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Packed | None, str]:
+def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stored | None]:
     """The form with the lowest stored error; the rank is raised until max_layer_error holds.
 
     Returns:
-        The problem of the final rank, the form (None: none is smaller than dense) and why it.
+        The problem of the final rank, and the form (None: none is smaller than dense).
     """
     m, n = problem.weight.shape
     rank, relative = request.rank, request.max_layer_error
@@ -128,21 +130,22 @@ def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Pack
             rank_multiple=request.rank_multiple,
         )
         if stored.packed.num_bytes >= available:
-            return problem, None, ""
-        if allowed is None or _measured(problem, stored.packed, request)[0].output <= allowed:
-            return problem, stored.packed, stored.reason
+            return problem, None
+        if allowed is None or _measured(problem, stored, request)[0].output <= allowed:
+            return problem, stored
         rank += request.rank_multiple
-    return problem, None, ""
+    return problem, None
 
 
 def _measured(
-    problem: Approximation, packed: Packed, request: Request
+    problem: Approximation, stored: Stored, request: Request
 ) -> tuple[Errors, torch.Tensor | None]:
     """The errors of what is written, the rounding of a new bias included, and that bias."""
-    fitted = dense(packed)
-    errors, shift = problem.errors(fitted), problem.shift(fitted)
-    if shift is None:
+    errors = stored.errors
+    if problem.shift(problem.weight) is None:
         return errors, None
+    shift = problem.shift(dense(stored.packed))
+    assert shift is not None
     exact = shift if request.bias is None else request.bias.to(shift) + shift
     bias = exact.to(request.dtype)
     return problem.offset(errors, bias.to(exact) - exact), bias
@@ -150,7 +153,7 @@ def _measured(
 
 def _errors(problem: Approximation, packed: Packed, stored: Errors) -> dict[str, Any]:
     rank, energy = packed.rank, problem.energy
-    svd = problem.errors(SVD.factorize(problem.weight, Statistics(), rank).dense())
+    svd = problem.svd_errors(rank)
     return {
         "metric": {
             "unit": problem.unit,

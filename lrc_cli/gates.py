@@ -44,11 +44,17 @@ def check_gates(gates: Gates, report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def fail_if_missed(report: Report) -> None:
-    """Raise GateMissed, naming every missed gate of the report's `gates`."""
-    missed = missed_gates(report)
+def fail_if_missed(*reports: Report) -> None:
+    """Raise GateMissed, naming every missed gate of the reports' `gates`."""
+    several = len(reports) > 1
+    missed = [
+        f"{report['target']['name']} {report['target']['value']:g}: {text}" if several else text
+        for report in reports
+        for text in missed_gates(report)
+    ]
     if missed:
-        raise GateMissed("; ".join(missed), "the output is there, marked as failed")
+        where = "the outputs are there, these" if several else "the output is there,"
+        raise GateMissed("; ".join(missed), f"{where} marked as failed")
 
 
 def _gate(name: str, limit: float, measured: Measured) -> dict[str, Any]:

@@ -34,15 +34,15 @@ def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> N
     """Gram matrices of every unit that has none yet, in one pass over the calibration data."""
     missing = {name: x for name, x in plan.units.items() if not work.has(STATISTICS, name)}
     for unit, layers in missing.items():
-        if not any(_is_measured(plan, layer) for layer in layers):
+        if not any(is_measured(plan, layer) for layer in layers):
             work.put(STATISTICS, unit, {}, _facts(layers, {}, None))
-    measured = [x for layers in missing.values() for x in layers if _is_measured(plan, x)]
+    measured = [x for layers in missing.values() for x in layers if is_measured(plan, x)]
     if measured:
         _measure(plan, work, missing, measured, progress)
     work.drop([*PASSING])
 
 
-def _is_measured(plan: Plan, layer: Layer) -> bool:
+def is_measured(plan: Plan, layer: Layer) -> bool:
     return "gram" in plan.solvers[layer.name].needs
 
 
@@ -54,6 +54,21 @@ def _measure(
     progress: Progress,
 ) -> None:
     """Collect the Gram matrices of `layers` and store them with those of their units."""
+    job, store = prepare(plan, work, units, layers, progress)
+    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
+    sweep = Sweep(job, work, finished=store.has, finish=store.put, keep=memory.keep)
+    with progress.phase("statistics", sweep.cost) as phase:
+        sweep.run(phase.advance)
+
+
+def prepare(
+    plan: Plan,
+    work: WorkDirectory,
+    units: Mapping[str, list[Layer]],
+    layers: Sequence[Layer],
+    progress: Progress,
+) -> tuple[Job, "UnitStore"]:
+    """The pass that measures `layers`, and what stores its outcome by `units`."""
     graded = {layer.name for layer in layers if "fisher" in plan.solvers[layer.name].needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
@@ -71,11 +86,7 @@ def _measure(
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    store = _Units(work, units, layout, loss)
-    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    sweep = Sweep(job, work, finished=store.has, finish=store.put, keep=memory.keep)
-    with progress.phase("statistics", sweep.cost) as phase:
-        sweep.run(phase.advance)
+    return job, UnitStore(work, units, layout, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -102,7 +113,7 @@ def _facts(
     }
 
 
-class _Units:
+class UnitStore:
     """Stores segments' statistics by unit.
 
     A unit whose layers run in several segments waits, in the stage PARTS, for the last of them.

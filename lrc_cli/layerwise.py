@@ -10,6 +10,7 @@ from lrc_cli.engine import (
     RELU,
     Approximation,
     Rectified,
+    References,
     SameInput,
     Shrunk,
     SolveError,
@@ -21,7 +22,7 @@ from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.ranks import rank_multiple
 from lrc_cli.rectified import fit_rectified, read_inputs
-from lrc_cli.work import OUTPUT_SPECTRA, SPECTRA, WorkDirectory
+from lrc_cli.work import OUTPUT_SPECTRA, REFERENCES, SPECTRA, WorkDirectory
 
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU, wider ones in turn."""
@@ -50,7 +51,36 @@ def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:
         share = None if forced else plan.config.compression.threshold
         return Shrunk(weight_of(plan, layer), statistics, share=share)
     spectrum = work.get(SPECTRA, layer.unit)[0][layer.name].to(plan.device)
-    return SameInput(weight_of(plan, layer), statistics, plan.solvers[layer.name], spectrum)
+    references = read_references(work, layer)
+    weight, solver = weight_of(plan, layer), plan.solvers[layer.name]
+    return SameInput(weight, statistics, solver, spectrum, references)
+
+
+def read_references(work: WorkDirectory, layer: Layer) -> References | None:
+    """What an earlier size was compared with."""
+    if not work.has(REFERENCES, layer.unit):
+        return None
+    stored, _ = work.get(REFERENCES, layer.unit)
+    found = {kind: stored.get(f"{kind}.{layer.name}") for kind in References._fields}
+    known = {kind: tensor for kind, tensor in found.items() if tensor is not None}
+    return References(**known) if known else None
+
+
+def keep_references(work: WorkDirectory, unit: str, found: Mapping[str, Fitted]) -> None:
+    """Store, for other sizes, what the layers of a unit were compared with.
+
+    Args:
+        found: outcomes by layer name.
+    """
+    stored = work.get(REFERENCES, unit)[0] if work.has(REFERENCES, unit) else {}
+    new = {
+        f"{kind}.{name}": tensor
+        for name, fitted in found.items()
+        if fitted.references is not None
+        for kind, tensor in fitted.references._asdict().items()
+    }
+    if not new.keys() <= stored.keys():
+        work.put(REFERENCES, unit, stored | new, {})
 
 
 def _rectified(plan: Plan, work: WorkDirectory, layer: Layer) -> Rectified:

@@ -1,7 +1,7 @@
 """What a config will do: the checkpoint and the data, opened and checked before any work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Plan:
         for layer in self.layers:
             units.setdefault(layer.unit, []).append(layer)
         return units
+
+    @property
+    def factors_stage(self) -> str:
+        """The stage of the work directory that holds the factors."""
+        return f"factors/{self.factors_fingerprint}"
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +150,20 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         work_dir=work_dir,
         output=output,
     )
+
+
+def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
+    """The plan of a config that differs in the target and in `output.path` only.
+
+    Raises:
+        InputError: the target or the output cannot be had.
+        RunError: another run is writing the output.
+    """
+    output = resolve_output(config.output.path)
+    check_output(output, plan.source, force=force)
+    check_layers(config, plan.layers)
+    factors = factors_fingerprint(config, digest(plan.statistics_fingerprint))
+    return replace(plan, config=config, output=output, factors_fingerprint=factors)
 
 
 def check_output(output: Path, source: Source, *, force: bool) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -60,21 +61,58 @@ class Progress:
 
     Args:
         stop: checked at every step; None never stops.
-        quiet: show nothing.
+        quiet: show nothing but what `say` says.
+        verbose: a line for every step in place of the bar.
         stream: where to write; None: standard error.
     """
 
     def __init__(
-        self, *, stop: Stop | None = None, quiet: bool = False, stream: TextIO | None = None
+        self,
+        *,
+        stop: Stop | None = None,
+        quiet: bool = False,
+        verbose: bool = False,
+        stream: TextIO | None = None,
     ) -> None:
         self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream or sys.stderr
+        self.line_seconds = 0.0 if verbose else LINE_SECONDS
+        self.has_bar = not quiet and not verbose and self.stream.isatty()
         self.seconds: dict[str, float] = {}
         """Wall time by phase."""
+        self._log: TextIO | None = None
+        self._unlogged: list[str] = []
 
     def note(self, text: str) -> None:
-        """One line for the user."""
+        """One line for the user, unless it should be quiet."""
+        self._record(text)
         if not self.quiet:
             tqdm.write(text, file=self.stream)
+
+    def say(self, text: str) -> None:
+        """One line for the user, whatever they want."""
+        self._record(text)
+        tqdm.write(text, file=self.stream)
+
+    def _record(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        if self._log is None:
+            self._unlogged.append(line)
+        else:
+            self._log.write(line)
+
+    @contextmanager
+    def logged(self, file: Path) -> Iterator[None]:
+        """Within it, every line is appended to a file too; those from before it come first."""
+        with file.open("a", encoding="utf-8", buffering=1) as self._log:
+            self._log.writelines(self._unlogged)
+            self._unlogged.clear()
+            try:
+                yield
+            except BaseException as error:
+                self._record(f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self._log = None
 
     @contextmanager
     def phase(self, name: str, cost: float) -> Iterator["Phase"]:
@@ -97,9 +135,7 @@ class Phase:
         self.done, self.start = 0.0, time.perf_counter()
         self.last_line = self.start
         self.bar: tqdm | None = None
-        if progress.quiet:
-            return
-        if progress.stream.isatty():
+        if progress.has_bar:
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} (about {remaining} left)"
             self.bar = tqdm(
                 total=cost, desc=name, bar_format=form, file=progress.stream, leave=False
@@ -118,7 +154,7 @@ class Phase:
 
     def _line(self) -> None:
         now = time.perf_counter()
-        if self.progress.quiet or now - self.last_line < LINE_SECONDS or not self.done:
+        if now - self.last_line < self.progress.line_seconds or not self.done:
             return
         self.last_line = now
         left = (now - self.start) * (self.cost / self.done - 1)

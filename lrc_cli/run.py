@@ -1,6 +1,7 @@
 """The main job: two phases over a work directory, because a global budget needs every layer's
 spectrum before any rank is known."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,16 +13,16 @@ from lrc_cli.config import Compression, Config
 from lrc_cli.decision import check_sequential, decide
 from lrc_cli.engine import RELU, SolveError, output_curve
 from lrc_cli.gather import collect_statistics, read_statistics
-from lrc_cli.layerwise import fit, num_workers, solve_cost, weight_of
+from lrc_cli.layerwise import fit, keep_references, num_workers, solve_cost, weight_of
 from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.parallel import in_parallel
-from lrc_cli.plan import Plan, make_plan
+from lrc_cli.plan import Plan, make_plan, with_config
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
 from lrc_cli.sequential import factorize_sequentially
-from lrc_cli.work import OUTPUT_SPECTRA, PASSING, SPECTRA, STATISTICS, WorkDirectory
+from lrc_cli.work import LOG, OUTPUT_SPECTRA, PASSING, SHARED, SPECTRA, WorkDirectory
 
 
 def compress(
@@ -37,34 +38,64 @@ def compress(
         RunError: the run failed; finished units stay in the work directory.
     """
     progress = progress or Progress()
+    (report,) = compress_each([config], force=force, restart=restart, progress=progress)
+    return report
+
+
+def compress_each(
+    configs: Sequence[Config], *, force: bool, restart: bool, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """As `compress`, for configs that differ in the target and in `output.path` only.
+
+    The statistics are collected once, for all of them.
+    """
     with progress.phase("checks", 1):
-        plan = make_plan(config, force=force)
+        plans = make_plans(configs, force=force)
+    _say_what_is_off(plans[0], progress)
+    with (
+        WorkDirectory(plans[0].work_dir, plans[0].statistics_fingerprint) as work,
+        progress.logged(work.root / LOG),
+    ):
+        if restart:
+            work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
+        collect_statistics(plans[0], work, progress)
+        solve_spectra(plans[0], work, progress)
+        for plan in plans:
+            if plan is not plans[0]:
+                progress.seconds.clear()  # what was shared was the first one's
+            yield _write(plan, work, force=force, progress=progress)
+
+
+def make_plans(configs: Sequence[Config], *, force: bool) -> list[Plan]:
+    """The checked plans of configs that differ in the target and in `output.path` only."""
+    first = make_plan(configs[0], force=force)
+    plans = [first, *(with_config(first, config, force=force) for config in configs[1:])]
+    for plan in plans:
         check_sequential(plan)
         check_reachable(plan)
-    _say_what_is_off(plan, progress)
-    with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
-        factors = f"factors/{plan.factors_fingerprint}"
-        if restart:
-            work.drop([*PASSING, STATISTICS, SPECTRA, OUTPUT_SPECTRA, factors])
-        collect_statistics(plan, work, progress)
-        solve_spectra(plan, work, progress)
-        ranks = allocate_ranks(plan, read_spectra(plan, work))
-        decision = decide(plan, work, ranks)
-        if config.compression.sequential is not False:
-            used = "on" if decision.used else "off"
-            progress.note(f"compression.sequential: {used}: {decision.reason}")
-        if not decision.used and RELU not in plan.solvers.values():
-            _say_unused(config.compression, "ridge", "no layer is fitted with one", progress)
-        factorize = factorize_sequentially if decision.used else factorize_layers
-        factorize(plan, work, ranks, factors, progress)
-        begin(plan.output)
-        try:
-            write_checkpoint(plan, work, factors, progress)
-            report = finish_output(plan, work, factors, decision.facts(), progress)
-            publish(plan.output, force=force)
-        except BaseException:
-            discard(plan.output)
-            raise
+    return plans
+
+
+def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) -> dict[str, Any]:
+    """From spectra to the output, and its report."""
+    compression, factors = plan.config.compression, plan.factors_stage
+    ranks = allocate_ranks(plan, read_spectra(plan, work))
+    decision = decide(plan, work, ranks)
+    if compression.sequential is not False:
+        used = "on" if decision.used else "off"
+        progress.note(f"compression.sequential: {used}: {decision.reason}")
+    if not decision.used and RELU not in plan.solvers.values():
+        _say_unused(compression, "ridge", "no layer is fitted with one", progress)
+    factorize = factorize_sequentially if decision.used else factorize_layers
+    factorize(plan, work, ranks, factors, progress)
+    begin(plan.output)
+    try:
+        write_checkpoint(plan, work, factors, progress)
+        report = finish_output(plan, work, factors, decision.facts(), progress)
+        publish(plan.output, force=force)
+    except BaseException:
+        discard(plan.output)
+        raise
     _say_what_failed(report, progress)
     return report
 
@@ -167,6 +198,8 @@ def factorize_layers(
             tensors: dict[str, torch.Tensor] = {}
             for layer, fitted in zip(layers, solved, strict=True):
                 tensors |= fitted.tensors(layer.key)
-            facts = {x.name: fitted.facts for x, fitted in zip(layers, solved, strict=True)}
+            found = {layer.name: fitted for layer, fitted in zip(layers, solved, strict=True)}
+            facts = {name: fitted.facts for name, fitted in found.items()}
+            keep_references(work, unit, found)
             work.put(stage, unit, tensors, facts)
             phase.advance(sum(map(solve_cost, layers)))

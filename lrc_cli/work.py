@@ -2,8 +2,10 @@
 
     <root>/fingerprint.json            what the statistics were collected on
     <root>/inputs, gradients, parts    while statistics are collected, see sweep.py
+    <root>/run.log                     what the runs have said, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              eigenvalues of every layer
+    <root>/references/<unit>           by rank, what its layers are compared with in reports
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
 A killed run leaves whole files or none; the same command finds them and goes on. Two fingerprints
@@ -29,8 +31,13 @@ from lrc_cli.errors import InputError, RunError
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
 STATISTICS, SPECTRA, OUTPUT_SPECTRA = "statistics", "spectra", "output-spectra"
+REFERENCES = "references"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """On the way to the statistics: see sweep.py and gather.py. Deleted as soon as they are used."""
+SHARED = STATISTICS, SPECTRA, OUTPUT_SPECTRA, REFERENCES
+"""What every size uses again."""
+LOG = "run.log"
+"""What the runs in this directory have said."""
 
 
 class WorkDirectory:

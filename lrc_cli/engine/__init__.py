@@ -17,7 +17,6 @@ from lrc_cli.engine.allocate import (
 )
 from lrc_cli.engine.approximation import (
     Approximation,
-    Errors,
     SameInput,
     Solution,
     output_curve,
@@ -42,7 +41,7 @@ from lrc_cli.engine.choices import (
 from lrc_cli.engine.curvature import CURVATURE
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.nuclear import NUCLEAR, Shrunk, rank_of
-from lrc_cli.engine.problem import Factors, Metric, SolveError, Solver, Statistics
+from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError, Solver, Statistics
 from lrc_cli.engine.recovery import (
     gaussian_noise_bound,
     recovery_bound,
@@ -51,6 +50,7 @@ from lrc_cli.engine.recovery import (
     visible_noise,
 )
 from lrc_cli.engine.rectified import RELU, Rectified, Unpolished
+from lrc_cli.engine.references import References
 from lrc_cli.engine.sequential import Drift, Sequential
 from lrc_cli.engine.storage import (
     PIVOT_BLOCK,
@@ -88,6 +88,7 @@ __all__ = [
     "Packed",
     "RankChoices",
     "Rectified",
+    "References",
     "SameInput",
     "Sequential",
     "Shrunk",

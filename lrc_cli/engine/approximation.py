@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.choices import tails
-from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.problem import Errors as Errors
 from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics
+from lrc_cli.engine.references import References, find_references
+from lrc_cli.engine.storage import Stored, dense
 from lrc_cli.engine.svd import SVD
 
 
@@ -25,15 +27,6 @@ class Solution(NamedTuple):
     aim: Tensor
     """(m, n) float64: what rounded factors are refitted to. The approximated matrix where the
     solution is its best approximation; the solution itself where it is something else."""
-
-
-class Errors(NamedTuple):
-    """How far a matrix Z is off."""
-
-    metric: float
-    """In the problem's own unit."""
-    output: float
-    """||W X - Z X~||_F^2 / T, after the change of the bias if there is one."""
 
 
 class Approximation(ABC):
@@ -56,6 +49,19 @@ class Approximation(ABC):
     @abstractmethod
     def errors(self, fitted: Tensor) -> Errors:
         """The errors of a matrix Z (m, n), from differences, not from differences of sums."""
+
+    def errors_of(self, stored: Stored) -> Errors:
+        """The errors of a solution that was packed."""
+        return self.errors(dense(stored.packed))
+
+    def svd_errors(self, rank: int) -> Errors:
+        """The errors of plain truncated SVD of W."""
+        return self.errors(SVD.factorize(self.weight, Statistics(), rank).dense())
+
+    @property
+    def reusable(self) -> References | None:
+        """What the problem of another rank may be given; None: nothing."""
+        return None
 
     @abstractmethod
     def optimum(self, rank: int) -> float | None:
@@ -104,6 +110,7 @@ class SameInput(Approximation):
     Args:
         weight: (m, n), any floating dtype.
         spectrum: the solver's, where it is known already.
+        references: what was found of this problem before.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class SameInput(Approximation):
         statistics: Statistics,
         solver: Solver,
         spectrum: Tensor | None = None,
+        references: References | None = None,
     ) -> None:
         self.weight = weight.double()
         self.statistics = statistics
@@ -120,6 +128,7 @@ class SameInput(Approximation):
         self.inputs = "white" if statistics.gram is None else "calibration"
         self.metric = solver.metric(statistics)
         self._spectrum = spectrum
+        self._references = references
         self._largest: Factors | None = None
 
     def solve(self, rank: int) -> Solution:
@@ -139,11 +148,27 @@ class SameInput(Approximation):
         return self.solver.spectrum(self.weight, self.statistics)
 
     @cached_property
+    def references(self) -> References:
+        """What the problem's solutions are compared with, at every rank."""
+        if self._references is not None:
+            return self._references
+        return find_references(self.weight, self.statistics, self.metric)
+
+    @property
+    def reusable(self) -> References | None:
+        return self.references
+
+    def errors_of(self, stored: Stored) -> Errors:
+        # It was compared with W, in this metric, when it was packed.
+        return stored.errors
+
+    def svd_errors(self, rank: int) -> Errors:
+        return self.references.svd_errors(rank)
+
+    @property
     def output_spectrum(self) -> Tensor:
         """That of the best plain output error."""
-        # Without a Gram matrix (svd needs no data) the inputs count as white.
-        best = FROBENIUS if self.statistics.gram is not None else SVD
-        return best.spectrum(self.weight, self.statistics)
+        return self.references.output_spectrum
 
     def optimum(self, rank: int) -> float:
         return _tail(self.spectrum, rank)

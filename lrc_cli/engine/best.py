@@ -8,7 +8,6 @@ from lrc_cli.engine.approximation import Approximation
 from lrc_cli.engine.storage import (
     STORAGES,
     Stored,
-    dense,
     factors_bytes,
     interpolative_bytes,
     pivot_block,
@@ -33,7 +32,7 @@ def pack_best(
         rank_multiple: the rank of two factors is rounded down to it.
 
     Returns:
-        The packed layer; its error is the problem's own.
+        The packed layer; its errors are the problem's own.
 
     Raises:
         SolveError: no form is finite in the stored dtype.
@@ -62,7 +61,7 @@ def _packed(
 ) -> Stored:
     factors, aim = problem.solve(rank)
     stored = STORAGES[storage].pack(factors, aim, problem.metric, dtype, block)
-    return replace(stored, error=problem.errors(dense(stored.packed)).metric)
+    return replace(stored, errors=problem.errors_of(stored))
 
 
 def _preferred(stored: Stored, against: str) -> Stored:

@@ -35,7 +35,11 @@ def _cleaned(values: Tensor) -> Tensor:
 
 
 def root(gram: Tensor) -> Tensor:
-    """R (n, n) with G = R R^T, for a G that may be singular (no Cholesky would do)."""
+    """R (n, n) with G = R R^T, for a G that may be singular: then no Cholesky factor is had."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.item() == 0 and bool(torch.isfinite(factor).all()):
+        return factor
     values, vectors = eigenpairs(gram)
     return vectors * values.sqrt()
 

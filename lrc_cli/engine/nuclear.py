@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.approximation import Errors, SameInput, Solution
+from lrc_cli.engine.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
-from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, required
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
 """What the programme minimises."""
@@ -142,6 +142,11 @@ class Shrunk(SameInput):
         u, s = self._pair
         factors = _shrunk(self.weight, u, s, self.threshold, rank)
         return Solution(factors, factors.dense())
+
+    # The penalty belongs to the errors, so they are always measured.
+    errors_of = Approximation.errors_of
+    svd_errors = Approximation.svd_errors
+    reusable = Approximation.reusable
 
     def errors(self, fitted: Tensor) -> Errors:
         form, plain = self.metric.errors(self.weight - fitted)

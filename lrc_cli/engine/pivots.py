@@ -57,7 +57,7 @@ def _greedy(basis: Tensor, block: int) -> Tensor | None:
     num_blocks, rank = len(basis) // block, basis.shape[1]
     rows = basis.view(num_blocks, block, rank)
     grams = rows @ rows.mT
-    span = basis.new_zeros(rank, 0)
+    span = basis.new_empty(rank, rank)
     chosen: list[int] = []
     for _ in range(rank // block):
         sign, volume = torch.linalg.slogdet(grams)
@@ -66,9 +66,10 @@ def _greedy(basis: Tensor, block: int) -> Tensor | None:
         best = int(volume.argmax())
         if not volume[best].isfinite():
             return None
+        width = block * len(chosen)
+        directions = _orthonormalised(rows[best].T, span[:, :width])
+        span[:, width : width + block] = directions
         chosen.append(best)
-        directions = _orthonormalised(rows[best].T, span)
-        span = torch.cat([span, directions], dim=1)
         seen = (basis @ directions).view(num_blocks, block, block)
         grams = grams - seen @ seen.mT
     return torch.tensor(chosen, device=basis.device)

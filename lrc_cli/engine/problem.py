@@ -66,6 +66,15 @@ class Metric:
         return rows if self.gram is None else rows @ self.gram
 
 
+class Errors(NamedTuple):
+    """How far a matrix Z is off."""
+
+    metric: float
+    """In the problem's own unit."""
+    output: float
+    """||W X - Z X~||_F^2 / T, after the change of the bias if there is one."""
+
+
 class Factors(NamedTuple):
     """Z = outer @ inner in float64, of rank at most r.
 

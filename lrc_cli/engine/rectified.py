@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.approximation import Approximation, Errors, SameInput, Solution
+from lrc_cli.engine.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import balanced, eigenpairs
-from lrc_cli.engine.problem import Factors, Metric, Statistics, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, required
 from lrc_cli.engine.rectifier import refined_offset, true_error
 from lrc_cli.engine.relu import Convex, Programme, programme
 

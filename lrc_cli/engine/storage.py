@@ -3,6 +3,7 @@
 The errors that decide here are those of the stored, rounded tensors in the solver's metric.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.pivots import select
-from lrc_cli.engine.problem import Factors, Metric, SolveError
+from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
 from lrc_cli.engine.refit import conditional_target, refitted
 
 PIVOT_BLOCK = 8
@@ -56,11 +57,16 @@ class Stored:
     """A packed layer with what it costs in quality."""
 
     packed: Packed
-    error: float
-    """Of the rounded tensors, in the metric it was packed for."""
+    errors: Errors
+    """Of the rounded tensors: against what they were refitted to, in the metric of that."""
 
     reason: str
     """Why this form, in words for the report."""
+
+    @property
+    def error(self) -> float:
+        """What forms are compared by."""
+        return self.errors.metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +169,13 @@ def _rank_in_the_same_bytes(factors: Factors, itemsize: int, block: int) -> int:
 
 def _lowest(candidates: list[Packed], target: Tensor, metric: Metric) -> Stored:
     """The first candidate with the lowest error; SolveError where all of them overflow."""
-    errors = [metric.error(target - dense(packed)) for packed in candidates]
-    finite = [i for i, error in enumerate(errors) if torch.isfinite(torch.tensor(error))]
+    errors = [Errors(*metric.errors(target - dense(packed))) for packed in candidates]
+    finite = [i for i, error in enumerate(errors) if math.isfinite(error.metric)]
     if not finite:
         raise SolveError(f"the factors do not fit {candidates[0].weight.dtype}")
-    best = min(finite, key=lambda i: errors[i])
+    best = min(finite, key=lambda i: errors[i].metric)
     storage = candidates[best].storage
-    return Stored(packed=candidates[best], error=errors[best], reason=f"{storage} as asked for")
+    return Stored(packed=candidates[best], errors=errors[best], reason=f"{storage} as asked for")
 
 
 STORAGES: dict[str, Storage] = {

@@ -24,18 +24,18 @@ def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
 def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     """u_i^T W G W^T u_i = s_i^2 v_i^T G v_i: D = sum of s_i u_i v_i^T over i >= r with orthonormal
     u_i, so the output errors of the directions add up. Without a Gram matrix: s_i^2 (G = I)."""
-    directions = _directions(weight)
+    directions = svd_directions(weight)
     gram = statistics.gram
     outputs = directions.inner if gram is None else directions.inner @ gram.double()
     return torch.sum(outputs * directions.inner, dim=1).clamp(min=0.0)
 
 
 def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-    directions = _directions(weight).truncated(rank)
+    directions = svd_directions(weight).truncated(rank)
     return balanced(directions.outer, directions.inner)
 
 
-def _directions(weight: Tensor) -> Factors:
+def svd_directions(weight: Tensor) -> Factors:
     """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
     directions above the numerical floor, at least one."""
     weight = weight.double()

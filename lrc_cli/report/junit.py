@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,16 +16,30 @@ PERPLEXITIES = ("perplexity_before", "perplexity_after")
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def render_junit(report: Report, *, strict: bool = False) -> str:
-    """One test suite: a case per gate, the target, the layers that fell back, the certificate.
+def render_junit(*reports: Report, strict: bool = False) -> str:
+    """A test suite for every report: a case per gate, the target, the layers that fell back, the
+    certificate.
 
     Args:
-        report: report.json, see `build_report`; `gates` as checked now.
+        reports: report.json, see `build_report`; `gates` as checked now.
         strict: whether a layer that fell back counts as a failure (`--strict`).
 
     Returns:
         XML text. A statement that could not be certified is skipped, not failed.
     """
+    suites = [_suite(report, strict=strict) for report in reports]
+    root = suites[0]
+    if len(suites) > 1:
+        root = ElementTree.Element("testsuites")
+        for suite, report in zip(suites, reports, strict=True):
+            suite.set("name", f"{SUITE} {report['target']['name']} {report['target']['value']:g}")
+            root.append(suite)
+    ElementTree.indent(root)
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+def _suite(report: Report, *, strict: bool) -> ElementTree.Element:
     seconds = f"{sum(report['timing'].values()):.3f}"
     suite = ElementTree.Element("testsuite", name=SUITE, time=seconds)
     properties = ElementTree.SubElement(suite, "properties")
@@ -47,9 +62,7 @@ def render_junit(report: Report, *, strict: bool = False) -> str:
     suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
     suite.set("errors", "0")
     suite.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
-    ElementTree.indent(suite)
-    text = ElementTree.tostring(suite, encoding="unicode")
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+    return suite
 
 
 def check_junit_path(path: Path, output: Path) -> None:
@@ -66,10 +79,10 @@ def check_junit_path(path: Path, output: Path) -> None:
         raise InputError(f"--junit: {path} lies in the output directory", "give another path")
 
 
-def write_junit(path: Path, report: Report, *, strict: bool = False) -> None:
+def write_junit(path: Path, reports: Sequence[Report], *, strict: bool = False) -> None:
     """Write `render_junit` whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    write_text(partial, render_junit(report, strict=strict))
+    write_text(partial, render_junit(*reports, strict=strict))
     partial.replace(path)
 
 

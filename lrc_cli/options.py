@@ -1,0 +1,51 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+config_argument = click.argument("config", type=click.Path(path_type=Path))
+directory_argument = click.argument("directory", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every step.")
+factory_option = click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="Builds the module of a checkpoint that is not transformers'.",
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Let code that comes with the checkpoint run."
+)
+overrides_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, e.g. compression.size=0.6.",
+)
+output_option = click.option("--output", metavar="DIR", help="Short for --set output.path=DIR.")
+
+
+def _parse_sizes(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
+    """Shares from "0.9,0.8"."""
+    if text is None:
+        return ()
+    try:
+        sizes = tuple(float(piece) for piece in text.split(","))
+    except ValueError as error:
+        message = f"{text!r} is not a list of shares; write them as in 0.9,0.8"
+        raise click.BadParameter(message) from error
+    if len(set(sizes)) < len(sizes):
+        raise click.BadParameter(f"{text!r} names a size twice; leave one out")
+    return sizes
+
+
+sizes_option = click.option(
+    "--sizes",
+    metavar="SIZE,SIZE,...",
+    callback=_parse_sizes,
+    help="Several values of compression.size from one pass of statistics; the outputs are called"
+    " DIR-SIZE.",
+)
