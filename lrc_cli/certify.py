@@ -5,7 +5,7 @@ padded positions count nowhere. Outputs of layers are compared in float32, sums 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,7 @@ def measure(
     decompose: bool = True,
     advance: Callable[[float], None] = lambda _: None,
     keep: Keep = torch.Tensor.detach,
+    only: Collection[str] | None = None,
 ) -> Measured:
     """Compare both networks' outputs, and their layers', on the same sequences.
 
@@ -91,6 +92,7 @@ def measure(
         decompose: False leaves out `inherited` and `new`, and their product (they are 0 then).
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
+        only: names of segments to run in place of all, to see how long they take.
 
     Returns:
         Values by quantity. With a likelihood of tokens: `kl`, the mean over scored tokens of the
@@ -111,7 +113,8 @@ def measure(
     pair = Pair(before, after, layout.chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
-    for segment in layout.segments:
+    segments = [s for s in layout.segments if only is None or s.name in only]
+    for segment in segments:
         for index, batch in enumerate(batches):
             watching = comparison.watching(segment, batch, index * size)
             outputs = pair.run(segment, index, watching)
@@ -119,7 +122,7 @@ def measure(
             if outputs is not None:
                 for name, found in _values(*outputs, batch, labels, index * size).items():
                     values.setdefault(name, []).extend(found)
-            advance(len(next(iter(batch.values()))) / len(layout.segments))
+            advance(len(next(iter(batch.values()))) / len(segments))
     return Measured(values=_checked(values), layers=comparison.layers())
 
 

@@ -82,6 +82,9 @@ def compress(
     from lrc_cli.progress import Progress, stop_on_signals
 
     check_jobs(configs, junit)
+    if dry_run:
+        show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
+        return
     reports = []
     with stop_on_signals() as stop:
         progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
@@ -94,6 +97,46 @@ def compress(
     if as_json:
         click.echo(json.dumps(reports if sizes else reports[0], indent=2))
     conclude(reports, junit, strict=strict)
+
+
+@lrc.command()
+@config_argument
+@overrides_option
+@output_option
+@sizes_option
+@json_option
+@quiet_option
+@verbose_option
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    output: str | None,
+    sizes: tuple[float, ...],
+    **options: Any,
+) -> None:
+    """Check CONFIG and estimate what compressing takes, and what sizes cost in quality.
+
+    The estimates come from a short measured probe. The size/error curve needs spectra: those of the
+    work directory, else they are collected, for `compress` to use again. Writes no checkpoint.
+    """
+    from lrc_cli.config.sizes import load_configs
+
+    configs = load_configs(config, overrides, output=output, sizes=sizes)
+    calm_transformers()
+    show_forecast(configs, collect=True, **options)
+
+
+def show_forecast(
+    configs: list[Any], *, collect: bool, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print what jobs will take."""
+    from lrc_cli.forecast import forecast, render
+    from lrc_cli.progress import Progress, stop_on_signals
+
+    with stop_on_signals() as stop:
+        progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
+        found = forecast(configs, collect=collect, progress=progress)
+    click.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
 @lrc.command()

@@ -1,7 +1,7 @@
 """Quality of a compressed network beside the dense one, block by block, on unseen text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def compare(
     seed: int,
     advance: Callable[[float], None] = lambda _: None,
     keep: Keep = torch.Tensor.detach,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Run both networks over the same sequences, segment by segment.
 
@@ -61,6 +62,7 @@ def compare(
         seed: of the masked tokens where the network predicts those.
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
+        only: names of segments to run in place of all, to see how long they take.
 
     Returns:
         For a language model: mean loss (nats per scored token) and perplexity of both, KL
@@ -77,12 +79,13 @@ def compare(
     prepared = [prepare(loss, batch, generator) for batch in batches]
     chain = find_chain(before, next(sequences.batches(1)))
     pair = Pair(before, after, chain, [inputs for inputs, _ in prepared], keep)
-    for segment in (Segment(name=name, layers=[]) for name in chain.segments):
+    names = [name for name in chain.segments if only is None or name in only]
+    for segment in (Segment(name=name, layers=[]) for name in names):
         for index, (inputs, labels) in enumerate(prepared):
             outputs = pair.run(segment, index)
             if outputs is not None:
                 _add(sums, *outputs, labels, inputs.get("attention_mask"))
-            advance(len(next(iter(inputs.values()))) / len(chain.segments))
+            advance(len(next(iter(inputs.values()))) / len(names))
     return {"num_sequences": len(sequences), **_result(sums, loss)}
 
 

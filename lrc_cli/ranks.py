@@ -219,11 +219,15 @@ def _budget(plan: Plan) -> float:
     assert compression.size is not None
     if compression.size_of == "compressible":
         return compression.size * plan.compressible_bytes
+    return compression.size * plan.source.num_bytes - rest_bytes(plan)
+
+
+def rest_bytes(plan: Plan) -> int:
+    """Bytes of all that is written beside the compressible weights."""
     compressible = {f"{layer.key}.weight" for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
-    rest = sum(
+    return sum(
         info.num_elements * (cast if cast and info.dtype in FLOAT_DTYPES else info.dtype).itemsize
         for key, info in plan.source.tensors.items()
         if key not in compressible
     )
-    return compression.size * plan.source.num_bytes - rest

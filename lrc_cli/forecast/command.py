@@ -1,0 +1,193 @@
+"""`lrc plan` and `compress --dry-run`: the checks, the estimates, the size/error curve."""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from lrc_cli.config import Config
+from lrc_cli.errors import InputError
+from lrc_cli.forecast.clocks import available_bytes
+from lrc_cli.forecast.curve import curve_of, point_of
+from lrc_cli.forecast.estimate import (
+    Piece,
+    Space,
+    check_disk,
+    check_memory,
+    peak_of,
+    seconds_by_phase,
+)
+from lrc_cli.forecast.passing import run_statistics
+from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
+from lrc_cli.forecast.quality import run_quality
+from lrc_cli.forecast.sequential import sequential_pieces
+from lrc_cli.gather import collect_statistics
+from lrc_cli.plan import Plan
+from lrc_cli.progress import Progress
+from lrc_cli.ranks import allocate_ranks, rest_bytes
+from lrc_cli.run import make_plans, read_spectra, solve_spectra
+from lrc_cli.sequential import decide, granted_share
+from lrc_cli.work import LOG, OUTPUT_SPECTRA, SPECTRA, Tensors, WorkDirectory
+
+SPEED_BYTES = 32 << 20
+"""Written once to see how fast the disk is."""
+PHASES = (
+    *("checks", "statistics", "spectra", "factors", "writing", "verification"),
+    *("evaluation", "selection", "certification"),
+)
+
+Forecast = dict[str, Any]
+
+
+def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) -> Forecast:
+    """Every check that `compress` makes, the estimates, and with spectra the size/error curve.
+
+    Args:
+        configs: jobs that differ in `compression.size` and `output.path` only.
+        collect: whether statistics and spectra that are missing are collected.
+
+    Raises:
+        InputError: a job cannot be done, or does not fit in memory or on the disk.
+        RunError: the probe failed, or another run uses the work directory.
+    """
+    with progress.phase("checks", 1):
+        plans = make_plans(configs, force=True)
+    for plan in plans:
+        if plan.output.exists():
+            progress.note(f"{plan.output}: the output exists, compress needs --force to replace it")
+    first = plans[0]
+    with ExitStack() as stack:
+        real = _open(first, stack)
+        known = real is not None and _has_spectra(first, real)
+        with progress.phase("probe", 1):
+            probe = Probe(first, real, probe_directory(first, stack), progress)
+            found = _estimates(plans, probe, progress.seconds["checks"])
+        spectra = read_spectra(first, real) if known and real is not None else None
+    if spectra is None and collect:
+        with (
+            WorkDirectory(first.work_dir, first.statistics_fingerprint) as work,
+            progress.logged(work.root / LOG),
+        ):
+            collect_statistics(first, work, progress)
+            solve_spectra(first, work, progress)
+            spectra = read_spectra(first, work)
+    found["spectra"] = "reused" if known else "collected" if spectra is not None else None
+    if spectra is not None:
+        found["curve"] = curve_of(first, spectra)
+        for plan, job in zip(plans, found["jobs"], strict=True):
+            ranks = allocate_ranks(plan, spectra)
+            job |= {**point_of(plan, ranks, spectra), "ranks": ranks}
+    return found
+
+
+def _open(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
+    """The job's work directory, if an earlier run has left one."""
+    if not (plan.work_dir / "fingerprint.json").exists():
+        return None
+    work = WorkDirectory(plan.work_dir, plan.statistics_fingerprint)
+    return stack.enter_context(work)
+
+
+def _has_spectra(plan: Plan, work: WorkDirectory) -> bool:
+    bounds_output = plan.config.compression.max_layer_error is not None
+    stage = OUTPUT_SPECTRA if bounds_output else SPECTRA
+    return all(work.has(stage, unit) for unit in plan.units)
+
+
+def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
+    """Time, memory and disk, measured. Raises InputError for what does not fit."""
+    first = plans[0]
+    probe.work.put("speed", "", {"zeros": torch.zeros(SPEED_BYTES // 4)}, {})
+    per_byte = probe.work.seconds["speed"] / SPEED_BYTES
+    run_statistics(probe)
+    # A network that does not fit should not be solved first.
+    _check_memory(probe)
+    kinds = probe.unit_kinds()
+    probe.run_spectra(kinds)
+    probe.spread_facts(kinds)
+    spectra = probe.spectra(kinds)
+    pieces = [Piece(phase="checks", seconds=checks), *probe.pieces]
+    passing = probe.passing_bytes
+    work = probe.statistics_bytes + passing
+    jobs, outputs = list[dict[str, Any]](), 0
+    quality: list[Piece] | None = None
+    for plan in plans:
+        ranks = _likely_ranks(plan, spectra)
+        decision = decide(plan, probe.work, ranks)
+        factors, fitted = probe.run_factors(plan, ranks, kinds)
+        if decision.used:
+            factors += sequential_pieces(probe)
+        if quality is None:
+            quality, memory = run_quality(plan, fitted)
+            probe.memory.append(memory)
+        granted = int(granted_share(plan, ranks) * plan.compressible_bytes)
+        size = granted + rest_bytes(plan)
+        own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
+        pieces += own
+        outputs += size
+        work += 0 if probe.has_factors(plan) else granted
+        target, value = plan.config.compression.target
+        jobs.append(
+            {
+                "target": {"name": target, "value": value},
+                "output": str(plan.output),
+                "checkpoint_bytes": size,
+                "sequential": decision.facts(),
+                "seconds": seconds_by_phase(own),
+            }
+        )
+    _check_memory(probe)
+    spaces = [
+        _place(first, "runtime.work_dir", work, passing),
+        _place(first, "output.path", outputs),
+    ]
+    check_disk(spaces)
+    seconds = seconds_by_phase(pieces)
+    return {
+        "checkpoint": str(first.source.path),
+        "device": str(first.device),
+        "layers": len(first.layers),
+        "blocks": len(first.units),
+        "work_dir": str(first.work_dir),
+        "seconds": {name: seconds[name] for name in PHASES if name in seconds},
+        "total_seconds": sum(seconds.values()),
+        "memory": {
+            "phases": {m.phase: m.total for m in probe.memory},
+            "peak": peak_of(probe.memory).total,
+            "gpu_peak": max(m.gpu for m in probe.memory),
+            "available": available_bytes(),
+        },
+        "disk": [
+            {"key": s.key, "path": str(s.path), "needed": s.needed, "free": s.free} for s in spaces
+        ],
+        "jobs": jobs,
+    }
+
+
+def _check_memory(probe: Probe) -> None:
+    if probe.memory:
+        check_memory(peak_of(probe.memory), available_bytes())
+
+
+def _likely_ranks(plan: Plan, spectra: Tensors) -> dict[str, int]:
+    """The ranks by the spectra of a few layers, or by the shapes alone where these rule it out."""
+    try:
+        return allocate_ranks(plan, spectra)
+    except InputError:
+        flat = {x.name: torch.zeros(min(x.shape), dtype=torch.float64) for x in plan.layers}
+        return allocate_ranks(plan, flat)
+
+
+def _place(plan: Plan, key: str, needed: int, passing: int = 0) -> Space:
+    path = plan.output if key == "output.path" else plan.work_dir
+    parent = existing_parent(path)
+    return Space(
+        key=key,
+        path=path,
+        needed=needed,
+        passing=passing,
+        free=shutil.disk_usage(parent).free,
+        device=parent.stat().st_dev,
+    )

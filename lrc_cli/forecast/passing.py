@@ -1,0 +1,157 @@
+"""The probe's pass over the data: a few micro-batches through the head, a block of every kind, the
+first one and the tail, by the job's own code."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment
+from lrc_cli.forecast.clocks import Clock, PrivateMemory, typical
+from lrc_cli.forecast.estimate import Memory, Piece
+from lrc_cli.forecast.probe import Probe
+from lrc_cli.gather import UnitStore, is_measured, prepare
+from lrc_cli.plan import Plan
+from lrc_cli.statistics import Moments
+from lrc_cli.sweep import Job, Sweep
+from lrc_cli.work import GRADIENTS, INPUTS, STATISTICS
+
+PHASE = "statistics"
+NUM_BATCHES = 3
+"""Micro-batches that are run; the first one warms up."""
+
+
+def run_statistics(probe: Probe) -> None:
+    """Measure the pass; the statistics of what it ran through stay in the probe's directory."""
+    plan = probe.plan
+    measured = [layer for layer in plan.layers if is_measured(plan, layer)]
+    if not measured or not probe.missing(STATISTICS):
+        return
+    with PrivateMemory(plan.device) as memory:
+        job, store = prepare(plan, probe.work, plan.units, measured, probe.quiet)
+        ran = _Pass(probe, job)
+        ran.run(store)
+    probe.share = ran.share
+    probe.pieces += ran.pieces()
+    probe.passing_bytes = ran.passing_bytes
+    probe.statistics_bytes = ran.statistics_bytes
+    held = Memory(phase=PHASE, measured=memory.peak, kept=ran.kept_bytes, gpu=memory.gpu)
+    probe.memory.append(held)
+
+
+class _Pass:
+    """A pass over a few micro-batches, and what it says of the whole one."""
+
+    def __init__(self, probe: Probe, job: Job) -> None:
+        self.probe, self.whole, self.work = probe, job, probe.work
+        self.kinds = kinds_of(probe.plan, job.segments)
+        self.few = replace(
+            job,
+            segments=representatives(job.segments, self.kinds),
+            batches=job.batches[:NUM_BATCHES],
+        )
+        self.share = len(job.batches) / len(self.few.batches)
+        self.boundaries = max(len(self.few.segments) - 1, 1)
+        """Between the segments that are run."""
+        self.steps: dict[tuple[str, bool], float] = {}
+        """Seconds of one micro-batch, by segment and by whether it ran backwards."""
+        self.storing: list[float] = []
+        """Seconds to store the statistics of each segment."""
+
+    def run(self, store: UnitStore) -> None:
+        clock, storing = Clock(self.probe.plan.device), Clock(self.probe.plan.device)
+
+        def finish(segment: Segment, moments: Moments) -> None:
+            storing.restart()
+            store.put(segment, moments)
+            storing.tick()
+            clock.restart()
+
+        sweep = Sweep(self.few, self.work, finished=lambda _: False, finish=finish)
+        order = [*((i, False) for i in sweep.forward), *((i, True) for i in sweep.backward)]
+        sweep.run(clock.tick)
+        each = len(self.few.batches)
+        for place, (number, back) in enumerate(order):
+            name = self.few.segments[number].name
+            self.steps[name, back] = typical(clock.steps[place * each :][:each])
+        self.storing = storing.steps
+
+    def pieces(self) -> list[Piece]:
+        """Of the whole pass, less the segments that an earlier run has measured."""
+        missing = set(self.probe.missing(STATISTICS))
+        left = [s for s in self.whole.segments if any(x.unit in missing for x in s.layers)]
+        ran = {segment.name for segment in self.few.segments}
+        found = [
+            Piece(phase=PHASE, seconds=seconds, times=len(self.whole.batches))
+            for segment in self.whole.segments
+            for (name, back), seconds in self.steps.items()
+            if name == (segment.name if segment.name in ran else self.kinds[segment.name])
+            and (segment in left or not segment.layers or not back)
+        ]
+        stored = sum(self.storing) / max(len(self.storing), 1)
+        handed = sum(self.work.seconds.get(stage, 0.0) for stage in (INPUTS, GRADIENTS))
+        times = self.share * (len(self.whole.segments) - 1) / self.boundaries
+        return [
+            *found,
+            Piece(phase=PHASE, seconds=stored, times=len(left)),
+            Piece(phase=PHASE, seconds=handed, times=times),
+        ]
+
+    @property
+    def handed(self) -> dict[str, float]:
+        """Bytes that all micro-batches hand over at one boundary, forwards and backwards."""
+        return {
+            stage: self.work.num_bytes.get(stage, 0) / self.boundaries * self.share
+            for stage in (INPUTS, GRADIENTS)
+        }
+
+    @property
+    def passing_bytes(self) -> int:
+        """Files at the turn of the pass: the inputs of every segment, the gradients of two."""
+        boundaries = len(self.whole.segments) - 1
+        return int(self.handed[INPUTS] * boundaries + 2 * self.handed[GRADIENTS])
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of all units that are missing."""
+        ran = {layer.unit for segment in self.few.segments for layer in segment.layers}
+        written = self.work.num_bytes.get(STATISTICS, 0)
+        return int(written / max(len(ran), 1) * len(self.probe.missing(STATISTICS)))
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the micro-batches that were not run add between two segments."""
+        limit = self.probe.plan.config.runtime.memory_bytes
+        whole = max(self.handed.values())
+        kept = whole if limit is None else min(whole, limit)
+        return max(int(kept - whole / self.share), 0)
+
+
+def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
+    """By segment, the one in the middle of those that have the same parameters and layers."""
+    groups: dict[Any, list[str]] = {}
+    for segment in segments:
+        key: Any = segment.name
+        if segment.name not in (HEAD, TAIL, WHOLE):
+            parameters = plan.network.module.get_submodule(segment.name).named_parameters()
+            own = [layer.name.removeprefix(segment.name) for layer in segment.layers]
+            key = (tuple((name, x.shape) for name, x in parameters), tuple(own))
+        groups.setdefault(key, []).append(segment.name)
+    return {name: names[len(names) // 2] for names in groups.values() for name in names}
+
+
+def representatives(segments: Sequence[Segment], kinds: dict[str, str]) -> list[Segment]:
+    """One segment of every kind, and the first block, where the backward pass ends."""
+    wanted = {*kinds.values(), HEAD, TAIL, WHOLE}
+    wanted |= {segment.name for segment in segments[1:2]}
+    return [segment for segment in segments if segment.name in wanted]
+
+
+def _by_segment(
+    job: Job, order: Sequence[tuple[int, bool]], steps: Sequence[float]
+) -> dict[tuple[str, bool], float]:
+    """Seconds of one micro-batch, by segment and by whether it ran backwards."""
+    size = len(job.batches)
+    return {
+        (job.segments[number].name, back): typical(steps[i * size : (i + 1) * size])
+        for i, (number, back) in enumerate(order)
+    }

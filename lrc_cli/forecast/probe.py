@@ -1,0 +1,198 @@
+"""What was measured of a job, and its solves: the layers of one unit of every kind.
+
+What the solves work on are the statistics that `passing.py` has collected from a few micro-batches,
+or the job's own where it has them.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.fit import Fitted
+from lrc_cli.forecast.clocks import Clock, PrivateMemory, TimedWork
+from lrc_cli.forecast.estimate import Memory, Piece
+from lrc_cli.gather import is_measured
+from lrc_cli.layerwise import fit, keep_references, num_workers
+from lrc_cli.models import Layer
+from lrc_cli.parallel import in_parallel
+from lrc_cli.plan import Plan
+from lrc_cli.progress import Progress
+from lrc_cli.run import solve_spectra
+from lrc_cli.work import (
+    OUTPUT_SPECTRA,
+    REFERENCES,
+    SPECTRA,
+    STATISTICS,
+    Tensors,
+    WorkDirectory,
+)
+
+
+@dataclass
+class Probe:
+    """What was measured of one checkpoint and its data.
+
+    Args:
+        plan: of any of the sizes.
+        real: the job's own work directory, where it is there: what it holds need not be done.
+        work: a directory for the probe's own units.
+    """
+
+    plan: Plan
+    real: WorkDirectory | None
+    work: TimedWork
+    stop: Progress
+    """Looked at between two steps."""
+    pieces: list[Piece] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    passing_bytes: int = 0
+    """What the whole pass writes to the work directory and deletes again."""
+    statistics_bytes: int = 0
+    """Of the statistics that are missing."""
+    share: float = 1.0
+    """All micro-batches to those that were run."""
+
+    @property
+    def quiet(self) -> Progress:
+        return Progress(stop=self.stop.stop, quiet=True)
+
+    def has(self, stage: str, unit: str) -> bool:
+        """Whether the job's work directory has the unit."""
+        return self.real is not None and self.real.has(stage, unit)
+
+    def missing(self, stage: str) -> list[str]:
+        """Units that the job has yet to do."""
+        return [unit for unit in self.plan.units if not self.has(stage, unit)]
+
+    def has_factors(self, plan: Plan) -> bool:
+        """Whether the job's work directory has all factors of a size."""
+        return all(self.has(plan.factors_stage, unit) for unit in plan.units)
+
+    def unit_kinds(self) -> dict[str, list[str]]:
+        """A unit whose statistics are at hand -> the units that are like it, itself included."""
+        groups: dict[Any, list[str]] = {}
+        for unit, layers in self.plan.units.items():
+            solvers = [self.plan.solvers[layer.name].name for layer in layers]
+            like = [(x.name.removeprefix(unit), x.shape) for x in layers]
+            groups.setdefault((tuple(like), tuple(solvers)), []).append(unit)
+        found = {}
+        for units in groups.values():
+            at_hand = [unit for unit in units if self._is_at_hand(unit)]
+            found[at_hand[len(at_hand) // 2] if at_hand else units[0]] = units
+        return found
+
+    def _is_at_hand(self, unit: str) -> bool:
+        measured = any(is_measured(self.plan, layer) for layer in self.plan.units[unit])
+        return not measured or self.work.has(STATISTICS, unit) or self.has(STATISTICS, unit)
+
+    def _fetch(self, unit: str) -> None:
+        """Bring a unit's statistics into the probe's directory, with those that they refer to."""
+        if self.work.has(STATISTICS, unit):
+            return
+        if not self.has(STATISTICS, unit):
+            self.work.put(STATISTICS, unit, *_nothing(self.plan.units[unit]))
+            return
+        assert self.real is not None
+        tensors, facts = self.real.get(STATISTICS, unit)
+        self.work.put(STATISTICS, unit, tensors, facts)
+        for seen in facts["layers"].values():
+            if seen["group_unit"] is not None:
+                self._fetch(seen["group_unit"])
+
+    def spread_facts(self, kinds: dict[str, list[str]]) -> None:
+        """Say of every unit how many tokens will reach its layers, from the unit it is like."""
+        for representative, units in kinds.items():
+            tensors, facts = self.work.get(STATISTICS, representative)
+            share = 1.0 if self.has(STATISTICS, representative) else self.share
+            for unit in units:
+                pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
+                seen = {layer.name: facts["layers"][like.name] for layer, like in pairs}
+                own = {**facts, "layers": {name: _scaled(x, share) for name, x in seen.items()}}
+                is_own = unit == representative
+                if is_own or not self.work.has(STATISTICS, unit):
+                    self.work.put(STATISTICS, unit, tensors if is_own else {}, own)
+
+    def run_spectra(self, kinds: dict[str, list[str]]) -> None:
+        """The spectra of one unit of every kind."""
+        own = {unit: self.plan.units[unit] for unit in kinds}
+        for unit in own:
+            self._fetch(unit)
+        with PrivateMemory(self.plan.device) as memory:
+            for unit, layers in own.items():
+                clock = Clock(self.plan.device)
+                solve_spectra(replace(self.plan, layers=layers), self.work, self.quiet)
+                clock.tick()
+                left = sum(not self.has(SPECTRA, other) for other in kinds[unit])
+                self.pieces.append(Piece(phase="spectra", seconds=clock.steps[0], times=left))
+        self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
+
+    def spectra(self, kinds: dict[str, list[str]]) -> Tensors:
+        """The spectra of all layers: the job's own where it has them, else those of its like."""
+        bounds_output = self.plan.config.compression.max_layer_error is not None
+        stage = OUTPUT_SPECTRA if bounds_output else SPECTRA
+        found: Tensors = {}
+        for representative, units in kinds.items():
+            like, _ = self.work.get(stage, representative)
+            for unit in units:
+                if self.has(stage, unit):
+                    assert self.real is not None
+                    found |= self.real.get(stage, unit)[0]
+                    continue
+                pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
+                found |= {x.name: like[y.name] for x, y in pairs if y.name in like}
+        return found
+
+    def run_factors(
+        self, plan: Plan, ranks: dict[str, int], kinds: dict[str, list[str]]
+    ) -> tuple[list[Piece], dict[str, Fitted]]:
+        """The factors of one unit of every kind at one size, and their time."""
+        pieces, found = list[Piece](), dict[str, Fitted]()
+        with PrivateMemory(plan.device) as memory:
+            for unit, units in kinds.items():
+                layers = plan.units[unit]
+                if self.has(REFERENCES, unit) and not self.work.has(REFERENCES, unit):
+                    assert self.real is not None
+                    self.work.put(REFERENCES, unit, *self.real.get(REFERENCES, unit))
+                clock = Clock(plan.device)
+                solve = partial(fit, plan, self.work, ranks)
+                solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
+                fitted = {layer.name: x for layer, x in zip(layers, solved, strict=True)}
+                keep_references(self.work, unit, fitted)
+                clock.tick()
+                left = sum(not self.has(plan.factors_stage, other) for other in units)
+                pieces.append(Piece(phase="factors", seconds=clock.steps[0], times=left))
+                found |= fitted
+                self.stop.stop.check()
+        self.memory.append(Memory(phase="factors", measured=memory.peak, gpu=memory.gpu))
+        return pieces, found
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory on the way to `path` that is there."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def probe_directory(plan: Plan, stack: ExitStack) -> TimedWork:
+    """A work directory of its own, deleted with the stack, on the disk of the job's."""
+    place = existing_parent(plan.work_dir)
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".lrc-probe-", dir=place))
+    work = TimedWork(Path(folder))
+    stack.enter_context(work)
+    return work
+
+
+def _nothing(layers: Sequence[Layer]) -> tuple[Tensors, dict[str, Any]]:
+    """The statistics of layers that no token has reached."""
+    seen = {"group": None, "group_unit": None, "tokens": 0, "has_gradient": False}
+    return {}, {"layers": {layer.name: dict(seen) for layer in layers}, "loss": None}
+
+
+def _scaled(seen: dict[str, Any], share: float) -> dict[str, Any]:
+    return {**seen, "tokens": int(seen["tokens"] * share)}

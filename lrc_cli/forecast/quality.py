@@ -1,0 +1,108 @@
+"""The probe's other half: both networks side by side over a few micro-batches, through the head,
+one block of every kind, compressed in one of them, and the tail."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lrc_cli import certify, evaluate
+from lrc_cli.blocks import Segment, find_chain, segments_of
+from lrc_cli.calibration import Sequences
+from lrc_cli.evaluate import scoring
+from lrc_cli.fit import Fitted
+from lrc_cli.forecast.clocks import Clock, PrivateMemory, typical
+from lrc_cli.forecast.estimate import Memory, Piece
+from lrc_cli.forecast.passing import NUM_BATCHES, kinds_of
+from lrc_cli.guarantee import selection_of
+from lrc_cli.plan import Plan
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.statistics import micro_batch
+from lrc_cli.streams import Streams
+
+Run = Callable[..., Any]
+"""`evaluate.compare` or `certify.measure`, but for networks, sequences, `advance` and `only`."""
+
+
+def run_quality(plan: Plan, found: Mapping[str, Fitted]) -> tuple[list[Piece], Memory]:
+    """What comes after the factors: their pieces and their memory.
+
+    Args:
+        found: outcomes by layer name; all others stay dense here.
+    """
+    with PrivateMemory(plan.device) as memory:
+        both = _Comparison(plan, found)
+        batch = next(plan.sequences[CALIBRATION].batches(1))
+        loss = scoring(plan.network, batch, plan.tokenizer)
+        pieces = [Piece(phase="verification", seconds=both.opening)]
+        seed = plan.config.runtime.seed
+        compare = partial(evaluate.compare, loss=loss, seed=seed)
+        for name in plan.evaluation_names:
+            pieces += both.pieces(
+                "evaluation", compare, plan.sequences[name], evaluate.MICRO_BATCH_TOKENS
+            )
+        if CERTIFICATION in plan.sequences:
+            measure = partial(certify.measure, layers=both.factorised, loss=loss, seed=seed)
+            for phase, sequences in (
+                ("selection", selection_of(plan.sequences)),
+                (CERTIFICATION, plan.sequences[CERTIFICATION]),
+            ):
+                run = partial(measure, decompose=phase == CERTIFICATION)
+                pieces += both.pieces(phase, run, sequences, certify.MICRO_BATCH_TOKENS)
+    phase = "evaluation and certification"
+    return pieces, Memory(phase=phase, measured=memory.peak, gpu=memory.gpu)
+
+
+class _Comparison:
+    """The dense network, and the checkpoint opened again with the factors that were found."""
+
+    def __init__(self, plan: Plan, found: Mapping[str, Fitted]) -> None:
+        self.plan = plan
+        batch = next(plan.sequences[CALIBRATION].batches(1))
+        chain = find_chain(plan.network, batch)
+        segments = segments_of(plan.network, chain, plan.layers, batch)
+        clock = Clock(plan.device)
+        streams = Streams(plan, chain, [batch])
+        self.after = streams.compressed.network
+        self.after(batch)
+        clock.tick()
+        self.opening = clock.steps[0]
+        """Seconds to open the checkpoint again and to try it out."""
+        solved = [layer for layer in plan.layers if layer.name in found]
+        for layer in solved:
+            streams.install(layer, found[layer.name].tensors(layer.key))
+        self.factorised = [x for x in solved if found[x.name].packed is not None]
+        self.counts = self._counts(segments, {layer.name for layer in solved})
+
+    def _counts(self, segments: Sequence[Segment], solved: set[str]) -> dict[str, int]:
+        """Segments to run -> how many are like them; of every kind one that was solved, if any."""
+        kinds = kinds_of(self.plan, segments)
+        groups: dict[str, list[Segment]] = {}
+        for segment in segments:
+            groups.setdefault(kinds[segment.name], []).append(segment)
+        counts = {}
+        for group in groups.values():
+            own = [s for s in group if s.layers and {x.name for x in s.layers} <= solved]
+            counts[(own or group)[0].name] = len(group)
+        # In the order in which they run.
+        return {s.name: counts[s.name] for s in segments if s.name in counts}
+
+    def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:
+        """Of one run over the sequences, in micro-batches of `limit` tokens."""
+        size = micro_batch(sequences, limit)
+        inputs = {name: tensor[: size * NUM_BATCHES] for name, tensor in sequences.inputs.items()}
+        few = replace(sequences, inputs=inputs)
+        clock = Clock(self.plan.device)
+        networks = self.plan.network, self.after
+        run(*networks, sequences=few, advance=clock.tick, only=set(self.counts))
+        steps, times = clock.steps, -(-len(sequences) // size)
+        each = len(steps) // len(self.counts)
+        found = [
+            Piece(
+                phase=phase, seconds=typical(steps[i * each : (i + 1) * each]), times=times * count
+            )
+            for i, count in enumerate(self.counts.values())
+        ]
+        # Before the first step the segments are looked for.
+        setup = max(steps[0] - typical(steps[:each]), 0.0)
+        return [*found, Piece(phase=phase, seconds=setup)]

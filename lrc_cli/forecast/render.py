@@ -1,0 +1,71 @@
+"""A forecast for people."""
+
+from typing import Any
+
+from lrc_cli.report.formatting import byte_size
+
+Forecast = dict[str, Any]
+
+
+def render(found: Forecast) -> str:
+    """The forecast as text, in a few tables."""
+    lines = [
+        f"{found['checkpoint']}: {found['layers']} layers in {found['blocks']} units,"
+        f" on {found['device']}",
+        f"work directory: {found['work_dir']}",
+        "",
+        "estimated from a measured probe:",
+        *(f"  {name:<16}{_duration(value):>10}" for name, value in found["seconds"].items()),
+        f"  {'total':<16}{_duration(found['total_seconds']):>10}",
+        *_memory(found["memory"]),
+        *(
+            f"  disk, {disk['key']}: {byte_size(disk['needed'])} of {byte_size(disk['free'])} free"
+            for disk in found["disk"]
+        ),
+        "",
+        *(line for job in found["jobs"] for line in _job(job)),
+    ]
+    if "curve" in found:
+        lines += ["", *_curve(found)]
+    return "\n".join(lines)
+
+
+def _memory(memory: dict[str, Any]) -> list[str]:
+    peak, available = byte_size(memory["peak"]), byte_size(memory["available"])
+    lines = [f"  private memory at the peak: {peak} of {available}"]
+    if memory["gpu_peak"]:
+        lines.append(f"  GPU memory at the peak: {byte_size(memory['gpu_peak'])}")
+    return lines
+
+
+def _job(job: dict[str, Any]) -> list[str]:
+    target, seconds = job["target"], sum(job["seconds"].values())
+    lines = [
+        f"{target['name']} {target['value']:g} -> {job['output']}:"
+        f" {byte_size(job['checkpoint_bytes'])}, {_duration(seconds)} of its own"
+    ]
+    if "ranks" in job:
+        kept = [rank for rank in job["ranks"].values() if rank]
+        span = f"ranks {min(kept)} to {max(kept)}" if kept else "no layer is factorised"
+        dense = len(job["ranks"]) - len(kept)
+        lines.append(f"  {span}, {dense} layers stay dense; {_errors(job)}")
+    return lines
+
+
+def _curve(found: Forecast) -> list[str]:
+    where = "of the work directory" if found["spectra"] == "reused" else "just collected"
+    lines = [f"size and predicted error, before rounding, from the spectra {where}:"]
+    return lines + [f"  {point['size']:<6g}{_errors(point)}" for point in found["curve"]]
+
+
+def _errors(point: dict[str, Any]) -> str:
+    text = f"relative error {point['relative_error']:.4f}"
+    if "loss_increase" in point:
+        text += f", loss increase {point['loss_increase']:.4g}"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

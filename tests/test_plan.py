@@ -1,0 +1,137 @@
+"""`lrc plan` and `compress --dry-run`: estimates, the curve, refusals, and nothing left behind."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+
+from lrc_cli.forecast import command
+from lrc_cli.work import WorkDirectory
+
+Changes = dict[str, Any]
+SHARED = {"checks", "statistics", "spectra", "factors", "writing", "verification", "evaluation"}
+
+
+def files_below(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def planned(*arguments: object) -> Any:
+    ended = pico.call("plan", *arguments, "--json", "-q")
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
+
+
+def test_a_plan_with_and_without_spectra(tmp_path: Path, llama_job: Changes) -> None:
+    job = pico.job(tmp_path, llama_job)
+    first = planned(job, "--sizes", "0.8,0.6")
+    assert first["spectra"] == "collected"
+    assert set(first["seconds"]) == SHARED and all(s > 0 for s in first["seconds"].values())
+    assert first["total_seconds"] == pytest.approx(sum(first["seconds"].values()))
+    assert 0 < first["memory"]["peak"] < first["memory"]["available"]
+    assert {disk["key"] for disk in first["disk"]} == {"runtime.work_dir", "output.path"}
+    assert [one["target"]["value"] for one in first["jobs"]] == [0.8, 0.6]
+    errors = [point["loss_increase"] for point in first["curve"]]
+    assert errors == sorted(errors) and len(errors) > 5
+    assert not any(name.startswith("out") for name in files_below(tmp_path))
+
+    again = planned(job, "--sizes", "0.6")
+    assert again["spectra"] == "reused" and again["curve"] == first["curve"]
+    assert "statistics" not in again["seconds"] and again["seconds"]["spectra"] == 0
+
+    ended = pico.call("compress", job, "--json")
+    assert ended.code == 0 and "statistics ..." not in ended.err
+    report = json.loads(ended.out)
+    (own,) = again["jobs"]
+    assert own["ranks"] == {x["name"]: x.get("rank", 0) for x in report["layers"]}
+    assert own["kept"] == pytest.approx(report["size"]["kept_compressible"], abs=1e-3)
+    assert own["checkpoint_bytes"] == pytest.approx(
+        report["size"]["checkpoint_bytes"]["after"], rel=1e-3
+    )
+    assert planned(job)["seconds"]["factors"] == 0
+    assert "output exists" in pico.call("plan", job).err
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, llama_job: Changes) -> None:
+    job = pico.job(tmp_path, llama_job)
+    before = files_below(tmp_path)
+    ended = pico.call("compress", job, "--dry-run")
+    assert ended.code == 0, ended.err
+    assert files_below(tmp_path) == before
+    assert "total" in ended.out and "predicted error" not in ended.out
+    found = json.loads(pico.call("compress", job, "--dry-run", "--json", "-q").out)
+    assert found["spectra"] is None and "curve" not in found and "ranks" not in found["jobs"][0]
+
+
+def test_a_plan_for_people(tmp_path: Path, plain_folder: pico.PlainFolder) -> None:
+    changes = plain_folder.model("mlp") | {"compression.method": "frobenius"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(plain_folder.path)
+        ended = pico.call("plan", pico.job(tmp_path, changes))
+    assert ended.code == 0, ended.err
+    for piece in ("statistics", "total", "private memory", "disk, output.path", "just collected"):
+        assert piece in ended.out
+    assert "loss increase" not in ended.out
+
+
+@pytest.mark.parametrize("method", ["svd", "nuclear"])
+def test_other_methods_can_be_planned(method: str, tmp_path: Path, llama_job: Changes) -> None:
+    found = planned(pico.job(tmp_path, llama_job | {"compression.method": method}))
+    assert ("statistics" in found["seconds"]) == (method != "svd")
+    assert found["curve"] and all("loss_increase" not in point for point in found["curve"])
+
+
+def test_the_plan_knows_whether_fitting_is_sequential(tmp_path: Path, llama_job: Changes) -> None:
+    job = pico.job(tmp_path, llama_job | {"calibration.num_sequences": 40})
+    plain = planned(job, "--set", "compression.sequential=false")
+    walked = planned(job, "--set", "compression.sequential=true")
+    assert walked["jobs"][0]["sequential"]["used"] and not plain["jobs"][0]["sequential"]["used"]
+
+
+def test_certification_is_planned_for(tmp_path: Path, llama_job: Changes) -> None:
+    changes = llama_job | {
+        "certification.part": [0.6, 1.0],
+        "certification.num_sequences": 20,
+        "compression.max_layer_error": 0.3,
+    }
+    found = planned(pico.job(tmp_path, changes))
+    assert {"selection", "certification"} < set(found["seconds"])
+    assert found["jobs"][0]["target"] == {"name": "max_layer_error", "value": 0.3}
+
+
+def test_what_does_not_fit_on_the_disk(
+    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = shutil._ntuple_diskusage(total=10**6, used=0, free=1000)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: little)
+    ended = pico.call("plan", pico.job(tmp_path, llama_job), "-q")
+    assert ended.code == 2 and "1.00 kB are free" in ended.err
+    assert "on another disk" in ended.err and "fewer or shorter sequences" not in ended.err
+    assert not (tmp_path / ".lrc-work").exists()
+
+
+def test_what_does_not_fit_in_memory(
+    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "available_bytes", lambda: 10**6)
+    ended = pico.call("compress", pico.job(tmp_path, llama_job), "--dry-run", "-q")
+    assert ended.code == 2 and "1.00 MB can be had" in ended.err
+    assert ended.err.startswith("error: statistics would take") and "; " in ended.err
+
+
+def test_a_busy_work_directory_is_said(tmp_path: Path, llama_job: Changes) -> None:
+    job = pico.job(tmp_path, llama_job | {"runtime.work_dir": str(tmp_path / "work")})
+    planned(job)
+    fingerprint = json.loads((tmp_path / "work" / "fingerprint.json").read_text())
+    with WorkDirectory(tmp_path / "work", fingerprint):
+        ended = pico.call("plan", job, "-q")
+    assert ended.code == 1 and "another lrc run" in ended.err
+
+
+def test_checks_come_first(tmp_path: Path, llama_job: Changes) -> None:
+    job = pico.job(tmp_path, llama_job)
+    ended = pico.call("plan", job, "--sizes", "0.8,0.000001", "-q")
+    assert ended.code == 2 and "cannot be reached" in ended.err
