@@ -54,8 +54,11 @@ def test_commands_and_options_are_frozen() -> None:
         "compress": sorted(
             [
                 *("config", "--set", "--output", "--force", "--restart", "--strict", "--junit"),
-                *("--json", "--quiet"),
+                *("--sizes", "--dry-run", "--json", "--quiet", "--verbose"),
             ]
+        ),
+        "plan": sorted(
+            [*("config", "--set", "--output", "--sizes"), *("--json", "--quiet", "--verbose")]
         ),
         "inspect": sorted(["checkpoint", "--factory", "--trust-remote-code", "--json"]),
         "eval": sorted(
@@ -92,6 +95,8 @@ sys.exit(code)
         (["-h"], 0),
         (["compress", "--help"], 0),
         (["eval", "--help"], 0),
+        (["plan", "--help"], 0),
+        (["plan", "absent.yaml", "--sizes", "0.9,0.8"], 2),
         (["--version"], 0),
         (["schema"], 0),
         (["compress", "absent.yaml"], 2),
