@@ -80,9 +80,7 @@ def measure(
     keep: Keep = torch.Tensor.detach,
     only: Collection[str] | None = None,
 ) -> Measured:
-    """Compare both networks' outputs, and their layers', on the same sequences.
-
-    Both walk through them side by side, segment by segment.
+    """Walk both networks over the same sequences and compare their outputs, and their layers'.
 
     Args:
         layers: the factorised ones.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pico
 import pytest
+from conftest import Models
 
 from lrc_cli.forecast import command
 from lrc_cli.work import WorkDirectory
@@ -77,9 +78,14 @@ def test_a_plan_for_people(tmp_path: Path, plain_folder: pico.PlainFolder) -> No
     assert "loss increase" not in ended.out
 
 
-@pytest.mark.parametrize("method", ["svd", "nuclear"])
-def test_other_methods_can_be_planned(method: str, tmp_path: Path, llama_job: Changes) -> None:
-    found = planned(pico.job(tmp_path, llama_job | {"compression.method": method}))
+@pytest.mark.parametrize(
+    ("method", "model"), [("svd", "llama"), ("nuclear", "llama"), ("relu", "opt")]
+)
+def test_other_methods_can_be_planned(
+    method: str, model: str, tmp_path: Path, llama_job: Changes, checkpoint: Models
+) -> None:
+    changes = {"compression.method": method, "model.path": str(checkpoint(model))}
+    found = planned(pico.job(tmp_path, llama_job | changes))
     assert ("statistics" in found["seconds"]) == (method != "svd")
     assert found["curve"] and all("loss_increase" not in point for point in found["curve"])
 

@@ -12,6 +12,8 @@ import torch
 from lrc_cli.work import Tensors, WorkDirectory
 
 SAMPLE_SECONDS = 0.005
+NUM_BATCHES = 3
+"""Micro-batches that a probe runs; the first one warms up."""
 
 
 class Clock:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lrc_cli.config import Config
+from lrc_cli.decision import decide, granted_share
 from lrc_cli.errors import InputError
 from lrc_cli.forecast.clocks import available_bytes
 from lrc_cli.forecast.curve import curve_of, point_of
@@ -28,7 +29,6 @@ from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.ranks import allocate_ranks, rest_bytes
 from lrc_cli.run import make_plans, read_spectra, solve_spectra
-from lrc_cli.sequential import decide, granted_share
 from lrc_cli.work import LOG, OUTPUT_SPECTRA, SPECTRA, Tensors, WorkDirectory
 
 SPEED_BYTES = 32 << 20

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment
-from lrc_cli.forecast.clocks import Clock, PrivateMemory, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.gather import UnitStore, is_measured, prepare
@@ -16,8 +16,6 @@ from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import GRADIENTS, INPUTS, STATISTICS
 
 PHASE = "statistics"
-NUM_BATCHES = 3
-"""Micro-batches that are run; the first one warms up."""
 
 
 def run_statistics(probe: Probe) -> None:

@@ -12,16 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lrc_cli.engine import RELU
 from lrc_cli.fit import Fitted
-from lrc_cli.forecast.clocks import Clock, PrivateMemory, TimedWork
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.gather import is_measured
+from lrc_cli.gather import MICRO_BATCH_TOKENS, is_measured
 from lrc_cli.layerwise import fit, keep_references, num_workers
 from lrc_cli.models import Layer
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
+from lrc_cli.purposes import CALIBRATION
 from lrc_cli.run import solve_spectra
+from lrc_cli.statistics import micro_batch
 from lrc_cli.work import (
     OUTPUT_SPECTRA,
     REFERENCES,
@@ -157,18 +160,30 @@ class Probe:
                 if self.has(REFERENCES, unit) and not self.work.has(REFERENCES, unit):
                     assert self.real is not None
                     self.work.put(REFERENCES, unit, *self.real.get(REFERENCES, unit))
+                few, share = _on_few_sequences(plan, layers)
                 clock = Clock(plan.device)
-                solve = partial(fit, plan, self.work, ranks)
+                solve = partial(fit, few, self.work, ranks)
                 solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
                 fitted = {layer.name: x for layer, x in zip(layers, solved, strict=True)}
                 keep_references(self.work, unit, fitted)
                 clock.tick()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
-                pieces.append(Piece(phase="factors", seconds=clock.steps[0], times=left))
+                times = left * share
+                pieces.append(Piece(phase="factors", seconds=clock.steps[0], times=times))
                 found |= fitted
                 self.stop.stop.check()
         self.memory.append(Memory(phase="factors", measured=memory.peak, gpu=memory.gpu))
         return pieces, found
+
+
+def _on_few_sequences(plan: Plan, layers: Sequence[Layer]) -> tuple[Plan, float]:
+    """A plan with few calibration sequences for fits that run over them, and the share left out."""
+    if all(plan.solvers[layer.name] is not RELU for layer in layers):
+        return plan, 1.0
+    whole = plan.sequences[CALIBRATION]
+    number = min(NUM_BATCHES * micro_batch(whole, MICRO_BATCH_TOKENS), len(whole))
+    few, _ = whole.split(number)
+    return replace(plan, sequences={**plan.sequences, CALIBRATION: few}), len(whole) / number
 
 
 def existing_parent(path: Path) -> Path:

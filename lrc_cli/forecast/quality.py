@@ -2,7 +2,6 @@
 one block of every kind, compressed in one of them, and the tail."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,9 @@ from lrc_cli.blocks import Segment, find_chain, segments_of
 from lrc_cli.calibration import Sequences
 from lrc_cli.evaluate import scoring
 from lrc_cli.fit import Fitted
-from lrc_cli.forecast.clocks import Clock, PrivateMemory, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.forecast.passing import NUM_BATCHES, kinds_of
+from lrc_cli.forecast.passing import kinds_of
 from lrc_cli.guarantee import selection_of
 from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION
@@ -90,8 +89,7 @@ class _Comparison:
     def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:
         """Of one run over the sequences, in micro-batches of `limit` tokens."""
         size = micro_batch(sequences, limit)
-        inputs = {name: tensor[: size * NUM_BATCHES] for name, tensor in sequences.inputs.items()}
-        few = replace(sequences, inputs=inputs)
+        few, _ = sequences.split(size * NUM_BATCHES)
         clock = Clock(self.plan.device)
         networks = self.plan.network, self.after
         run(*networks, sequences=few, advance=clock.tick, only=set(self.counts))

@@ -4,9 +4,8 @@ from collections import Counter
 
 import torch
 
-from lrc_cli.forecast.clocks import Clock, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.estimate import Piece
-from lrc_cli.forecast.passing import NUM_BATCHES
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.gather import MICRO_BATCH_TOKENS
 from lrc_cli.purposes import CALIBRATION
