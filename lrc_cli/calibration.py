@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lrc_cli.checkpoint.manifest import tensor_bytes
+from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.errors import InputError
 
 Batch = dict[str, torch.Tensor]
