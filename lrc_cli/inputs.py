@@ -18,10 +18,21 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
     embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
+        _check_main_input(module, name, blocks.inputs)
         if "input_ids" in blocks.inputs:
             longest = (source.config or {}).get("max_position_embeddings")
             known = getattr(embeddings, "num_embeddings", None)
             _check_tokens(name, blocks.inputs, longest=longest, known=known)
+
+
+def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
+    """transformers gives most inputs a default, and fails later without the main one."""
+    main = module.main_input_name if isinstance(module, PreTrainedModel) else None
+    if main and main not in inputs and "inputs_embeds" not in inputs:
+        raise InputError(
+            f"{name}: the model needs the input {main!r}, and the data offers {', '.join(inputs)}",
+            "give data of the kind that the model takes: see docs/inputs.md",
+        )
 
 
 def _check_tokens(name: str, inputs: Batch, *, longest: Any, known: int | None) -> None:

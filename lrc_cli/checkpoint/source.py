@@ -140,6 +140,22 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def hash_path(path: Path) -> str:
+    """Of a file `hash_file`; of a folder that of the list which `sha256sum` makes of its files.
+
+    Hidden files do not count; the list is sorted by name.
+    """
+    if not path.is_dir():
+        return hash_file(path)
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    lines = [
+        f"{hash_file(names[name])}  {name}\n"
+        for name in sorted(names)
+        if not any(part.startswith(".") for part in name.split("/"))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def open_source(path: Path, *, factorised: bool = False) -> Source:
     """Open a transformers directory, a weight file, a directory of them or of a distributed save.
 
