@@ -98,7 +98,7 @@ def already_done(config: Config) -> bool:
 
 
 def data_hashes(config: Config) -> dict[str, str]:
-    """sha256 of every file or folder beside the checkpoint that the config names, by name as written.
+    """sha256 of every file or folder that the config names beside the checkpoint, by name.
 
     That is data, and the code of the factory.
     """

@@ -15,14 +15,23 @@ from lrc_cli.models import Network, check_inputs
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
     """Raise InputError if the module cannot take the blocks of some purpose."""
-    embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    known = _num_tokens_known(module)
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
         _check_main_input(module, name, blocks.inputs)
         if "input_ids" in blocks.inputs:
             longest = (source.config or {}).get("max_position_embeddings")
-            known = getattr(embeddings, "num_embeddings", None)
             _check_tokens(name, blocks.inputs, longest=longest, known=known)
+
+
+def _num_tokens_known(module: nn.Module) -> int | None:
+    """Number of token ids that the module takes, where it tells."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    try:
+        return getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # it has several inputs
+        return None
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:

@@ -97,6 +97,8 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
     ids = batch.get(_scored(batch)[0])
     if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         return False
+    if ids.shape[1] < 2:  # there is no next token
+        return False
     return bool(logits.shape[-1] == network.vocabulary)
 
 

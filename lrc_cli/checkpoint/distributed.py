@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -89,10 +90,10 @@ class DistributedFiles:
         try:
             with warnings.catch_warnings(action="ignore"):  # that there is only one process
                 load_shards({self._fqns[key]: tensor}, storage_reader=self._reader, no_dist=True)
-        # A damaged shard makes torch's reader fail in any way.
-        except Exception as error:
+        # What a damaged shard raises comes wrapped in what is no Exception.
+        except CheckpointException as error:
             raise InputError(
-                f"{info.file.parent}: tensor {key} cannot be read ({type(error).__name__})",
+                f"{info.file.parent}: tensor {key} cannot be read from its shards",
                 "copy the checkpoint again, a file may be truncated",
             ) from error
         return tensor

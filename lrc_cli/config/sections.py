@@ -55,7 +55,7 @@ class Model:
     """The checkpoint to compress."""
 
     path: Text
-    """Transformers directory, weight file (.safetensors .bin .pt .pth) or distributed checkpoint."""
+    """Transformers directory, weight file (.safetensors .bin .pt .pth) or distributed directory."""
     factory: Factory | None = None
     """"package.module:function" that returns the torch.nn.Module, if it is not transformers'."""
     trust_remote_code: bool = False
@@ -67,7 +67,7 @@ class Calibration:
     """The data that the factors are fitted to."""
 
     path: Text
-    """Texts (.txt .jsonl .csv .parquet), model inputs (.safetensors .npz), folder of images/audio."""
+    """Texts (.txt .jsonl .csv .parquet), inputs (.safetensors .npz), folder of images or audio."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     text_field: Text = "text"

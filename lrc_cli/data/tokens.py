@@ -75,7 +75,7 @@ def read_tokens(
     `chat_template`, conversations, each rendered by the tokenizer's chat template.
 
     Raises:
-        InputError: the file cannot be read or is empty, or the tokenizer or its template is missing.
+        InputError: the file cannot be read or is empty; the tokenizer or its template is missing.
     """
     if path.suffix == ".txt":
         if chat_template:
