@@ -32,9 +32,10 @@ class PickledFiles:
         for file in self.files:
             seen = set()
             for key, tensor in find_state(_load(file), torch.Tensor, file).items():
+                info = _describe(file, key, tensor)
                 memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 if not tensor.numel() or memory not in seen:
-                    self.tensors[key] = _describe(file, key, tensor)
+                    self.tensors[key] = info
                     self._stored[key] = tensor.detach()
                 seen.add(memory)
 

@@ -1,6 +1,7 @@
 """Records of .jsonl, .csv and .parquet files: one field of each, with its place for messages."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default cuts off at 128 KiB
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"
