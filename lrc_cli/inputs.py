@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.decoder import INPUT as DECODER_INPUT
+from lrc_cli.data.decoder import takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
 from lrc_cli.models import Network, check_inputs
@@ -38,10 +40,20 @@ def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
     """transformers gives most inputs a default, and fails later without the main one."""
     main = module.main_input_name if isinstance(module, PreTrainedModel) else None
     if main and main not in inputs and "inputs_embeds" not in inputs:
-        raise InputError(
-            f"{name}: the model needs the input {main!r}, and the data offers {', '.join(inputs)}",
-            "give data of the kind that the model takes: see docs/inputs.md",
-        )
+        raise _lacks(name, main, inputs)
+
+
+def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
+    return InputError(
+        f"{name}: the model needs the input {needed!r}, and the data offers {', '.join(inputs)}",
+        "give data of the kind that the model takes: see docs/inputs.md",
+    )
+
+
+def _other_inputs(module: nn.Module) -> list[str]:
+    """What the parts of a transformers model read, and its decoder: many do without some of it."""
+    parts = [part.main_input_name for part in module.modules() if isinstance(part, PreTrainedModel)]
+    return [name for name in dict.fromkeys([*parts, DECODER_INPUT]) if name in takes(module)]
 
 
 def _check_tokens(name: str, inputs: Batch, *, longest: Any, known: int | None) -> None:
@@ -87,6 +99,9 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            for needed in _other_inputs(network.module):
+                if needed not in batch:
+                    raise _lacks(name, needed, batch) from error
             raise InputError(
                 f"{name}: the network fails on {shapes}: {named(error)}",
                 "check the data against what its forward takes",

@@ -175,7 +175,7 @@ def test_chat_templates_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("a.csv", 'text\n"w1', "a.csv:2: not valid CSV"),
+        ("a.csv", 'text\n"w1', r"a.csv:\d: not valid CSV"),
         ("a.csv", "text,other\nw1,w2\n\nw3", None),
         ("a.parquet", "nothing", "cannot be read as parquet"),
         ("a.npz", "nothing", r"cannot be read as \.npz"),
@@ -258,7 +258,7 @@ def test_a_decoder_writes_the_transcript(media_model: Models, tmp_path: Path) ->
     assert words == {(folder / f"{i:03}.txt").read_text() for i in range(6)}
     assert bool((found["decoder_input_ids"][:, 0] == media_helpers.START).all())
     assert bool((found["decoder_input_ids"][:, 1] != media_helpers.START).all())
-    assert "decoder_attention_mask" not in found, "Whisper takes none"
+    assert torch.equal(found["decoder_attention_mask"] == 1, found["decoder_input_ids"] != 0)
     (folder / "003.txt").unlink()
     with pytest.raises(InputError, match=r"003.txt: is missing, and others have a text"):
         drawn(folder, own)
@@ -285,7 +285,7 @@ def test_folders_are_compressed_with(kind: str, media_model: Models, tmp_path: P
     folder, model = write(tmp_path / "data"), media_model(name)
     changes = {"model.path": str(model), "calibration.path": str(folder), "evaluation": None}
     output, report = pico.compressed(tmp_path, changes)
-    assert report["loss"]["kind"] == loss and report["quality"][0]["num_sequences"] == 8
+    assert report["loss"]["kind"] == loss and report["quality"][0]["num_sequences"] == 12
     assert report["provenance"]["data_files_sha256"] == {str(folder): hash_path(folder)}
     assert sum(layer["storage"] != "dense" for layer in report["layers"]) > 3
     before, after = load(model), load(output)
@@ -313,11 +313,11 @@ def test_texts_for_an_encoder_decoder(media_model: Models, text: Path, tmp_path:
     [
         ("vit", "text", "the checkpoint has no tokenizer for a text"),
         ("clip", "images", "the model needs the input 'input_ids', and the data offers pixel_val"),
-        ("clip", "text", "pixel_values"),
-        ("vit", "recordings", "the checkpoint's processor fails|no processor|cannot be opened"),
+        ("clip", "text", "the model needs the input 'pixel_values', and the data offers input_ids"),
+        ("vit", "recordings", "the processor for audio cannot be opened"),
         ("t5", "images", "has no processor for images; put its preprocessor_config.json"),
         ("vit", "tensors", "needs the input 'pixel_values', and the data offers x"),
-        ("t5", "ids", "decoder_input_ids"),
+        ("t5", "ids", "needs the input 'decoder_input_ids', and the data offers input_ids"),
     ],
 )
 def test_an_input_that_the_data_does_not_offer_is_named(
@@ -334,8 +334,7 @@ def test_an_input_that_the_data_does_not_offer_is_named(
     changes = {"model.path": str(media_model(name)), "calibration.path": str(path)}
     changes |= {"calibration.num_sequences": 1, "calibration.part": None, "evaluation": None}
     ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
-    assert ended.code == 2 and cause.split("|")[0][:20] and ended.err.count("\n") == 1, ended.err
-    assert any(piece in ended.err for piece in cause.split("|")), ended.err
+    assert ended.code == 2 and ended.err.count("\n") == 1 and cause in ended.err, ended.err
     assert not (tmp_path / "out").exists()
 
 

@@ -62,8 +62,8 @@ class Processors:
             return open_(self.path, trust_remote_code=self.trust_remote_code, local_files_only=True)
         except Exception as error:  # whatever a processor's own code raises
             raise InputError(
-                f"{self.path}: the processor for {what} cannot be opened ({named(error)})",
-                "restore its files, or install what it needs",
+                f"{self.path}: the processor for {what} cannot be opened ({named(error)[:150]})",
+                "give data of the kind that the model takes, or restore the processor's files",
             ) from error
 
 
