@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
+from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
@@ -21,9 +22,10 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
         _check_main_input(module, name, blocks.inputs)
-        if "input_ids" in blocks.inputs:
-            longest = (source.config or {}).get("max_position_embeddings")
-            _check_tokens(name, blocks.inputs, longest=longest, known=known)
+        longest = (source.config or {}).get("max_position_embeddings")
+        for ids, mask in (("input_ids", "attention_mask"), (DECODER_INPUT, DECODER_MASK)):
+            if ids in blocks.inputs:
+                _check_tokens(name, blocks.inputs, ids, mask, longest=longest, known=known)
 
 
 def _num_tokens_known(module: nn.Module) -> int | None:
@@ -39,8 +41,8 @@ def _num_tokens_known(module: nn.Module) -> int | None:
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
     """transformers gives most inputs a default, and fails later without the main one."""
     main = module.main_input_name if isinstance(module, PreTrainedModel) else None
-    if main and main not in inputs and "inputs_embeds" not in inputs:
-        raise _lacks(name, main, inputs)
+    if main in takes(module) and not {main, "inputs_embeds"} & set(inputs):
+        raise _lacks(name, str(main), inputs)
 
 
 def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
@@ -56,17 +58,19 @@ def _other_inputs(module: nn.Module) -> list[str]:
     return [name for name in dict.fromkeys([*parts, DECODER_INPUT]) if name in takes(module)]
 
 
-def _check_tokens(name: str, inputs: Batch, *, longest: Any, known: int | None) -> None:
+def _check_tokens(
+    name: str, inputs: Batch, ids_name: str, mask_name: str, *, longest: Any, known: int | None
+) -> None:
     """Token ids are whole numbers that the model knows, in (sequences, tokens), as is the mask."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    ids, mask = inputs[ids_name], inputs.get(mask_name)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2 or not ids.shape[1]:
         raise InputError(
-            f"{name}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}",
+            f"{name}: {ids_name} are {ids.dtype} of shape {tuple(ids.shape)}",
             "give integers of shape (sequences, tokens)",
         )
     if mask is not None and mask.shape != ids.shape:
         raise InputError(
-            f"{name}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
+            f"{name}: {mask_name} has shape {tuple(mask.shape)}, {ids_name} {tuple(ids.shape)}",
             "give one entry of the mask for every token",
         )
     if isinstance(longest, int) and ids.shape[1] > longest:

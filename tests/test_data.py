@@ -289,7 +289,7 @@ def test_folders_are_compressed_with(kind: str, media_model: Models, tmp_path: P
     assert report["provenance"]["data_files_sha256"] == {str(folder): hash_path(folder)}
     assert sum(layer["storage"] != "dense" for layer in report["layers"]) > 3
     before, after = load(model), load(output)
-    inputs = drawn(folder, processors_of(output), num_sequences=2).inputs
+    inputs = drawn(folder, processors_of(model), num_sequences=2).inputs
     with torch.no_grad():
         first, second = before(**inputs), after(**inputs)
     for key in (key for key in first if isinstance(first[key], torch.Tensor)):
