@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,38 @@ def test_damaged_tables(
         return
     with pytest.raises(InputError, match=cause):
         drawn(tmp_path / name, own)
+
+
+RECORDED: dict[str, tuple[str, str, Callable[[Any], list[Any]], dict[str, Any]]] = {
+    "csv": ("a.csv", "body", lambda _: TEXTS, {"text_field": "body"}),
+    "parquet": ("a.parquet", "text", lambda _: TEXTS, {}),
+    "conversations": ("a.jsonl", "messages", lambda _: CHATS, {"chat_template": True}),
+    "token ids": (
+        "a.jsonl",
+        "ids",
+        lambda tokenizer: [tokenizer(text)["input_ids"] for text in TEXTS],
+        {"text_field": "ids"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_records_are_compressed_with(
+    kind: str, tokenizer: Any, checkpoint: Models, tmp_path: Path
+) -> None:
+    name, field, values, settings = RECORDED[kind]
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    tokenizer.save_pretrained(model)
+    file = write_records(tmp_path / name, field, values(tokenizer))
+    text = {"name": "rest", "path": str(file), "part": [0.6, 1.0], "num_sequences": 3, **settings}
+    changes = {"model.path": str(model), "calibration.path": str(file), "evaluation": [text]}
+    changes |= {f"calibration.{key}": value for key, value in settings.items()}
+    changes |= {"calibration.num_sequences": 5, "calibration.sequence_length": 16}
+    output, report = pico.compressed(tmp_path, changes)
+    assert report["quality"][0]["num_sequences"] == 3 and "perplexity_after" in report["quality"][0]
+    assert pico.factorised_keys(pico.read_state(output))
+    ended = pico.call("verify", output, "--against", model)
+    assert ended.code == 0 and "data.drawn: 2 hold" in ended.out, ended.out
 
 
 # ---------------------------------------------------------------- tensors

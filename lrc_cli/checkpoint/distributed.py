@@ -59,8 +59,8 @@ class _Entry:
 class DistributedFiles:
     """The tensors of a directory that torch.distributed.checkpoint wrote.
 
-    A tensor is put together from its shards when it is first read, one at a time, and kept as a
-    view of a mapped temporary file: private memory holds one tensor at most.
+    A tensor is put together from its shards when it is first read, in a mapped temporary file:
+    private memory holds one shard of one tensor at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,12 +81,12 @@ class DistributedFiles:
             RunError: there is no room for it in TMPDIR.
         """
         if key not in self._kept:
-            self._kept[key] = self._spool.keep(self._assembled(key))
+            self._kept[key] = self._assembled(key)
         return self._kept[key]
 
     def _assembled(self, key: str) -> torch.Tensor:
         info = self.tensors[key]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = self._spool.empty(info.shape, info.dtype)
         try:
             with warnings.catch_warnings(action="ignore"):  # that there is only one process
                 load_shards({self._fqns[key]: tensor}, storage_reader=self._reader, no_dist=True)

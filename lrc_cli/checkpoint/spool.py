@@ -1,11 +1,11 @@
 """Tensors in a file without a name, mapped: for formats whose own files cannot be mapped."""
 
 import mmap
+import os
 import tempfile
 
 import torch
 
-from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.errors import RunError
 
 
@@ -14,27 +14,26 @@ class Spool:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the spool)
+        self._size = 0
 
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same numbers as a view of the mapped file.
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that is a view of the mapped file, to be filled; takes no private memory.
 
         Raises:
             RunError: the disk is full.
         """
-        if not tensor.numel():
-            return tensor
-        start = self._file.seek(0, 2)
-        offset = start + -start % mmap.ALLOCATIONGRANULARITY
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        offset = self._size + -self._size % mmap.ALLOCATIONGRANULARITY
         try:
-            self._file.seek(offset)
-            self._file.write(tensor_bytes(tensor))
-            self._file.flush()
+            # Room that is only promised would end the process once it is written to.
+            os.posix_fallocate(self._file.fileno(), offset, num_bytes)
         except OSError as error:
             raise RunError(
                 f"{tempfile.gettempdir()}: the checkpoint cannot be put there ({error.strerror})",
                 "set TMPDIR to a disk with room for all its tensors",
             ) from error
-        pages = mmap.mmap(
-            self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=offset
-        )
-        return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+        self._size = offset + num_bytes
+        pages = mmap.mmap(self._file.fileno(), num_bytes, offset=offset)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
