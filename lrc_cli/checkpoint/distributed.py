@@ -176,6 +176,9 @@ def _tree(path: Path, metadata: Metadata) -> dict[str, Any]:
             branch = branch.setdefault(step, {})
         branch[name] = None
         if isinstance(saved, TensorStorageMetadata) and fqn in first:
+            if sum(chunk.sizes.numel() for chunk in saved.chunks) < saved.size.numel():
+                cause = f"{path}: {METADATA_NAME} names no shard for a part of {fqn}"
+                raise InputError(cause, "save the checkpoint again")
             info = TensorInfo(
                 file=path / first[fqn], shape=tuple(saved.size), dtype=saved.properties.dtype
             )
