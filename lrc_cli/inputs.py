@@ -104,7 +104,7 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             for needed in _other_inputs(network.module):
-                if needed not in batch:
+                if not {needed, "inputs_embeds"} & set(batch):
                     raise _lacks(name, needed, batch) from error
             raise InputError(
                 f"{name}: the network fails on {shapes}: {named(error)}",
