@@ -160,9 +160,7 @@ def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_j
     type=click.Path(path_type=Path),
     help="The original checkpoint; default: the one that the output's lrc.yaml names.",
 )
-@click.option(
-    "--data", multiple=True, type=click.Path(path_type=Path), help="Text or tensors to score on."
-)
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Data to score on.")
 @click.option(
     "--part", multiple=True, metavar="A:B", help="Share of the --data before it, e.g. 0.7:1."
 )

@@ -13,7 +13,7 @@ from lrc_cli import __version__
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
-from lrc_cli.checkpoint.source import Source, hash_file, open_source
+from lrc_cli.checkpoint.source import Source, hash_file, hash_path, open_source
 from lrc_cli.checkpoint.writer import canonical_json, resolve_output, tidy
 from lrc_cli.config import Config, config_hash, to_dict
 from lrc_cli.engine import Solver
@@ -98,13 +98,13 @@ def already_done(config: Config) -> bool:
 
 
 def data_hashes(config: Config) -> dict[str, str]:
-    """sha256 of every file beside the checkpoint that the config names, by name as written.
+    """sha256 of every file or folder that the config names beside the checkpoint, by name.
 
     That is data, and the code of the factory.
     """
     texts = (config.calibration, config.certification, *(config.evaluation or ()))
     paths = {text.path for text in texts if text is not None and text.path is not None}
-    data = {path: hash_file(Path(path)) for path in sorted(paths) if Path(path).is_file()}
+    data = {path: hash_path(Path(path)) for path in sorted(paths) if Path(path).exists()}
     return {**data, **factory_hashes(config)}
 
 

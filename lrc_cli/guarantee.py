@@ -6,10 +6,9 @@ any certification sequence is looked at.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lrc_cli.calibration import TEXT_SUFFIXES, Sequences
+from lrc_cli.calibration import Purpose, Sequences
 from lrc_cli.certificate import (
     NO_SEQUENCES,
     NOT_ASKED,
@@ -20,7 +19,8 @@ from lrc_cli.certificate import (
     tolerances_of,
 )
 from lrc_cli.certify import ERRORS, LayerErrors, Measured, measure
-from lrc_cli.checkpoint.source import hash_file
+from lrc_cli.checkpoint.source import hash_path
+from lrc_cli.data.kinds import member, members
 from lrc_cli.evaluate import scoring
 from lrc_cli.losses import Loss
 from lrc_cli.models import Layer, Network
@@ -149,19 +149,18 @@ def _errors(measured: Measured, facts: Facts) -> Values:
 def _header(plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss) -> dict[str, Any]:
     """What was drawn, from what, and what was chosen on which data."""
     purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
-    is_text = purpose.path.suffix in TEXT_SUFFIXES
-    length = purpose.sequence_length if is_text else None
-    unit = "row" if length is None else f"sequence of {length} tokens"
+    unit = member(purpose.path)
+    length = purpose.sequence_length if unit == "block" else None
     return {
         "sequence_length": length,
-        "unit": unit,
+        "unit": unit if length is None else f"sequence of {length} tokens",
         "sampling": "uniformly at random without replacement",
         "population": {
-            "description": _population(purpose.path, purpose.part, length, drawn.population),
+            "description": _population(purpose, drawn.population),
             "file": purpose.path.name,
             "part": list(purpose.part),
             "size": drawn.population,
-            "file_sha256": hash_file(purpose.path),
+            "file_sha256": hash_path(purpose.path),
         },
         "data_sha256": drawn.sha256,
         "selection": {
@@ -175,7 +174,9 @@ def _header(plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss) -> dict
     }
 
 
-def _population(path: Path, part: tuple[float, float], length: int | None, size: int) -> str:
-    members = "rows" if length is None else f"blocks of {length} tokens"
-    place = path.name if part == (0.0, 1.0) else f"{path.name} (part {part[0]:g} to {part[1]:g})"
-    return f"the {count(size)} {members} of {place} that calibration left free"
+def _population(purpose: Purpose, size: int) -> str:
+    place, (first, last) = purpose.path.name, purpose.part
+    if (first, last) != (0.0, 1.0):
+        place += f" (part {first:g} to {last:g})"
+    many = members(purpose.path, purpose.sequence_length)
+    return f"the {count(size)} {many} of {place} that calibration left free"

@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.decoder import INPUT as DECODER_INPUT
+from lrc_cli.data.decoder import MASK as DECODER_MASK
+from lrc_cli.data.decoder import takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
 from lrc_cli.models import Network, check_inputs
@@ -15,26 +18,59 @@ from lrc_cli.models import Network, check_inputs
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
     """Raise InputError if the module cannot take the blocks of some purpose."""
-    embeddings = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    known = _num_tokens_known(module)
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
-        if "input_ids" in blocks.inputs:
-            longest = (source.config or {}).get("max_position_embeddings")
-            known = getattr(embeddings, "num_embeddings", None)
-            _check_tokens(name, blocks.inputs, longest=longest, known=known)
+        _check_main_input(module, name, blocks.inputs)
+        longest = (source.config or {}).get("max_position_embeddings")
+        for ids, mask in (("input_ids", "attention_mask"), (DECODER_INPUT, DECODER_MASK)):
+            if ids in blocks.inputs:
+                _check_tokens(name, blocks.inputs, ids, mask, longest=longest, known=known)
 
 
-def _check_tokens(name: str, inputs: Batch, *, longest: Any, known: int | None) -> None:
+def _num_tokens_known(module: nn.Module) -> int | None:
+    """Number of token ids that the module takes, where it tells."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    try:
+        return getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # it has several inputs
+        return None
+
+
+def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
+    """transformers gives most inputs a default, and fails later without the main one."""
+    main = module.main_input_name if isinstance(module, PreTrainedModel) else None
+    if main in takes(module) and not {main, "inputs_embeds"} & set(inputs):
+        raise _lacks(name, str(main), inputs)
+
+
+def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
+    return InputError(
+        f"{name}: the model needs the input {needed!r}, and the data offers {', '.join(inputs)}",
+        "give data of the kind that the model takes: see docs/inputs.md",
+    )
+
+
+def _other_inputs(module: nn.Module) -> list[str]:
+    """What the parts of a transformers model read, and its decoder: many do without some of it."""
+    parts = [part.main_input_name for part in module.modules() if isinstance(part, PreTrainedModel)]
+    return [name for name in dict.fromkeys([*parts, DECODER_INPUT]) if name in takes(module)]
+
+
+def _check_tokens(
+    name: str, inputs: Batch, ids_name: str, mask_name: str, *, longest: Any, known: int | None
+) -> None:
     """Token ids are whole numbers that the model knows, in (sequences, tokens), as is the mask."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    ids, mask = inputs[ids_name], inputs.get(mask_name)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2 or not ids.shape[1]:
         raise InputError(
-            f"{name}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}",
+            f"{name}: {ids_name} are {ids.dtype} of shape {tuple(ids.shape)}",
             "give integers of shape (sequences, tokens)",
         )
     if mask is not None and mask.shape != ids.shape:
         raise InputError(
-            f"{name}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
+            f"{name}: {mask_name} has shape {tuple(mask.shape)}, {ids_name} {tuple(ids.shape)}",
             "give one entry of the mask for every token",
         )
     if isinstance(longest, int) and ids.shape[1] > longest:
@@ -67,6 +103,9 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            for needed in _other_inputs(network.module):
+                if not {needed, "inputs_embeds"} & set(batch):
+                    raise _lacks(name, needed, batch) from error
             raise InputError(
                 f"{name}: the network fails on {shapes}: {named(error)}",
                 "check the data against what its forward takes",

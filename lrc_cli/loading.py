@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_version, open_tensors
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError, LrcError
 from lrc_cli.factories import Factory, named, resolve_factory
@@ -26,10 +26,12 @@ def load(
 ) -> nn.Module:
     """Loads a checkpoint and returns the module, ready to run (in eval mode).
 
-    On the CPU the parameters are views of the mapped files unless `dtype` changes them.
+    On the CPU the parameters are views of mapped files unless `dtype` changes them, or the file is
+    one of torch.save before torch 1.6.
 
     Args:
-        path: a transformers directory, or a .safetensors file or a directory of them.
+        path: a transformers directory, a .safetensors, .bin, .pt or .pth file, a directory with
+            one, or a directory of torch.distributed.checkpoint.
         device: where the module goes.
         dtype: floating dtype of the parameters, e.g. `torch.float32` or "float32"; None: as stored.
         factory: a function, or "package.module:function" (looked up in the working directory too),
@@ -43,12 +45,28 @@ def load(
     """
     place, dtype = _device(device), _dtype(dtype)
     source = open_source(Path(path), factorised=True)
+    model = load_source(source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code)
+    # With a dtype, `Module.to` leaves integers alone; without one it copies nothing in place.
+    return model.to(device=place, dtype=dtype)
+
+
+def load_source(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    factory: Factory | str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """As `load`, for a checkpoint that is open already; the module is on the CPU.
+
+    Raises:
+        InputError: for a missing factory, or tensors that do not fit the module.
+    """
     if factory is None and source.config is not None:
         model = _load_transformers(source, dtype, trust_remote_code)
     else:
         model = _load_plain(source, factory)
-    # With a dtype, `Module.to` leaves integers alone; without one it copies nothing in place.
-    return model.to(device=place, dtype=dtype).eval()
+    return model.eval()
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -76,18 +94,17 @@ def _load_transformers(
     """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.hf  # noqa: F401 - registers the format
 
-    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     path = source.path
     model: nn.Module
     try:
         model_class = _model_class(path, source.config or {}, trust_remote_code)
-        model, info = model_class.from_pretrained(
-            path,
-            dtype=dtype or _stored_dtype(source) or "auto",
-            output_loading_info=True,
-            local_files_only=True,
-            **options,
-        )
+        options = {"dtype": dtype or _stored_dtype(source) or "auto", "output_loading_info": True}
+        if source.is_safetensors:
+            options |= {"local_files_only": True}
+            options |= {"trust_remote_code": True} if trust_remote_code else {}
+            model, info = model_class.from_pretrained(path, **options)
+        else:
+            model, info = _from_state(model_class, source, trust_remote_code, options)
     except LrcError:
         raise
     # A config.json that makes no sense raises whatever its model class runs into: division by zero
@@ -100,9 +117,40 @@ def _load_transformers(
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks {_some(info['missing_keys'])} of {type(model).__name__}",
-            "check that every weight file is there and that config.json names the right class",
+            _remedy_for_missing(model, info["missing_keys"]),
         )
     return model
+
+
+def _from_state(
+    model_class: Any, source: Source, trust_remote_code: bool, options: Mapping[str, Any]
+) -> Any:
+    """`from_pretrained` on tensors of our own reading, for files that transformers cannot map."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(
+        source.path, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    if not hasattr(model_class, "config_class"):  # an auto class, which wants a path
+        with torch.device("meta"):
+            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        model_class = type(model)
+    state = {key: source.read(key) for key in source.tensors}
+    model, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+    if (source.path / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.path, local_files_only=True
+        )
+    return model, info
+
+
+def _remedy_for_missing(model: Any, missing: Any) -> str:
+    """Where only a head is missing, the network without it can be compressed."""
+    body = model.base_model
+    if body is not model and not any(k.startswith(f"{model.base_model_prefix}.") for k in missing):
+        name = type(body).__name__
+        return f'write "architectures": ["{name}"] into config.json for the network without a head'
+    return "check that every weight file is there and that config.json names the right class"
 
 
 def _stored_dtype(source: Source) -> torch.dtype | None:
@@ -161,7 +209,7 @@ def _auto_class(architecture: str, auto_map: object) -> str | None:
 def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
     """Builds the module by `factory` and hands it the files' tensors."""
     path = source.path
-    record = _record(source.files[0])
+    record = source.record
     if factory is None:
         named = record.get("factory")
         cause = f"{path} is not a transformers checkpoint, and does not say how its module is built"
@@ -176,15 +224,6 @@ def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
         model = _filled(build(), source, record)
     finish_slots(model)
     return model
-
-
-def _record(file: Path) -> dict[str, Any]:
-    """What our writer noted in the file (version, layer table, factory); empty in others'."""
-    with open_tensors(file) as handle:
-        record: dict[str, Any] = json.loads((handle.metadata() or {}).get("lrc", "{}"))
-    if record:
-        check_version(record.get("format_version"), str(file))
-    return record
 
 
 def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> nn.Module | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lrc_cli.calibration import Batch
+from lrc_cli.data.decoder import INPUT, MASK
+from lrc_cli.data.kinds import Batch
 from lrc_cli.errors import InputError
 from lrc_cli.models import Network
 
@@ -93,10 +94,17 @@ def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) 
 
 
 def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Network) -> bool:
-    ids = batch.get("input_ids")
+    ids = batch.get(_scored(batch)[0])
     if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         return False
+    if ids.shape[1] < 2:  # there is no next token
+        return False
     return bool(logits.shape[-1] == network.vocabulary)
+
+
+def _scored(batch: Batch) -> tuple[str, str]:
+    """Names of the tokens that a language model's logits are about, and of their mask."""
+    return (INPUT, MASK) if INPUT in batch else ("input_ids", "attention_mask")
 
 
 def _is_causal(network: Network, batch: Batch) -> bool:
@@ -107,7 +115,8 @@ def _is_causal(network: Network, batch: Batch) -> bool:
     """
     row = {name: tensor[:1].clone() for name, tensor in batch.items()}
     other = {name: tensor.clone() for name, tensor in row.items()}
-    ids, mask = other["input_ids"], row.get("attention_mask")
+    ids_name, mask_name = _scored(batch)
+    ids, mask = other[ids_name], row.get(mask_name)
     last = ids.shape[1] - 1 if mask is None else int(mask[0].nonzero().max())
     ids[0, last] = (ids[0, last] + 1) % network.vocabulary
     with torch.no_grad():
@@ -124,10 +133,11 @@ def prepare(
         generator: on the CPU; draws which tokens are masked.
     """
     if loss.kind == "next_token":
-        labels = batch["input_ids"].roll(-1, dims=1)
+        ids_name, mask_name = _scored(batch)
+        labels = batch[ids_name].roll(-1, dims=1)
         labels[:, -1] = UNSCORED
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"].bool()
+        if mask_name in batch:
+            mask = batch[mask_name].bool()
             labels = labels.masked_fill(~(mask & mask.roll(-1, dims=1)), UNSCORED)
         return batch, labels
     if loss.kind == "masked_token":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lrc_cli.checkpoint.manifest import tensor_bytes
+from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.errors import RunError
 
 

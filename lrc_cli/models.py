@@ -17,7 +17,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression
 from lrc_cli.errors import InputError
 from lrc_cli.layers import linear_shape
-from lrc_cli.loading import load
+from lrc_cli.loading import load_source
 from lrc_cli.names import module_names
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
@@ -119,7 +119,7 @@ def open_module(
             f"{source.path}: not a transformers directory (it has no config.json)",
             "set model.factory to the function that builds the module",
         )
-    return load(source.path, factory=factory, trust_remote_code=trust_remote_code)
+    return load_source(source, factory=factory, trust_remote_code=trust_remote_code)
 
 
 def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype | None) -> Network:

@@ -13,6 +13,7 @@ from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
 from lrc_cli.config import Config, matches
+from lrc_cli.data.processors import open_processors
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
@@ -28,7 +29,7 @@ from lrc_cli.models import (
     resolve_device,
 )
 from lrc_cli.precision import DTYPES
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.rectified import NOT_FOLLOWED, with_relu_where_followed
 
 
@@ -117,8 +118,8 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     check_layers(config, layers)
     if config.compression.center:
         check_bias(module, source, layers)
-    tokenizer = open_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
-    sequences = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
+    processors = open_processors(source, module, trust_remote_code=config.model.trust_remote_code)
+    sequences = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
     if CALIBRATION not in sequences:
         raise InputError(
             "calibration: the data has not one whole sequence in its part",
@@ -132,7 +133,7 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         solvers, network, layers, next(sequences[CALIBRATION].batches(1))
     )
     statistics = statistics_fingerprint(
-        config, source, sequences[CALIBRATION], solvers, network, tokenizer
+        config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
     identity = digest(statistics)
     work_dir = _work_dir(config, output, identity)
@@ -140,7 +141,7 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         config=config,
         source=source,
         network=network,
-        tokenizer=tokenizer,
+        tokenizer=processors.tokenizer,
         layers=layers,
         skipped=skipped,
         solvers=solvers,

@@ -1,41 +1,13 @@
-"""What blocks a config asks for, and the tokenizer that texts are cut with."""
+"""What sequences a config asks for."""
 
 from pathlib import Path
 from typing import Any
 
 from lrc_cli.calibration import Purpose
-from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Calibration, Certification, Config
-from lrc_cli.errors import InputError
-from lrc_cli.factories import named
 
 CALIBRATION, CERTIFICATION = "calibration", "certification"
 HELD_BACK = "held back"
-
-
-def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's own tokenizer, or None where it has none."""
-    if source.config is None:
-        return None
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-        "tokenizer.model",
-        "vocab.json",
-    )
-    if not any((source.path / name).exists() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # tokenizers raises bare ones
-        raise InputError(
-            f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
-        ) from error
 
 
 def purposes_of(config: Config) -> list[Purpose]:
@@ -52,13 +24,15 @@ def purposes_of(config: Config) -> list[Purpose]:
             num_sequences=64,
             required=False,
             text_field=calibration.text_field,
+            chat_template=calibration.chat_template,
         )
         return [*purposes, held_back]
     return [*purposes, *(_purpose(text.name, text, calibration) for text in config.evaluation)]
 
 
 def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
-    own_field = calibration.text_field if isinstance(section, Certification) else section.text_field
+    # Certification data is read as calibration data is.
+    read_as = calibration if isinstance(section, Certification) else section
     return Purpose(
         name=name,
         path=Path(section.path or calibration.path),
@@ -66,6 +40,7 @@ def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
         sequence_length=section.sequence_length or calibration.sequence_length,
         num_sequences=section.num_sequences,
         required=not section.num_sequences_is_default,
-        text_field=own_field,
+        text_field=read_as.text_field,
+        chat_template=read_as.chat_template,
         own_draw=name == CERTIFICATION,
     )

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.checkpoint.manifest import tensor_bytes
+from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
 from lrc_cli.errors import InputError
 from lrc_cli.fit import Fitted, Request, fit_layer

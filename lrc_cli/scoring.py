@@ -9,7 +9,8 @@ import torch
 
 from lrc_cli.calibration import Purpose, Sequences, draw
 from lrc_cli.checkpoint.source import open_source
-from lrc_cli.config import load_config
+from lrc_cli.config import Calibration, load_config
+from lrc_cli.data.processors import open_processors
 from lrc_cli.errors import InputError
 from lrc_cli.evaluate import compare, scoring
 from lrc_cli.factories import ask_for_factory
@@ -18,7 +19,7 @@ from lrc_cli.models import Network, make_network, open_module, resolve_device
 from lrc_cli.output import peak_memory
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, open_tokenizer, purposes_of
+from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 
 REPEATS = 3
 
@@ -57,27 +58,27 @@ def score_directory(
     original = open_source(against or Path(config.model.path))
     if factory is None and original.config is None:
         raise ask_for_factory(original.path, config.model.factory)
-    tokenizer = open_tokenizer(original, trust_remote_code=trust_remote_code)
     device = resolve_device(config.runtime.device)
-    if data or part:
-        length = sequence_length or config.calibration.sequence_length
-        wanted = _purposes(data, part, num_sequences, length)
-        texts = draw(wanted, tokenizer=tokenizer, seed=config.calibration.seed)
-    else:
-        drawn = draw(purposes_of(config), tokenizer=tokenizer, seed=config.calibration.seed)
-        texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
-    if not texts:
-        raise InputError("eval: there is no text to score on", "give one with --data")
     module, compressed = (
         open_module(source, factory=factory, trust_remote_code=trust_remote_code)
         for source in (original, written)
     )
+    processors = open_processors(original, module, trust_remote_code=trust_remote_code)
+    if data or part:
+        length = sequence_length or config.calibration.sequence_length
+        wanted = _purposes(data, part, num_sequences, length, config.calibration)
+        texts = draw(wanted, processors=processors, seed=config.calibration.seed)
+    else:
+        drawn = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
+        texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
+    if not texts:
+        raise InputError("eval: there is no text to score on", "give one with --data")
     check_sequences(texts, module, original)
     before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     probe(before, texts)
     after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
-    loss = scoring(before, next(first.batches(1)), tokenizer)
+    loss = scoring(before, next(first.batches(1)), processors.tokenizer)
     rows = []
     with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
         for name, sequences in texts.items():
@@ -97,7 +98,11 @@ def score_directory(
 
 
 def _purposes(
-    data: tuple[Path, ...], part: tuple[str, ...], num_sequences: int, sequence_length: int
+    data: tuple[Path, ...],
+    part: tuple[str, ...],
+    num_sequences: int,
+    sequence_length: int,
+    calibration: Calibration,
 ) -> list[Purpose]:
     if len(part) > len(data):
         raise InputError(
@@ -113,6 +118,8 @@ def _purposes(
             sequence_length=sequence_length,
             num_sequences=num_sequences,
             required=False,
+            text_field=calibration.text_field,
+            chat_template=calibration.chat_template,
         )
         for i, (name, path, share) in enumerate(zip(names, data, shares, strict=True), start=1)
     ]

@@ -162,7 +162,7 @@ def randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 parameter.add_(0.1 * noise)
             elif "embed" not in name:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)

@@ -59,6 +59,13 @@ class Running:
         return self.log.read_text()
 
 
+def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Starts a function of an importable module in a process of its own."""
+    process = _FORKS.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def start(arguments: Sequence[object], log: Path, *, largest_file: int | None = None) -> Running:
     """Starts `lrc` with arguments.
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.data.processors import Processors
 from lrc_cli.errors import InputError
 
 
@@ -26,6 +27,10 @@ class Counting:
     def __call__(self, text: str, *, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
         ids = [1 if word == "a" else int(word) for word in text.split()]
         return {"input_ids": [7, *ids, 8, 9] if self.wraps and add_special_tokens else ids}
+
+
+COUNTING = Processors(tokenizer=Counting())
+WRAPPING = Processors(tokenizer=Counting(wraps=True))
 
 
 def purpose(path: Path, name: str = "calibration", **changes: Any) -> Purpose:
@@ -64,7 +69,7 @@ def test_no_token_is_in_two_blocks(
         )
         for i, (part, length, count) in enumerate(wishes)
     ]
-    drawn = draw(purposes, tokenizer=Counting(wraps=wraps), seed=seed)
+    drawn = draw(purposes, processors=Processors(tokenizer=Counting(wraps=wraps)), seed=seed)
     seen: set[int] = set()
     for wanted in purposes:
         for row in rows(drawn[wanted.name]) if wanted.name in drawn else ():
@@ -85,7 +90,7 @@ def test_earlier_purposes_come_first_and_the_rest_is_what_is_left(numbers: Path)
         purpose(numbers, "evaluation", num_sequences=100),
         purpose(numbers, "more"),
     ]
-    drawn = draw(wanted, tokenizer=Counting(), seed=0)
+    drawn = draw(wanted, processors=COUNTING, seed=0)
     assert (len(drawn["calibration"]), len(drawn["evaluation"])) == (100, 25)
     assert drawn["calibration"].population == 125 and drawn["evaluation"].population == 25
     assert "more" not in drawn
@@ -94,14 +99,14 @@ def test_earlier_purposes_come_first_and_the_rest_is_what_is_left(numbers: Path)
 def test_a_longer_block_skips_what_a_shorter_one_took(numbers: Path) -> None:
     one = purpose(numbers, "one", part=(0.5, 0.51), sequence_length=10, num_sequences=1)
     other = purpose(numbers, "other", sequence_length=100, num_sequences=100)
-    drawn = draw([one, other], tokenizer=Counting(), seed=0)
+    drawn = draw([one, other], processors=COUNTING, seed=0)
     assert rows(drawn["one"])[0][0] == 1500
     assert len(drawn["other"]) == 9, "the block of 1500 ... 1599 is taken"
 
 
 def test_the_draw_depends_on_the_seed_alone(numbers: Path) -> None:
     def blocks(seed: int) -> Sequences:
-        return draw([purpose(numbers)], tokenizer=Counting(), seed=seed)["calibration"]
+        return draw([purpose(numbers)], processors=COUNTING, seed=seed)["calibration"]
 
     assert rows(blocks(0)) == rows(blocks(0)) and blocks(0).sha256 == blocks(0).sha256
     assert rows(blocks(0)) != rows(blocks(1)) and blocks(0).sha256 != blocks(1).sha256
@@ -112,7 +117,7 @@ def test_the_draw_depends_on_the_seed_alone(numbers: Path) -> None:
 def test_a_purpose_can_have_a_draw_of_its_own(numbers: Path) -> None:
     def order(name: str, part: tuple[float, float], own: bool) -> list[int]:
         wanted = purpose(numbers, name, part=part, num_sequences=40, own_draw=own)
-        drawn = draw([wanted], tokenizer=Counting(), seed=0)[name]
+        drawn = draw([wanted], processors=COUNTING, seed=0)[name]
         starts = [row[0] for row in rows(drawn)]
         return [start - min(starts) for start in starts]
 
@@ -131,7 +136,7 @@ def test_two_names_of_one_file_are_one_file(numbers: Path, tmp_path: Path) -> No
         purpose(numbers, "calibration", num_sequences=100),
         purpose(link, "evaluation", num_sequences=100),
     ]
-    drawn = draw(wanted, tokenizer=Counting(), seed=0)
+    drawn = draw(wanted, processors=COUNTING, seed=0)
     assert len(drawn) == 2
     tokens = [set(s.inputs["input_ids"].flatten().tolist()) for s in drawn.values()]
     assert not tokens[0] & tokens[1]
@@ -142,7 +147,9 @@ def test_blocks_are_what_the_checkpoints_own_tokenizer_says(
     name: str, checkpoint: Models, text: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(name))
-    drawn = draw([purpose(text, num_sequences=3)], tokenizer=tokenizer, seed=0)
+    drawn = draw(
+        [purpose(text, num_sequences=3)], processors=Processors(tokenizer=tokenizer), seed=0
+    )
     for row in rows(drawn["calibration"]):
         assert len(row) == 8
         plain = tokenizer.decode(row, skip_special_tokens=True)
@@ -156,19 +163,19 @@ def test_jsonl_is_read_from_its_text_field(tmp_path: Path) -> None:
         json.dumps({"body": " ".join(str(1000 + 10 * i + j) for j in range(10))}) for i in range(3)
     ]
     file.write_text("\n".join([lines[0], "", *lines[1:]]))
-    drawn = draw([purpose(file, text_field="body")], tokenizer=Counting(), seed=0)
+    drawn = draw([purpose(file, text_field="body")], processors=COUNTING, seed=0)
     assert {row[0] for row in rows(drawn["calibration"])} == {1000, 1008, 1016}
     with pytest.raises(InputError, match=r"texts.jsonl:1: no text under the key 'text'"):
-        draw([purpose(file)], tokenizer=Counting(), seed=0)
+        draw([purpose(file)], processors=COUNTING, seed=0)
     file.write_text('{"text": "1"}\n{"text": ')
     with pytest.raises(InputError, match=r"texts.jsonl:2: not valid JSON"):
-        draw([purpose(file)], tokenizer=Counting(), seed=0)
+        draw([purpose(file)], processors=COUNTING, seed=0)
 
 
 def test_a_jsonl_record_ends_at_a_newline_only(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "1000 1001\u20281002 1003"}\r\n{"text": "1004 1005"}\n')
-    drawn = draw([purpose(file, sequence_length=6)], tokenizer=Counting(), seed=0)
+    drawn = draw([purpose(file, sequence_length=6)], processors=COUNTING, seed=0)
     assert rows(drawn["calibration"]) == [[1000, 1001, 1002, 1003, 1004, 1005]]
 
 
@@ -177,18 +184,22 @@ def test_one_file_is_read_by_one_field(numbers: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"text": numbers.read_text(), "body": numbers.read_text()}))
     wanted = [purpose(file), purpose(file, "evaluation", text_field="body")]
     with pytest.raises(InputError, match=r"evaluation: .*by text_field 'text' already, not 'body'"):
-        draw(wanted, tokenizer=Counting(), seed=0)
+        draw(wanted, processors=COUNTING, seed=0)
     wanted = [
         purpose(numbers, num_sequences=100),
         purpose(numbers, "evaluation", text_field="body", num_sequences=100),
     ]
-    drawn = draw(wanted, tokenizer=Counting(), seed=0)
+    drawn = draw(wanted, processors=COUNTING, seed=0)
     assert len(drawn["evaluation"]) == 25, "a .txt has no fields: its tokens were drawn twice"
 
 
 def test_two_purposes_do_not_share_a_name(numbers: Path) -> None:
     with pytest.raises(InputError, match="are called 'calibration'; rename"):
-        draw([purpose(numbers), purpose(numbers)], tokenizer=Counting(), seed=0)
+        draw(
+            [purpose(numbers), purpose(numbers)],
+            processors=COUNTING,
+            seed=0,
+        )
 
 
 def test_a_block_of_a_tensor_file_is_a_row(tmp_path: Path) -> None:
@@ -199,7 +210,7 @@ def test_a_block_of_a_tensor_file_is_a_row(tmp_path: Path) -> None:
         purpose(file, "calibration", part=(0.0, 0.5), num_sequences=6),
         purpose(file, "evaluation", num_sequences=30),
     ]
-    drawn = draw(wanted, tokenizer=None, seed=3)
+    drawn = draw(wanted, processors=Processors(), seed=3)
     fitted, held = drawn["calibration"].inputs, drawn["evaluation"].inputs
     assert fitted["mask"].max() < 10 and len(fitted["x"]) == 6 and len(held["x"]) == 14
     for inputs in (fitted, held):
@@ -208,7 +219,7 @@ def test_a_block_of_a_tensor_file_is_a_row(tmp_path: Path) -> None:
 
 
 def test_batches_keep_the_order_and_lose_nothing(numbers: Path) -> None:
-    drawn = draw([purpose(numbers, num_sequences=7)], tokenizer=Counting(), seed=0)["calibration"]
+    drawn = draw([purpose(numbers, num_sequences=7)], processors=COUNTING, seed=0)["calibration"]
     batches = list(drawn.batches(3))
     assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 1]
     assert torch.equal(torch.cat([b["input_ids"] for b in batches]), drawn.inputs["input_ids"])
@@ -219,11 +230,13 @@ def test_fewer_blocks_than_written_is_an_error_with_both_numbers(numbers: Path) 
     with pytest.raises(InputError, match=r"12 free blocks .* 13 were asked for"):
         draw(
             [purpose(numbers, part=(0.0, 0.1), num_sequences=13, required=True)],
-            tokenizer=Counting(),
+            processors=COUNTING,
             seed=0,
         )
     lowered = draw(
-        [purpose(numbers, part=(0.0, 0.1), num_sequences=13)], tokenizer=Counting(), seed=0
+        [purpose(numbers, part=(0.0, 0.1), num_sequences=13)],
+        processors=COUNTING,
+        seed=0,
     )
     assert len(lowered["calibration"]) == 12
 
@@ -234,7 +247,7 @@ def test_fewer_blocks_than_written_is_an_error_with_both_numbers(numbers: Path) 
         ("absent.txt", None, "no such file"),
         ("empty.txt", b"  \n", "the text is empty"),
         ("latin.txt", b"caf\xe9 au lait", "not UTF-8"),
-        ("table.csv", b"a,b", "not a kind of data"),
+        ("table.xlsx", b"a,b", "not a kind of data"),
         ("broken.safetensors", b"nothing", "cannot be read as safetensors"),
     ],
 )
@@ -245,7 +258,7 @@ def test_data_that_cannot_be_read(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=cause) as caught:
-        draw([purpose(file)], tokenizer=Counting(), seed=0)
+        draw([purpose(file)], processors=COUNTING, seed=0)
     assert str(file) in str(caught.value) and caught.value.remedy
 
 
@@ -258,14 +271,18 @@ def test_tensors_that_cannot_be_used(tmp_path: Path) -> None:
     ):
         save_file(tensors, file)
         with pytest.raises(InputError, match=cause):
-            draw([purpose(file)], tokenizer=None, seed=0)
+            draw([purpose(file)], processors=Processors(), seed=0)
 
 
 def test_text_needs_a_tokenizer_and_room_for_text(numbers: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer"):
-        draw([purpose(numbers)], tokenizer=None, seed=0)
+        draw([purpose(numbers)], processors=Processors(), seed=0)
     with pytest.raises(InputError, match="leaves no room for text"):
-        draw([purpose(numbers, sequence_length=3)], tokenizer=Counting(wraps=True), seed=0)
+        draw(
+            [purpose(numbers, sequence_length=3)],
+            processors=WRAPPING,
+            seed=0,
+        )
 
 
 def test_the_words_of_the_pico_text_are_all_known(checkpoint: Models, text: Path) -> None:

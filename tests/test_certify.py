@@ -23,6 +23,7 @@ from lrc_cli.calibration import Purpose, Sequences, draw
 from lrc_cli.certify import ERRORS, Measured, measure, ratio
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
+from lrc_cli.data.processors import Processors
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import scoring
 from lrc_cli.models import Layer, Network, make_network, open_module
@@ -441,7 +442,9 @@ def test_bounds_hold_on_the_whole_population_and_wrong_ones_do_not(
         num_sequences=size,
         required=True,
     )
-    everything = draw([purpose], tokenizer=outcome.plan.tokenizer, seed=1)["everything"]
+    everything = draw([purpose], processors=Processors(tokenizer=outcome.plan.tokenizer), seed=1)[
+        "everything"
+    ]
     measured = outcome.measured(sequences=everything)
     tolerances = certificate["tolerances"]
     ratios = [measured.layers[n].relative("same_input") / t for n, t in tolerances.items()]

@@ -257,7 +257,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda path: (path / "tokenizer.json").write_text("{"),
         ["tokenizer", "restore its files"],
     ),
-    "no-weights": (lambda path: (path / "model.safetensors").unlink(), ["no .safetensors file"]),
+    "no-weights": (lambda path: (path / "model.safetensors").unlink(), ["has no weight file"]),
     "config-not-json": (lambda path: (path / "config.json").write_text("{"), ["config.json"]),
     "unknown-architecture": (
         edit_config(model_type="unheard_of", architectures=["UnheardOf"]),

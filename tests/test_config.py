@@ -266,7 +266,6 @@ def test_impossible_shard_sizes(size: str) -> None:
         ("recover.scope", "model", "'model'"),
         ("recover.tokens", "1000", "1000"),
         ("output.remote_code", "true", "true"),
-        ("calibration.chat_template", "true", "true"),
     ],
 )
 def test_features_of_later_versions_are_named(key: str, value: str, shown: str) -> None:

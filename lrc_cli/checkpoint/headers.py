@@ -1,7 +1,7 @@
 """What the files of a checkpoint say of themselves: names, shapes, dtypes, format version."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ FORMAT_VERSION = 1
 
 UPGRADE = "upgrade it with: pip install --upgrade lrc-cli"
 """The remedy for a checkpoint that is newer than this version."""
+
+DEQUANTISE = "dequantise it first, or run lrc on the checkpoint it came from"
+"""The remedy for quantised weights."""
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -54,6 +57,12 @@ class TensorInfo:
         return self.num_elements * self.dtype.itemsize
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor as safetensors stores them (row-major, little-endian)."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
 def open_tensors(file: str | Path) -> Any:
     """A safetensors handle whose tensors are views of the mapped file.
 
@@ -80,40 +89,48 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
                 entry = handle.get_slice(key)
                 name = entry.get_dtype()
                 if name not in DTYPES:
-                    cause = f"{file}: tensor {key} has dtype {name}, which is a quantised one"
-                    raise InputError(cause, "dequantise the checkpoint first")
+                    cause = f"{file}: tensor {key} has dtype {name}, which is not a dense weight's"
+                    raise InputError(cause, DEQUANTISE)
                 headers[key] = TensorInfo(
                     file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
                 )
     return headers
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where it has one; may be empty.
+def weight_files(path: Path, *, single: str, index: str, suffixes: Sequence[str]) -> list[Path]:
+    """The weight files of one format in a directory, by its index where it has one; may be empty.
+
+    Args:
+        single: name of the file where there is one.
+        index: name of the index where there are several.
+        suffixes: of files that are taken by any name where neither is there.
 
     Raises:
         InputError: a shard that the index names is missing, the index is none, or several files
             have no index.
     """
-    index = path / INDEX_NAME
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
+    if (path / index).exists():
+        weight_map = read_json(path / index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) for name in weight_map.values()
         ):
-            raise InputError(f"{index}: weight_map does not name a file by tensor", "restore it")
+            cause = f"{path / index}: weight_map does not name a file by tensor"
+            raise InputError(cause, "restore it")
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise InputError(
-                f"{path}: {INDEX_NAME} names {missing[0]}, which is missing", "copy all shards"
+                f"{path}: {index} names {missing[0]}, which is missing", "copy all shards"
             )
         return [path / name for name in names]
-    if (path / SINGLE_NAME).is_file():
-        return [path / SINGLE_NAME]
-    files = sorted(path.glob("*.safetensors"))
+    if (path / single).is_file():
+        return [path / single]
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
     if len(files) > 1:
-        raise InputError(f"{path}: several .safetensors files and no {INDEX_NAME}", "add the index")
+        raise InputError(
+            f"{path}: several {files[0].suffix} files and no {index}",
+            "add the index, or give the one file that holds the weights",
+        )
     return files
 
 

@@ -4,18 +4,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lrc_cli.checkpoint.headers import open_tensors, read_json
+from lrc_cli.checkpoint.headers import open_tensors, read_json, tensor_bytes
 from lrc_cli.checkpoint.source import hash_file
 
 MANIFEST_NAME = "manifest.json"
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor as safetensors stores them (row-major, little-endian)."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
 
 
 def build_manifest(directory: Path) -> dict[str, Any]:

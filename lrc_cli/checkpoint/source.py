@@ -4,18 +4,12 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.headers import (
-    FLOAT_DTYPES,
-    TensorInfo,
-    open_tensors,
-    read_headers,
-    read_json,
-    weight_files,
-)
+from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
+from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, open_weights
 from lrc_cli.errors import InputError
 
 # The same weights in another form would be carried over beside the compressed ones. Folders may
@@ -27,13 +21,14 @@ WEIGHT_SUFFIXES = (
     ".bin.index.json",
     ".pt",
     ".pth",
+    ".ckpt",
+    ".distcp",
     ".h5",
     ".msgpack",
     ".ot",
 )
 EXPORT_SUFFIXES = (".gguf", ".onnx", ".onnx_data")
 EXPORT_FOLDERS = frozenset({"onnx", "openvino", "original"})
-OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".gguf"})
 OWN_FILES = frozenset(
     {"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"}
 )
@@ -43,35 +38,45 @@ OWN_FILES = frozenset(
 class Source:
     """A checkpoint that is read, never written.
 
-    `read` gives views of the memory-mapped files: nothing is copied into private memory until
-    somebody writes to a tensor or converts it.
+    `read` gives views of memory-mapped files where the format allows: nothing is copied into
+    private memory until somebody writes to a tensor or converts it.
     """
 
     path: Path
-    """The directory, or the single .safetensors file."""
+    """The directory, or the single file."""
     config: dict[str, Any] | None
     """Parsed config.json of a transformers directory; None for any other checkpoint."""
-    tensors: dict[str, TensorInfo]
-    """Every stored tensor by its disk key, in file order."""
+    weights: Weights
+    """The stored tensors, in whatever format."""
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every stored tensor by its disk key, in file order; tied ones once."""
+        return self.weights.tensors
 
     @property
     def files(self) -> list[Path]:
         """The weight files, sorted by name."""
-        return sorted({info.file for info in self.tensors.values()})
+        return self.weights.files
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether transformers and safetensors read the same files by themselves."""
+        return isinstance(self.weights, SafetensorsFiles)
+
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {file: open_tensors(file) for file in self.files}
+    def record(self) -> dict[str, Any]:
+        """What our writer noted in the files (version, layer table, factory); empty in others'."""
+        return self.weights.record() if isinstance(self.weights, SafetensorsFiles) else {}
 
     def read(self, key: str) -> torch.Tensor:
-        """The stored tensor `key`, as a view of the mapped file on the CPU."""
-        tensor: torch.Tensor = self._handles[self.tensors[key].file].get_tensor(key)
-        return tensor
+        """The stored tensor `key` on the CPU."""
+        return self.weights.read(key)
 
     def side_files(self) -> list[Path]:
         """Files that the compressed checkpoint carries over unchanged (tokenizer, licence, ...)."""
@@ -135,8 +140,24 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def hash_path(path: Path) -> str:
+    """Of a file `hash_file`; of a folder that of the list which `sha256sum` makes of its files.
+
+    Hidden files do not count; the list is sorted by name.
+    """
+    if not path.is_dir():
+        return hash_file(path)
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    lines = [
+        f"{hash_file(names[name])}  {name}\n"
+        for name in sorted(names)
+        if not any(part.startswith(".") for part in name.split("/"))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def open_source(path: Path, *, factorised: bool = False) -> Source:
-    """Open a transformers directory, a directory of .safetensors files or a single one.
+    """Open a transformers directory, a weight file, a directory of them or of a distributed save.
 
     Args:
         factorised: accept a checkpoint that lrc wrote.
@@ -149,21 +170,8 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
         raise InputError(
             f"{path} does not exist", "check the path (relative to the working directory)"
         )
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InputError(
-                f"{path}: {path.suffix or 'this kind of'} files are not in this version",
-                "convert it with safetensors.torch.save_file",
-            )
-        return Source(path=path, config=None, tensors=read_headers([path]))
-    config = _read_config(path, factorised=factorised)
-    files = weight_files(path)
-    if not files:
-        _refuse_others(path)
-    tensors = read_headers(files)
-    if not tensors:
-        raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
-    return Source(path=path, config=config, tensors=tensors)
+    config = _read_config(path, factorised=factorised) if path.is_dir() else None
+    return Source(path=path, config=config, weights=open_weights(path))
 
 
 def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
@@ -178,28 +186,8 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
         method = quantization.get("quant_method", "an unknown method")
         if method == "lrc" and factorised:
             return config
-        remedy = (
-            "run lrc on the dense checkpoint it came from"
-            if method == "lrc"
-            else "dequantise it first, or run lrc on the checkpoint it came from"
-        )
+        remedy = "run lrc on the dense checkpoint it came from" if method == "lrc" else DEQUANTISE
         raise InputError(
             f"{path}: the checkpoint is already quantised or compressed ({method})", remedy
         )
     return config
-
-
-def _refuse_others(path: Path) -> NoReturn:
-    """Say what is wrong with a directory without .safetensors files."""
-    other = sorted(file.name for file in path.iterdir() if file.suffix in OTHER_WEIGHTS)
-    if other:
-        raise InputError(
-            f"{path}: weights in {other[0]} are not in this version",
-            "load the model and save it again with save_pretrained, which writes safetensors",
-        )
-    raise InputError(
-        f"{path} has neither a config.json nor .safetensors files"
-        if not (path / "config.json").exists()
-        else f"{path} has no .safetensors file",
-        "give a transformers directory or a .safetensors file",
-    )

@@ -8,7 +8,6 @@ from typing import Any
 _METHODS = ("svd", "frobenius", "nuclear", "relu", "curvature")
 
 BUILT: dict[str, tuple[Any, ...]] = {
-    "Calibration.chat_template": (False,),
     "Compression.method": _METHODS,
     "LayerOverride.method": (*_METHODS, None),
     "Recover.scope": ("none",),

@@ -55,7 +55,7 @@ class Model:
     """The checkpoint to compress."""
 
     path: Text
-    """Directory of a transformers checkpoint, or .safetensors with a factory."""
+    """Transformers directory, weight file (.safetensors .bin .pt .pth) or distributed directory."""
     factory: Factory | None = None
     """"package.module:function" that returns the torch.nn.Module, if it is not transformers'."""
     trust_remote_code: bool = False
@@ -67,13 +67,13 @@ class Calibration:
     """The data that the factors are fitted to."""
 
     path: Text
-    """File of texts (.txt, .jsonl) or of model inputs (.safetensors)."""
+    """Texts (.txt .jsonl .csv .parquet), inputs (.safetensors .npz), folder of images or audio."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     text_field: Text = "text"
-    """Field of a .jsonl record that holds the text."""
+    """Field of a record (.jsonl .csv .parquet) that holds the text, or a list of token ids."""
     chat_template: bool = False
-    """Whether records are conversations, rendered by the tokenizer's chat template."""
+    """Whether records hold conversations (in "messages"), to be rendered by the chat template."""
     num_sequences: Count = 64
     """Number of sequences; the default is lowered to what there is, a number written is not."""
     sequence_length: SequenceLength = 512
@@ -89,7 +89,7 @@ class Certification:
     """Data held back for statements: never used for fitting or choosing."""
 
     path: Text | None = None
-    """A file of its own; null: the calibration file."""
+    """Data of its own, read as calibration's; null: the calibration data."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     num_sequences: Count = 128
@@ -111,7 +111,7 @@ class EvaluationText:
     name: Text
     """Name of its row in the report; no other text has it."""
     path: Text
-    """File of texts or of model inputs."""
+    """As calibration's."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     num_sequences: Count = 64
@@ -119,7 +119,9 @@ class EvaluationText:
     sequence_length: SequenceLength | None = None
     """Tokens in a sequence; null: as calibration's."""
     text_field: Text = "text"
-    """Field of a .jsonl record that holds the text."""
+    """Field of a record that holds the text, or a list of token ids."""
+    chat_template: bool = False
+    """As calibration's."""
     num_sequences_is_default: bool = hidden_flag()
     """Whether num_sequences was left out of the config."""
 

@@ -11,11 +11,11 @@ import torch
 
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.processors import open_processors
 from lrc_cli.errors import InputError
 from lrc_cli.models import Layer, Network, make_network, resolve_device
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
-from lrc_cli.purposes import open_tokenizer
 from lrc_cli.verify.data import draw_again
 from lrc_cli.verify.moments import HELD_BYTES, Checked
 from lrc_cli.verify.original import open_layers, open_networks
@@ -66,8 +66,8 @@ def open_bench(
         findings=findings,
     )
     layers = open_layers(dense, written, original, findings)
-    tokenizer = open_tokenizer(original, trust_remote_code=trust_remote_code)
-    sequences = draw_again(written, tokenizer, data, findings)
+    processors = open_processors(original, dense, trust_remote_code=trust_remote_code)
+    sequences = draw_again(written, processors, data, findings)
     if module is None or len(layers) < len(written.layers):
         return None
     facts = written.report["provenance"]
@@ -84,7 +84,7 @@ def open_bench(
         written=written,
         before=make_network(dense, device=device, dtype=dtype),
         after=make_network(module, device=device, dtype=dtype),
-        tokenizer=tokenizer,
+        tokenizer=processors.tokenizer,
         sequences=sequences,
         checked=checked,
         findings=findings,

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.data.processors import Processors
 from lrc_cli.errors import InputError
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.verify.files import sha256_of
+from lrc_cli.verify.files import data_sha256
 from lrc_cli.verify.statements import Findings
 from lrc_cli.verify.written import Written
 
 
 def draw_again(
-    written: Written, tokenizer: Any, data: Path | None, findings: Findings
+    written: Written, processors: Processors, data: Path | None, findings: Findings
 ) -> dict[str, Sequences]:
     """The sequences of every purpose whose file is there and that are the recorded ones.
 
@@ -24,13 +25,13 @@ def draw_again(
         InputError: `data` is given and there is no such file.
     """
     assert written.report is not None and written.config is not None
-    if data is not None and not data.is_file():
+    if data is not None and not data.exists():
         raise InputError(f"--data {data}: there is no such file", "check the path")
     recorded = written.report["provenance"]["data_files_sha256"]
     wanted = purposes_of(written.config)
     paths = {str(purpose.path): purpose.path for purpose in wanted}
     stated = {str(Path(name)): sha256 for name, sha256 in recorded.items()}
-    given = None if data is None else sha256_of(data)
+    given = None if data is None else data_sha256(data)
     if data is not None and given not in {stated.get(name) for name in paths}:
         what = f"--data {data} is a file of the run"
         findings.not_checked("data.hash", what, "it has another hash than any of them")
@@ -49,7 +50,7 @@ def draw_again(
         if str(purpose.path) in places
     ]
     try:
-        drawn = draw(found, tokenizer=tokenizer, seed=written.config.calibration.seed)
+        drawn = draw(found, processors=processors, seed=written.config.calibration.seed)
     except InputError as error:
         findings.not_checked("data.drawn", "the run's sequences", str(error))
         return {}
@@ -66,11 +67,11 @@ def _place(
     """Where a data file lies, or why it cannot be used."""
     if sha256 is None:
         return None, "the report has no hash of it"
-    if path.is_file() and sha256_of(path) == sha256:
+    if path.exists() and data_sha256(path) == sha256:
         return path, ""
     if data is not None and given == sha256:
         return data, ""
-    if path.is_file():
+    if path.exists():
         return None, "the file has another hash"
     return None, "the file is not there: give it with --data"
 

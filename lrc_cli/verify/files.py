@@ -46,6 +46,20 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def data_sha256(path: Path) -> str:
+    """Of a data file its sha256, of a folder that of the list `sha256sum` makes of its files."""
+    if not path.is_dir():
+        return sha256_of(path)
+    names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    visible = {
+        name.as_posix(): file
+        for name, file in names.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
+    lines = (f"{sha256_of(visible[name])}  {name}\n" for name in sorted(visible))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def check_manifest(directory: Path, manifest: dict[str, Any], findings: Findings) -> None:
     """Every file and every tensor that manifest.json names, and no other."""
     what = "manifest.json lists the hashes of files and of tensors"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.calibration import TEXT_SUFFIXES
+from lrc_cli.data.kinds import member
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.report.sentences import assumptions, statement_text
 from lrc_cli.verify.figures import close
@@ -95,13 +95,13 @@ def _check_population(written: Written, certificate: Mapping[str, Any], findings
     """Unit, sampling and population are those of the config's certification section."""
     assert written.report is not None and written.config is not None
     purpose = next(p for p in purposes_of(written.config) if p.name == CERTIFICATION)
-    is_text, population = purpose.path.suffix in TEXT_SUFFIXES, certificate["population"]
-    length = purpose.sequence_length if is_text else None
+    unit, population = member(purpose.path), certificate["population"]
+    length = purpose.sequence_length if unit == "block" else None
     first, last = purpose.part
     place, size = purpose.path.name, population["size"]
     if (first, last) != (0.0, 1.0):
         place += f" (part {first:g} to {last:g})"
-    members = f"blocks of {length} tokens" if is_text else "rows"
+    many = f"{unit}s" if length is None else f"blocks of {length} tokens"
     facts = written.report["provenance"]
     hashes = {str(Path(name)): value for name, value in facts["data_files_sha256"].items()}
     stated = {
@@ -113,11 +113,11 @@ def _check_population(written: Written, certificate: Mapping[str, Any], findings
         "file": [population["file"], population["part"], population["file_sha256"]],
     }
     found = {
-        "unit": f"sequence of {length} tokens" if is_text else "row",
+        "unit": unit if length is None else f"sequence of {length} tokens",
         "sequence_length": length,
         "sampling": "uniformly at random without replacement",
         "activations": facts["activation_dtype"],
-        "description": f"the {size:,} {members} of {place} that calibration left free",
+        "description": f"the {size:,} {many} of {place} that calibration left free",
         "file": [purpose.path.name, list(purpose.part), hashes.get(str(purpose.path))],
     }
     what = "the certificate's unit and population are those of the config"

@@ -1,0 +1,186 @@
+"""Checkpoints of torch.distributed.checkpoint (FSDP): shards of tensors over many files.
+
+Its reader unpickles `.metadata` without restraint, which would run whatever code a checkpoint of
+somebody else holds: here only the classes that describe tensors may be named.
+"""
+
+import ctypes
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.spool import Spool
+from lrc_cli.checkpoint.wrapped import find_state
+from lrc_cli.errors import InputError
+
+METADATA_NAME = ".metadata"
+LARGE = 1 << 17
+"""Bytes from which on an allocation is large."""
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = {
+    "builtins": {"set", "frozenset"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    _METADATA: {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A stored tensor: its name in the checkpoint and what is said of it."""
+
+    fqn: str
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+
+class DistributedFiles:
+    """The tensors of a directory that torch.distributed.checkpoint wrote.
+
+    A tensor is put together from its shards when it is first read, in a mapped temporary file:
+    private memory holds one shard of one tensor at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._reader = _Reader(path)
+        metadata = self._reader.read_metadata()
+        self.files = _files(path, metadata)
+        state = find_state(_tree(path, metadata), _Entry, path)
+        self.tensors = {key: entry.info for key, entry in state.items()}
+        self._fqns = {key: entry.fqn for key, entry in state.items()}
+        self._spool = Spool()
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor `key` on the CPU.
+
+        Raises:
+            InputError: its shards cannot be read.
+            RunError: there is no room for it in TMPDIR.
+        """
+        if key not in self._kept:
+            self._kept[key] = self._assembled(key)
+            if self.tensors[key].num_bytes > LARGE:
+                _give_back_freed_memory()
+        return self._kept[key]
+
+    def _assembled(self, key: str) -> torch.Tensor:
+        info = self.tensors[key]
+        tensor = self._spool.empty(info.shape, info.dtype)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that there is only one process
+                load_shards({self._fqns[key]: tensor}, storage_reader=self._reader, no_dist=True)
+        # What a damaged shard raises comes wrapped in what is no Exception.
+        except CheckpointException as error:
+            raise InputError(
+                f"{info.file.parent}: tensor {key} cannot be read from its shards",
+                "copy the checkpoint again, a file may be truncated",
+            ) from error
+        return tensor
+
+
+def _give_back_freed_memory() -> None:
+    """The holes that shards leave on the heap would stay resident, a third of the checkpoint."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader; it asks for the metadata at every load."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = _read_metadata(Path(self.path) / METADATA_NAME)
+        return self._metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        with file.open("rb") as handle:
+            found = _Unpickler(handle).load()
+    except pickle.UnpicklingError as error:
+        cause = f"{file}: cannot be read, or names code that lrc does not run ({error})"
+        raise InputError(cause, "save the checkpoint with torch.distributed.checkpoint") from error
+    # A truncated or foreign pickle fails in any way.
+    except Exception as error:
+        cause = f"{file}: is not the metadata of a checkpoint ({type(error).__name__})"
+        raise InputError(cause, "copy the checkpoint again, it may be truncated") from error
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise InputError(f"{file}: does not describe a checkpoint", "copy the checkpoint again")
+    found.storage_meta = found.storage_meta or StorageMeta()
+    return found
+
+
+def _files(path: Path, metadata: Metadata) -> list[Path]:
+    """The files that hold the shards, and the one that describes them."""
+    names = {str(entry.relative_path) for entry in metadata.storage_data.values()}
+    outside = sorted(n for n in names if Path(n).is_absolute() or ".." in Path(n).parts)
+    if outside:
+        raise InputError(f"{path}: {METADATA_NAME} names {outside[0]}, outside it", "restore it")
+    missing = sorted(name for name in names if not (path / name).is_file())
+    if missing:
+        raise InputError(
+            f"{path}: {METADATA_NAME} names {missing[0]}, which is missing", "copy all its files"
+        )
+    return sorted(path / name for name in {*names, METADATA_NAME})
+
+
+def _tree(path: Path, metadata: Metadata) -> dict[str, Any]:
+    """What was saved, as nested as it was."""
+    first = {index.fqn: entry.relative_path for index, entry in metadata.storage_data.items()}
+    places: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
+    tree: dict[str, Any] = {}
+    for fqn, saved in metadata.state_dict_metadata.items():
+        *outer, name = map(str, places.get(fqn, (fqn,)))
+        branch = tree
+        for step in outer:
+            branch = branch.setdefault(step, {})
+        branch[name] = None
+        if isinstance(saved, TensorStorageMetadata) and fqn in first:
+            if sum(chunk.sizes.numel() for chunk in saved.chunks) < saved.size.numel():
+                cause = f"{path}: {METADATA_NAME} names no shard for a part of {fqn}"
+                raise InputError(cause, "save the checkpoint again")
+            info = TensorInfo(
+                file=path / first[fqn], shape=tuple(saved.size), dtype=saved.properties.dtype
+            )
+            branch[name] = _Entry(fqn=fqn, info=info)
+    return tree

@@ -1,0 +1,95 @@
+"""Files of torch.save: read without running code, mapped where the file allows."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.wrapped import find_state
+from lrc_cli.errors import InputError
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SAVE_STATE = "save the state dict instead: torch.save(model.state_dict(), FILE)"
+
+
+class PickledFiles:
+    """The tensors of one or more files of torch.save, each file a state dict or a shard of one.
+
+    They are views of the mapped file; those of files in the format before torch 1.6, which cannot
+    be mapped, lie in private memory. A tensor that has several names in the file is listed once,
+    under the first: tied weights.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, torch.Tensor] = {}
+        for file in self.files:
+            seen = set()
+            for key, tensor in find_state(_load(file), torch.Tensor, file).items():
+                info = _describe(file, key, tensor)
+                memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                if not tensor.numel() or memory not in seen:
+                    self.tensors[key] = info
+                    self._stored[key] = tensor.detach()
+                seen.add(memory)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The stored tensor `key` on the CPU."""
+        return self._stored[key]
+
+
+def _describe(file: Path, key: str, tensor: torch.Tensor) -> TensorInfo:
+    if tensor.layout != torch.strided or type(tensor.detach()) is not torch.Tensor:
+        kind = f"{type(tensor).__name__}, {tensor.layout}"
+        raise InputError(
+            f"{file}: {key} is not a plain dense tensor ({kind})", "save it as one with .to_dense()"
+        )
+    return TensorInfo(file=file, shape=tuple(tensor.shape), dtype=tensor.dtype)
+
+
+def _load(file: Path) -> Mapping[Any, Any]:
+    """What the file holds.
+
+    Raises:
+        InputError: it holds code, a program or nothing that torch.save writes.
+    """
+    is_archive = zipfile.is_zipfile(file)
+    if is_archive:
+        _refuse_programs(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"code ({code[1]})" if code else "more than tensors"
+        raise InputError(f"{file}: holds {held}, which lrc does not run", SAVE_STATE) from error
+    # What is no file of torch.save makes its unpickler fail in any way.
+    except Exception as error:
+        cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
+        raise InputError(cause, "copy it again, it may be truncated") from error
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file}: holds a {type(found).__name__}, no state dict", SAVE_STATE)
+    return found
+
+
+def _refuse_programs(file: Path) -> None:
+    """Traced programs are graphs of operations without layers to replace."""
+    with zipfile.ZipFile(file) as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+    if "archive_format" in names or "models/model.json" in names:
+        raise InputError(
+            f"{file}: a torch.export program is a graph without layers, which lrc cannot compress",
+            "save torch.export.load(FILE).state_dict with torch.save and set model.factory to the"
+            " function that builds the module",
+        )
+    if any(name.startswith("code/") for name in names):
+        raise InputError(
+            f"{file}: a TorchScript program is a graph without layers, which lrc cannot compress",
+            "save torch.jit.load(FILE).state_dict() with torch.save and set model.factory to the"
+            " function that builds the module",
+        )

@@ -1,0 +1,132 @@
+"""The tensors of a checkpoint, whatever files they lie in: one interface, one class a format."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from lrc_cli.checkpoint import pickles
+from lrc_cli.checkpoint.headers import (
+    DEQUANTISE,
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorInfo,
+    check_version,
+    open_tensors,
+    read_headers,
+    weight_files,
+)
+from lrc_cli.checkpoint.pickles import PickledFiles
+from lrc_cli.errors import InputError
+
+METADATA_NAME = ".metadata"
+"""What a directory of torch.distributed.checkpoint has beside its shards."""
+OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+READ = ".safetensors, .bin, .pt, .pth or .ckpt"
+
+
+class Weights(Protocol):
+    """Stored tensors that are read one by one."""
+
+    files: list[Path]
+    """All files that hold them, sorted."""
+    tensors: dict[str, TensorInfo]
+    """Every stored tensor by its disk key, in file order; tied ones once."""
+
+    def read(self, key: str) -> torch.Tensor:
+        """The stored tensor `key` on the CPU: a view of a mapped file where the format allows."""
+
+
+class SafetensorsFiles:
+    """One or more .safetensors files, mapped."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = sorted(files)
+        self.tensors = read_headers(self.files)
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {file: open_tensors(file) for file in self.files}
+
+    def read(self, key: str) -> torch.Tensor:
+        """The stored tensor `key`, as a view of the mapped file on the CPU."""
+        tensor: torch.Tensor = self._handles[self.tensors[key].file].get_tensor(key)
+        return tensor
+
+    def record(self) -> dict[str, Any]:
+        """What our writer noted (version, layer table, factory); empty in others' files."""
+        metadata = self._handles[self.files[0]].metadata() or {}
+        record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
+        if record:
+            check_version(record.get("format_version"), str(self.files[0]))
+        return record
+
+
+def open_weights(path: Path) -> Weights:
+    """The tensors of a file or a directory: safetensors, else torch.save's, else sharded ones.
+
+    Raises:
+        InputError: there are none that this version reads, or they are quantised.
+    """
+    weights = _open_file(path) if path.is_file() else _open_directory(path)
+    if not weights.tensors:
+        raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
+    for key, info in weights.tensors.items():
+        _check_dense(key, info)
+    return weights
+
+
+def _open_file(file: Path) -> Weights:
+    if file.suffix == ".safetensors":
+        return SafetensorsFiles([file])
+    if file.suffix in pickles.SUFFIXES or file.suffix == ".pt2":
+        return PickledFiles([file])
+    if file.suffix == ".gguf":
+        _refuse_gguf(file)
+    raise InputError(
+        f"{file}: {file.suffix or 'this kind of'} files are not read",
+        f"give {READ}, or a directory",
+    )
+
+
+def _open_directory(path: Path) -> Weights:
+    files = weight_files(path, single=SINGLE_NAME, index=INDEX_NAME, suffixes=(".safetensors",))
+    if files:
+        return SafetensorsFiles(files)
+    if (path / METADATA_NAME).is_file():
+        # Only here: it takes a while to import.
+        from lrc_cli.checkpoint.distributed import DistributedFiles
+
+        return DistributedFiles(path)
+    files = weight_files(path, single=OLD_SINGLE, index=OLD_INDEX, suffixes=pickles.SUFFIXES)
+    if files:
+        return PickledFiles(files)
+    gguf = sorted(path.glob("*.gguf"))
+    if gguf:
+        _refuse_gguf(gguf[0])
+    has_config = (path / "config.json").exists()
+    raise InputError(
+        f"{path} has no weight file ({READ})"
+        if has_config
+        else f"{path} has neither a config.json nor a weight file ({READ})",
+        "give a transformers directory, a weight file or a distributed checkpoint",
+    )
+
+
+def _refuse_gguf(file: Path) -> NoReturn:
+    raise InputError(f"{file}: GGUF files hold quantised weights", DEQUANTISE)
+
+
+def _check_dense(key: str, info: TensorInfo) -> None:
+    """Raise InputError for numbers of which a quantised weight is made."""
+    name = str(info.dtype).removeprefix("torch.")
+    if info.dtype not in DTYPES.values():
+        cause = f"{info.file}: tensor {key} has dtype {name}, which is not a dense weight's"
+        raise InputError(cause, DEQUANTISE)
+    # Masks and tables of positions are whole numbers too; a matrix of weights never is.
+    if key.endswith("weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+        raise InputError(f"{info.file}: {key} is quantised: it holds {name} numbers", DEQUANTISE)

@@ -1,0 +1,65 @@
+"""What an encoder-decoder network's decoder reads, where the data is a text or a recording."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+INPUT, MASK = "decoder_input_ids", "decoder_attention_mask"
+
+
+def takes(module: nn.Module) -> frozenset[str]:
+    """Names of the inputs of the module's forward."""
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """How a decoder begins, and what it is for."""
+
+    start: int
+    """The token that stands before the first one."""
+    pad: int
+    """The token that stands behind the last one of a shorter sequence."""
+    generates: bool
+    """Whether the network writes texts; else it reads them (classifiers, bare bodies)."""
+
+    def shifted(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads to predict `ids` (sequences, tokens): them, one step later."""
+        return torch.cat([torch.full_like(ids[:, :1], self.start), ids[:, :-1]], dim=1)
+
+    def padded(self, texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder reads to predict texts of several lengths, and the mask of real tokens.
+
+        Args:
+            texts: token ids with the special ones that the tokenizer adds.
+        """
+        # Some tokenizers begin a text with the decoder's start, which is not predicted.
+        own = [ids[1:] if ids[:1] == [self.start] else ids for ids in texts]
+        rows = [[self.start, *ids[:-1]] for ids in own]
+        longest = max(map(len, rows))
+        ids = [row + [self.pad] * (longest - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
+
+
+def find_decoder(module: nn.Module) -> Decoder | None:
+    """The decoder of a transformers model that has one beside its encoder, else None."""
+    config: Any = getattr(module, "config", None)
+    if config is None or INPUT not in takes(module):
+        return None
+    # Some keep the tokens with the settings of generation; T5 begins with padding.
+    places = [config, getattr(module, "generation_config", None)]
+    start, pad, end = (
+        next((found for place in places if (found := getattr(place, name, None)) is not None), None)
+        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id")
+    )
+    start = pad if start is None else start
+    if not isinstance(start, int):
+        return None
+    pad = pad if isinstance(pad, int) else end if isinstance(end, int) else start
+    can_generate = getattr(module, "can_generate", None)
+    return Decoder(start=start, pad=pad, generates=can_generate is not None and can_generate())

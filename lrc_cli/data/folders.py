@@ -1,0 +1,232 @@
+"""Folders of images or of recordings: a sequence is a file, prepared by the checkpoint's processor.
+
+A text beside a file (dog.txt for dog.png) is its caption or transcript, for networks that take one.
+"""
+
+import wave
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lrc_cli.data.decoder import INPUT, MASK
+from lrc_cli.data.kinds import Batch
+from lrc_cli.data.processors import Processors
+from lrc_cli.data.records import read_text
+from lrc_cli.errors import InputError
+from lrc_cli.factories import named
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+
+Prepare = Callable[[Sequence[Path]], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The images or recordings of a folder, sorted by name; only those taken are decoded."""
+
+    paths: list[Path]
+    prepare: Prepare
+    processors: Processors
+
+    @property
+    def length(self) -> int:
+        """Number of files."""
+        return len(self.paths)
+
+    def width(self, sequence_length: int) -> int:
+        """One file, however long."""
+        return 1
+
+    def take(self, starts: Sequence[int], width: int) -> Batch:
+        """The inputs that the network takes, of those files and of the texts beside them."""
+        paths = [self.paths[start] for start in starts]
+        return _taken(self.prepare(paths), self.processors) | _texts(paths, self.processors)
+
+
+def read_folder(path: Path, processors: Processors) -> Files:
+    """The images or the recordings in a folder and the folders in it.
+
+    Raises:
+        InputError: there are none, or both; or the checkpoint has no processor for them.
+    """
+    inside = [(file, file.relative_to(path)) for file in path.rglob("*")]
+    visible = [f for f, name in inside if not any(part.startswith(".") for part in name.parts)]
+    images, audio = (
+        sorted(file for file in visible if file.suffix.lower() in kind and file.is_file())
+        for kind in (IMAGES, AUDIO)
+    )
+    if images and audio:
+        cause = f"{path}: holds images ({images[0].name}) and recordings ({audio[0].name})"
+        raise InputError(cause, "give folders of one kind")
+    if images:
+        return Files(paths=images, prepare=_images(processors), processors=processors)
+    if audio:
+        return Files(paths=audio, prepare=_recordings(processors), processors=processors)
+    known = ", ".join(sorted(IMAGES | AUDIO))
+    raise InputError(f"{path}: the folder has no image and no recording", f"use {known}")
+
+
+def _taken(inputs: Batch, processors: Processors) -> Batch:
+    """What the network takes; all, for the message that it takes none, where it takes none."""
+    return {name: x for name, x in inputs.items() if name in processors.takes} or inputs
+
+
+# ---------------------------------------------------------------- images
+
+
+def _images(processors: Processors) -> Prepare:
+    processor = processors.images()
+
+    def prepare(paths: Sequence[Path]) -> Batch:
+        rows = [_tensors(path, processor, _open_image(path)) for path in paths]
+        odd = _odd(rows)
+        if odd is not None:
+            shapes = [tuple(next(iter(row.values())).shape[1:]) for row in (rows[0], rows[odd])]
+            cause = (
+                f"{paths[odd]}: the processor gives it the shape {shapes[1]}, others {shapes[0]}"
+            )
+            raise InputError(cause, "bring the images to one size")
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    return prepare
+
+
+def _open_image(path: Path) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(
+            f"{path}: Pillow is needed to read images", "pip install 'lrc-cli[images]'"
+        ) from error
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # Decoders of damaged files raise much beside OSError.
+    except Exception as error:
+        cause = f"{path}: cannot be read as an image ({named(error)})"
+        raise InputError(cause, "remove or replace it") from error
+
+
+# ---------------------------------------------------------------- recordings
+
+
+def _recordings(processors: Processors) -> Prepare:
+    extractor = processors.audio()
+    rate = getattr(extractor, "sampling_rate", None)
+
+    def prepare(paths: Sequence[Path]) -> Batch:
+        sounds = []
+        for path in paths:
+            sound, own_rate = read_audio(path)
+            if rate is not None and own_rate != rate:
+                raise InputError(
+                    f"{path}: has {own_rate} samples a second, and the checkpoint takes {rate}",
+                    f"resample it, for instance with: ffmpeg -i {path.name} -ar {rate} new.wav",
+                )
+            sounds.append(sound)
+        options = {} if rate is None else {"sampling_rate": rate}
+        rows = [
+            _tensors(path, extractor, sound, **options)
+            for path, sound in zip(paths, sounds, strict=True)
+        ]
+        if _odd(rows) is None:
+            return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return _tensors(paths[0].parent, extractor, sounds, padding=True, **options)
+
+    return prepare
+
+
+def read_audio(path: Path) -> tuple[np.ndarray, int]:
+    """Samples (time,) as float32 in [-1, 1], channels averaged, and how many make a second.
+
+    Raises:
+        InputError: the file cannot be read, or needs soundfile, which is not installed.
+    """
+    plain = _read_wave(path) if path.suffix.lower() == ".wav" else None
+    if plain is not None:
+        return plain
+    try:
+        import soundfile
+    except ImportError as error:
+        raise InputError(
+            f"{path}: soundfile is needed to read it", "pip install 'lrc-cli[audio]'"
+        ) from error
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        cause = f"{path}: cannot be read as a recording ({named(error)})"
+        raise InputError(cause, "remove or replace it") from error
+    return samples.mean(axis=1), int(rate)
+
+
+def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
+    """PCM of 8 to 32 bits, little-endian (8 bits are unsigned); None for another coding."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            data = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
+    except (wave.Error, EOFError):
+        return None
+    whole = data[: len(data) // (width * channels) * width * channels].reshape(-1, width)
+    # To the top of 32 bits, whatever the width.
+    wide = np.zeros((len(whole), 4), dtype=np.uint8)
+    wide[:, 4 - width :] = whole ^ 0x80 if width == 1 else whole
+    samples = wide.view("<i4")[:, 0].astype(np.float32) / 2.0**31
+    return samples.reshape(-1, channels).mean(axis=1), rate
+
+
+# ---------------------------------------------------------------- texts beside them
+
+
+def _texts(paths: Sequence[Path], processors: Processors) -> Batch:
+    """Transcripts for a decoder, captions for a network that takes texts too."""
+    decoder, tokenizer = processors.decoder, processors.tokenizer
+    if decoder is not None:
+        texts = _beside(paths) or [""] * len(paths)
+        rows = [tokenizer(text)["input_ids"] if tokenizer else [decoder.pad] for text in texts]
+        ids, mask = decoder.padded(rows)
+        return {INPUT: ids} if bool(mask.all()) else _taken({INPUT: ids, MASK: mask}, processors)
+    captions = _beside(paths) if tokenizer and "input_ids" in processors.takes else None
+    if captions is None:
+        return {}
+    encoded = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    return _taken(dict(encoded), processors)
+
+
+def _beside(paths: Sequence[Path]) -> list[str] | None:
+    """The texts beside the files, or None where there is none at all.
+
+    Raises:
+        InputError: some files have one and some have none.
+    """
+    texts = [path.with_suffix(".txt") for path in paths]
+    missing = [text for text in texts if not text.is_file()]
+    if len(missing) == len(texts):
+        return None
+    if missing:
+        raise InputError(f"{missing[0]}: is missing, and others have a text", "write it")
+    return [read_text(text).strip() for text in texts]
+
+
+# ---------------------------------------------------------------- processors' outputs
+
+
+def _tensors(path: Path, processor: Any, content: Any, **options: Any) -> Batch:
+    try:
+        found = processor(content, return_tensors="pt", **options)
+    except Exception as error:  # whatever a processor's own code raises
+        raise InputError(
+            f"{path}: the checkpoint's processor fails on it: {named(error)}", "replace the file"
+        ) from error
+    return {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+
+
+def _odd(rows: Sequence[Batch]) -> int | None:
+    """The first row whose tensors have other shapes than the first one's, or None."""
+    shapes = [{name: x.shape for name, x in row.items()} for row in rows]
+    return next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)

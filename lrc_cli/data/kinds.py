@@ -1,0 +1,41 @@
+"""What kind of data a path is, and what one sequence of it is: its name alone decides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
+TEXT_SUFFIXES = RECORD_SUFFIXES | {".txt"}
+TENSOR_SUFFIXES = frozenset({".safetensors", ".npz"})
+KNOWN = f"{', '.join(sorted(TEXT_SUFFIXES | TENSOR_SUFFIXES))} or a folder of images or audio"
+
+
+class Data(Protocol):
+    """The positions of one file or folder: its tokens, the rows of its tensors, or its files."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+
+    def width(self, sequence_length: int) -> int:
+        """Positions that a sequence of `sequence_length` tokens takes; below 1: none fit."""
+
+    def take(self, starts: Sequence[int], width: int) -> Batch:
+        """Model inputs whose first dimension counts the sequences that begin at `starts`."""
+
+
+def member(path: Path) -> str:
+    """What one sequence of this data is: a block of tokens, a row or a file."""
+    if path.suffix in TEXT_SUFFIXES:
+        return "block"
+    return "row" if path.suffix in TENSOR_SUFFIXES else "file"
+
+
+def members(path: Path, sequence_length: int) -> str:
+    """Many of them, in words."""
+    kind = member(path)
+    return f"blocks of {sequence_length} tokens" if kind == "block" else f"{kind}s"

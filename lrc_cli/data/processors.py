@@ -1,0 +1,102 @@
+"""What a checkpoint brings along to make model inputs: tokenizer, image and audio processors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.decoder import Decoder, find_decoder, takes
+from lrc_cli.errors import InputError
+from lrc_cli.factories import named
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "vocab.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processors:
+    """How texts, images and recordings become inputs of one network."""
+
+    tokenizer: Any = None
+    """The checkpoint's own, or None where it has none."""
+    decoder: Decoder | None = None
+    """Of an encoder-decoder network."""
+    takes: frozenset[str] = frozenset()
+    """Names of the network's inputs."""
+    path: Path | None = None
+    """The transformers directory with the processors of images and audio, or None."""
+    trust_remote_code: bool = False
+
+    def images(self) -> Any:
+        """The checkpoint's image processor.
+
+        Raises:
+            InputError: it has none, or a package is missing.
+        """
+        from transformers import AutoImageProcessor
+
+        return self._open("images", AutoImageProcessor.from_pretrained)
+
+    def audio(self) -> Any:
+        """The checkpoint's feature extractor of recordings; raises as `images`."""
+        from transformers import AutoFeatureExtractor
+
+        return self._open("audio", AutoFeatureExtractor.from_pretrained)
+
+    def _open(self, what: str, open_: Callable[..., Any]) -> Any:
+        names = ("preprocessor_config.json", "processor_config.json")
+        if self.path is None or not any((self.path / name).exists() for name in names):
+            raise InputError(
+                f"{self.path or 'the checkpoint'}: has no processor for {what}",
+                f"put its {names[0]} beside the weights, or give model inputs as .npz",
+            )
+        try:
+            return open_(self.path, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        except Exception as error:  # whatever a processor's own code raises
+            raise InputError(
+                f"{self.path}: the processor for {what} cannot be opened ({named(error)[:150]})",
+                "give data of the kind that the model takes, or restore the processor's files",
+            ) from error
+
+
+def open_processors(
+    source: Source, module: nn.Module, *, trust_remote_code: bool = False
+) -> Processors:
+    """The processors of a checkpoint, for its module.
+
+    Raises:
+        InputError: the tokenizer cannot be opened.
+    """
+    return Processors(
+        tokenizer=open_tokenizer(source, trust_remote_code=trust_remote_code),
+        decoder=find_decoder(module),
+        takes=takes(module),
+        path=source.path if source.config is not None else None,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's own tokenizer, or None where it has none."""
+    if source.config is None:
+        return None
+    if not any((source.path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare ones
+        raise InputError(
+            f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
+        ) from error

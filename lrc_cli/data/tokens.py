@@ -1,0 +1,165 @@
+"""Texts, conversations and token ids -> one stream of tokens that blocks are cut from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.data.decoder import INPUT, Decoder
+from lrc_cli.data.kinds import Batch
+from lrc_cli.data.processors import Processors
+from lrc_cli.data.records import Record, read_records, read_text
+from lrc_cli.errors import InputError
+from lrc_cli.factories import named
+
+MESSAGES = "messages"
+"""The field of a conversation, where text_field is left as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A stream of tokens; a sequence is a block of it between the special tokens.
+
+    For a network that writes texts from texts, the encoder reads the first half of a block and the
+    decoder goes on with the second; one that only reads them gets the whole block on both sides.
+    """
+
+    ids: torch.Tensor
+    """(tokens,), int64."""
+    prefix: list[int]
+    """Special tokens before a sequence."""
+    suffix: list[int]
+    """And behind it."""
+    decoder: Decoder | None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+    def width(self, sequence_length: int) -> int:
+        """Tokens of a block: those of the sequence less the special ones."""
+        left = sequence_length - len(self.prefix) - len(self.suffix)
+        return left if self.decoder is None or left > 1 else 0
+
+    def take(self, starts: Sequence[int], width: int) -> Batch:
+        """`input_ids` (blocks, tokens), and `decoder_input_ids` where there is a decoder."""
+        blocks = torch.stack([self.ids[start : start + width] for start in starts])
+        if self.decoder is None:
+            return {"input_ids": self._wrapped(blocks)}
+        if not self.decoder.generates:
+            ids = self._wrapped(blocks)
+            return {"input_ids": ids, INPUT: self.decoder.shifted(ids)}
+        half = width // 2
+        return {
+            "input_ids": self._wrapped(blocks[:, :half]),
+            INPUT: self.decoder.shifted(blocks[:, half:]),
+        }
+
+    def _wrapped(self, blocks: torch.Tensor) -> torch.Tensor:
+        before, behind = (
+            torch.tensor(special, dtype=blocks.dtype).expand(len(blocks), -1)
+            for special in (self.prefix, self.suffix)
+        )
+        return torch.cat([before, blocks, behind], dim=1)
+
+
+def read_tokens(
+    path: Path, *, text_field: str, chat_template: bool, processors: Processors
+) -> Tokens:
+    """The tokens of a file of texts or records.
+
+    Records hold texts, joined by empty lines; lists of token ids, taken as they are; or, with
+    `chat_template`, conversations, each rendered by the tokenizer's chat template.
+
+    Raises:
+        InputError: the file cannot be read or is empty; the tokenizer or its template is missing.
+    """
+    if path.suffix == ".txt":
+        if chat_template:
+            raise InputError(
+                f"{path}: a .txt holds no conversations", "give a .jsonl, or chat_template: false"
+            )
+        return _tokenised(path, read_text(path), processors)
+    field = MESSAGES if chat_template and text_field == "text" else text_field
+    records = read_records(path, field)
+    if chat_template:
+        return _conversations(path, records, processors)
+    kinds = [_kind(record, field) for record in records]
+    if len(set(kinds)) > 1:
+        other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+        cause = f"{records[other][0]}: {field!r} holds {kinds[other]}, and {kinds[0]} before"
+        raise InputError(cause, "give one kind in one file")
+    if kinds and kinds[0] == "token ids":
+        return _stream([ids for _, ids in records], [], [], processors)
+    return _tokenised(path, "\n\n".join(text for _, text in records), processors)
+
+
+def _kind(record: Record, field: str) -> str:
+    place, value = record
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and value and all(type(x) is int for x in value):
+        return "token ids"
+    raise InputError(
+        f"{place}: no text under the key {field!r}, nor token ids",
+        "set text_field to the right key, or chat_template: true for conversations",
+    )
+
+
+def _tokenised(path: Path, text: str, processors: Processors) -> Tokens:
+    tokenizer = _tokenizer(path, processors)
+    if not text.strip():
+        raise InputError(f"{path}: the text is empty", "give a file with text")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _stream([ids], *special_tokens(tokenizer), processors)
+
+
+def _conversations(path: Path, records: Sequence[Record], processors: Processors) -> Tokens:
+    tokenizer = _tokenizer(path, processors)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            f"{path}: the checkpoint's tokenizer has no chat template",
+            "put its chat_template.jinja beside the weights, or set chat_template: false",
+        )
+    rows = []
+    for place, messages in records:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # the template is the checkpoint's code
+            raise InputError(
+                f"{place}: the chat template fails on the messages: {named(error)}",
+                'give a list of {"role": ..., "content": ...} as the template takes them',
+            ) from error
+        rows.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not any(rows):
+        raise InputError(f"{path}: there is no conversation in it", "give a file with some")
+    return _stream(rows, *special_tokens(tokenizer), processors)
+
+
+def _tokenizer(path: Path, processors: Processors) -> Any:
+    if processors.tokenizer is None:
+        raise InputError(
+            f"{path}: the checkpoint has no tokenizer for a text",
+            "put its files beside the weights, or give token ids or model inputs (.npz)",
+        )
+    return processors.tokenizer
+
+
+def _stream(
+    rows: Sequence[list[int]], prefix: list[int], suffix: list[int], processors: Processors
+) -> Tokens:
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return Tokens(ids=ids, prefix=prefix, suffix=suffix, decoder=processors.decoder)
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The token ids that the tokenizer puts before and behind a sequence of its own accord."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []

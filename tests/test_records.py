@@ -1,0 +1,220 @@
+"""Texts, conversations, token ids and tensors: what is read of them, and what is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pico
+import pytest
+import torch
+from conftest import Models
+from data_helpers import drawn, write_records
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from lrc_cli.calibration import Purpose, draw
+from lrc_cli.data.processors import Processors
+from lrc_cli.errors import InputError
+
+TEXTS = [pico.words(40, seed=i) for i in range(8)]
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w1' if m.role == 'user' else 'w2' }} {{ m.content }} {% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": pico.words(9, seed=i)}]
+    for i, text in enumerate(TEXTS)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Models) -> Any:
+    """The pico Llama's, with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_texts_of_records_are_those_of_one_file(
+    suffix: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = [*TEXTS, 'w1 "w2", w3\nw4', pico.words(200_000 if suffix == ".csv" else 10)]
+    (tmp_path / "all.txt").write_text("\n\n".join(texts))
+    file = write_records(tmp_path / f"data{suffix}", "body", texts)
+    own = Processors(tokenizer=tokenizer)
+    found = drawn(file, own, text_field="body")
+    assert found.sha256 == drawn(tmp_path / "all.txt", own).sha256
+    with pytest.raises(
+        InputError, match=r"no text under the key 'text'; .* \(there are 'n.*'body'"
+    ):
+        drawn(file, own)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_token_ids_are_taken_as_they_are(suffix: str, tmp_path: Path) -> None:
+    ids = [list(range(100 * i, 100 * i + 7 + i)) for i in range(1, 12)]
+    file = write_records(tmp_path / f"ids{suffix}", "tokens", ids)
+    stream = [token for row in ids for token in row]
+    found = drawn(file, Processors(), text_field="tokens", sequence_length=8)
+    blocks = [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
+    assert all(row in blocks for row in found.inputs["input_ids"].tolist())
+    assert found.population == len(blocks)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_conversations_are_rendered_by_the_chat_template(
+    suffix: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    file = write_records(tmp_path / f"chats{suffix}", "messages", CHATS)
+    found = drawn(file, Processors(tokenizer=tokenizer), chat_template=True)
+    stream = [
+        token
+        for chat in CHATS
+        for token in tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    ]
+    blocks = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
+    assert all(row in blocks for row in found.inputs["input_ids"].tolist())
+    assert pico.VOCABULARY.index("w2") in stream and found.population == len(blocks)
+
+
+RECORDS: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
+    "mixed": (".jsonl", ["w1", [1, 2]], {}, r"jsonl:2: 'text' holds token ids, and text before"),
+    "numbers": (".jsonl", [1.5], {}, "jsonl:1: no text under the key 'text', nor token ids"),
+    "null": (".parquet", ["w1", None], {}, "record 2: no text under the key 'text'"),
+    "chats": (".jsonl", CHATS, {}, "nor token ids; .* chat_template: true for conversations"),
+    "no chats": (".jsonl", ["w1"], {"chat_template": True}, "no text under the key 'messages'"),
+    "wrong chats": (
+        ".jsonl",
+        [[3]],
+        {"chat_template": True, "text_field": "text"},
+        "no text under the key 'messages'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_records_that_cannot_be_read(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    suffix, values, changes, cause = RECORDS[kind]
+    file = write_records(tmp_path / f"data{suffix}", "text", values)
+    with pytest.raises(InputError, match=cause) as caught:
+        drawn(file, Processors(tokenizer=tokenizer), **changes)
+    assert str(file) in str(caught.value) and caught.value.remedy
+
+
+def test_chat_templates_that_cannot_be_used(
+    tokenizer: Any, checkpoint: Models, tmp_path: Path
+) -> None:
+    plain = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    file = write_records(tmp_path / "data.jsonl", "messages", CHATS)
+    with pytest.raises(InputError, match="tokenizer has no chat template; put its chat_template"):
+        drawn(file, Processors(tokenizer=plain), chat_template=True)
+    write_records(file, "messages", [[{"role": "user"}], "nothing"])
+    with pytest.raises(InputError, match=r"data.jsonl:2: the chat template fails"):
+        drawn(file, Processors(tokenizer=tokenizer), chat_template=True)
+    (tmp_path / "a.txt").write_text("w1")
+    with pytest.raises(InputError, match=r"a .txt holds no conversations"):
+        drawn(tmp_path / "a.txt", Processors(tokenizer=tokenizer), chat_template=True)
+    wanted = [
+        Purpose(name=str(way), path=file, sequence_length=4, num_sequences=1, required=False,
+                text_field="messages", chat_template=way)
+        for way in (True, False)
+    ]  # fmt: skip
+    write_records(file, "messages", CHATS)
+    with pytest.raises(InputError, match="read with chat_template: true already"):
+        draw(wanted, processors=Processors(tokenizer=tokenizer), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("a.csv", 'text\n"w1', r"a.csv:\d: not valid CSV"),
+        ("a.csv", "text,other\nw1,w2\n\nw3", None),
+        ("a.parquet", "nothing", "cannot be read as parquet"),
+        ("a.npz", "nothing", r"cannot be read as \.npz"),
+    ],
+)
+def test_damaged_tables(
+    name: str, content: str, cause: str | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    own = Processors(tokenizer=tokenizer)
+    if cause is None:
+        assert drawn(tmp_path / name, own, sequence_length=2, num_sequences=1).population == 1
+        return
+    with pytest.raises(InputError, match=cause):
+        drawn(tmp_path / name, own)
+
+
+RECORDED: dict[str, tuple[str, str, Callable[[Any], list[Any]], dict[str, Any]]] = {
+    "csv": ("a.csv", "body", lambda _: TEXTS, {"text_field": "body"}),
+    "parquet": ("a.parquet", "text", lambda _: TEXTS, {}),
+    "conversations": ("a.jsonl", "messages", lambda _: CHATS, {"chat_template": True}),
+    "token ids": (
+        "a.jsonl",
+        "ids",
+        lambda tokenizer: [tokenizer(text)["input_ids"] for text in TEXTS],
+        {"text_field": "ids"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_records_are_compressed_with(
+    kind: str, tokenizer: Any, checkpoint: Models, tmp_path: Path
+) -> None:
+    name, field, values, settings = RECORDED[kind]
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    tokenizer.save_pretrained(model)
+    file = write_records(tmp_path / name, field, values(tokenizer))
+    text = {"name": "rest", "path": str(file), "part": [0.6, 1.0], "num_sequences": 3, **settings}
+    changes = {"model.path": str(model), "calibration.path": str(file), "evaluation": [text]}
+    changes |= {f"calibration.{key}": value for key, value in settings.items()}
+    changes |= {"calibration.num_sequences": 5, "calibration.sequence_length": 16}
+    output, report = pico.compressed(tmp_path, changes)
+    assert report["quality"][0]["num_sequences"] == 3 and "perplexity_after" in report["quality"][0]
+    assert pico.factorised_keys(pico.read_state(output))
+    ended = pico.call("verify", output, "--against", model)
+    assert ended.code == 0 and "data.drawn: 2 hold" in ended.out, ended.out
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def test_npz_and_safetensors_are_the_same(tmp_path: Path) -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    tensors = {"x": x, "attention_mask": torch.arange(60).reshape(20, 3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "a.npz", **{name: t.numpy() for name, t in tensors.items()})
+    np.savez_compressed(tmp_path / "b.npz", x=x.numpy().astype(">f4"),
+                        attention_mask=np.arange(60, dtype=np.uint16).reshape(20, 3))  # fmt: skip
+    hashes = {drawn(tmp_path / name, Processors()).sha256 for name in
+              ("a.safetensors", "a.npz", "b.npz")}  # fmt: skip
+    assert len(hashes) == 1
+    np.savez(tmp_path / "c.npz", x=np.array(["a", "b"]))
+    with pytest.raises(InputError, match="x holds <U1, no numbers"):
+        drawn(tmp_path / "c.npz", Processors())
+    np.savez(tmp_path / "d.npz", x=np.array([{}]))
+    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
+        drawn(tmp_path / "d.npz", Processors())
+
+
+def test_masked_inputs_in_npz(
+    plain_folder: pico.PlainFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    state = pico.read_state(plain_folder.path / "masked.safetensors")
+    np.savez(tmp_path / "masked.npz", **{name: t.numpy() for name, t in state.items()})
+    changes = plain_folder.model("attention") | {"calibration.part": None}
+    first, _ = pico.compressed(tmp_path, changes)
+    changes |= {
+        "calibration.path": str(tmp_path / "masked.npz"),
+        "output.path": str(tmp_path / "b"),
+    }
+    second, _ = pico.compressed(tmp_path, changes)
+    wanted, found = pico.read_state(first), pico.read_state(second)
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
