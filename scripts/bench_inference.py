@@ -146,7 +146,7 @@ def measure(
 
 
 def build(form: str, shape: tuple[int, int], share: float, dtype: torch.dtype) -> nn.Module:
-    """A layer with random weights: dense, or at the largest rank that keeps `share` of the bytes."""
+    """A random layer: dense, or of the largest rank that keeps `share` of the bytes."""
     m, n = shape
     linear = nn.Linear(n, m, bias=False, dtype=dtype)
     if form == "dense":
@@ -215,7 +215,7 @@ def alternate(runs: dict[str, Run], clock: Clock, seconds: float) -> dict[str, l
 
 
 HEADER = """\
-| dtype | outputs x inputs | kept | dense ms, 1 / 512 tokens | factors, 1 | 512 | interpolative, 1 | 512 |
+| dtype | outputs x inputs | kept | dense ms, 1 / 512 | factors, 1 | 512 | interpolative, 1 | 512 |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
