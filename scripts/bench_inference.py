@@ -14,6 +14,7 @@ Weights are random: speed does not depend on them. Exits with 1 if a target is m
 """
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -128,7 +129,7 @@ def measure(
             copies = max(1, round(COLD_BYTES / num_bytes)) if task == "decode" else 1
             copies = min(copies, 64)
             layers = {
-                form: [build(form, shape, share, dtype).to(device) for _ in range(copies)]
+                form: ring(build(form, shape, share, dtype).to(device), copies)
                 for form in ("dense", *FORMS)
             }
             x = torch.randn(num_tokens, shape[1]).to(device, dtype)
@@ -186,11 +187,16 @@ def interleaved(num_blocks: int, num_chosen: int) -> Tensor:
     return order.argsort().to(torch.int32)
 
 
-def runner(ring: list[nn.Module], x: Tensor) -> Run:
-    """Runs every layer of the ring once."""
+def ring(layer: nn.Module, copies: int) -> list[nn.Module]:
+    """The layer and as many more, each in memory of its own."""
+    return [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+
+
+def runner(layers: list[nn.Module], x: Tensor) -> Run:
+    """Runs every layer once."""
 
     def run() -> None:
-        for layer in ring:
+        for layer in layers:
             layer(x)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
