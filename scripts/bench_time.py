@@ -61,6 +61,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 LARGEST_SHARE = 1.5
 FASTER = {"cpu": 2.0, "cuda": 3.0}
 JITTER = 1e-6
+VOCABULARY = 49152
 WARM_UP_SIZE = 256
 
 Clock = Callable[[], float]
@@ -114,6 +115,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape-only", action="store_true", help="random weights and tokens")
+    parser.add_argument("--blocks", type=int, default=30, help="of the random model")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -159,7 +161,7 @@ def job_of(directory: Path, arguments: argparse.Namespace) -> Callable[[str], Co
     if arguments.processor_time:
         common.append("runtime.device=cpu")
     if arguments.shape_only:
-        base = write_shape(directory / "model", arguments.sequences, arguments.length)
+        base = write_shape(directory / "model", arguments)
 
     def job(method: str) -> Config:
         places = [
@@ -171,15 +173,24 @@ def job_of(directory: Path, arguments: argparse.Namespace) -> Callable[[str], Co
     return job
 
 
-def write_shape(directory: Path, num_sequences: int, length: int) -> Path:
+def write_shape(directory: Path, arguments: argparse.Namespace) -> Path:
     """A random checkpoint of SmolLM2-135M's shape, and tokens; returns its config."""
-    vocabulary = 49152
     config = llama_config(
-        width=576, inner=1536, blocks=30, heads=9, kv_heads=3, vocabulary=vocabulary, tied=True
+        width=576,
+        inner=1536,
+        blocks=arguments.blocks,
+        heads=9,
+        kv_heads=3,
+        vocabulary=VOCABULARY,
+        tied=True,
     )
     write_llama(directory, config)
     return write_job(
-        directory, vocabulary=vocabulary, num_sequences=num_sequences, length=length, size=0.8
+        directory,
+        vocabulary=VOCABULARY,
+        num_sequences=arguments.sequences,
+        length=arguments.length,
+        size=0.8,
     )
 
 
@@ -282,14 +293,13 @@ def products(widths: list[int], num_rows: int, plan: Plan) -> None:
         width: torch.randn(num_rows, width, device=plan.device).to(plan.network.dtype)
         for width in set(widths)
     }
+    # On a CPU, bfloat16 rows are multiplied in bfloat16 and added up in float32.
+    settings: Any = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if plan.network.dtype == torch.bfloat16 else "ieee"
     for width in widths:
-        with mock.patch.object(torch.backends.mkldnn.matmul, "fp32_precision", precision(plan)):
-            lower_triangle(made[width])
-
-
-def precision(plan: Plan) -> str:
-    """On a CPU, bfloat16 rows are multiplied in bfloat16 and added up in float32."""
-    return "bf16" if plan.network.dtype == torch.bfloat16 else "ieee"
+        lower_triangle(made[width])
+    settings.fp32_precision = before
 
 
 def lower_triangle(rows: Tensor) -> None:
@@ -303,7 +313,9 @@ def lower_triangle(rows: Tensor) -> None:
 
 def reference(plan: Plan, clock: Clock) -> dict[str, float]:
     """What SVD-LLM does, in memory; seconds by step."""
-    network = make_network(open_module(plan.source), device=plan.device, dtype=torch.float32)
+    network = make_network(
+        open_module(plan.source, factory=None), device=plan.device, dtype=torch.float32
+    )
     network.module.float()
     grams: dict[str, Tensor] = {}
 

@@ -128,12 +128,16 @@ def _entries(config: LlamaConfig, seed: int, device: torch.device) -> Iterator[E
     for key, meta in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        read = partial(_drawn, key, tuple(meta.shape), seed, device)
+        # So small that the sum over the blocks keeps its size.
+        scale = 1.0 if "embed" in key else (meta.shape[-1] * config.num_hidden_layers) ** -0.5
+        read = partial(_drawn, key, tuple(meta.shape), scale, seed, device)
         yield Entry(key=key, shape=tuple(meta.shape), dtype=torch.bfloat16, read=read)
 
 
-def _drawn(key: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Norms are 1; everything else normal, of a size that keeps activations at theirs."""
+def _drawn(
+    key: str, shape: tuple[int, ...], scale: float, seed: int, device: torch.device
+) -> Tensor:
+    """Ones for a norm; everything else normal, of standard deviation `scale`."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     own = int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "little")
@@ -141,7 +145,16 @@ def _drawn(key: str, shape: tuple[int, ...], seed: int, device: torch.device) ->
     # Drawn in bfloat16 at once: a float32 copy of a large table would be the peak of memory.
     noise = torch.empty(shape, dtype=torch.bfloat16, device=device)
     noise.normal_(generator=generator)
-    return noise if "embed" in key else noise.mul_(shape[-1] ** -0.5)
+    return noise.mul_(scale)
+
+
+def write_tokens(
+    file: Path, vocabulary: int, num_sequences: int, length: int, *, seed: int = 0
+) -> None:
+    """Random token ids, (num_sequences, length), as calibration tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, vocabulary, (num_sequences, length), generator=generator)
+    save_file({"input_ids": tokens}, file)
 
 
 def write_job(
@@ -159,9 +172,7 @@ def write_job(
     Returns:
         The config's path.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, vocabulary, (num_sequences, length), generator=generator)
-    save_file({"input_ids": tokens}, directory / CALIBRATION)
+    write_tokens(directory / CALIBRATION, vocabulary, num_sequences, length, seed=seed)
     job = {
         "model": {"path": str(directory)},
         "calibration": {
