@@ -16,16 +16,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from lrc_cli.checkpoint.writer import Entry, write_weights
+from random_llama import llama_config, write_llama, write_tokens
 
 DEPTHS = (8, 16, 32)
 LARGEST_GROWTH = 0.05
@@ -53,48 +48,18 @@ LARGE = Shape(width=1024, feed_forward=2816, num_heads=16)
 
 
 def write_checkpoint(directory: Path, shape: Shape, depth: int) -> int:
-    """A random Llama whose activations keep their size; returns the bytes of its tensors."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.width,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=depth,
-        num_attention_heads=shape.num_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+    """A random Llama of this shape; returns the bytes of its tensors."""
+    config = llama_config(
+        width=shape.width,
+        inner=shape.feed_forward,
+        blocks=depth,
+        heads=shape.num_heads,
+        kv_heads=shape.num_heads,
+        vocabulary=VOCABULARY,
+        tied=True,
+        positions=512,
     )
-    config.save_pretrained(directory)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    entries = [
-        Entry(
-            key=key,
-            shape=tuple(parameter.shape),
-            dtype=torch.bfloat16,
-            read=partial(random_tensor, number, tuple(parameter.shape), depth),
-        )
-        for number, (key, parameter) in enumerate(model.named_parameters())
-    ]
-    write_weights(directory, entries, shard_bytes=1_000_000_000, metadata={})
-    return sum(entry.num_bytes for entry in entries)
-
-
-def random_tensor(seed: int, shape: tuple[int, ...], depth: int) -> torch.Tensor:
-    """Ones for a norm; else noise small enough for the residual stream of so many blocks."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(shape, generator=generator) / (shape[1] * depth) ** 0.5
-    return noise.to(torch.bfloat16)
-
-
-def write_tokens(file: Path, num_sequences: int, length: int) -> None:
-    """Random token ids."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, VOCABULARY, (num_sequences, length), generator=generator)
-    save_file({"input_ids": ids}, file)
+    return write_llama(directory, config, shard_bytes=1_000_000_000)
 
 
 def write_job(directory: Path, checkpoint: Path, changes: dict[str, Any]) -> Path:
@@ -147,7 +112,7 @@ def row(*cells: object) -> None:
 
 def by_depth(directory: Path) -> bool:
     """Whether memory stays where it is as the network gets deeper."""
-    write_tokens(directory / "tokens.safetensors", 40, 256)
+    write_tokens(directory / "tokens.safetensors", VOCABULARY, 40, 256)
     row("blocks", "checkpoint", "peak private memory", "seconds")
     row("---", "---", "---", "---")
     peaks = []
@@ -167,7 +132,7 @@ def by_depth(directory: Path) -> bool:
 def large(directory: Path) -> bool:
     """Whether a checkpoint of more than 6 GB is compressed within 3 GB."""
     depth = -(-LARGE_BYTES // LARGE.block_bytes)
-    write_tokens(directory / "tokens.safetensors", 24, 128)
+    write_tokens(directory / "tokens.safetensors", VOCABULARY, 24, 128)
     size = write_checkpoint(directory / "model", LARGE, depth)
     measured = {depth // 2, depth - 1}
     layers = {"*": {"method": "svd"}}

@@ -213,6 +213,22 @@ def test_choices_without_a_meaning_are_refused(errors: list[float]) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2048, 1024), 32),  # whole tiles of a matrix unit
+        ((1024, 1040), 8),  # which do not divide this side
+        ((2048, 1016), 8),  # too few ranks would be left
+        ((64, 24), 8),
+        ((2048, 2047), 1),
+    ],
+)
+def test_ranks_suit_the_matrix_unit_where_enough_are_left(
+    shape: tuple[int, int], expected: int
+) -> None:
+    assert default_rank_multiple(*shape) == default_rank_multiple(*shape[::-1]) == expected
+
+
 @pytest.mark.parametrize("storage", ["factors", "interpolative", "auto"])
 @pytest.mark.parametrize(("m", "n"), [(40, 24), (24, 40), (33, 17), (8, 8), (1, 20)])
 @pytest.mark.parametrize("multiple", [None, 1, 4])

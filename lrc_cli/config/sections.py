@@ -180,7 +180,8 @@ class Compression:
     storage: Storage = "auto"
     """How factors are stored; auto: what has the lower error, as stored, in the same bytes."""
     rank_multiple: Literal["auto"] | Count = "auto"
-    """What ranks are multiples of; auto: the pivot block where both sides divide by it, else 1."""
+    """What ranks are multiples of; auto: 32 where both sides are 1024 or more, else 8, where the
+    sides divide by it, else 1."""
     include: tuple[Pattern, ...] = ("*",)
     """Layers to compress: globs or "re:..." on whole module names."""
     exclude: tuple[Pattern, ...] = ("lm_head",)

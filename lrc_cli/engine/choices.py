@@ -10,6 +10,13 @@ from lrc_cli.engine.storage import PIVOT_BLOCK, pivot_block, storage_bytes
 DENSE = 0
 """The rank that stands for "left dense"."""
 
+TILE = 32
+"""Matrix units take bfloat16 numbers by the 32: on a CPU with AMX, 2048 x 2048 at rank 1120 runs a
+fifth faster than at 1128."""
+
+WIDE = 1024
+"""The side from which ranks are multiples of TILE: below it too few ranks would be left."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -38,9 +45,10 @@ class RankChoices(Choices):
     """(k,) int64"""
 
 
-def default_rank_multiple(m: int, n: int, block: int = PIVOT_BLOCK) -> int:
-    """The pivot block where both sides divide by it, else 1."""
-    return block if m % block == 0 and n % block == 0 else 1
+def default_rank_multiple(m: int, n: int) -> int:
+    """TILE where both sides are wide and divide by it, else the pivot block, else 1."""
+    steps = [TILE] if min(m, n) >= WIDE else []
+    return next((k for k in (*steps, PIVOT_BLOCK) if m % k == 0 and n % k == 0), 1)
 
 
 def tails(spectrum: Tensor) -> Tensor:

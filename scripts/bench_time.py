@@ -1,0 +1,407 @@
+"""Time of `lrc compress` beside the least that its work takes, and beside the usual way to do it.
+
+    .venv/bin/python scripts/bench_time.py                 SmolLM2, 64 x 512 tokens
+    .venv/bin/python scripts/bench_time.py --shape-only    random weights, nothing to download
+    .venv/bin/python scripts/bench_time.py --sequences 16 --processor-time
+
+Everything runs in one process, in turn, on one device:
+
+* `lrc compress` by `curvature` with the defaults and by `frobenius` as SVD-LLM uses it (uniform
+  ranks, two factors), each in an empty work directory, without evaluation. All phases count.
+* The floor: the bare passes over the same micro-batches in the same dtype (frobenius: forward,
+  without logits; curvature: forward and backward, parameters frozen), and the bare Gram products in
+  the dtypes of lrc, one lower triangle per distinct input and, for curvature, one per layer's
+  output gradients. Nothing is added up, stored or solved.
+* The reference, what SVD-LLM does: a float32 forward pass with a hook on every linear layer, each
+  of which multiplies its own Gram matrix (q, k and v three times the same) into a float32 sum; then
+  for every layer the Cholesky factor S in float64 (with jitter where that fails), the full SVD of
+  W S in float32, and S^-1. Nothing is stored or checked.
+
+Targets: lrc takes at most 1.5 times the floor, and the time inside of the symmetric eigensolver;
+by frobenius it is at least 2 times (CUDA: 3) as fast as the reference. Exits with 1 if one is
+missed.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from random_llama import llama_config, write_job, write_llama
+from torch import Tensor, nn
+
+from lrc_cli.config import Config, load_config
+from lrc_cli.gather import MICRO_BATCH_TOKENS
+from lrc_cli.losses import backward_scalars, choose_loss, prepare
+from lrc_cli.models import Layer, hooked, input_groups, make_network, open_module
+from lrc_cli.plan import Plan, make_plan
+from lrc_cli.precision import recast_in_backward
+from lrc_cli.progress import Phase, Progress
+from lrc_cli.purposes import CALIBRATION
+from lrc_cli.run import compress
+from lrc_cli.statistics import PANEL, micro_batch
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "frobenius": (
+        "compression.method=frobenius",
+        "compression.allocation=uniform",
+        "compression.storage=factors",
+    ),
+    "curvature": ("compression.method=curvature",),
+}
+LARGEST_SHARE = 1.5
+FASTER = {"cpu": 2.0, "cuda": 3.0}
+JITTER = 1e-6
+VOCABULARY = 49152
+WARM_UP_SIZE = 256
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Seconds of the bare work of one method."""
+
+    passes: float
+    products: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.passes + self.products
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """Seconds of one `lrc compress`."""
+
+    phases: Mapping[str, float]
+    eigensolver: float
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return sum(self.phases.values())
+
+
+class Timed(Progress):
+    """A silent Progress that takes phases by the clock of this benchmark."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(quiet=True)
+        self.clock = clock
+
+    @contextmanager
+    def phase(self, name: str, cost: float) -> Iterator[Phase]:
+        """As Progress.phase."""
+        start, before = self.clock(), self.seconds.get(name, 0.0)
+        with super().phase(name, cost) as phase:
+            yield phase
+        self.seconds[name] = before + self.clock() - start
+
+
+def main() -> None:
+    """Run everything, print the tables and the verdicts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape-only", action="store_true", help="random weights and tokens")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--blocks", type=int, default=30, help="of the random model")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="not wall time: for a machine that others use too; implies one thread on a CPU",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1 if arguments.processor_time else arguments.threads)
+    clock = time.process_time if arguments.processor_time else wall
+    with tempfile.TemporaryDirectory() as name:
+        job = job_of(Path(name), arguments)
+        plan = make_plan(job("frobenius"))
+        print(describe(plan, arguments), end="\n\n", flush=True)
+        warm_up(plan)
+        took = {method: run(job(method), clock) for method in arguments.methods}
+        floors = {method: floor(plan, method, clock) for method in arguments.methods}
+        compared = reference(plan, clock) if "frobenius" in took else {}
+    print(table(took, floors, compared))
+    print()
+    if not verdicts(took, floors, compared, FASTER[plan.device.type]):
+        sys.exit(1)
+
+
+def wall() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def job_of(directory: Path, arguments: argparse.Namespace) -> Callable[[str], Config]:
+    """Configs by method, each with a work directory of its own below `directory`."""
+    base = ROOT / "configs" / "benchmark.yaml"
+    common = [
+        f"calibration.num_sequences={arguments.sequences}",
+        f"calibration.sequence_length={arguments.length}",
+        "compression.size=0.8",
+        "compression.sequential=false",
+        "evaluation=[]",
+    ]
+    if arguments.processor_time:
+        common.append("runtime.device=cpu")
+    if arguments.shape_only:
+        base = write_shape(directory / "model", arguments)
+
+    def job(method: str) -> Config:
+        places = [
+            f"output.path={directory / method / 'out'}",
+            f"runtime.work_dir={directory / method / 'work'}",
+        ]
+        return load_config(base, [*common, *METHODS[method], *places])
+
+    return job
+
+
+def write_shape(directory: Path, arguments: argparse.Namespace) -> Path:
+    """A random checkpoint of SmolLM2-135M's shape, and tokens; returns its config."""
+    config = llama_config(
+        width=576,
+        inner=1536,
+        blocks=arguments.blocks,
+        heads=9,
+        kv_heads=3,
+        vocabulary=VOCABULARY,
+        tied=True,
+    )
+    write_llama(directory, config)
+    return write_job(
+        directory,
+        vocabulary=VOCABULARY,
+        num_sequences=arguments.sequences,
+        length=arguments.length,
+        size=0.8,
+    )
+
+
+def describe(plan: Plan, arguments: argparse.Namespace) -> str:
+    """What runs, on what, in words."""
+    on = "CPU" if plan.device.type == "cpu" else torch.cuda.get_device_name(plan.device)
+    counted = "processor time" if arguments.processor_time else "wall time"
+    return (
+        f"{len(plan.sequences[CALIBRATION])} x {arguments.length} tokens, {len(plan.layers)}"
+        f" layers, activations in {str(plan.network.dtype).removeprefix('torch.')}\n"
+        f"{on}, {torch.get_num_threads()} threads, {counted},"
+        f" load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
+
+
+def warm_up(plan: Plan) -> None:
+    """Start the libraries that all sides use, so that the first of them does not pay for it."""
+    with torch.no_grad():
+        plan.network(next(plan.sequences[CALIBRATION].batches(1)))
+    matrix = torch.eye(WARM_UP_SIZE, device=plan.device)
+    for solve in (torch.linalg.eigh, torch.linalg.svd, torch.linalg.cholesky):
+        solve(matrix)
+
+
+def run(config: Config, clock: Clock) -> Took:
+    """`lrc compress`, with its phases timed."""
+    progress = Timed(clock)
+    with eigensolver_timed(clock) as spent:
+        compress(config, progress=progress)
+    return Took(phases=dict(progress.seconds), eigensolver=sum(spent))
+
+
+@contextmanager
+def eigensolver_timed(clock: Clock) -> Iterator[list[float]]:
+    """Within it, every symmetric eigenproblem appends its seconds, divided by those side by side.
+
+    On a CPU lrc solves as many as there are threads at once, one thread each.
+    """
+    spent: list[float] = []
+
+    def timed(solve: Callable[..., Any]) -> Callable[..., Any]:
+        def solved(*args: Any, **kwargs: Any) -> Any:
+            start, side_by_side = clock(), threads // torch.get_num_threads()
+            result = solve(*args, **kwargs)
+            spent.append((clock() - start) / max(side_by_side, 1))
+            return result
+
+        return solved
+
+    threads = torch.get_num_threads()
+    names = ("eigh", "eigvalsh")
+    with mock.patch.multiple(torch.linalg, **{n: timed(getattr(torch.linalg, n)) for n in names}):
+        yield spent
+
+
+def floor(plan: Plan, method: str, clock: Clock) -> Floor:
+    """The bare passes and the bare products."""
+    sequences = plan.sequences[CALIBRATION]
+    batches = list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)))
+    leaders = set(input_groups(plan.network, plan.layers, next(sequences.batches(1))).values())
+    widths = [layer.shape[1] for layer in plan.layers if layer.name in leaders]
+    if method == "curvature":
+        widths += [layer.shape[0] for layer in plan.layers]
+    passes = backward_passes if method == "curvature" else forward_passes
+    start = clock()
+    passes(plan, batches)
+    middle = clock()
+    for batch in batches:
+        products(widths, batch["input_ids"].numel(), plan)
+    return Floor(passes=middle - start, products=clock() - middle)
+
+
+@torch.no_grad()
+def forward_passes(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
+    """Every micro-batch through the blocks; the logits of one position only."""
+    for batch in batches:
+        plan.network({**batch, "logits_to_keep": torch.tensor([0])})
+
+
+def backward_passes(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
+    """Forward and backward to the embeddings, parameters frozen; no hook looks on."""
+    network, generator = plan.network, torch.Generator().manual_seed(0)
+    loss = choose_loss("auto", network, {k: t[:1] for k, t in batches[0].items()}, plan.tokenizer)
+    embedding = network.module.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
+    try:
+        for batch in batches:
+            inputs, labels = prepare(loss, batch, generator)
+            with recast_in_backward(network.casts):
+                outputs = network(inputs)
+                for scalar in backward_scalars(loss, outputs, labels, generator, None):
+                    scalar.backward()
+    finally:
+        handle.remove()
+
+
+def products(widths: list[int], num_rows: int, plan: Plan) -> None:
+    """The lower triangle of x^T x for a random x (num_rows, width) of every width."""
+    made = {
+        width: torch.randn(num_rows, width, device=plan.device).to(plan.network.dtype)
+        for width in set(widths)
+    }
+    # On a CPU, bfloat16 rows are multiplied in bfloat16 and added up in float32.
+    settings: Any = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if plan.network.dtype == torch.bfloat16 else "ieee"
+    for width in widths:
+        lower_triangle(made[width])
+    settings.fp32_precision = before
+
+
+def lower_triangle(rows: Tensor) -> None:
+    """x^T x in float32, panel by panel."""
+    fused = rows.is_cuda and rows.dtype == torch.bfloat16
+    rows = rows if fused else rows.float()
+    for first in range(0, rows.shape[1], PANEL):
+        panel, left = rows[:, first : first + PANEL].T, rows[:, : first + PANEL]
+        torch.mm(panel, left, out_dtype=torch.float32) if fused else panel @ left
+
+
+def reference(plan: Plan, clock: Clock) -> dict[str, float]:
+    """What SVD-LLM does, in memory; seconds by step."""
+    module = open_module(plan.source, factory=None).float()
+    network = make_network(module, device=plan.device, dtype=torch.float32)
+    grams: dict[str, Tensor] = {}
+
+    def look(layer: Layer, x: Tensor, _: Tensor) -> None:
+        rows = x.flatten(0, -2)
+        gram = rows.T @ rows
+        grams[layer.name] = grams[layer.name] + gram if layer.name in grams else gram
+
+    sequences = plan.sequences[CALIBRATION]
+    start = clock()
+    with torch.no_grad(), hooked(network, plan.layers, look):
+        forward_only(network, sequences)
+    middle = clock()
+    for layer in plan.layers:
+        m, n = layer.shape
+        linear = network.module.get_submodule(layer.name)
+        svd_llm_factors(linear, grams.pop(layer.name), rank=int(0.8 * m * n / (m + n)))
+    return {"statistics": middle - start, "factors": clock() - middle}
+
+
+def forward_only(network: Any, sequences: Any) -> None:
+    """The passes of the reference, in the same micro-batches as lrc's."""
+    for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
+        network({**batch, "logits_to_keep": torch.tensor([0])})
+
+
+def svd_llm_factors(linear: nn.Module, gram: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
+    """Outer (m, r) and inner (r, n) of W S truncated, times S^-1, for gram = S S^T (SVD-LLM)."""
+    weight = linear.get_parameter("weight")
+    root = jittered_cholesky(gram.double())
+    u, s, vt = torch.linalg.svd(weight @ root.float(), full_matrices=False)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+    scale = s[:rank].sqrt()
+    return u[:, :rank] * scale, scale[:, None] * vt[:rank] @ inverse.float()
+
+
+def jittered_cholesky(gram: Tensor) -> Tensor:
+    """S with S S^T = gram; where that fails, the diagonal is raised until it does not."""
+    raised = JITTER * gram.diagonal().mean()
+    while True:
+        root, info = torch.linalg.cholesky_ex(gram)
+        if not info.item():
+            return root
+        gram = gram + raised * torch.eye(len(gram)).to(gram)
+        raised *= 10
+
+
+def table(
+    took: Mapping[str, Took], floors: Mapping[str, Floor], compared: Mapping[str, float]
+) -> str:
+    """Markdown: seconds by phase and side."""
+    lines = [
+        f"| seconds | {' | '.join(took)} | SVD-LLM's way |",
+        "| --- |" + " --- |" * (len(took) + 1),
+    ]
+
+    def add(name: str, values: Iterable[float | None], other: float | None = None) -> None:
+        cells = ("-" if value is None else f"{value:.1f}" for value in (*values, other))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    for name in dict.fromkeys(name for run in took.values() for name in run.phases):
+        add(name, (run.phases.get(name) for run in took.values()), compared.get(name))
+    add("**total**", (run.total for run in took.values()), sum(compared.values()) or None)
+    add("of it, inside the eigensolver", (run.eigensolver for run in took.values()))
+    add("floor: bare passes", (floor.passes for floor in floors.values()))
+    add("floor: bare Gram products", (floor.products for floor in floors.values()))
+    return "\n".join(lines)
+
+
+def verdicts(
+    took: Mapping[str, Took],
+    floors: Mapping[str, Floor],
+    compared: Mapping[str, float],
+    faster: float,
+) -> bool:
+    """Print every target beside its figure; whether all are met."""
+    checks = []
+    for method in took:
+        share = (took[method].total - took[method].eigensolver) / floors[method].total
+        checks.append((f"{method}: total less eigensolver / floor", share, share <= LARGEST_SHARE))
+    if compared:
+        ratio = sum(compared.values()) / took["frobenius"].total
+        checks.append(("frobenius: SVD-LLM's way / total", ratio, ratio >= faster))
+    for what, found, holds in checks:
+        print(f"{'met   ' if holds else 'MISSED'} {what}: {found:.2f}")
+    return all(holds for *_, holds in checks)
+
+
+if __name__ == "__main__":
+    main()
