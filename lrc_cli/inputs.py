@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
@@ -13,12 +12,12 @@ from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
-from lrc_cli.models import Network, check_inputs
+from lrc_cli.models import Network, check_inputs, vocabulary_of
 
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
     """Raise InputError if the module cannot take the blocks of some purpose."""
-    known = _num_tokens_known(module)
+    known = vocabulary_of(module)
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
         _check_main_input(module, name, blocks.inputs)
@@ -26,16 +25,6 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
         for ids, mask in (("input_ids", "attention_mask"), (DECODER_INPUT, DECODER_MASK)):
             if ids in blocks.inputs:
                 _check_tokens(name, blocks.inputs, ids, mask, longest=longest, known=known)
-
-
-def _num_tokens_known(module: nn.Module) -> int | None:
-    """Number of token ids that the module takes, where it tells."""
-    if not isinstance(module, PreTrainedModel):
-        return None
-    try:
-        return getattr(module.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # it has several inputs
-        return None
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
@@ -59,7 +48,7 @@ def _other_inputs(module: nn.Module) -> list[str]:
 
 
 def _check_tokens(
-    name: str, inputs: Batch, ids_name: str, mask_name: str, *, longest: Any, known: int | None
+    name: str, inputs: Batch, ids_name: str, mask_name: str, *, longest: Any, known: int
 ) -> None:
     """Token ids are whole numbers that the model knows, in (sequences, tokens), as is the mask."""
     ids, mask = inputs[ids_name], inputs.get(mask_name)
@@ -79,9 +68,9 @@ def _check_tokens(
             f"set it to {longest} or less",
         )
     lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or (known is not None and highest >= known):
+    if lowest < 0 or 0 < known <= highest:
         wrong = lowest if lowest < 0 else highest
-        why = "is negative" if known is None else f"is not one of the {known} that the model knows"
+        why = "is negative" if wrong < 0 else f"is not one of the {known} that the model knows"
         raise InputError(f"{name}: token {wrong} {why}", "give the checkpoint its own tokenizer")
 
 

@@ -1,7 +1,4 @@
-"""A checkpoint as a network that runs: its module, its compressible layers, its units.
-
-Layers are found by what they are (an `nn.Linear` that owns its weight), never by a model's name.
-"""
+"""A checkpoint as a network that runs, and its layers as hooks see them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +11,8 @@ from torch import nn
 
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.config import Compression
 from lrc_cli.errors import InputError
-from lrc_cli.layers import linear_shape
 from lrc_cli.loading import load_source
-from lrc_cli.names import module_names
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
 
@@ -57,15 +51,6 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A stored tensor that stays as it is, and why."""
-
-    name: str
-    reason: str
-    num_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Network:
     """A module in evaluation mode whose parameters are views of the checkpoint's files."""
 
@@ -78,9 +63,8 @@ class Network:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids the network takes."""
-        module: Any = self.module
-        return int(module.get_input_embeddings().num_embeddings)
+        """Number of token ids the network takes, 0 where it takes none."""
+        return vocabulary_of(self.module)
 
     def __call__(self, batch: Batch) -> Any:
         """Run a micro-batch; floating-point inputs are converted to the network's dtype."""
@@ -91,6 +75,16 @@ class Network:
         if not hasattr(self.module, "config") and len(inputs) == 1:
             return self.module(*inputs.values())
         return self.module(**inputs)
+
+
+def vocabulary_of(module: nn.Module) -> int:
+    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+    getter = getattr(module, "get_input_embeddings", None)
+    try:
+        embeddings = None if getter is None else getter()
+    except NotImplementedError:  # a model of several inputs may have no one table
+        return 0
+    return int(getattr(embeddings, "num_embeddings", 0))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -136,84 +130,6 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
     casts = cast_on_read(module, dtype)
     placement = Placement(module, device)
     return Network(module=module, device=device, dtype=dtype, casts=casts, placement=placement)
-
-
-def find_layers(
-    module: nn.Module, source: Source, selection: Compression
-) -> tuple[list[Layer], list[Skipped]]:
-    """Every compressible layer in order, and every other stored tensor with the reason.
-
-    Must see the module as it was built, before `make_network`.
-    """
-    names = module_names(module, source.tensors)
-    keys = {name: key for key, name in names.items()}
-    owners = _owners(module)
-    layers = [
-        Layer(
-            name=name,
-            key=keys[f"{name}.weight"].removesuffix(".weight"),
-            kind=type(part).__name__,
-            shape=shape,
-            dtype=source.tensors[keys[f"{name}.weight"]].dtype,
-            unit=_unit(name, module),
-        )
-        for name, part in module.named_modules()
-        if (shape := _shape(part, owners)) and f"{name}.weight" in keys and selection.selects(name)
-    ]
-    taken = {f"{layer.key}.weight" for layer in layers}
-    skipped = [
-        Skipped(
-            name=key,
-            reason=_reason(module, names.get(key), owners, selection),
-            num_bytes=info.num_bytes,
-        )
-        for key, info in source.tensors.items()
-        if key not in taken
-    ]
-    return layers, skipped
-
-
-def _owners(module: nn.Module) -> dict[int, int]:
-    """How many modules hold each parameter, by id."""
-    count: dict[int, int] = {}
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
-
-
-def _shape(part: nn.Module, owners: dict[int, int]) -> tuple[int, int] | None:
-    """(m, n) of a layer that can be factorised and owns its weight alone, else None."""
-    shape = linear_shape(part)
-    return shape if shape is not None and owners[id(part.weight)] == 1 else None
-
-
-def _reason(
-    module: nn.Module, name: str | None, owners: dict[int, int], selection: Compression
-) -> str:
-    if name is None:
-        return "the network has no place for it"
-    parent, _, leaf = name.rpartition(".")
-    part = module.get_submodule(parent)
-    tensor = getattr(part, leaf)
-    if tensor.ndim < 2:
-        return "a vector"
-    if owners.get(id(tensor), 1) > 1:
-        return "shared by several modules; not in this version"
-    if _shape(part, owners) is None:
-        return f"{type(part).__name__}; not in this version"
-    return "left out by include and exclude" if not selection.selects(parent) else "not a weight"
-
-
-def _unit(name: str, module: nn.Module) -> str:
-    """The entry of the outermost ModuleList on the way to `name`, or the empty string."""
-    part, path = module, ""
-    for piece in name.split("."):
-        parent, part = part, part.get_submodule(piece)
-        path = f"{path}.{piece}" if path else piece
-        if isinstance(parent, nn.ModuleList):
-            return path
-    return ""
 
 
 @contextmanager

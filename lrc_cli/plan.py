@@ -16,14 +16,13 @@ from lrc_cli.config import Config, matches
 from lrc_cli.data.processors import open_processors
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError
+from lrc_cli.finding import Skipped, find_layers
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.gates import check_gates_possible
 from lrc_cli.inputs import check_sequences, probe
 from lrc_cli.models import (
     Layer,
     Network,
-    Skipped,
-    find_layers,
     make_network,
     open_module,
     resolve_device,

@@ -13,9 +13,10 @@ from lrc_cli.blocks import WHOLE, Chain, Segment
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
+from lrc_cli.finding import find_layers
 from lrc_cli.layout import find_layout
 from lrc_cli.losses import Loss, backward_scalars, prepare, unpadded
-from lrc_cli.models import Layer, Network, find_layers, open_module
+from lrc_cli.models import Layer, Network, open_module
 from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import PASSING, WorkDirectory
 

@@ -24,8 +24,9 @@ from lrc_cli.blocks import (
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
+from lrc_cli.finding import find_layers
 from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, find_layers, hooked, make_network, open_module
+from lrc_cli.models import Layer, Network, hooked, make_network, open_module
 from lrc_cli.walk import Walk
 
 NAMES = ["llama", "qwen2", "gpt2", "bert", "bert-mlm", "bert-classifier"]

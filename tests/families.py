@@ -1,0 +1,225 @@
+"""Families of models, each as a pico model: adding one is one line of FAMILIES.
+
+A line says how the model is built, what it is fed, and what of it stays dense and why.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+NUM_SEQUENCES = 24
+VOCABULARY = 64
+
+
+def _ids(length: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(4, VOCABULARY, (NUM_SEQUENCES, length), generator=generator)
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(NUM_SEQUENCES, *shape, generator=torch.Generator().manual_seed(2))
+
+
+TEXT = {"input_ids": _ids()}
+TWO_TEXTS = {"input_ids": _ids(), "decoder_input_ids": _ids(8)}
+IMAGES = {"pixel_values": _noise(3, 32, 32)}
+TEXT_AND_IMAGES = TEXT | IMAGES
+SPEECH = {"input_features": _noise(16, 32), "decoder_input_ids": _ids(8)}
+
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+BERT_LIKE = {
+    key: LLAMA_LIKE[key] for key in LLAMA_LIKE if key not in ("num_key_value_heads", "head_dim")
+}
+VIT_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+GPT_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+T5_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+BART_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
+WHISPER = BART_LIKE | {
+    "num_mel_bins": 16,
+    "max_source_positions": 16,
+    "max_target_positions": 16,
+}
+DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+CLIP = {"text_config": BERT_LIKE, "vision_config": VIT_LIKE, "projection_dim": 24}
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+OPT = LLAMA_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
+
+EMBEDDING = "an embedding; not in this version"
+SHARED = "shared by several modules; not in this version"
+CONV = "Conv2d; not in this version"
+CONV1D = "Conv1d; not in this version"
+
+
+def _parameter(kind: str) -> str:
+    return f"a parameter of {kind}, no layer's weight"
+
+
+def _embeddings(*names: str) -> dict[str, str]:
+    return {f"{name}.weight": EMBEDDING for name in names}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pico model, its inputs, and what of it stays dense."""
+
+    architecture: str
+    model_type: str
+    settings: Mapping[str, Any]
+    skipped: Mapping[str, str]
+    """Reason by the end of a tensor's name; vectors go without saying."""
+    inputs: Mapping[str, Tensor]
+
+    def build(self) -> PreTrainedModel:
+        """The model with random weights."""
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(self.model_type, **self.settings)
+        model: PreTrainedModel = getattr(transformers, self.architecture)(config)
+        return model.eval()
+
+
+_LLAMA = LLAMA_LIKE, _embeddings("embed_tokens"), TEXT
+_BERT_SKIPPED = _embeddings("word_embeddings", "position_embeddings", "token_type_embeddings")
+_BERT = BERT_LIKE, _BERT_SKIPPED, TEXT
+_VIT_SKIPPED = {"projection.weight": CONV}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", "llama", *_LLAMA),
+    "mistral": Family("MistralForCausalLM", "mistral", *_LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", *_LLAMA),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", *_LLAMA),
+    "gemma": Family("GemmaForCausalLM", "gemma", *_LLAMA),
+    "gemma2": Family("Gemma2ForCausalLM", "gemma2", *_LLAMA),
+    "phi": Family("PhiForCausalLM", "phi", *_LLAMA),
+    "opt": Family("OPTForCausalLM", "opt", OPT, _embeddings("embed_tokens", "positions"), TEXT),
+    "gpt2": Family("GPT2LMHeadModel", "gpt2", GPT_LIKE, _embeddings("wte", "wpe"), TEXT),
+    "gpt-neox": Family("GPTNeoXForCausalLM", "gpt_neox", BERT_LIKE, _embeddings("embed_in"), TEXT),
+    "bloom": Family("BloomForCausalLM", "bloom", GPT_LIKE, _embeddings("word_embeddings"), TEXT),
+    "falcon": Family(
+        "FalconForCausalLM", "falcon", BERT_LIKE, _embeddings("word_embeddings"), TEXT
+    ),
+    "bert": Family("BertModel", "bert", *_BERT),
+    "bert-classifier": Family("BertForSequenceClassification", "bert", *_BERT),
+    "roberta": Family("RobertaForSequenceClassification", "roberta", *_BERT),
+    "distilbert": Family(
+        "DistilBertModel",
+        "distilbert",
+        DISTILBERT,
+        _embeddings("word_embeddings", "position_embeddings"),
+        TEXT,
+    ),
+    "mpnet": Family(
+        "MPNetModel",
+        "mpnet",
+        BERT_LIKE,
+        _embeddings("word_embeddings", "position_embeddings", "relative_attention_bias"),
+        TEXT,
+    ),
+    "t5": Family(
+        "T5Model",
+        "t5",
+        T5_LIKE,
+        _embeddings("relative_attention_bias") | {"shared.weight": SHARED},
+        TWO_TEXTS,
+    ),
+    "bart": Family(
+        "BartModel",
+        "bart",
+        BART_LIKE,
+        _embeddings("embed_positions") | {"shared.weight": SHARED},
+        TWO_TEXTS,
+    ),
+    "whisper": Family(
+        "WhisperModel",
+        "whisper",
+        WHISPER,
+        _embeddings("embed_tokens", "embed_positions")
+        | {"conv1.weight": CONV1D, "conv2.weight": CONV1D},
+        SPEECH,
+    ),
+    "vit": Family(
+        "ViTModel",
+        "vit",
+        VIT_LIKE,
+        _VIT_SKIPPED | {"position_embeddings": _parameter("ViTEmbeddings")},
+        IMAGES,
+    ),
+    "clip": Family(
+        "CLIPModel",
+        "clip",
+        CLIP,
+        _embeddings("token_embedding", "position_embedding") | {"patch_embedding.weight": CONV},
+        TEXT_AND_IMAGES,
+    ),
+    "dinov2": Family(
+        "Dinov2Model",
+        "dinov2",
+        VIT_LIKE,
+        _VIT_SKIPPED | {"position_embeddings": _parameter("Dinov2Embeddings")},
+        IMAGES,
+    ),
+    "mamba": Family(
+        "MambaModel",
+        "mamba",
+        MAMBA,
+        {
+            "embeddings.weight": EMBEDDING,
+            "A_log": _parameter("MambaMixer"),
+            "conv1d.weight": CONV1D,
+        },
+        TEXT,
+    ),
+}
