@@ -169,11 +169,12 @@ def _constant(part: nn.Module) -> float:
 
 def _affine(part: nn.Module) -> tuple[Tensor, Tensor]:
     """The matrix (m, n) and the bias (m,) that a layer applies, float64."""
-    inner = part.weight
-    assert isinstance(inner, Tensor)
-    weight = inner.double()
     if isinstance(part, LowRankLayer):
-        weight = part.assemble(weight.T, weight.T @ part.up.weight.double().T).T
+        inner, outer = (factor.double() for factor in part.factors())
+        weight = part.assemble(inner.T, inner.T @ outer.T).T
+    else:
+        assert isinstance(part.weight, Tensor)
+        weight = part.weight.double()
     bias = part.bias
     return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 

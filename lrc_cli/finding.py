@@ -1,6 +1,7 @@
 """Which stored tensors are weights of layers that can be factorised, and why the others are not.
 
-Layers are found by what they are (an `nn.Linear` that owns its weight), never by a model's name.
+Layers are found by what they are (a module of a known layout that owns its weight), never by a
+model's name.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import nn
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression
-from lrc_cli.layers import linear_shape
+from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer
 from lrc_cli.names import module_names
 
@@ -39,11 +40,15 @@ def find_layers(
             key=keys[f"{name}.weight"].removesuffix(".weight"),
             kind=type(part).__name__,
             shape=shape,
+            layout=layout,
             dtype=source.tensors[keys[f"{name}.weight"]].dtype,
             unit=_unit(name, module),
         )
         for name, part in module.named_modules()
-        if (shape := _shape(part, owners)) and f"{name}.weight" in keys and selection.selects(name)
+        if (layout := layout_of(part))
+        and (shape := _shape(part, owners))
+        and f"{name}.weight" in keys
+        and selection.selects(name)
     ]
     taken = {f"{layer.key}.weight" for layer in layers}
     skipped = [
@@ -87,6 +92,8 @@ def _reason(
         return "shared by several modules; not in this version"
     if _shape(part, owners) is not None and leaf == "weight":
         return "left out by include and exclude"
+    if getattr(part, "groups", 1) > 1:
+        return "a grouped convolution: its kernels are small already"
     if isinstance(part, nn.Embedding):
         return "an embedding; not in this version"
     if leaf == "weight":

@@ -20,6 +20,7 @@ from lrc_cli.engine import (
     dense,
     pack_best,
 )
+from lrc_cli.models import Layer
 
 RESOLUTION = 2.0**-24
 """Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured
@@ -38,13 +39,14 @@ class Fitted:
     references: References | None = None
     """What another size may use again."""
 
-    def tensors(self, key: str) -> dict[str, torch.Tensor]:
-        """What is written for the layer of this disk name; empty where it stays dense."""
+    def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What is written for the layer, by disk names; empty where it stays dense."""
         if self.packed is None:
             return {}
+        key = layer.key
         written = {
-            f"{key}.weight": self.packed.weight,
-            f"{key}.up.weight": self.packed.up,
+            f"{key}.weight": layer.layout.inner(self.packed.weight),
+            f"{key}.up.weight": layer.layout.outer(self.packed.up),
             f"{key}.perm": self.packed.perm,
             f"{key}.bias": self.bias,
         }

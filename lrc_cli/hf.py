@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -154,14 +153,10 @@ def _check_dense(name: str, linear: nn.Linear) -> None:
 
 def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
     """A dense module of the kind that was factorised, in `dtype` or the factors' own."""
-    weight = dense_weight(layer).to(dtype or layer.up.weight.dtype)
-    out_features, in_features = layer.shape
-    with torch.device("meta"):
-        if layer.transposed:
-            dense: nn.Module = Conv1D(out_features, in_features)
-        else:
-            dense = nn.Linear(in_features, out_features, bias=layer.bias is not None)
-    dense.weight = nn.Parameter(weight.T.contiguous() if layer.transposed else weight)
+    weight = dense_weight(layer).to(dtype or layer.up.get_parameter("weight").dtype)
+    m, n = layer.shape
+    dense = layer.layout.dense(m, n, bias=layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(layer.layout.weight(weight))
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
     return dense.train(layer.training)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source

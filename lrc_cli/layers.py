@@ -1,4 +1,4 @@
-"""The low-rank modules: a slot while a checkpoint loads, plain `nn.Linear` parts at run time.
+"""The low-rank modules: a slot while a checkpoint loads, plain parts at run time.
 
 A layer of m outputs and n inputs at rank r is stored, and named in every state dict, as
 
@@ -7,8 +7,9 @@ A layer of m outputs and n inputs at rank r is stored, and named in every state 
     perm        (m / block) int32, interpolative only
     bias        (m,)        optional
 
-and computes z = weight x, y = up z; interpolative: y = concat(z, T z), its rows of `block` entries
-put in the order `perm`. Pure torch: nothing here knows transformers.
+(a convolution's factors in its own layout, see layouts.py) and computes z = weight x, y = up z;
+interpolative: y = concat(z, T z), its rows of `block` entries put in the order `perm`. Pure torch:
+nothing here knows transformers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lrc_cli.errors import InputError
+from lrc_cli.layouts import Layout, layout_of
 
 
 def damaged(cause: str) -> InputError:
@@ -35,9 +35,9 @@ class FactorShapes:
     name: str
     """The layer's name in the checkpoint, for messages."""
     weight: tuple[int, ...]
-    """Shape of the inner factor, (r, n)."""
+    """Shape of the inner factor, (r, n) in the layer's layout."""
     up: tuple[int, ...]
-    """Shape of the outer factor, (m, r), or of T, (m - r, r)."""
+    """Shape of the outer factor, (m, r), or of T, (m - r, r), in the layer's layout."""
     perm: tuple[int, ...] | None = None
     """Shape of the permutation, (m / block,); None for two factors."""
     bias: bool = False
@@ -46,7 +46,7 @@ class FactorShapes:
     @property
     def rank(self) -> int:
         """The second dimension of the outer factor."""
-        return self.up[-1]
+        return self.up[1]
 
     def block(self, out_features: int) -> int:
         """Rows that the permutation moves together, 0 for two factors.
@@ -63,10 +63,12 @@ class FactorShapes:
             raise self._misfit(f"rank {self.rank} is not a multiple of the block {block}")
         return block
 
-    def check(self, out_features: int, in_features: int) -> None:
+    def check(self, layout: Layout, out_features: int, in_features: int) -> None:
         """Raises InputError unless the tensors make a matrix (out_features, in_features)."""
         rows = out_features - self.rank if self.block(out_features) else out_features
-        fits = self.weight == (self.rank, in_features) and self.up == (rows, self.rank)
+        inner = torch.empty(self.rank, in_features, device="meta")
+        outer = torch.empty(rows, self.rank, device="meta")
+        fits = self.weight == layout.inner(inner).shape and self.up == layout.outer(outer).shape
         if not fits or not 0 < self.rank < out_features:
             raise self._misfit(
                 f"factors of shape {self.weight} and {self.up} do not make "
@@ -85,22 +87,24 @@ class LowRankLayer(nn.Module):
         out_features: m.
         rank: r, below m.
         block: rows moved together by the permutation; 0 for two factors.
-        transposed: the dense layer stores its weight as (n, m), as GPT-2's `Conv1D` does.
+        layout: of the dense layer.
     """
 
-    up: nn.Linear
+    up: nn.Module
     bias: nn.Parameter | None
     perm: Tensor | None
 
     def __init__(
-        self, *, in_features: int, out_features: int, rank: int, block: int, transposed: bool
+        self, *, in_features: int, out_features: int, rank: int, block: int, layout: Layout
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         self.block = block
-        self.transposed = transposed
+        self.layout = layout
+        for name, value in layout.visible(out_features).items():
+            setattr(self, name, value)
 
     @property
     def storage(self) -> str:
@@ -112,28 +116,38 @@ class LowRankLayer(nn.Module):
         """(m, n) of the dense weight that the factors stand for."""
         return self.out_features, self.in_features
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Both factors as matrices: (r, n), and (m, r) or (m - r, r)."""
+        inner, outer = self.weight, self.up.weight
+        assert isinstance(inner, Tensor) and isinstance(outer, Tensor)
+        return inner.flatten(1), outer.flatten(1)
+
     def table_entry(self) -> dict[str, Any]:
         """What a checkpoint's layer table says of this layer; `block` is None for two factors."""
         return {"storage": self.storage, "rank": self.rank, "block": self.block or None}
 
     def inner(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to (..., r)."""
+        """Maps inputs (..., n) to (..., r), in the layer's layout."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to outputs (..., m)."""
-        z = self.inner(x)
-        y = self.assemble(z, self.up(z))
-        return y if self.bias is None else y + self.bias
+        """Maps inputs (..., n) to outputs (..., m), in the layer's layout."""
+        z, channels = self.inner(x), self.layout.channels
+        y = self.assemble(z, self.up(z), channels)
+        return y if self.bias is None else y + self.bias.view(-1, *(1,) * (-1 - channels))
 
-    def assemble(self, z: Tensor, y: Tensor) -> Tensor:
-        """Puts z (..., r) and T z (..., m - r) into the output's order; two factors: returns y."""
+    def assemble(self, z: Tensor, y: Tensor, channels: int = -1) -> Tensor:
+        """Puts z and T z, of r and m - r channels, into the output's order; two factors: returns y.
+
+        Args:
+            channels: the dimension that counts them, from the end.
+        """
         if self.perm is None:
             return y
-        rows = torch.cat([z, y], dim=-1)
+        rows = torch.cat([z, y], dim=channels)
         # Not -1 for the number of blocks: an expert may be called with no rows at all.
-        blocks = rows.view(*rows.shape[:-1], self.out_features // self.block, self.block)
-        return blocks.index_select(-2, self.perm).flatten(-2)
+        blocks = rows.unflatten(channels, (self.out_features // self.block, self.block))
+        return blocks.index_select(channels - 1, self.perm).flatten(channels - 1, channels)
 
     def extra_repr(self) -> str:
         """The sizes that `print(model)` shows."""
@@ -148,19 +162,25 @@ class LowRankSlot(LowRankLayer):
     """
 
     def __init__(
-        self, dense: nn.Module, factors: FactorShapes, *, out_features: int, in_features: int
+        self,
+        dense: nn.Module,
+        factors: FactorShapes,
+        layout: Layout,
+        *,
+        out_features: int,
+        in_features: int,
     ) -> None:
         super().__init__(
             in_features=in_features,
             out_features=out_features,
             rank=factors.rank,
             block=factors.block(out_features),
-            transposed=not isinstance(dense, nn.Linear),
+            layout=layout,
         )
         place: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         bias = factors.bias or dense.bias is not None
         self.weight = nn.Parameter(torch.empty(factors.weight, **place))
-        self.up = nn.Linear(factors.up[1], factors.up[0], bias=False, **place)
+        self.up = layout.outer_part(factors.up[0], factors.rank, **place)
         self.bias = nn.Parameter(torch.empty(out_features, **place)) if bias else None
         perm = None
         if factors.perm is not None:
@@ -169,26 +189,28 @@ class LowRankSlot(LowRankLayer):
         self.train(dense.training)
 
     def inner(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to (..., r)."""
-        return F.linear(x, self.weight)
+        """Maps inputs (..., n) to (..., r), in the layer's layout."""
+        return self.layout.apply(x, self.weight)
 
     def check(self, name: str) -> None:
         """Raises InputError unless the tensors have their shapes and `perm` is a permutation."""
         shapes = FactorShapes(
             name=name,
             weight=tuple(self.weight.shape),
-            up=tuple(self.up.weight.shape),
+            up=tuple(self.up.get_parameter("weight").shape),
             perm=None if self.perm is None else tuple(self.perm.shape),
         )
-        shapes.check(self.out_features, self.in_features)
+        shapes.check(self.layout, self.out_features, self.in_features)
         if self.perm is not None:
             order = torch.arange(len(self.perm), dtype=self.perm.dtype, device=self.perm.device)
             if not torch.equal(self.perm.sort().values, order):
                 raise damaged(f"layer {name}: perm is not a permutation")
 
 
-class LowRankLinear(LowRankLayer):
+class LowRankModule(LowRankLayer):
     """The run-time form: `down` and `up` are plain `nn.Linear`, which PEFT and torchao recognise.
+
+    Those of a convolution are plain convolutions.
 
     Shares its tensors with the slot it is made from. State dicts keep the disk names.
     """
@@ -199,9 +221,9 @@ class LowRankLinear(LowRankLayer):
             out_features=slot.out_features,
             rank=slot.rank,
             block=slot.block,
-            transposed=slot.transposed,
+            layout=slot.layout,
         )
-        self.down = nn.Linear(slot.in_features, slot.rank, bias=False, device="meta")
+        self.down = slot.layout.inner_part(slot.rank, slot.in_features, device="meta")
         self.down.weight = slot.weight
         self.up = slot.up
         self.bias = slot.bias
@@ -214,10 +236,12 @@ class LowRankLinear(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """The inner factor (r, n): some models read the dtype of a layer's `weight`."""
-        return self.down.weight
+        weight = self.down.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def inner(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to (..., r)."""
+        """Maps inputs (..., n) to (..., r), in the layer's layout."""
         z: Tensor = self.down(x)
         return z
 
@@ -230,25 +254,6 @@ def _to_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, metada
 def _from_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     if prefix + "weight" in state:
         state[prefix + "down.weight"] = state.pop(prefix + "weight")
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(m, n) of a dense layer that can be factorised, None for any other module.
-
-    Those are `nn.Linear` and transformers' `Conv1D`, known by its `nx` and `nf`, whose weight is
-    (n, m). The output projection of `nn.MultiheadAttention` is none: its weight is read directly.
-    """
-    if isinstance(module, nn.Linear):
-        fused = isinstance(module, NonDynamicallyQuantizableLinear)
-        return None if fused else (module.out_features, module.in_features)
-    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
-    if (
-        nf is None
-        or nx is None
-        or tuple(getattr(module, "weight", torch.empty(0)).shape) != (nx, nf)
-    ):
-        return None
-    return nf, nx
 
 
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
@@ -278,15 +283,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, LowRankLayer):
         if is_offloaded(module):
             raise InputError("a layer is offloaded", "load the model without offloading first")
-        weight, up = module.weight, module.up.weight
-        assert isinstance(weight, Tensor)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        z = weight.to(wide).T
-        return module.assemble(z, z @ up.to(wide).T).T.contiguous()
-    if linear_shape(module) is None:
+        inner, outer = module.factors()
+        wide = torch.promote_types(inner.dtype, torch.float32)
+        z = inner.to(wide).T
+        return module.assemble(z, z @ outer.to(wide).T).T.contiguous()
+    layout = layout_of(module)
+    if layout is None:
         raise InputError(f"{type(module).__name__} is not a linear layer")
-    weight = module.get_parameter("weight").detach()
-    return weight if isinstance(module, nn.Linear) else weight.T
+    return layout.matrix(module.get_parameter("weight").detach())
 
 
 def is_offloaded(layer: nn.Module) -> bool:

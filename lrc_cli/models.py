@@ -12,6 +12,7 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
+from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import load_source
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
@@ -28,7 +29,9 @@ class Layer:
     kind: str
     """Class of the dense module."""
     shape: tuple[int, int]
-    """(m, n), whatever the orientation on disk."""
+    """(m, n), whatever the layout on disk."""
+    layout: Layout = LINEAR
+    """How W lies in the weight, and rows in inputs and outputs."""
     dtype: torch.dtype
     unit: str
     """The block it belongs to: an entry of the outermost list of modules, or the empty string."""
@@ -39,10 +42,8 @@ class Layer:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def weight(self, source: Source) -> torch.Tensor:
-        """The dense weight (m, n): a view of the mapped file."""
-        stored = source.read(f"{self.key}.weight")
-        # GPT-2's Conv1D stores (n, m); nothing but the class tells for a square matrix.
-        return stored.T if self.kind == "Conv1D" else stored
+        """The matrix W (m, n): a view of the mapped file."""
+        return self.layout.matrix(source.read(f"{self.key}.weight"))
 
     def bias(self, source: Source) -> torch.Tensor | None:
         """The bias (m,): a view of the mapped file; None where the layer has none."""
@@ -138,14 +139,20 @@ def hooked(
     layers: Sequence[Layer],
     hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
 ) -> Iterator[None]:
-    """Within it, `hook(layer, input, output)` runs after each layer; a tensor it returns replaces
-    the output."""
+    """Within it, `hook(layer, inputs, outputs)` runs after each layer, on rows (..., n) and
+    (..., m); rows that it returns replace the outputs."""
 
     def attach(layer: Layer) -> Any:
-        return network.module.get_submodule(layer.name).register_forward_hook(
-            lambda _, inputs, named, output: hook(layer, [*inputs, *named.values()][0], output),
-            with_kwargs=True,
-        )
+        def look(_: nn.Module, given: Any, named: Any, output: torch.Tensor) -> torch.Tensor | None:
+            x, layout = [*given, *named.values()][0], layer.layout
+            rows = hook(layer, layout.inputs(x), layout.outputs(output))
+            if rows is None or layout.channels == -1:
+                return rows
+            # A change in place of a view would pass by the gradient's hooks on the rows.
+            return layout.returned(rows).clone()
+
+        module = network.module.get_submodule(layer.name)
+        return module.register_forward_hook(look, with_kwargs=True)
 
     handles = [attach(layer) for layer in layers]
     try:

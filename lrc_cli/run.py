@@ -197,7 +197,7 @@ def factorize_layers(
             solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
             tensors: dict[str, torch.Tensor] = {}
             for layer, fitted in zip(layers, solved, strict=True):
-                tensors |= fitted.tensors(layer.key)
+                tensors |= fitted.tensors(layer)
             found = {layer.name: fitted for layer, fitted in zip(layers, solved, strict=True)}
             facts = {name: fitted.facts for name, fitted in found.items()}
             keep_references(work, unit, found)

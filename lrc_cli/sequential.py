@@ -159,14 +159,14 @@ class _Fits:
 
     def _keep(self, layer: Layer, fitted: Fitted) -> None:
         self.fitted[layer.name] = fitted
-        self.streams.install(layer, fitted.tensors(layer.key))
+        self.streams.install(layer, fitted.tensors(layer))
         members = self.plan.units[layer.unit]
         if any(member.name not in self.fitted for member in members):
             return
         done = {member: self.fitted.pop(member.name) for member in members}
         tensors: dict[str, torch.Tensor] = {}
         for member, outcome in done.items():
-            tensors |= outcome.tensors(member.key)
+            tensors |= outcome.tensors(member)
         facts = {member.name: outcome.facts for member, outcome in done.items()}
         self.work.put(self.stage, layer.unit, tensors, facts)
 

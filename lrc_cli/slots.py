@@ -11,14 +11,14 @@ from lrc_cli.errors import InputError
 from lrc_cli.layers import (
     FactorShapes,
     LowRankLayer,
-    LowRankLinear,
+    LowRankModule,
     LowRankSlot,
     damaged,
     is_offloaded,
-    linear_shape,
     low_rank_layers,
     replace_modules,
 )
+from lrc_cli.layouts import Layout, layout_of, linear_shape
 from lrc_cli.names import module_names
 
 _UP = ".up.weight"
@@ -54,11 +54,9 @@ def _factor_shapes(layer: str, headers: Mapping[str, TensorInfo]) -> FactorShape
     if perm is not None and perm.dtype != torch.int32:
         raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as int32")
     shapes = weight.shape, headers[layer + _UP].shape
-    if any(len(shape) != 2 for shape in shapes):
-        raise InputError(
-            f"layer {layer}: factors of shape {shapes[0]} and {shapes[1]} are no matrices, "
-            "and this version of lrc reads linear layers only",
-            UPGRADE,
+    if any(len(shape) < 2 for shape in shapes):
+        raise damaged(
+            f"layer {layer}: factors of shape {shapes[0]} and {shapes[1]} are no matrices"
         )
     return FactorShapes(
         name=layer,
@@ -118,27 +116,38 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
     slots: dict[nn.Module, nn.Module] = {}
     for name, shapes in factors.items():
         dense = model.get_submodule(name)
-        shape = linear_shape(dense)
-        if shape is None:
+        layout, shape = layout_of(dense), linear_shape(dense)
+        if layout is None or shape is None:
             raise InputError(
                 f"layer {shapes.name} is factorised, and {type(dense).__name__} cannot be",
                 UPGRADE,
             )
-        shapes.check(*shape)
-        slots[dense] = LowRankSlot(dense, shapes, out_features=shape[0], in_features=shape[1])
+        slots[dense] = _slot(dense, shapes, layout, shape)
     replace_modules(model, slots)
 
 
+def _slot(
+    dense: nn.Module, shapes: FactorShapes, layout: Layout, shape: tuple[int, int]
+) -> LowRankSlot:
+    m, n = shape
+    shapes.check(layout, m, n)
+    return LowRankSlot(dense, shapes, layout, out_features=m, in_features=n)
+
+
 def low_rank_module(
-    replaced: nn.Module, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
-) -> LowRankLinear:
+    replaced: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    shape: tuple[int, int],
+) -> LowRankModule:
     """The run-time form of one layer, holding the given tensors.
 
     Args:
         replaced: the module whose place it will take, for the mode it is in.
         tensors: by their names below the layer: weight, up.weight, perm and bias; the last two may
             be missing.
-        shape: (m, n) of the dense weight.
+        layout: of the dense layer.
+        shape: (m, n) of its matrix.
 
     Raises:
         InputError: where the tensors do not fit one another.
@@ -151,10 +160,9 @@ def low_rank_module(
         perm=None if perm is None else tuple(perm.shape),
         bias="bias" in tensors,
     )
-    shapes.check(*shape)
-    slot = LowRankSlot(replaced, shapes, out_features=shape[0], in_features=shape[1])
+    slot = _slot(replaced, shapes, layout, shape)
     slot.load_state_dict(dict(tensors), assign=True)
-    return LowRankLinear(slot)
+    return LowRankModule(slot)
 
 
 def finish_slots(model: nn.Module) -> None:
@@ -167,5 +175,5 @@ def finish_slots(model: nn.Module) -> None:
     for name, layer in low_rank_layers(model):
         if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
             layer.check(name)
-            finished[layer] = LowRankLinear(layer)
+            finished[layer] = LowRankModule(layer)
     replace_modules(model, finished)

@@ -106,7 +106,7 @@ class Streams(Pair):
             own["bias"] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
         network = self.compressed.network
         replaced = network.module.get_submodule(layer.name)
-        new: nn.Module = low_rank_module(replaced, own, layer.shape)
+        new: nn.Module = low_rank_module(replaced, own, layer.layout, layer.shape)
         network.placement.adopt(new.requires_grad_(False), layer.name)
         cast_on_read(new, network.dtype, network.casts)
         replace_modules(network.module, {replaced: new})
@@ -166,7 +166,7 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
         index: of the micro-batch.
 
     Returns:
-        (..., n), or None where the layer is not reached.
+        Rows (..., n), or None where the layer is not reached.
     """
     seen: list[torch.Tensor] = []
 
@@ -180,7 +180,7 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
         walk.run(segment, index)
     finally:
         handle.remove()
-    return seen[0] if seen else None
+    return layer.layout.inputs(seen[0]) if seen else None
 
 
 def _open_again(plan: Plan) -> Network:

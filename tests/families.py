@@ -96,12 +96,13 @@ WHISPER = BART_LIKE | {
 DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 CLIP = {"text_config": BERT_LIKE, "vision_config": VIT_LIKE, "projection_dim": 24}
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48], "depths": [1, 1], "num_labels": 5}
+CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5}
 OPT = LLAMA_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
 EMBEDDING = "an embedding; not in this version"
 SHARED = "shared by several modules; not in this version"
-CONV = "Conv2d; not in this version"
-CONV1D = "Conv1d; not in this version"
+GROUPED = "a grouped convolution: its kernels are small already"
 
 
 def _parameter(kind: str) -> str:
@@ -134,7 +135,6 @@ class Family:
 _LLAMA = LLAMA_LIKE, _embeddings("embed_tokens"), TEXT
 _BERT_SKIPPED = _embeddings("word_embeddings", "position_embeddings", "token_type_embeddings")
 _BERT = BERT_LIKE, _BERT_SKIPPED, TEXT
-_VIT_SKIPPED = {"projection.weight": CONV}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", "llama", *_LLAMA),
@@ -186,30 +186,33 @@ FAMILIES: dict[str, Family] = {
         "WhisperModel",
         "whisper",
         WHISPER,
-        _embeddings("embed_tokens", "embed_positions")
-        | {"conv1.weight": CONV1D, "conv2.weight": CONV1D},
+        _embeddings("embed_tokens", "embed_positions"),
         SPEECH,
     ),
     "vit": Family(
         "ViTModel",
         "vit",
         VIT_LIKE,
-        _VIT_SKIPPED | {"position_embeddings": _parameter("ViTEmbeddings")},
+        {"position_embeddings": _parameter("ViTEmbeddings")},
         IMAGES,
     ),
     "clip": Family(
         "CLIPModel",
         "clip",
         CLIP,
-        _embeddings("token_embedding", "position_embedding") | {"patch_embedding.weight": CONV},
+        _embeddings("token_embedding", "position_embedding"),
         TEXT_AND_IMAGES,
     ),
     "dinov2": Family(
         "Dinov2Model",
         "dinov2",
         VIT_LIKE,
-        _VIT_SKIPPED | {"position_embeddings": _parameter("Dinov2Embeddings")},
+        {"position_embeddings": _parameter("Dinov2Embeddings")},
         IMAGES,
+    ),
+    "resnet": Family("ResNetForImageClassification", "resnet", RESNET, {}, IMAGES),
+    "convnext": Family(
+        "ConvNextForImageClassification", "convnext", CONVNEXT, {"dwconv.weight": GROUPED}, IMAGES
     ),
     "mamba": Family(
         "MambaModel",
@@ -218,7 +221,7 @@ FAMILIES: dict[str, Family] = {
         {
             "embeddings.weight": EMBEDDING,
             "A_log": _parameter("MambaMixer"),
-            "conv1d.weight": CONV1D,
+            "conv1d.weight": GROUPED,
         },
         TEXT,
     ),

@@ -128,7 +128,14 @@ def random_factors(rows: int, columns: int, form: Form, generator: torch.Generat
 
 
 def multiply_out(factors: Mapping[str, Tensor]) -> Tensor:
-    """The dense matrix, row by row, straight from the words of format.md."""
+    """The dense matrix, row by row, straight from the words of format.md.
+
+    That of a convolution keeps its kernel's dimensions.
+    """
+    kernel = factors["weight"].shape[2:]
+    if kernel:
+        flat = {end: x if end == "perm" else x.flatten(1) for end, x in factors.items()}
+        return multiply_out(flat).unflatten(1, (-1, *kernel))
     inner, outer = factors["weight"].double(), factors["up.weight"].double()
     if "perm" not in factors:
         return (outer @ inner).float()

@@ -201,6 +201,24 @@ class WithIdle(nn.Module):
         return self.head(torch.relu(self.used(x)) + 0 * self.detached(x).detach())
 
 
+class Pictures(nn.Module):
+    """Convolutions of several kinds, with activations that change their outputs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, stride=2, padding=1, padding_mode="reflect", bias=False)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.second = nn.Conv2d(12, 16, (3, 1), padding="same", dilation=(2, 1))
+        self.along = nn.Conv1d(16, 12, 3, padding=2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, pixels):
+        x = torch.relu_(self.first(pixels))
+        x = torch.relu_(self.second(x + self.depthwise(x)))
+        x = torch.relu_(self.along(x.mean(3)))
+        return self.head(x.amax(2))
+
+
 def mlp():
     layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)
     return nn.Sequential(*layers)
@@ -208,6 +226,10 @@ def mlp():
 
 def attention():
     return Attention()
+
+
+def pictures():
+    return Pictures()
 
 
 def with_idle():
@@ -223,7 +245,7 @@ class PlainFolder:
 
     def model(self, name: str) -> dict[str, Any]:
         """Changes that make a config use the checkpoint of the factory `name`."""
-        data = "masked" if name == "attention" else "rows"
+        data = {"attention": "masked", "pictures": "pixels"}.get(name, "rows")
         return {
             "model.path": str(self.path / f"{name}.safetensors"),
             "model.factory": f"pico_factories:{name}",
@@ -239,13 +261,15 @@ def write_plain(directory: Path) -> PlainFolder:
     namespace: dict[str, Any] = {}
     exec(FACTORY_SOURCE, namespace)
     generator = torch.Generator().manual_seed(5)
-    for name in ("mlp", "attention", "with_idle"):
+    for name in ("mlp", "attention", "pictures", "with_idle"):
         model = namespace[name]()
         randomise(model)
         save_file(model.state_dict(), directory / f"{name}.safetensors")
     colour = torch.randn(24, 24, generator=generator)
     rows = torch.randn(64, 24, generator=generator) @ colour
     save_file({"x": rows}, directory / "rows.safetensors")
+    pixels = torch.randn(64, 3, 12, 10, generator=generator).cumsum(2).cumsum(3) / 10
+    save_file({"pixels": pixels}, directory / "pixels.safetensors")
     lengths = torch.randint(3, 11, (64,), generator=generator)
     mask = (torch.arange(10)[None] < lengths[:, None]).long()
     x = torch.randn(64, 10, 24, generator=generator) @ colour

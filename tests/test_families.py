@@ -135,7 +135,9 @@ def test_factorises_all_but_a_twentieth_and_says_why_not_the_rest(made: Get, nam
 
 def compressible(model: nn.Module) -> list[Tensor]:
     """The weights of the kinds that lrc says it factorises."""
-    return [x.weight for x in model.modules() if isinstance(x, nn.Linear | Conv1D)]
+    linear = [x.weight for x in model.modules() if isinstance(x, nn.Linear | Conv1D)]
+    convolutions = [x for x in model.modules() if isinstance(x, nn.Conv1d | nn.Conv2d)]
+    return linear + [x.weight for x in convolutions if x.groups == 1]
 
 
 WITHOUT_PLUGIN = """

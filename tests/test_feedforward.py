@@ -11,7 +11,8 @@ from pico import write_model, write_plain
 from torch import Tensor, nn
 
 from lrc_cli.feedforward import LIPSCHITZ, worst_case
-from lrc_cli.layers import LowRankLinear, replace_modules
+from lrc_cli.layers import LowRankModule, replace_modules
+from lrc_cli.layouts import LINEAR
 from lrc_cli.slots import low_rank_module
 
 
@@ -24,7 +25,7 @@ def randomised(module: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
     return module.eval()
 
 
-def low_rank(layer: nn.Linear, rank: int, *, interpolative: bool = False) -> LowRankLinear:
+def low_rank(layer: nn.Linear, rank: int, *, interpolative: bool = False) -> LowRankModule:
     """The layer at a rank, by truncated SVD or by any rows of a matrix of that rank."""
     u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     outer, inner = u[:, :rank] * s[:rank], v[:rank]
@@ -37,7 +38,7 @@ def low_rank(layer: nn.Linear, rank: int, *, interpolative: bool = False) -> Low
         tensors = {"weight": rows[:rank] @ inner, "up.weight": coefficients, "perm": perm}
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach() + 0.01
-    return low_rank_module(layer, tensors, tuple(layer.weight.shape))
+    return low_rank_module(layer, tensors, LINEAR, (layer.out_features, layer.in_features))
 
 
 def factorised(module: nn.Module, rank: int, *, interpolative: bool = False) -> nn.Module:
@@ -126,7 +127,7 @@ def test_it_is_tight_for_a_linear_network_whose_errors_line_up() -> None:
             "weight": torch.tensor([[1.0, 0, 0, 0]]),
             "up.weight": torch.tensor([[2.0], [0], [0], [0]]),
         }
-        replace_modules(other, {copied: low_rank_module(copied, factors, (4, 4))})
+        replace_modules(other, {copied: low_rank_module(copied, factors, LINEAR, (4, 4))})
     found = bounded(module, other, torch.eye(4)[:1])
     assert found["measured"] == 27 - 8
     assert found["bound"] == pytest.approx(27 - 8, rel=1e-12)
@@ -137,7 +138,7 @@ def test_only_the_layers_own_errors_count_behind_a_flat_activation() -> None:
     module = randomised(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8)), seed=8)
     other = factorised(module, 2)
     found = bounded(module, other, torch.randn(30, 8, generator=torch.Generator().manual_seed(1)))
-    assert isinstance(other[2], LowRankLinear)
+    assert isinstance(other[2], LowRankModule)
     norm = torch.linalg.matrix_norm(other[2].up.weight @ other[2].weight, 2).item()
     assert found["layers"][0]["amplification"] == pytest.approx(0.25 * norm, rel=1e-5)
 

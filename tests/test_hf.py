@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf
 from lrc_cli.errors import InputError
-from lrc_cli.layers import LowRankLinear, dense_weight, low_rank_layers
+from lrc_cli.layers import LowRankModule, dense_weight, low_rank_layers
 from lrc_cli.loading import load
 from lrc_cli.names import module_names
 
@@ -87,7 +87,7 @@ def test_logits_equal_those_of_the_multiplied_out_weights(
     dense = auto(model).from_pretrained(pair.dense)
     layers = dict(low_rank_layers(loaded))
     assert len(layers) == len(pair.layers) > 0
-    assert all(isinstance(layer, LowRankLinear) for layer in layers.values())
+    assert all(isinstance(layer, LowRankModule) for layer in layers.values())
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-5)
     assert logits(dense).std() > 1e-3
 
@@ -348,7 +348,7 @@ TENSOR_DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "factors of a convolution": (
         lambda s: s.update({f"{Q_PROJ}.up.weight": torch.zeros(16, 16, 1, 1)}),
-        "linear layers only",
+        "do not make",
     ),
 }
 

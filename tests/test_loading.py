@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrc_cli.errors import InputError
-from lrc_cli.layers import LowRankLinear, dense_weight, linear_shape, low_rank_layers
+from lrc_cli.layers import LowRankModule, dense_weight, low_rank_layers
+from lrc_cli.layouts import linear_shape
 from lrc_cli.loading import load
 
 X = torch.linspace(-1, 1, 24 * 5).view(5, 24)
@@ -97,7 +98,7 @@ def test_factorised_module_equals_the_dense_one(tmp_path: Path, form: str) -> No
         model = load(tmp_path, factory=factory)
         torch.testing.assert_close(model(X), dense(X), rtol=1e-4, atol=1e-5)
     assert {name for name, _ in low_rank_layers(model)} == {"first", "shared", "last"}
-    assert model.again is model.shared and isinstance(model.shared, LowRankLinear)
+    assert model.again is model.shared and isinstance(model.shared, LowRankModule)
     assert not model.training
     for name, layer in low_rank_layers(model):
         torch.testing.assert_close(dense_weight(layer), dense.get_submodule(name).weight)

@@ -21,7 +21,7 @@ from lrc_cli.config import load_config
 from lrc_cli.decision import decide
 from lrc_cli.engine import DENSE, SolveError
 from lrc_cli.errors import RunError
-from lrc_cli.layers import LowRankLinear
+from lrc_cli.layers import LowRankModule
 from lrc_cli.models import hooked, make_network
 from lrc_cli.plan import Plan, make_plan
 from lrc_cli.streams import DriftSum, Streams
@@ -552,8 +552,8 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> N
         layer, {f"{layer.key}.weight": weight[:8], f"{layer.key}.up.weight": weight[:, :8]}
     )
     modules = streams.compressed.network.module
-    assert isinstance(modules.get_submodule(layer.name), LowRankLinear)
-    assert not any(isinstance(m, LowRankLinear) for m in plan.network.module.modules())
+    assert isinstance(modules.get_submodule(layer.name), LowRankModule)
+    assert not any(isinstance(m, LowRankModule) for m in plan.network.module.modules())
     other = plan.layers[1]
     streams.install(other, {f"{layer.key}.weight": weight[:8]})
-    assert not isinstance(modules.get_submodule(other.name), LowRankLinear)
+    assert not isinstance(modules.get_submodule(other.name), LowRankModule)

@@ -11,7 +11,7 @@ from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError
 from lrc_cli.factories import ask_for_factory, source_file
-from lrc_cli.layers import linear_shape
+from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer, open_module
 from lrc_cli.names import module_names
 from lrc_cli.precision import DTYPES
@@ -167,15 +167,24 @@ def open_layers(
         name, what = row["name"], f"{row['name']} is a layer of the original of that kind and shape"
         part, key = parts.get(name), keys.get(f"{name}{WEIGHT}")
         shape = None if part is None else linear_shape(part)
+        layout = None if part is None else layout_of(part)
         stated = [row["kind"], tuple(row["shape"])]
-        if shape is None or key is None or stated != [type(part).__name__, shape]:
+        if shape is None or layout is None or key is None or stated != [type(part).__name__, shape]:
             findings.judge("original.layers", what, f"found {type(part).__name__} {shape}")
             continue
         findings.judge("original.layers", what, None)
         stem, dtype = key.removesuffix(WEIGHT), original.tensors[key].dtype
         written.keys[name] = stem
         layers.append(
-            Layer(name=name, key=stem, kind=row["kind"], shape=shape, dtype=dtype, unit="")
+            Layer(
+                name=name,
+                key=stem,
+                kind=row["kind"],
+                shape=shape,
+                layout=layout,
+                dtype=dtype,
+                unit="",
+            )
         )
         size = original.tensors[key].num_bytes
         what = f"the report has the bytes of the original's {name}"

@@ -1,6 +1,7 @@
 """Files only: tensors, their index, their metadata and the layer table agree with one another."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,7 +139,8 @@ def factor_problem(
     weight, up, perm = shapes[WEIGHT], shapes[UP], shapes[PERM]
     if weight is None or up is None:
         return f"the tensor {'weight' if weight is None else 'up.weight'} is missing"
-    if len(weight) != 2 or len(up) != 2 or weight[0] != up[1]:
+    kernel = up[2:]
+    if len(weight) < 2 or len(weight) != len(up) or set(kernel) - {1} or weight[0] != up[1]:
         return f"factors of shape {weight} and {up} cannot be multiplied"
     rank, rows = weight[0], up[0] if perm is None else up[0] + weight[0]
     stated = {k: entry.get(k) for k in ("storage", "rank", "block")}
@@ -198,13 +200,13 @@ def _layer_problem(
     }
     stated["shape"] = layer["shape"]
     if up is None:
-        found["shape"] = list(weight.shape)
+        found["shape"] = _matrix_shape(weight.shape)
         if layer["kind"] == "Conv1D":
             found["shape"].reverse()
         stated["storage"], found["storage"] = layer["storage"], "dense"
     else:
         rows = up.shape[0] + (weight.shape[0] if perm is not None else 0)
-        found["shape"] = [rows, weight.shape[1]]
+        found["shape"] = [rows, _matrix_shape(weight.shape)[1]]
         stated |= {k: layer.get(k) for k in ("storage", "rank", "block")}
         found |= {
             "storage": "factors" if perm is None else "interpolative",
@@ -212,3 +214,8 @@ def _layer_problem(
             "block": 1 if perm is None else rows // perm.shape[0],
         }
     return None if stated == found else f"stated {stated}, found {found}"
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> list[int]:
+    """Rows and columns; a convolution's columns are what its kernel covers in all channels."""
+    return [shape[0], math.prod(shape[1:])]

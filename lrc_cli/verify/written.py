@@ -94,9 +94,10 @@ def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     and slab i of Z is slab perm[i] of c.
 
     Args:
-        tensors: by their ends: ".weight" (r, n), ".up.weight" and, interpolative only, ".perm".
+        tensors: by their ends: ".weight" (r, n), ".up.weight" and, interpolative only, ".perm". A
+            convolution's (r, channels, *kernel) and (m, r, 1, ...) are those matrices, unrolled.
     """
-    inner, outer = tensors[WEIGHT].double(), tensors[UP].double()
+    inner, outer = (tensors[end].double().flatten(1) for end in (WEIGHT, UP))
     if PERM not in tensors:
         return outer @ inner
     slabs = torch.cat((inner, outer @ inner)).chunk(len(tensors[PERM]))
