@@ -94,6 +94,8 @@ def _reason(
         return "left out by include and exclude"
     if getattr(part, "groups", 1) > 1:
         return "a grouped convolution: its kernels are small already"
+    if tensor.ndim == 3 and hasattr(part, "num_experts"):
+        return "experts that the checkpoint holds as one tensor; not in this version"
     if isinstance(part, nn.Embedding):
         return "an embedding; not in this version"
     if leaf == "weight":

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
+from lrc_cli.experts import has_experts, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
@@ -30,7 +31,14 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
+from lrc_cli.names import are_merged
+from lrc_cli.slots import (
+    check_table,
+    factorised_weights,
+    find_factors,
+    finish_slots,
+    insert_slots,
+)
 
 METHOD = "lrc"
 """The `quant_method` of a factorised checkpoint's config.json."""
@@ -93,7 +101,10 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Puts slots in the place of the factorised layers, after checking the headers."""
-        factors = find_factors(model, read_headers(checkpoint_files or ()))
+        headers = read_headers(checkpoint_files or ())
+        if are_merged(model, factorised_weights(headers)):
+            unfuse(model)
+        factors = find_factors(model, headers)
         insert_slots(model, factors)
         check_table(model, self.quantization_config.layers)
         if not factors:
@@ -101,6 +112,12 @@ class LrcQuantizer(HfQuantizer):
                 f"no factorised layer of {type(model).__name__} is in the checkpoint's files",
                 "remove quantization_config from config.json if the checkpoint is dense",
             )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Leaves the matrices of experts apart where their lists took the place of fused ones."""
+        if has_experts(model):
+            weight_conversions = without_merging(weight_conversions)
+        return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Checks that every tensor came from the files, then makes the run-time modules."""

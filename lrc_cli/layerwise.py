@@ -1,6 +1,7 @@
 """One layer's solve, from plan and work directory: its weight, problem, request and cost."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -22,7 +23,7 @@ from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.ranks import rank_multiple
 from lrc_cli.rectified import fit_rectified, read_inputs
-from lrc_cli.work import OUTPUT_SPECTRA, REFERENCES, SPECTRA, WorkDirectory
+from lrc_cli.work import OUTPUT_SPECTRA, REFERENCES, SPECTRA, STATISTICS, WorkDirectory
 
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU, wider ones in turn."""
@@ -118,7 +119,11 @@ def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer)
     reason = dense_reason(plan, work, layer)
     if reason is not None:
         return left_dense(reason, fallback=True)
-    request = request_of(plan, layer, ranks[layer.name])
+    return _noting_few_tokens(work, layer, _fit(plan, work, layer, ranks[layer.name]))
+
+
+def _fit(plan: Plan, work: WorkDirectory, layer: Layer, rank: int) -> Fitted:
+    request = request_of(plan, layer, rank)
     if plan.solvers[layer.name] is RELU and request.rank != DENSE:
         try:
             problem = _rectified(plan, work, layer)
@@ -126,6 +131,19 @@ def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer)
             return left_dense(f"could not be solved: {error}", fallback=True)
         return fit_rectified(problem, request)
     return fit_layer(problem_of(plan, work, layer), request)
+
+
+def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fitted:
+    """Say so where an expert was fitted to fewer tokens than it has inputs.
+
+    No inverse is taken, so the factors are finite; directions that no token excited are not kept.
+    """
+    seen = work.get(STATISTICS, layer.unit)[1]["layers"].get(layer.name)
+    if fitted.packed is None or seen is None or seen["tokens"] >= layer.shape[1]:
+        return fitted
+    few = f"fitted to {seen['tokens']} tokens, fewer than its {layer.shape[1]} inputs"
+    reason = "; ".join(filter(None, (fitted.facts["reason"], few)))
+    return replace(fitted, facts=fitted.facts | {"reason": reason})
 
 
 def num_workers(plan: Plan, layers: list[Layer]) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
+from lrc_cli.experts import unfuse
 from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import load_source
 from lrc_cli.placement import Placement
@@ -108,13 +109,18 @@ def resolve_device(name: str) -> torch.device:
 def open_module(
     source: Source, *, factory: str | None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Build the checkpoint's module on the CPU, its parameters views of the mapped files."""
+    """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
+
+    Fused experts become lists of experts; transformers has copied their parameters.
+    """
     if source.config is None and factory is None:
         raise InputError(
             f"{source.path}: not a transformers directory (it has no config.json)",
             "set model.factory to the function that builds the module",
         )
-    return load_source(source, factory=factory, trust_remote_code=trust_remote_code)
+    module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
+    unfuse(module)
+    return module
 
 
 def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype | None) -> Network:

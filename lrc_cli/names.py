@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from lrc_cli.experts import has_experts, without_merging
+
 
 def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """Maps a checkpoint's tensor keys to the names of the model's parameters and buffers.
@@ -31,6 +33,12 @@ def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def are_merged(model: nn.Module, keys: Iterable[str]) -> bool:
+    """Whether a conversion would merge or split some of a checkpoint's tensors for this model."""
+    rename = _renaming(model)
+    return any(rename(key)[1] for key in sorted(keys))
+
+
 def _renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     """The model's checkpoint renamings: key -> (name, whether a conversion changes its value)."""
     if not hasattr(model, "base_model_prefix"):
@@ -43,6 +51,8 @@ def _renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     )
 
     mapping = get_model_conversion_mapping(model)
+    if has_experts(model):
+        mapping = without_merging(mapping)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 

@@ -24,6 +24,11 @@ from lrc_cli.names import module_names
 _UP = ".up.weight"
 
 
+def factorised_weights(headers: Mapping[str, TensorInfo]) -> list[str]:
+    """Disk names of the inner factors, by what lies beside them."""
+    return [f"{key.removesuffix(_UP)}.weight" for key in headers if key.endswith(_UP)]
+
+
 def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[str, FactorShapes]:
     """Module name -> shapes, for each layer that is factorised on disk and that the model has.
 
@@ -34,12 +39,12 @@ def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[st
     Raises:
         InputError: where a layer has no inner factor, or a permutation that is not int32.
     """
-    layers = [key.removesuffix(_UP) for key in headers if key.endswith(_UP)]
-    names = module_names(model, [f"{layer}.weight" for layer in layers])
+    weights = factorised_weights(headers)
+    names = module_names(model, weights)
     modules = dict(model.named_modules(remove_duplicate=False))
     factors = {}
-    for layer in layers:
-        name = names.get(f"{layer}.weight", "").removesuffix(".weight")
+    for weight in weights:
+        layer, name = (x.removesuffix(".weight") for x in (weight, names.get(weight, "")))
         # A dense model may have a part of its own that is called `up`.
         if name and f"{name}.up" not in modules:
             factors[name] = _factor_shapes(layer, headers)

@@ -98,6 +98,12 @@ CLIP = {"text_config": BERT_LIKE, "vision_config": VIT_LIKE, "projection_dim": 2
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48], "depths": [1, 1], "num_labels": 5}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5}
+MIXTURE = LLAMA_LIKE | {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
 OPT = LLAMA_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
 EMBEDDING = "an embedding; not in this version"
@@ -111,6 +117,11 @@ def _parameter(kind: str) -> str:
 
 def _embeddings(*names: str) -> dict[str, str]:
     return {f"{name}.weight": EMBEDDING for name in names}
+
+
+def _router(kind: str) -> dict[str, str]:
+    reason = f"{kind}TopKRouter; not in this version"
+    return _embeddings("embed_tokens") | {"gate.weight": reason}
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,8 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(
         "FalconForCausalLM", "falcon", BERT_LIKE, _embeddings("word_embeddings"), TEXT
     ),
+    "mixtral": Family("MixtralForCausalLM", "mixtral", MIXTURE, _router("Mixtral"), TEXT),
+    "qwen3-moe": Family("Qwen3MoeForCausalLM", "qwen3_moe", MIXTURE, _router("Qwen3Moe"), TEXT),
     "bert": Family("BertModel", "bert", *_BERT),
     "bert-classifier": Family("BertForSequenceClassification", "bert", *_BERT),
     "roberta": Family("RobertaForSequenceClassification", "roberta", *_BERT),

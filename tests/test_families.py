@@ -15,6 +15,8 @@ from pico import compressed, randomise, read_state, rebuilt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf  # noqa: F401 - registers the format
@@ -137,6 +139,8 @@ def compressible(model: nn.Module) -> list[Tensor]:
     """The weights of the kinds that lrc says it factorises."""
     linear = [x.weight for x in model.modules() if isinstance(x, nn.Linear | Conv1D)]
     convolutions = [x for x in model.modules() if isinstance(x, nn.Conv1d | nn.Conv2d)]
+    fused = [x for x in model.modules() if isinstance(x, MixtralExperts | Qwen3MoeExperts)]
+    linear += [x for part in fused for x in (part.gate_up_proj, part.down_proj)]
     return linear + [x.weight for x in convolutions if x.groups == 1]
 
 

@@ -1,0 +1,148 @@
+"""Fused experts as a list of experts, whose matrices are `nn.Linear` layers.
+
+transformers keeps the experts of a mixture as three-dimensional parameters, into which it merges
+the matrices that the checkpoint holds for each expert. Every expert is factorised on its own, from
+the tokens that are routed to it. So the fused module gives way to a list that computes the same,
+and whose layers have the checkpoint's names. No table of models: that a module is fused experts
+follows from the attributes that transformers' decorator gives it, the names from its conversions.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc_cli.layers import replace_modules
+
+FUSED = {"gate_up_proj": 2, "down_proj": 1}
+"""The parameters of fused experts, (experts, outputs, inputs) each, and how many matrices of the
+checkpoint lie in each."""
+
+
+class Expert(nn.Module):
+    """y = down(activation(gate(x), up(x))).
+
+    Args:
+        names: of the layers gate, up and down, as in the checkpoint.
+        activate: maps gate(x) and up(x), put together along the last dimension, to down's input.
+    """
+
+    def __init__(
+        self, names: Sequence[str], layers: Sequence[nn.Linear], activate: Callable[..., Tensor]
+    ) -> None:
+        super().__init__()
+        self._names, self._activate = tuple(names), activate
+        for name, layer in zip(names, layers, strict=True):
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens (t, n) to (t, n)."""
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        y: Tensor = down(self._activate(torch.cat([gate(x), up(x)], dim=-1)))
+        return y
+
+
+class Experts(nn.ModuleList):
+    """A list of experts in the place of fused ones."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sums, for every token, its experts' outputs, weighted.
+
+        Args:
+            hidden: tokens (t, n).
+            top_k_index: the experts (t, k) of each token.
+            top_k_weights: their weights (t, k).
+        """
+        total = torch.zeros_like(hidden)
+        for index, expert in enumerate(self):
+            token, place = torch.where(top_k_index == index)
+            if len(token):
+                y = expert(hidden[token]) * top_k_weights[token, place, None]
+                total = total.index_add(0, token, y.to(total.dtype))
+        return total
+
+
+def unfuse(model: nn.Module) -> None:
+    """Replace fused experts by lists, in place, where the checkpoint holds each expert's matrices.
+
+    Weights are views of the fused ones; on the meta device they have no values either.
+    """
+    names = _matrix_names(model)
+    if names is None:
+        return
+    new = {part: _unfused(part, names) for part in model.modules() if is_fused(part)}
+    replace_modules(model, new)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is fused experts that `unfuse` can take apart: no bias, gate before up."""
+    flags: dict[str, Any] = {
+        "has_gate": True,
+        "has_bias": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+        "has_post_expert_norm": False,
+    }
+    known = all(getattr(module, name, None) is flag for name, flag in flags.items())
+    return known and set(module._parameters) == set(FUSED) and hasattr(module, "_apply_gate")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether some fused experts of the model were replaced by a list."""
+    return any(isinstance(part, Experts) for part in model.modules())
+
+
+def without_merging(conversions: Iterable[Any]) -> list[Any]:
+    """transformers' conversions, less those that merge experts."""
+    return [x for x in conversions if not _merged_parameter(x)]
+
+
+def _merged_parameter(conversion: Any) -> str | None:
+    """The parameter of fused experts that a conversion merges a checkpoint's matrices into."""
+    from transformers.core_model_loading import MergeModulelist
+
+    operations = getattr(conversion, "operations", ())
+    if not any(isinstance(operation, MergeModulelist) for operation in operations):
+        return None
+    name = str(conversion._original_target_patterns[0]).rpartition(".")[2]
+    matches = FUSED.get(name) == len(conversion._original_source_patterns)
+    return name if matches and len(conversion._original_target_patterns) == 1 else None
+
+
+def _matrix_names(model: nn.Module) -> tuple[str, ...] | None:
+    """What the checkpoint calls an expert's gate, up and down; None where it holds no experts."""
+    if not any(is_fused(part) for part in model.modules()):
+        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found: dict[str, list[str]] = {}
+    for conversion in get_model_conversion_mapping(model):
+        parameter = _merged_parameter(conversion)
+        if parameter is not None:
+            # "mlp.experts.*.gate_proj.weight" -> "gate_proj"
+            sources = conversion._original_source_patterns
+            found[parameter] = [
+                source.split("*.")[-1].removesuffix(".weight") for source in sources
+            ]
+    names = tuple(name for parameter in FUSED for name in found.get(parameter, ()))
+    plain = all(name.isidentifier() for name in names)
+    return names if plain and len(names) == sum(FUSED.values()) else None
+
+
+def _unfused(fused: nn.Module, names: Sequence[str]) -> Experts:
+    gate_up, down = (fused.get_parameter(name).detach() for name in FUSED)
+    fused._parameters.clear()  # what stays of it is the activation
+    activate: Callable[..., Tensor] = fused._apply_gate  # type: ignore[assignment]
+    experts = [
+        Expert(names, [_linear(x) for x in (*gate_up[i].chunk(2), down[i])], activate)
+        for i in range(len(down))
+    ]
+    return Experts(experts).train(fused.training)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer
