@@ -15,7 +15,7 @@ from torch import nn
 
 from lrc_cli.calibration import Batch
 from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.models import Layer, Network, watched
 from lrc_cli.placement import block_names
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
@@ -233,7 +233,7 @@ def places(
     handles = [part.register_forward_pre_hook(move_to(name)) for name, part in blocks]
     try:
         # A block may be a layer itself: its own hook comes before the one that leaves it.
-        with hooked(network, layers, look):
+        with watched(network, layers, look):
             handles += [part.register_forward_hook(move_to(TAIL)) for _, part in blocks]
             _run(network, batch)
     finally:

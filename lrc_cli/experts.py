@@ -93,6 +93,13 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(part, Experts) for part in model.modules())
 
 
+def is_expert(model: nn.Module, name: str) -> bool:
+    """Whether the module of that name lies in a list of experts: a router chooses its tokens."""
+    parts = name.split(".")
+    above = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(isinstance(model.get_submodule(path), Experts) for path in above)
+
+
 def without_merging(conversions: Iterable[Any]) -> list[Any]:
     """transformers' conversions, less those that merge experts."""
     return [x for x in conversions if not _merged_parameter(x)]

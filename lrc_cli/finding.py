@@ -96,6 +96,8 @@ def _reason(
         return "a grouped convolution: its kernels are small already"
     if tensor.ndim == 3 and hasattr(part, "num_experts"):
         return "experts that the checkpoint holds as one tensor; not in this version"
+    if isinstance(part, nn.RNNBase):
+        return f"a matrix of {type(part).__name__}; not in this version"
     if isinstance(part, nn.Embedding):
         return "an embedding; not in this version"
     if leaf == "weight":

@@ -140,25 +140,19 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
 
 
 @contextmanager
-def hooked(
+def watched(
     network: Network,
     layers: Sequence[Layer],
-    hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
+    look: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
 ) -> Iterator[None]:
-    """Within it, `hook(layer, inputs, outputs)` runs after each layer, on rows (..., n) and
-    (..., m); rows that it returns replace the outputs."""
+    """Within it, `look(layer, x, y)` runs after each layer, on what it was given and has returned;
+    what it returns replaces y, unless it is None."""
 
     def attach(layer: Layer) -> Any:
-        def look(_: nn.Module, given: Any, named: Any, output: torch.Tensor) -> torch.Tensor | None:
-            x, layout = [*given, *named.values()][0], layer.layout
-            rows = hook(layer, layout.inputs(x), layout.outputs(output))
-            if rows is None or layout.channels == -1:
-                return rows
-            # A change in place of a view would pass by the gradient's hooks on the rows.
-            return layout.returned(rows).clone()
-
-        module = network.module.get_submodule(layer.name)
-        return module.register_forward_hook(look, with_kwargs=True)
+        return network.module.get_submodule(layer.name).register_forward_hook(
+            lambda _, given, named, y: look(layer, [*given, *named.values()][0], y),
+            with_kwargs=True,
+        )
 
     handles = [attach(layer) for layer in layers]
     try:
@@ -168,26 +162,48 @@ def hooked(
             handle.remove()
 
 
+@contextmanager
+def hooked(
+    network: Network,
+    layers: Sequence[Layer],
+    hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
+) -> Iterator[None]:
+    """Within it, `hook(layer, inputs, outputs)` runs after each layer, on rows (..., n) and
+    (..., m); rows that it returns replace the outputs."""
+
+    def look(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        layout = layer.layout
+        rows: torch.Tensor | None = hook(layer, layout.inputs(x), layout.outputs(y))
+        if rows is None or layout.channels == -1:
+            return rows
+        # A change in place of a view would pass by the gradient's hooks on the rows.
+        return layout.returned(rows).clone()
+
+    with watched(network, layers, look):
+        yield
+
+
 def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """Which layers read the very same input tensor, seen in one forward pass.
+    """Which layers read the very same rows of one input tensor, seen in one forward pass.
 
     Returns:
         {layer name: name of the first layer with the same input}; layers that were not reached
         are absent.
     """
-    seen: dict[str, list[tuple[int, ...]]] = {}
+    seen: dict[str, list[tuple[Any, ...]]] = {}
     alive = []  # a tensor that was freed could lend its address to another one
 
     def look(layer: Layer, x: torch.Tensor, _: torch.Tensor) -> None:
         alive.append(x)
-        # The version tells a tensor from itself after a change in place.
-        identity = (x.data_ptr(), x._version, *x.shape, *x.stride())
+        # The version tells a tensor from itself after a change in place, and the layout one
+        # convolution's patches from another's.
+        identity = (x.data_ptr(), x._version, *x.shape, *x.stride(), layer.layout)
         seen.setdefault(layer.name, []).append(identity)
 
-    with torch.no_grad(), hooked(network, layers, look):
+    with torch.no_grad(), watched(network, layers, look):
         network(batch)
     # A layer may be called several times: only the same inputs in every call are one group.
-    first: dict[tuple[tuple[int, ...], ...], str] = {}
+    first: dict[tuple[tuple[Any, ...], ...], str] = {}
     return {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
 
 

@@ -13,6 +13,7 @@ from lrc_cli.blocks import Chain, Segment, StopForward
 from lrc_cli.calibration import Batch
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
+from lrc_cli.experts import is_expert
 from lrc_cli.layers import replace_modules
 from lrc_cli.losses import unpadded
 from lrc_cli.models import Layer, Network, make_network, open_module
@@ -127,6 +128,8 @@ class Streams(Pair):
         Raises:
             RunError: an input is NaN or infinite.
         """
+        if is_expert(self.plan.network.module, layer.name):
+            return None
         center = self.plan.config.compression.center
         fitted, held = (DriftSum(layer.shape[1], self.plan.device, center=center) for _ in range(2))
         per_sequence: set[float] = set()

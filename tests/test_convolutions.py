@@ -15,7 +15,7 @@ from lrc_cli.config import Compression
 from lrc_cli.finding import find_layers
 from lrc_cli.layers import low_rank_layers
 from lrc_cli.layouts import layout_of, linear_shape
-from lrc_cli.models import hooked, make_network, open_module
+from lrc_cli.models import Layer, hooked, input_groups, make_network, open_module
 from lrc_cli.slots import low_rank_module
 
 GEOMETRIES: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
@@ -128,6 +128,32 @@ def test_rows_and_gradients_are_those_of_the_layer(plain_folder: pico.PlainFolde
 
 
 LESS = {"compression.size": 0.3}  # bfloat16 alone halves what is stored in float32
+
+
+class Branches(nn.Module):
+    """Convolutions that read one tensor, two of them through the same kernel's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.same = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3)
+        self.dilated = nn.Conv2d(3, 4, 3, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(x).sum() + self.same(x).sum() + self.dilated(x).sum()
+
+
+def test_convolutions_share_inputs_only_where_they_see_the_same_patches() -> None:
+    module = Branches()
+    network = make_network(module, device=torch.device("cpu"), dtype=None)
+    shared: dict[str, Any] = {"kind": "Conv2d", "dtype": torch.float32, "unit": ""}
+    layers = [
+        Layer(name=x, key=x, shape=shape, layout=layout, **shared)
+        for x, part in module.named_children()
+        if (shape := linear_shape(part)) and (layout := layout_of(part))
+    ]
+    groups = input_groups(network, layers, {"x": torch.randn(1, 3, 8, 8)})
+    assert groups == {"narrow": "narrow", "same": "narrow", "dilated": "dilated"}
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "curvature": {},

@@ -16,7 +16,7 @@ from lrc_cli.experts import Experts, has_experts, unfuse
 from lrc_cli.layers import low_rank_layers
 from lrc_cli.loading import load
 
-IDS = FAMILIES["mixtral"].inputs["input_ids"]
+IDS = torch.randint(4, 64, (48, 12), generator=torch.Generator().manual_seed(4))
 MIXTURES = ("mixtral", "qwen3-moe")
 EXPERT = "model.layers.0.mlp.experts.{}.w2"
 
@@ -129,6 +129,17 @@ def test_each_expert_is_fitted_to_the_tokens_routed_to_it(made: Made) -> None:
         few = f"fitted to {len(x)} tokens, fewer than its 48 inputs" in row["reason"]
         assert few == (len(x) < 48)
     assert min(counts) == 0 < sorted(counts)[1] < 48 < max(counts)
+
+
+def test_experts_are_never_fitted_to_pairs_of_tokens(made: Made) -> None:
+    """The compressed network's router may send other tokens to them."""
+    if not made.report["sequential"]["used"]:
+        assert not any(layer.get("sequential") for layer in made.layers.values())
+        return
+    assert made.layers["model.layers.0.self_attn.q_proj"]["sequential"] is True
+    reasons = {made.layers[EXPERT.format(0)]["sequential_reason"]}
+    reasons.add(made.layers["model.layers.0.mlp.experts.0.w1"]["sequential_reason"])
+    assert reasons == {"the tokens that reach it depend on the layers before it"}
 
 
 def test_files_have_a_key_for_every_expert_and_load_apart(made: Made) -> None:

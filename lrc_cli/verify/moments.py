@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
-from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.precision import recast_in_backward
 
 STATISTICS_TOKENS = 2048
@@ -162,7 +162,8 @@ def batch_size(sequences: Sequences, num_positions: int) -> int:
 
 
 def shared_inputs(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """{layer: first layer that reads the same input in every call}, of the layers reached."""
+    """{layer: first layer that reads the same rows in every call}, of the layers reached."""
+    layouts = {layer.name: layer.layout for layer in layers}
     seen: dict[str, list[Tensor]] = {}
     versions: dict[str, list[int]] = {}
 
@@ -170,14 +171,14 @@ def shared_inputs(network: Network, layers: Sequence[Layer], batch: Batch) -> di
         seen.setdefault(layer.name, []).append(x)
         versions.setdefault(layer.name, []).append(x._version)
 
-    with torch.no_grad(), hooked(network, layers, look):
+    with torch.no_grad(), watched(network, layers, look):
         network(batch)
     groups: dict[str, str] = {}
     for name in seen:
         same = (
             other
             for other in dict.fromkeys(groups.values())
-            if versions[other] == versions[name]
+            if (versions[other], layouts[other]) == (versions[name], layouts[name])
             and len(seen[other]) == len(seen[name])
             and all(_is_same(a, b) for a, b in zip(seen[other], seen[name], strict=True))
         )
