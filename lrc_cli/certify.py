@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from lrc_cli.blocks import Segment
 from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.cut import find_cut
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import LARGEST_RATIO
-from lrc_cli.layout import find_layout
+from lrc_cli.experts import is_expert
 from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare, unpadded
-from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.models import Layer, Network, watched
 from lrc_cli.statistics import micro_batch
 from lrc_cli.walk import Keep, Pair
 
@@ -64,7 +65,7 @@ class Measured:
     """By quantity, one value per sequence; see `measure`."""
     layers: dict[str, LayerErrors]
     """By layer name. A layer is absent where no token reached it, or where the tokens that did
-    cannot be told apart by sequence, or are not the same in both networks."""
+    cannot be told apart by sequence (so for experts), or are not the same in both networks."""
 
 
 def measure(
@@ -104,14 +105,16 @@ def measure(
     Raises:
         RunError: an output, or a layer's output, is NaN or infinite.
     """
+    # By chance an expert gets as many tokens as there are sequences.
+    layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
     batches = list(dataclasses.replace(sequences, inputs=inputs).batches(size))
-    layout = find_layout(before, layers, (), next(sequences.batches(1)))
-    pair = Pair(before, after, layout.chain, batches, keep)
+    cut = find_cut(before, layers, (), next(sequences.batches(1)))
+    pair = Pair(before, after, cut.chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
-    segments = [s for s in layout.segments if only is None or s.name in only]
+    segments = [s for s in cut.segments if only is None or s.name in only]
     for segment in segments:
         for index, batch in enumerate(batches):
             watching = comparison.watching(segment, batch, index * size)
@@ -163,8 +166,8 @@ class _Comparison:
         for network in (self.before, self.after):
             network.placement.occupy(segment.name)
         return (
-            hooked(self.before, layers, self._in_dense),
-            hooked(self.after, layers, self._in_compressed),
+            watched(self.before, layers, self._in_dense),
+            watched(self.after, layers, self._in_compressed),
         )
 
     def end(self) -> None:
@@ -184,10 +187,10 @@ class _Comparison:
 
     def _in_dense(self, layer: Layer, x: Tensor, y: Tensor) -> None:
         bias = _module(self.before, layer).bias
-        self._add(layer, "energy", y.float() if bias is None else y.float() - bias.float())
-        self._add(layer, "same_input", _difference(y, _module(self.after, layer)(x)))
-        # What comes next may change the output in place.
-        self.outputs[layer.name].append(y.clone())
+        rows = layer.layout.outputs(y).float()
+        self._add(layer, "energy", rows if bias is None else rows - bias.float())
+        self._add(layer, "same_input", _difference(layer, y, _module(self.after, layer)(x)))
+        self.outputs[layer.name].append(y.clone())  # what comes next may change it in place
         self.reached.add(layer.name)
 
     def _in_compressed(self, layer: Layer, x: Tensor, y: Tensor) -> None:
@@ -195,11 +198,11 @@ class _Comparison:
             self.lost.add(layer.name)
             return
         dense = self.outputs[layer.name].pop(0)
-        self._add(layer, "deployed", _difference(dense, y))
+        self._add(layer, "deployed", _difference(layer, dense, y))
         if self.decompose:
             between = _module(self.before, layer)(x)
-            self._add(layer, "inherited", _difference(dense, between))
-            self._add(layer, "new", _difference(between, y))
+            self._add(layer, "inherited", _difference(layer, dense, between))
+            self._add(layer, "new", _difference(layer, between, y))
 
     def _add(self, layer: Layer, kind: str, rows: Tensor) -> None:
         squares = torch.linalg.vector_norm(rows, dim=-1).double().square()
@@ -220,8 +223,8 @@ def _module(network: Network, layer: Layer) -> Any:
     return network.module.get_submodule(layer.name)
 
 
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    return first.float() - second.float()
+def _difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
+    return layer.layout.outputs(first.float() - second.float())
 
 
 def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from lrc_cli.blocks import Segment
+from lrc_cli.cut import Cut, find_cut
 from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
-from lrc_cli.layout import Layout, find_layout
 from lrc_cli.losses import Loss, choose_loss
 from lrc_cli.memory import HostMemory
 from lrc_cli.models import Layer
@@ -72,21 +72,21 @@ def prepare(
     graded = {layer.name for layer in layers if "fisher" in plan.solvers[layer.name].needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
-    layout = find_layout(plan.network, layers, graded, next(sequences.batches(1)))
-    if not layout.chain.names:
-        progress.note(f"the network runs whole, not block by block: {layout.reason}")
+    cut = find_cut(plan.network, layers, graded, next(sequences.batches(1)))
+    if not cut.chain.names:
+        progress.note(f"the network runs whole, not block by block: {cut.reason}")
     job = Job(
         network=plan.network,
-        chain=layout.chain,
-        segments=layout.segments,
+        chain=cut.chain,
+        segments=cut.segments,
         batches=list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS))),
-        leaders=layout.leaders,
+        leaders=cut.leaders,
         graded=graded,
         loss=loss,
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    return job, UnitStore(work, units, layout, loss)
+    return job, UnitStore(work, units, cut, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -123,10 +123,10 @@ class UnitStore:
         self,
         work: WorkDirectory,
         units: Mapping[str, list[Layer]],
-        layout: Layout,
+        cut: Cut,
         loss: Loss | None,
     ) -> None:
-        self.work, self.units, self.layout, self.loss = work, units, layout, loss
+        self.work, self.units, self.cut, self.loss = work, units, cut, loss
 
     def has(self, segment: Segment) -> bool:
         """Whether the segment was measured."""
@@ -144,7 +144,7 @@ class UnitStore:
         for unit in dict.fromkeys(units.values()):
             others = [
                 other.name
-                for other in self.layout.segments
+                for other in self.cut.segments
                 if other is not segment and any(layer.unit == unit for layer in other.layers)
             ]
             if all(self.work.has(PARTS, name) for name in others):
@@ -169,7 +169,7 @@ class UnitStore:
 
     def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
         """Where a layer's Gram matrices lie: that of its inputs is stored once, with the leader."""
-        leader = self.layout.leaders[name]
+        leader = self.cut.leaders[name]
         gram = moments.grams.get(leader)
         return {
             "group": leader,

@@ -19,7 +19,7 @@ from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
 from lrc_cli.errors import InputError
 from lrc_cli.fit import Fitted, Request, fit_layer
 from lrc_cli.losses import floating_outputs, unpadded
-from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.statistics import micro_batch
 
 NOT_FOLLOWED = "not followed by ReLU: fitted with frobenius"
@@ -79,7 +79,7 @@ def followed_by_relu(network: Network, layers: Sequence[Layer], batch: Batch) ->
         batch: a micro-batch; a layer that it does not reach is not among them.
     """
     watch = _Watch()
-    with torch.no_grad(), hooked(network, layers, lambda layer, _, y: watch.follow(layer.name, y)):
+    with torch.no_grad(), watched(network, layers, lambda x, _, y: watch.follow(x.name, y)):
         with watch:
             outputs = network(batch)
         watch.returned(floating_outputs(outputs))

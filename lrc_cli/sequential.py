@@ -30,7 +30,7 @@ from lrc_cli.layerwise import (
     weight_of,
 )
 from lrc_cli.memory import HostMemory
-from lrc_cli.models import Layer, hooked
+from lrc_cli.models import Layer, watched
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Phase, Progress
@@ -208,7 +208,7 @@ def _groups(plan: Plan, work: WorkDirectory, segment: Segment) -> list[list[Laye
 def _num_calls(plan: Plan, streams: Streams) -> Counter[str]:
     """How often each layer runs in one pass."""
     calls: Counter[str] = Counter()
-    with torch.no_grad(), hooked(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
+    with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
         plan.network(streams.batches[0])
     return calls
 

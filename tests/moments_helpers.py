@@ -13,8 +13,8 @@ from lrc_cli.blocks import WHOLE, Chain, Segment
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
+from lrc_cli.cut import find_cut
 from lrc_cli.finding import find_layers
-from lrc_cli.layout import find_layout
 from lrc_cli.losses import Loss, backward_scalars, prepare, unpadded
 from lrc_cli.models import Layer, Network, open_module
 from lrc_cli.sweep import Job, Sweep
@@ -61,9 +61,9 @@ def measured(
     """
     given = sequences(inputs)
     graded = {layer.name for layer in layers} if loss else set()
-    layout = find_layout(network, layers, graded, next(given.batches(1)))
-    assert {x.name for s in layout.segments for x in s.layers} == {x.name for x in layers}
-    chain, segments = layout.chain, layout.segments
+    cut = find_cut(network, layers, graded, next(given.batches(1)))
+    assert {x.name for s in cut.segments for x in s.layers} == {x.name for x in layers}
+    chain, segments = cut.chain, cut.segments
     if whole:
         chain, segments = Chain(), [Segment(name=WHOLE, layers=layers)]
     job = Job(

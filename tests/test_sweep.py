@@ -11,7 +11,7 @@ from conftest import Models
 from moments_helpers import assert_close, by_autograd, measured, opened, padded_tokens
 from torch import Tensor, nn
 
-from lrc_cli.layout import find_layout
+from lrc_cli.cut import find_cut
 from lrc_cli.losses import Loss
 from lrc_cli.models import Layer, Network, make_network
 from lrc_cli.statistics import GramSum
@@ -99,15 +99,15 @@ def plain(way: str) -> tuple[Network, list[Layer]]:
 def test_plain_networks_are_cut_only_where_nothing_is_lost(
     way: str, reason: str, kind: str | None
 ) -> None:
-    """Layers of head and tail included; whatever the layout, the moments are those of the whole."""
+    """Layers of head and tail included; whatever the cut, the moments are those of the whole."""
     network, layers = plain(way)
     inputs = {"x": torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(1))}
     loss = None if kind is None else Loss(kind=kind)
     graded = {layer.name for layer in layers} if loss else set()
-    layout = find_layout(network, layers, graded, {"x": inputs["x"][:1]})
+    cut = find_cut(network, layers, graded, {"x": inputs["x"][:1]})
     if way != "skipped" or loss:
-        assert reason in layout.reason and bool(layout.reason) == bool(reason)
-    assert len(layout.segments) == (1 if layout.reason else 5)
+        assert reason in cut.reason and bool(cut.reason) == bool(reason)
+    assert len(cut.segments) == (1 if cut.reason else 5)
     expected = by_autograd(network, layers, inputs, loss or Loss(kind="output"), 8)
     found = measured(network, layers, inputs, loss, 8)
     assert_close(found[0], expected[0], 1e-6)
@@ -152,8 +152,8 @@ def test_layers_that_read_one_tensor_share_a_leader_within_their_segment(
     module, layers = opened(checkpoint("llama"))
     network = make_network(module, device=CPU, dtype=torch.float32)
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
-    layout = find_layout(network, layers, (), batch)
+    cut = find_cut(network, layers, (), batch)
     for layer in layers:
         stem, _, leaf = layer.name.rpartition(".")
         leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(leaf, leaf)
-        assert layout.leaders[layer.name] == f"{stem}.{leader}"
+        assert cut.leaders[layer.name] == f"{stem}.{leader}"

@@ -69,7 +69,7 @@ class _Comparison:
         """Seconds to open the checkpoint again and to try it out."""
         solved = [layer for layer in plan.layers if layer.name in found]
         for layer in solved:
-            streams.install(layer, found[layer.name].tensors(layer.key))
+            streams.install(layer, found[layer.name].tensors(layer))
         self.factorised = [x for x in solved if found[x.name].packed is not None]
         self.counts = self._counts(segments, {layer.name for layer in solved})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.experts import is_expert
 from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.verify.moments import Checked, batch_size
@@ -155,6 +156,8 @@ def measure_held_out(
     Args:
         parts: whether `new` and `inherited` are wanted; they are 0 otherwise.
     """
+    # By chance an expert may be given as many tokens as there are sequences.
+    layers = [x for x in layers if not is_expert(before.module, x.layer.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     found = HeldOut()
     size = batch_size(sequences, HELD_TOKENS)

@@ -1,4 +1,4 @@
-"""Where the layers that are to be measured run: in which segments, on whose inputs."""
+"""Where a network is cut into segments to be measured, and which layers run in which."""
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -20,11 +20,11 @@ from lrc_cli.blocks import (
 )
 from lrc_cli.calibration import Batch
 from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, hooked, input_groups
+from lrc_cli.models import Layer, Network, input_groups, watched
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Cut:
     """The segments that a network is measured in."""
 
     chain: Chain
@@ -33,12 +33,12 @@ class Layout:
     leaders: dict[str, str]
     """{layer: first layer of its segment that reads the very same input}."""
     reason: str
-    """Why the network runs whole; empty where it does not."""
+    """Why the network runs whole; empty where it is cut."""
 
 
-def find_layout(
+def find_cut(
     network: Network, layers: Sequence[Layer], graded: Collection[str], batch: Batch
-) -> Layout:
+) -> Cut:
     """The segments and the layers in them, seen on one batch.
 
     A network is not cut where that would lose something: where a layer runs in several segments,
@@ -69,7 +69,7 @@ def find_layout(
         for segment in segments
         for layer in segment.layers
     }
-    return Layout(chain=chain, segments=segments, leaders=leaders, reason=reason)
+    return Cut(chain=chain, segments=segments, leaders=leaders, reason=reason)
 
 
 def _is_bypassed(
@@ -85,7 +85,7 @@ def _is_bypassed(
     if not head:
         return False
     entered: dict[str, Call] = {}
-    with hooked(network, head, lambda _, __, y: y.requires_grad_().clone()):
+    with watched(network, head, lambda _, __, y: y.requires_grad_().clone()):
         with patched(network.module, passing(chain, entered, None)), suppress(StopForward):
             network(batch)
         first = entered[chain.names[0]].hidden
