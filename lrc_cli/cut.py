@@ -14,6 +14,7 @@ from lrc_cli.blocks import (
     StopForward,
     arrange,
     find_chain,
+    hidden_output,
     passing,
     patched,
     places,
@@ -88,9 +89,10 @@ def _is_bypassed(
     with watched(network, head, lambda _, __, y: y.requires_grad_().clone()):
         with patched(network.module, passing(chain, entered, None)), suppress(StopForward):
             network(batch)
-        first = entered[chain.names[0]].hidden
-        assert first is not None
-        with patched(network.module, passing(chain, entered, torch.zeros_like(first))):
+        # Blocks may change the shape: what the tail takes is what the last one returned.
+        last = hidden_output(chain.shape)
+        assert last is not None
+        with patched(network.module, passing(chain, entered, torch.zeros_like(last))):
             outputs = network(batch)
     others = [tensor for call in entered.values() for tensor in call.others()]
     return any(tensor.requires_grad for tensor in [*others, *floating_outputs(outputs)])

@@ -102,12 +102,13 @@ def by_autograd(
     prepared = [prepare(loss, b, generator) for b in sequences(inputs).batches(batch)]
     for given, labels in prepared:
         mask = given.get("attention_mask")
-        outputs: list[tuple[str, Tensor]] = []
+        outputs: list[tuple[Layer, Tensor]] = []
 
-        def watch(layer: Layer, mask: Tensor | None, outputs: list[tuple[str, Tensor]]) -> Any:
+        def watch(layer: Layer, mask: Tensor | None, outputs: list[tuple[Layer, Tensor]]) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-                rows[layer.name].append(unpadded(arguments[0].detach(), mask).flatten(0, -2))
-                outputs.append((layer.name, output.requires_grad_().clone()))
+                x = layer.layout.inputs(arguments[0].detach())
+                rows[layer.name].append(unpadded(x, mask).reshape(-1, x.shape[-1]))
+                outputs.append((layer, output.requires_grad_().clone()))
                 return outputs[-1][1]
 
             return network.module.get_submodule(layer.name).register_forward_hook(hook)
@@ -118,8 +119,9 @@ def by_autograd(
             handle.remove()
         for scalar in backward_scalars(loss, found, labels, generator, mask):
             wanted = torch.autograd.grad(scalar, [y for _, y in outputs], retain_graph=True)
-            for (name, _), gradient in zip(outputs, wanted, strict=True):
-                gradients[name].append(unpadded(gradient, mask).flatten(0, -2))
+            for (layer, _), gradient in zip(outputs, wanted, strict=True):
+                g = unpadded(layer.layout.outputs(gradient), mask)
+                gradients[layer.name].append(g.reshape(-1, g.shape[-1]))
     return {n: outer(x) for n, x in rows.items()}, {n: outer(x) for n, x in gradients.items()}
 
 

@@ -156,7 +156,7 @@ def test_convolutions_share_inputs_only_where_they_see_the_same_patches() -> Non
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "curvature": {},
+    "curvature, certified": {"certification.num_sequences": 16},
     "curvature, sequential": {"compression.sequential": True},
     "frobenius, centred": {"compression.method": "frobenius", "compression.center": True},
     "relu": {"compression.method": "relu"},
@@ -172,6 +172,8 @@ def test_a_plain_network_is_compressed_loaded_and_verified(
     changes = plain_folder.model("pictures") | settings | VARIANTS[variant]
     output, report = pico.compressed(tmp_path, changes | {"compression.rank_multiple": 1})
     kinds = {x["name"]: x["kind"] for x in report["layers"] if x["storage"] != "dense"}
+    if variant == "curvature, certified":
+        assert report["certificate"]["statements"] and not report["certificate"]["not_covered"]
     assert {"first": "Conv2d", "second": "Conv2d", "along": "Conv1d"}.items() <= kinds.items()
     reasons = {x["name"]: x["reason"] for x in report["skipped"]}
     assert reasons["depthwise.weight"] == "a grouped convolution: its kernels are small already"

@@ -8,9 +8,11 @@ import pico
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES
 from moments_helpers import assert_close, by_autograd, measured, opened, padded_tokens
 from torch import Tensor, nn
 
+from lrc_cli.blocks import Chain, segments_of
 from lrc_cli.cut import find_cut
 from lrc_cli.losses import Loss
 from lrc_cli.models import Layer, Network, make_network
@@ -38,6 +40,31 @@ def test_streamed_moments_equal_those_of_the_whole_network(
     network = make_network(module, device=CPU, dtype=torch.float32)
     loss = Loss(kind=kind, mask_token=pico.SPECIAL.index("[MASK]"))
     inputs = padded_tokens(rows=7, length=9)
+    expected = by_autograd(network, layers, inputs, loss, 3)
+    found = measured(network, layers, inputs, loss, 3)
+    assert_close(found[0], expected[0], 1e-6)
+    assert_close(found[1], expected[1], 1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mixtral", "next_token"), ("resnet", "output")])
+def test_experts_and_convolutions_are_measured_block_by_block(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """Experts that the first sequence misses included."""
+    family = FAMILIES[name]
+    model = family.build()
+    pico.randomise(model)
+    model.save_pretrained(tmp_path)
+    module, layers = opened(tmp_path, exclude=())
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    inputs = {key: tensor[:7].clone() for key, tensor in family.inputs.items()}
+    if name == "mixtral":
+        inputs["input_ids"][0] = 7  # one token all along is one choice of experts
+    first = {key: tensor[:1] for key, tensor in inputs.items()}
+    (reached,) = segments_of(network, Chain(), layers, first)
+    assert (len(reached.layers) < len(layers)) == (name == "mixtral")
+    assert find_cut(network, layers, {x.name for x in layers}, first).reason == ""
+    loss = Loss(kind=kind)
     expected = by_autograd(network, layers, inputs, loss, 3)
     found = measured(network, layers, inputs, loss, 3)
     assert_close(found[0], expected[0], 1e-6)
