@@ -138,10 +138,11 @@ def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fit
 
     No inverse is taken, so the factors are finite; directions that no token excited are not kept.
     """
-    seen = work.get(STATISTICS, layer.unit)[1]["layers"].get(layer.name)
-    if fitted.packed is None or seen is None or seen["tokens"] >= layer.shape[1]:
+    tokens = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
+    # Without any it was fitted to its weight alone.
+    if fitted.packed is None or not 0 < tokens < layer.shape[1]:
         return fitted
-    few = f"fitted to {seen['tokens']} tokens, fewer than its {layer.shape[1]} inputs"
+    few = f"fitted to {tokens} tokens, fewer than its {layer.shape[1]} inputs"
     reason = "; ".join(filter(None, (fitted.facts["reason"], few)))
     return replace(fitted, facts=fitted.facts | {"reason": reason})
 

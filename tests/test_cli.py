@@ -184,6 +184,7 @@ def test_set_and_output_override_the_config(tmp_path: Path, llama_job: Changes) 
     assert (ended.code, ended.out, ended.err) == (0, f"{tmp_path / 'else where'}\n", "")
     report = json.loads((tmp_path / "else where" / "report.json").read_text())
     assert report["method"] == "svd" and report["size"]["kept_compressible"] <= 0.5
+    assert not any("tokens" in layer["reason"] for layer in report["layers"])
     assert_nothing_left(tmp_path)
 
 
