@@ -131,7 +131,8 @@ def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
         key: Any = segment.name
         if segment.name not in (HEAD, TAIL, WHOLE):
             parameters = plan.network.module.get_submodule(segment.name).named_parameters()
-            own = [layer.name.removeprefix(segment.name) for layer in segment.layers]
+            # Experts that the first sequence misses come last, whichever they are.
+            own = sorted(layer.name.removeprefix(segment.name) for layer in segment.layers)
             key = (tuple((name, x.shape) for name, x in parameters), tuple(own))
         groups.setdefault(key, []).append(segment.name)
     return {name: names[len(names) // 2] for names in groups.values() for name in names}
