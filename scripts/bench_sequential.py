@@ -4,7 +4,7 @@
     .venv/bin/python scripts/bench_sequential.py --seeds 0 1
 
 Rows at kept shares 0.6 and 0.4, and at 0.6 with few calibration tokens, where sequential fitting
-would overfit: 8192 tokens are below 10 n for the widest layers, 4096 for all, and what is below
+would overfit: both are below 15 n for all layers once an eighth is held back, and what is below
 falls back. Exits with 1 if sequential fitting is worse than plain fitting on any text.
 """
 

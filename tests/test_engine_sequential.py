@@ -297,7 +297,7 @@ def test_the_ridge_keeps_few_tokens_from_being_learnt_by_heart() -> None:
         fitted = own(Case(**{**vars(seen), "ridge": ridge}), rank)
         errors[ridge] = relative(seen, fitted), relative(new, fitted)
     assert errors[1e-9][0] < errors[RIDGE][0] < errors[RIDGE][1] < 0.65 * errors[1e-9][1]
-    # Even so the dense network's inputs are the better guide: fewer than 10 n tokens fall back.
+    # Even so the dense network's inputs are the better guide: fewer than 15 n tokens fall back.
     assert relative(new, on_dense_inputs(seen, rank)) < errors[RIDGE][1]
     enough = overfitting(20 * 48, seed=2)
     assert relative(new, own(enough, rank)) < relative(new, on_dense_inputs(enough, rank))
