@@ -14,8 +14,8 @@ from lrc_cli.work import STATISTICS, WorkDirectory
 METHODS = ("frobenius", "curvature")
 """Those whose problem has a form on two networks' inputs."""
 MIN_TOKENS = 15
-"""For each input of a layer. With fewer the fit learns the calibration tokens by heart: on SmolLM2 it
-raised the perplexity by a tenth at 12 and lowers it at 19 (docs/benchmarks.md)."""
+"""For each input of a layer. With fewer the fit learns the calibration tokens by heart: on SmolLM2
+it raised the perplexity by a tenth at 12 and lowers it at 19 (docs/benchmarks.md)."""
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept, and little is left to make up for
 (docs/benchmarks.md)."""
