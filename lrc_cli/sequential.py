@@ -5,8 +5,9 @@ Both networks walk through the calibration data segment by segment. Inside a seg
 in groups that read one input, in the order in which they run: both networks run up to that input,
 its moments are summed, the group is fitted and becomes low-rank in the compressed network.
 
-No layer is fitted to the sequences that are held back: on them each layer measures how much of the
-drift of its inputs it can really make up for (`engine/sequential.py`).
+No layer is fitted in this way to the sequences that are held back: on them each measures how much
+of the drift of its inputs it can really make up for (`engine/sequential.py`). The ranks, the
+curvature and the layers that are fitted plainly come from all sequences.
 """
 
 from collections import Counter
@@ -181,7 +182,8 @@ def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, r
         assert statistics is not None
         fisher = statistics.fisher
     compression = plan.config.compression
-    asked = 1.0 if compression.correction == "auto" else compression.correction
+    # Where nothing could be held back, nothing says that a correction pays.
+    asked = 0.0 if compression.correction == "auto" else compression.correction
     problem = Sequential(
         weight_of(plan, layer),
         drift,

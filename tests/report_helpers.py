@@ -85,7 +85,7 @@ def small_report() -> dict[str, Any]:
         "loss": {"description": "negative log-likelihood of the next token", "kind": "next_token"},
         "target": {"name": "size", "value": 0.8, "of": "compressible"},
         "allocation": "global",
-        "sequential": {"used": False, "reason": "not in this version"},
+        "sequential": {"used": False, "reason": "not in this version", "held_back": 0},
         "size": {
             "compressible_bytes": {"before": 24576, "after": 19584},
             "checkpoint_bytes": {"before": 1234567, "after": 1229575},

@@ -164,6 +164,7 @@ def test_other_outputs_hold(
     [
         {"compression.sequential": True, "compression.size": 0.5},
         {"compression.sequential": True, "compression.method": "frobenius"},
+        {"compression.sequential": True, "compression.correction": 0.5},
         {"compression.center": True},
         {"compression.method": "nuclear"},
     ],
@@ -179,10 +180,12 @@ def test_other_solvers_hold(
     assert len(measured) == sum(layer["storage"] != "dense" for layer in report["layers"])
     if "compression.sequential" in changes:
         assert report["sequential"]["used"]
-        damage.edit_report(output, damage.better_layer_error)
-        assert any(
-            "c1." in line for line in failed(verify_directory(output, against=checkpoint("llama")))
-        )
+        true = (output / "report.json").read_text()
+        for change in (damage.better_layer_error, damage.other_correction):
+            (output / "report.json").write_text(true)
+            damage.edit_report(output, change)
+            found = verify_directory(output, against=checkpoint("llama"))
+            assert any(line.startswith("c1") for line in failed(found))
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])

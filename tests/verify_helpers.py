@@ -194,6 +194,13 @@ def better_layer_error(report: dict[str, Any]) -> None:
             errors[kind][key] *= 0.9 if kind == "output" else 0.81
 
 
+def other_correction(report: dict[str, Any]) -> None:
+    """A share of the correction that cannot be."""
+    for layer in report["layers"]:
+        if layer.get("sequential") is True:
+            layer["correction"] = 1.5
+
+
 def better_than_optimal(report: dict[str, Any]) -> None:
     """One layer's error alone."""
     first_factorised(report)["errors"]["output"]["stored"] *= 0.5

@@ -15,7 +15,7 @@ in E, nothing cancels where the two networks hardly differ. Where the bias is fr
 taken around the mean inputs.
 
 The correction W S C_l^-1 is a regression of the drift on x~, and part of it is learnt by heart: the
-share a of it that pays is measured on tokens that no layer was fitted to (`correction`).
+share a of it that pays is measured on tokens that no such fit saw (`correction`).
 """
 
 from dataclasses import dataclass
@@ -178,9 +178,12 @@ def _paying_share(weight: Tensor, step: Tensor, held: Drift, fisher: Tensor | No
 
     Args:
         step: A (m, n), the whole correction.
-        held: moments of tokens that neither this layer nor one before it was fitted to.
+        held: moments of tokens that were not fitted to on both networks' inputs, neither by this
+            layer nor by one before it.
     """
     left = step if fisher is None else fisher @ step
     gained = torch.sum(left * (weight @ held.cross)).item()
     spent = torch.sum(left * (step @ held.compressed)).item()
-    return min(max(gained / spent, 0.0), 1.0) if spent > 0 else 1.0
+    if spent > 0:
+        return min(max(gained / spent, 0.0), 1.0)
+    return 0.0 if torch.any(step) else 1.0  # nothing says that it pays; or there is none

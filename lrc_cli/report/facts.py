@@ -89,7 +89,8 @@ def error_note(report: Report) -> str:
         return ""
     words = {
         "white": "white inputs (no calibration data was used)",
-        "compressed": "the compressed network's inputs (||W X - Z X~|| / ||W X||)",
+        "compressed": "the compressed network's inputs (||W X - Z X~|| / ||W X||, calibration"
+        " sequences that were held back excepted)",
     }
     kinds = sorted({error["output"]["inputs"] for error in errors})
     inputs = " or ".join(words.get(kind, f"{kind} inputs") for kind in kinds)

@@ -214,6 +214,7 @@ def provenance_table(report: Report) -> Table:
         ("activations", facts["activation_dtype"]),
         ("seed", str(facts["seed"])),
         ("sequential fitting", f"{'on' if sequential['used'] else 'off'}: {sequential['reason']}"),
+        ("held back from it", f"{count(sequential['held_back'])} calibration sequences"),
         ("total time", duration(sum(report["timing"].values()))),
         ("sha256 of the config", facts["config_sha256"]),
         *((f"sha256 of source {k}", v) for k, v in facts["checkpoint_sha256"].items()),

@@ -93,6 +93,9 @@ def _fitted(bench: Bench) -> Sequences:
     what = "the config's number of sequences was held back from sequential fits"
     stated = bench.written.report["sequential"]["held_back"]
     bench.findings.equal("c1.held_back", what, stated, held_back)
+    if held_back:
+        what = "each layer's share of its correction is the one that pays on held-back sequences"
+        bench.findings.not_checked("c1.correction", what, "the fit is not repeated on them")
     return sequences.split(len(sequences) - held_back)[0]
 
 
@@ -208,6 +211,9 @@ def _paired(
         dense, compressed = pairs[checked.group].means()
         fitted = checked.fitted().to(dense.device)
         checked.shift = checked.weight.double() @ dense - fitted @ compressed
+    asked, used = compression.correction, row["correction"]
+    if not 0 <= used <= 1 or (asked != "auto" and used != asked):
+        raise ValueError(f"its correction is stated as {used}, the config has {asked}")
     is_weighted = row["method"] == "curvature"
     fisher = damped(gradients[checked.layer.name]) if is_weighted else None
     return paired_errors(

@@ -186,6 +186,7 @@ def paired_errors(
             "stored": objective(fitted),
             "svd": objective(simple),
             "optimum": objective(target) + form.tail(target, rank),
+            "inherited": objective(target),
             "total": objective(torch.zeros_like(weight)),
         },
     }
