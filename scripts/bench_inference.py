@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lrc_cli.engine.choices import default_rank_multiple
 from lrc_cli.engine.storage import pivot_block, storage_bytes
+from lrc_cli.layouts import LINEAR
 from lrc_cli.slots import low_rank_module
 
 SHAPES = (
@@ -158,7 +159,7 @@ def build(form: str, shape: tuple[int, int], share: float, dtype: torch.dtype) -
         block = pivot_block(m, rank)
         tensors["up.weight"] = random(m - rank, rank, dtype)
         tensors["perm"] = interleaved(m // block, rank // block)
-    return low_rank_module(linear, tensors, shape)
+    return low_rank_module(linear, tensors, LINEAR, shape)
 
 
 def rank_of(form: str, shape: tuple[int, int], share: float, dtype: torch.dtype) -> int:

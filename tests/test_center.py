@@ -121,15 +121,16 @@ def test_behind_compressed_layers_no_mean_is_left_in_the_difference(
     """b^ = b + W mean(x) - Z mean(x~): every layer's outputs keep their mean in the network that
     runs, though its inputs are no longer the dense network's."""
     monkeypatch.chdir(plain_folder.path)
-    rows = 4 + torch.randn(600, 24, generator=torch.Generator().manual_seed(7))
+    rows = 4 + torch.randn(1200, 24, generator=torch.Generator().manual_seed(7))
     save_file({"x": rows}, tmp_path / "rows.safetensors")
     changes = {
         **plain_folder.model("mlp"),
         **CENTER,
         "calibration.path": str(tmp_path / "rows.safetensors"),
-        "calibration.num_sequences": 600,
+        "calibration.num_sequences": 1200,
         "compression.method": method,
         "compression.sequential": True,
+        "compression.correction": 1,  # all rows are fitted to
         "compression.layers": {"*": {"rank": 4, "storage": "factors"}},
         "compression.size": 1.0,
     }

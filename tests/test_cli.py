@@ -410,7 +410,7 @@ IDS = torch.arange(5, 69).reshape(8, 8)
     [
         ({"input_ids": IDS.float()}, ["torch.float32", "integers of shape (sequences, tokens)"]),
         ({"input_ids": IDS[0]}, ["shape (8,)", "(sequences, tokens)"]),
-        ({"input_ids": IDS - 6}, ["token -1 is not one of the 96"]),
+        ({"input_ids": IDS - 6}, ["token -1 is negative"]),
         ({"input_ids": IDS + 40}, ["token 108 is not one of the 96"]),
         ({"input_ids": IDS, "attention_mask": torch.ones(8, 7)}, ["(8, 7)", "(8, 8)"]),
         ({"inputs_embeds": torch.ones(8, 3, 5)}, ["fails on inputs_embeds (1, 3, 5)", "check"]),

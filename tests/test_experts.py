@@ -140,8 +140,8 @@ def test_experts_are_never_fitted_to_pairs_of_tokens(made: Made) -> None:
         assert not any(layer.get("sequential") for layer in made.layers.values())
         return
     assert made.layers["model.layers.0.self_attn.q_proj"]["sequential"] is True
-    reasons = {made.layers[EXPERT.format(0)]["sequential_reason"]}
-    reasons.add(made.layers["model.layers.0.mlp.experts.0.w1"]["sequential_reason"])
+    experts = (f"model.layers.0.mlp.experts.0.{part}" for part in ("w1", "w3"))
+    reasons = {made.layers[name]["sequential_reason"] for name in experts}
     assert reasons == {"the tokens that reach it depend on the layers before it"}
 
 

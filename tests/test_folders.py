@@ -89,6 +89,9 @@ def test_folders_are_compressed_with(kind: str, media_model: Models, tmp_path: P
     name, write, loss = DATA[kind]
     folder, model = write(tmp_path / "data"), media_model(name)
     changes = {"model.path": str(model), "calibration.path": str(folder), "evaluation": None}
+    # Of so few recordings some Gram matrices are nearly singular, and the plain optimum on the
+    # compressed network's inputs is then a matter of rounding.
+    changes |= {"compression.sequential": False}
     output, report = pico.compressed(tmp_path, changes)
     assert report["loss"]["kind"] == loss and report["quality"][0]["num_sequences"] == 12
     assert report["provenance"]["data_files_sha256"] == {str(folder): hash_path(folder)}
