@@ -76,45 +76,56 @@ def compress(
 
     Interrupted or killed, the same command goes on where it stopped.
     """
-    from lrc_cli.config import load_config
+    from lrc_cli.processes import joined
 
     if output is not None:
         overrides = (*overrides, f"output.path={json.dumps(output)}")
-    loaded = load_config(config, overrides)
-    calm_transformers()
-    from lrc_cli.errors import StrictFallback
-    from lrc_cli.fingerprints import already_done
-    from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
-    from lrc_cli.output import read_report
-    from lrc_cli.progress import Progress, stop_on_signals
-    from lrc_cli.report.facts import not_as_asked
-    from lrc_cli.report.junit import check_junit_path, write_junit
-    from lrc_cli.run import compress as run
+    with joined() as processes:
+        from lrc_cli.config import load_config
 
-    directory = Path(loaded.output.path)
-    check_gates_possible(loaded)
-    if junit is not None:
-        check_junit_path(junit, directory)
-    if not force and not restart and already_done(loaded):
-        click.echo(f"{directory}: already what the config asks for", err=True)
-        report = read_report(directory)
-        report["gates"] = check_gates(loaded.gates, report)
-    else:
-        with stop_on_signals() as stop:
-            report = run(
-                loaded, force=force, restart=restart, progress=Progress(stop=stop, quiet=quiet)
-            )
-    click.echo(json.dumps(report, indent=2) if as_json else str(directory))
-    if not quiet and not as_json:
-        click.echo(summary(report), err=True)
-    if junit is not None:
-        write_junit(junit, report, strict=strict)
-    fail_if_missed(report)
-    fallen = [layer["name"] for layer in not_as_asked(report)]
-    if strict and fallen:
-        raise StrictFallback(
-            f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"
-        )
+        loaded = load_config(config, overrides)
+        calm_transformers()
+        from lrc_cli.gates import check_gates_possible, fail_if_fallen, fail_if_missed
+        from lrc_cli.progress import Progress, stop_on_signals
+        from lrc_cli.report.junit import check_junit_path, write_junit
+        from lrc_cli.run import compress as run
+
+        check_gates_possible(loaded)
+        if junit is not None:
+            check_junit_path(junit, Path(loaded.output.path))
+        report = None
+        if not force and not restart:
+            report = processes.from_first(lambda: earlier_report(loaded))
+        if report is None:
+            with stop_on_signals(quiet=not processes.is_first) as stop:
+                progress = Progress(stop=stop, quiet=quiet or not processes.is_first)
+                report = run(
+                    loaded, force=force, restart=restart, progress=progress, processes=processes
+                )
+        if processes.is_first:
+            click.echo(json.dumps(report, indent=2) if as_json else str(Path(loaded.output.path)))
+            if not quiet and not as_json:
+                click.echo(summary(report), err=True)
+            if junit is not None:
+                write_junit(junit, report, strict=strict)
+        fail_if_missed(report)
+        if strict:
+            fail_if_fallen(report)
+
+
+def earlier_report(config: Any) -> dict[str, Any] | None:
+    """The report of the output where it is already what the config asks for; else None."""
+    from lrc_cli.fingerprints import already_done
+    from lrc_cli.gates import check_gates
+    from lrc_cli.output import read_report
+
+    directory = Path(config.output.path)
+    if not already_done(config):
+        return None
+    click.echo(f"{directory}: already what the config asks for", err=True)
+    report = read_report(directory)
+    report["gates"] = check_gates(config.gates, report)
+    return report
 
 
 @lrc.command()

@@ -4,7 +4,7 @@ All errors are recomputed from the stored, rounded tensors (C1 of method.md sect
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ class Fitted:
     """The new bias (m,), stored dtype; None where the old one stays."""
     facts: dict[str, Any]
     """For the report; see `fit_layer`."""
+
+    def on_host(self) -> "Fitted":
+        """The same in CPU memory, to be handed to another process."""
+        bias = None if self.bias is None else self.bias.cpu()
+        packed = None if self.packed is None else self.packed.on_host()
+        return replace(self, packed=packed, bias=bias)
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """What is written for the layer of this disk name; empty where it stays dense."""

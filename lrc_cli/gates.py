@@ -3,8 +3,8 @@
 from typing import Any
 
 from lrc_cli.config import Config, Gates
-from lrc_cli.errors import GateMissed, InputError
-from lrc_cli.report.facts import factorised, missed_gates, perplexity_ratio
+from lrc_cli.errors import GateMissed, InputError, StrictFallback
+from lrc_cli.report.facts import factorised, missed_gates, not_as_asked, perplexity_ratio
 
 Report = dict[str, Any]
 Measured = tuple[float | None, str | None, str | None]
@@ -49,6 +49,15 @@ def fail_if_missed(report: Report) -> None:
     missed = missed_gates(report)
     if missed:
         raise GateMissed("; ".join(missed), "the output is there, marked as failed")
+
+
+def fail_if_fallen(report: Report) -> None:
+    """Raise StrictFallback, naming the first layer that is not stored as the config asks."""
+    fallen = [layer["name"] for layer in not_as_asked(report)]
+    if fallen:
+        raise StrictFallback(
+            f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"
+        )
 
 
 def _gate(name: str, limit: float, measured: Measured) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan, make_plan
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
@@ -25,9 +26,19 @@ from lrc_cli.work import OUTPUT_SPECTRA, PASSING, SPECTRA, STATISTICS, WorkDirec
 
 
 def compress(
-    config: Config, *, force: bool = False, restart: bool = False, progress: Progress | None = None
+    config: Config,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Compress the checkpoint that the config names and write the output directory.
+
+    Args:
+        force: replace an existing output.
+        restart: drop the finished units of this run first.
+        processes: those that share the work, each of which calls this.
 
     Returns:
         The report, as in report.json.
@@ -38,11 +49,11 @@ def compress(
     """
     progress = progress or Progress()
     with progress.phase("checks", 1):
-        plan = make_plan(config, force=force)
+        plan = make_plan(config, force=force, processes=processes)
         check_sequential(plan)
         check_reachable(plan)
     _say_what_is_off(plan, progress)
-    with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
+    with WorkDirectory(plan.work_dir, plan.statistics_fingerprint, processes) as work:
         factors = f"factors/{plan.factors_fingerprint}"
         if restart:
             work.drop([*PASSING, STATISTICS, SPECTRA, OUTPUT_SPECTRA, factors])
@@ -57,13 +68,14 @@ def compress(
             _say_unused(config.compression, "ridge", "no layer is fitted with one", progress)
         factorize = factorize_sequentially if decision.used else factorize_layers
         factorize(plan, work, ranks, factors, progress)
-        begin(plan.output)
+        processes.from_first(lambda: begin(plan.output))
         try:
-            write_checkpoint(plan, work, factors, progress)
+            processes.from_first(lambda: write_checkpoint(plan, work, factors, progress))
             report = finish_output(plan, work, factors, decision.facts(), progress)
-            publish(plan.output, force=force)
+            processes.from_first(lambda: publish(plan.output, force=force))
         except BaseException:
-            discard(plan.output)
+            if processes.is_first:
+                discard(plan.output)
             raise
     _say_what_failed(report, progress)
     return report
@@ -109,12 +121,13 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     stages = [SPECTRA]
     if plan.config.compression.max_layer_error is not None:
         stages.append(OUTPUT_SPECTRA)
-    todo = [(stage, unit) for stage in stages for unit in plan.units if not work.has(stage, unit)]
+    todo = [(stage, unit) for stage in stages for unit in work.missing(stage, plan.units)]
     if not todo:
         return
-    cost = sum(solve_cost(layer) for _, unit in todo for layer in plan.units[unit])
+    own = [(stage, unit) for stage, unit in todo if plan.owns(unit)]
+    cost = solve_cost(x for _, unit in own for x in plan.units[unit])
     with progress.phase("spectra", cost) as phase:
-        for stage, unit in todo:
+        for stage, unit in own:
             layers = plan.units[unit]
             solve = partial(_spectrum, plan, work, stage)
             solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
@@ -122,7 +135,8 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
             tensors = {layer.name: s for layer, (s, _) in named if s is not None}
             reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
             work.put(stage, unit, tensors, {"dense": reasons})
-            phase.advance(sum(map(solve_cost, layers)))
+            phase.advance(solve_cost(layers))
+    plan.processes.wait()
 
 
 def _spectrum(
@@ -155,12 +169,13 @@ def factorize_layers(
     plan: Plan, work: WorkDirectory, ranks: dict[str, int], stage: str, progress: Progress
 ) -> None:
     """Phase two: the factors of every unit that has none yet."""
-    todo = [unit for unit in plan.units if not work.has(stage, unit)]
+    todo = work.missing(stage, plan.units)
     if not todo:
         return
-    cost = sum(solve_cost(layer) for unit in todo for layer in plan.units[unit])
+    own = list(filter(plan.owns, todo))
+    cost = solve_cost(x for unit in own for x in plan.units[unit])
     with progress.phase("factors", cost) as phase:
-        for unit in todo:
+        for unit in own:
             layers = plan.units[unit]
             solve = partial(fit, plan, work, ranks)
             solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
@@ -169,4 +184,5 @@ def factorize_layers(
                 tensors |= fitted.tensors(layer.key)
             facts = {x.name: fitted.facts for x, fitted in zip(layers, solved, strict=True)}
             work.put(stage, unit, tensors, facts)
-            phase.advance(sum(map(solve_cost, layers)))
+            phase.advance(solve_cost(layers))
+    plan.processes.wait()

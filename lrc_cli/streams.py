@@ -25,42 +25,40 @@ from lrc_cli.work import Tensors
 
 
 class DriftSum:
-    """Streaming sums of what `Drift` holds: products in float32, sums in float64."""
+    """Streaming sums of what `Drift` holds: the Gram matrix of both networks' inputs in one row."""
 
     def __init__(self, width: int, device: torch.device, *, center: bool) -> None:
-        self.compressed, self.drift = (GramSum(width, device, center=center) for _ in range(2))
-        self.cross = torch.zeros_like(self.compressed.total)
+        self.both = GramSum(2 * width, device, center=center)
+        self._compressed, self._drift = slice(width), slice(width, None)
         self._center = center
 
     def add(self, x: torch.Tensor, compressed: torch.Tensor) -> None:
         """Add rows (t, n) of inputs in the dense and, for the same tokens, in the compressed
         network."""
         compressed = compressed.float()
-        drift = self.drift.add(x.float() - compressed)
-        self.cross += (drift.T @ self.compressed.add(compressed)).to(self.cross.device)
+        self.both.add(torch.cat([compressed, x.float() - compressed], dim=1))
 
     @property
     def is_finite(self) -> bool:
         """Whether no input was NaN or infinite, in either network."""
-        diagonals = self.compressed.total.diagonal(), self.drift.total.diagonal()
-        return all(bool(torch.isfinite(diagonal.sum())) for diagonal in diagonals)
+        return bool(torch.isfinite(self.both.total.diagonal().sum()))
 
     @property
     def num_tokens(self) -> int:
         """How many tokens were added."""
-        return self.compressed.num_rows
+        return self.both.num_rows
 
     def mean(self) -> Drift:
         """The moments per token, around the means where they are asked for."""
         num_tokens = self.num_tokens
-        around = torch.outer(self.drift.deviation, self.compressed.deviation)
-        mean = self.compressed.mean_row() if self._center else None
+        mean = self.both.mean_row() if self._center else None
+        cross = self.both.total[self._drift, self._compressed] / num_tokens
         return Drift(
-            compressed=self.compressed.mean(),
-            cross=self.cross / num_tokens - around,
-            drift=self.drift.mean(),
-            mean=None if mean is None else mean + self.drift.mean_row(),
-            mean_compressed=mean,
+            compressed=self.both.mean(self._compressed),
+            cross=cross,
+            drift=self.both.mean(self._drift),
+            mean=None if mean is None else mean[self._compressed] + mean[self._drift],
+            mean_compressed=None if mean is None else mean[self._compressed],
             num_tokens=num_tokens,
         )
 
@@ -70,7 +68,7 @@ class Streams(Pair):
 
     Args:
         chain: the network's.
-        batches: micro-batches of model inputs.
+        batches: this process's micro-batches of model inputs.
         num_held_back: how many of the last micro-batches nothing is fitted to.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
     """
@@ -114,7 +112,7 @@ class Streams(Pair):
     def drift(
         self, segment: Segment, layer: Layer, step: Callable[[], None]
     ) -> tuple[Drift, Drift | None] | None:
-        """The moments of a layer's inputs in both networks.
+        """The moments of a layer's inputs in both networks, over all processes' micro-batches.
 
         Args:
             segment: the one that both networks have come to, in which the layer first runs.
@@ -129,20 +127,27 @@ class Streams(Pair):
         """
         center = self.plan.config.compression.center
         fitted, held = (DriftSum(layer.shape[1], self.plan.device, center=center) for _ in range(2))
-        per_sequence: set[float] = set()
+        # Tokens per sequence: experts get a number that depends on the data, all others on its
+        # shape. None where the two networks' inputs cannot be compared.
+        counts: set[float | None] = set()
         for index, batch in enumerate(self.batches):
             pair = [input_of(walk, segment, index, layer) for walk in (self.dense, self.compressed)]
             x, compressed = pair
             if x is None or compressed is None or x.shape != compressed.shape:
-                return None
-            # Experts get a number of tokens that depends on the data; all others, on its shape.
-            per_sequence.add(x[..., 0].numel() / len(next(iter(batch.values()))))
-            if len(per_sequence) > 1:
-                return None
+                counts.add(None)
+                break
+            counts.add(x[..., 0].numel() / len(next(iter(batch.values()))))
+            if len(counts) > 1:
+                break
             mask = batch.get("attention_mask")
             sums = fitted if index < self.num_fitted else held
             sums.add(*(unpadded(t, mask).reshape(-1, t.shape[-1]) for t in (x, compressed)))
             step()
+        everywhere = set().union(*self.plan.processes.gather(counts))
+        if None in everywhere or len(everywhere) > 1:
+            return None
+        for sums in (fitted, held):
+            sums.both.sum_to(None, self.plan.processes)
         if not (fitted.is_finite and held.is_finite):
             raise RunError(
                 f"{layer.name}: NaN or infinity in its inputs on the calibration data, once the"

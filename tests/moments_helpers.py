@@ -14,7 +14,7 @@ from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.layout import find_layout
-from lrc_cli.losses import Loss, backward_scalars, prepare, unpadded
+from lrc_cli.losses import Loss, backward_scalars, drawing, prepare, unpadded
 from lrc_cli.models import Layer, Network, find_layers, open_module
 from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import PASSING, WorkDirectory
@@ -84,7 +84,7 @@ def measured(
     with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
         sweep = Sweep(job, work, finished=lambda s: s.name in found, finish=finish)
         sweep.run(lambda _: None)
-        left = [file for stage in PASSING for file in (Path(root) / stage).glob("*")]
+        left = [file for stage in PASSING for file in (Path(root) / stage).rglob("*.safetensors")]
         assert not left, "what was on the way is still there"
     grams = {name: gram.mean() for part in found.values() for name, gram in part.grams.items()}
     fishers = {name: gram.mean() for part in found.values() for name, gram in part.fishers.items()}
@@ -97,9 +97,9 @@ def by_autograd(
     """The same by hooks and autograd on the network as it is, all of it at once."""
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    generator = torch.Generator().manual_seed(SEED)
-    prepared = [prepare(loss, b, generator) for b in sequences(inputs).batches(batch)]
-    for given, labels in prepared:
+    for index, own in enumerate(sequences(inputs).batches(batch)):
+        generator = drawing(SEED, index)
+        given, labels = prepare(loss, own, generator)
         mask = given.get("attention_mask")
         outputs: list[tuple[str, Tensor]] = []
 

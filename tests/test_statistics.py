@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from lrc_cli.errors import InputError
-from lrc_cli.losses import Loss, backward_scalars, choose_loss, prepare
+from lrc_cli.losses import Loss, backward_scalars, choose_loss, drawing, prepare
 from lrc_cli.models import Layer, Network, input_groups, make_network
 from lrc_cli.statistics import GramSum
 
@@ -95,7 +95,7 @@ def test_masked_token_moments_equal_autograd(checkpoint: Models) -> None:
     path, inputs = checkpoint("bert-mlm"), padded_tokens(rows=20, length=24)
     module, layers = opened(path)
     loss = Loss(kind="masked_token", mask_token=pico.SPECIAL.index("[MASK]"))
-    masked, labels = prepare(loss, inputs, torch.Generator().manual_seed(SEED))
+    masked, labels = prepare(loss, inputs, drawing(SEED, 0))
     assert labels is not None
     chosen = labels != -100
     assert 0.08 < chosen[inputs["attention_mask"] == 1].float().mean() < 0.25

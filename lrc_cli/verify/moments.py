@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
+from lrc_cli.losses import (
+    Loss,
+    backward_scalars,
+    drawing,
+    num_scalars,
+    prepare,
+    unpadded,
+)
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.precision import recast_in_backward
 
@@ -230,12 +237,11 @@ def measure_inputs(
         y.register_hook(lambda gradient: sums.add(real_rows(gradient, mask)))
         return y
 
-    generator = torch.Generator().manual_seed(seed)
     hooks = {checked.layer.name: checked.layer for checked in (*layers, *graded)}
     with hooked(network, list(hooks.values()), after_layer):
-        for batch in sequences.batches(batch_size(sequences, STATISTICS_TOKENS)):
+        for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
             mask = batch.get("attention_mask")
-            _run(network, batch, loss, generator)
+            _run(network, batch, loss, drawing(seed, index))
             advance(len(next(iter(batch.values()))))
     return inputs, {name: sums for name, sums in gradients.items() if sums.count}
 
