@@ -1,6 +1,7 @@
 """`lrc verify`: what holds, what fails, and which damage is caught by what."""
 
 import json
+import shutil
 import math
 import subprocess
 import sys
@@ -157,6 +158,22 @@ def test_other_outputs_hold(
     output, _ = pico.compressed(tmp_path, job | {"certification.sequence_length": 16} | changes)
     found = verify_directory(output, against=checkpoint(model))
     assert failed(found) == []
+
+
+def test_an_error_below_the_rounding_of_the_outputs_holds(
+    tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    """As in a network with massive activations: bfloat16 rounds outputs, biases included."""
+    original = tmp_path / "original"
+    shutil.copytree(checkpoint("qwen2"), original)
+    for key in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.0.self_attn.{key}.bias"
+        damage.edit_tensors(original, name, lambda bias: bias + 64)
+    job = {"model.path": str(original), "calibration.path": str(text)}
+    job |= {"certification.part": [0.6, 1.0], "certification.num_sequences": 20}
+    job |= {"runtime.dtype": "bfloat16", "compression.size": 0.9}
+    output, _ = pico.compressed(tmp_path, job | {"certification.sequence_length": 16})
+    assert failed(verify_directory(output, against=original)) == []
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def _held_out(bench: Bench, sequences: Sequences, loss: Loss, name: str) -> Held
             bench.before,
             bench.after,
             sequences,
-            bench.checked,
+            [checked.layer for checked in bench.checked],
             loss=loss,
             seed=bench.seed,
             parts=name == CERTIFICATION,

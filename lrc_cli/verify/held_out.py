@@ -12,8 +12,8 @@ from torch.nn import functional
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.experts import is_expert
 from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare
-from lrc_cli.models import Layer, Network, hooked
-from lrc_cli.verify.moments import Checked, batch_size
+from lrc_cli.models import Layer, Network, watched
+from lrc_cli.verify.moments import batch_size
 
 QUALITY_TOKENS = 1024
 """Tokens run together: as in the run."""
@@ -141,7 +141,7 @@ def measure_held_out(
     before: Network,
     after: Network,
     sequences: Sequences,
-    layers: Sequence[Checked],
+    layers: Sequence[Layer],
     *,
     loss: Loss,
     seed: int,
@@ -150,14 +150,15 @@ def measure_held_out(
 ) -> HeldOut:
     """Both networks over the same sequences, with every layer's errors on each of them.
 
-    A layer's own error is (W - Z) x in float32 from the tensors, in both networks; what it inherits
-    is the rest of the difference between the two networks' outputs.
+    A layer's own error is what its two forms, as the networks hold them, make of the same input: in
+    bfloat16 the outputs' rounding may exceed what the factors change, and the promise is of what is
+    deployed.
 
     Args:
-        parts: whether `new` and `inherited` are wanted; they are 0 otherwise.
+        parts: whether `new` and `inherited` are wanted.
     """
     # By chance an expert may be given as many tokens as there are sequences.
-    layers = [x for x in layers if not is_expert(before.module, x.layer.name)]
+    layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     found = HeldOut()
     size = batch_size(sequences, HELD_TOKENS)
@@ -171,13 +172,14 @@ def measure_held_out(
             for part in scores:
                 _append(found.values, part)
         advance(len(next(iter(batch.values()))))
-    whole = [x for x, sums in found.squares.items() if _is_whole(sums, len(sequences))]
+    kinds = KINDS if parts else ("deployed", "same_input")
+    whole = [x for x, sums in found.squares.items() if _is_whole(sums, kinds, len(sequences))]
     found.squares = {name: found.squares[name] for name in whole}
     return found
 
 
-def _is_whole(sums: Mapping[str, list[float]], count: int) -> bool:
-    return all(len(sums.get(kind, ())) == count for kind in ("energy", *KINDS))
+def _is_whole(sums: Mapping[str, list[float]], kinds: Sequence[str], count: int) -> bool:
+    return all(len(sums.get(kind, ())) == count for kind in ("energy", *kinds))
 
 
 def _append(values: Values, part: Mapping[str, float]) -> None:
@@ -198,12 +200,11 @@ def _followed(
     before: Network,
     after: Network,
     batch: Batch,
-    layers: Sequence[Checked],
+    layers: Sequence[Layer],
     found: HeldOut,
     parts: bool,
 ) -> tuple[Any, Any]:
     """The outputs of both networks; every layer's squares are added to `found`."""
-    by_name = {checked.layer.name: checked for checked in layers}
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, dict[str, list[float]]] = {}
 
@@ -214,35 +215,42 @@ def _followed(
         if len(earlier) == len(squares):
             sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)]
 
-    def own_error(checked: Checked, x: Tensor) -> Tensor:
-        rows = x.float() @ checked.difference().T
-        return rows if checked.offset is None else rows + checked.offset.to(rows)
+    def difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
+        return layer.layout.outputs(first.float() - second.float())
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        checked = by_name[layer.name]
-        bias = 0.0 if checked.bias is None else checked.bias.to(y).float()
-        add(layer.name, "energy", y.float() - bias)
-        add(layer.name, "same_input", own_error(checked, x))
+        bias: Any = before.module.get_submodule(layer.name).bias
+        rows = layer.layout.outputs(y).float()
+        add(layer.name, "energy", rows if bias is None else rows - bias.float())
+        add(layer.name, "same_input", difference(layer, y, _called(after, layer, x)))
         outputs.setdefault(layer.name, []).append(y.clone())
 
     def in_compressed(layer: Layer, x: Tensor, y: Tensor) -> None:
         left = outputs.get(layer.name)
         if not left or left[0].shape != y.shape:
             return
-        difference = left.pop(0).float() - y.float()
-        new = own_error(by_name[layer.name], x) if parts else torch.zeros_like(difference)
-        for kind, rows in (("deployed", difference), ("new", new), ("inherited", difference - new)):
-            add(layer.name, kind, rows)
+        wanted = left.pop(0)
+        add(layer.name, "deployed", difference(layer, wanted, y))
+        if parts:
+            between = _called(before, layer, x)
+            add(layer.name, "inherited", difference(layer, wanted, between))
+            add(layer.name, "new", difference(layer, between, y))
 
-    own = [checked.layer for checked in layers]
-    with hooked(before, own, in_dense):
+    with watched(before, layers, in_dense):
         old = before(batch)
-    with hooked(after, own, in_compressed):
+    with watched(after, layers, in_compressed):
         new = after(batch)
     for name, kinds in sums.items():
         for kind, squares in kinds.items():
             found.squares.setdefault(name, {}).setdefault(kind, []).extend(squares)
     return old, new
+
+
+def _called(network: Network, layer: Layer, x: Tensor) -> Tensor:
+    """What a network's own layer makes of the other network's inputs, rounded as it is in use."""
+    network.placement.occupy(layer.unit)
+    outputs: Tensor = network.module.get_submodule(layer.name)(x)
+    return outputs
 
 
 def _unflattened(rows: Tensor, batch: Batch) -> Tensor:

@@ -65,10 +65,11 @@ class Checked:
             rows = rows + self.offset.to(rows)
         self.error += _energy(rows)
 
-    def add_energy(self, outputs: Tensor) -> None:
-        """Add outputs (t, m) of the dense layer."""
-        rows = outputs.float() if self.bias is None else outputs.float() - self.bias.to(outputs)
-        self.energy += _energy(rows)
+    def add_energy(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add inputs (t, n) and outputs (t, m) of the dense layer."""
+        # A large bias would leave nothing but rounding in what is left without it.
+        rows = outputs if self.bias is None else inputs.float() @ self.weight.float().T
+        self.energy += _energy(rows.float())
         self.num_tokens += len(outputs)
 
 
@@ -220,7 +221,7 @@ def measure_inputs(
             checked = by_name[layer.name]
             rows, outputs = (real_rows(tensor.detach(), mask) for tensor in (x, y))
             checked.add_error(rows.float() @ checked.difference().T)
-            checked.add_energy(outputs)
+            checked.add_energy(rows, outputs)
             if checked.group == layer.name:
                 inputs.setdefault(layer.name, Moments()).add(rows)
         if layer.name not in wanted or loss is None:
@@ -283,9 +284,10 @@ def measure_pairs(
     mask: Tensor | None = None
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        if by_name[layer.name].group == layer.name:
-            seen[layer.name] = real_rows(x, mask).clone()
-        by_name[layer.name].add_energy(real_rows(y, mask))
+        checked, rows = by_name[layer.name], real_rows(x, mask)
+        if checked.group == layer.name:
+            seen[layer.name] = rows.clone()
+        checked.add_energy(rows, real_rows(y, mask))
 
     def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
         checked, compressed = by_name[layer.name], real_rows(x, mask).float()
