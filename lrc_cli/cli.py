@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def compress(
     from lrc_cli.config.sizes import load_configs
 
     configs = load_configs(config, overrides, output=output, sizes=sizes)
+    bound_caches()
     calm_transformers()
     from lrc_cli.jobs import check_jobs, conclude, run_jobs, summary
     from lrc_cli.progress import Progress, stop_on_signals
@@ -232,6 +234,17 @@ def schema() -> None:
     from lrc_cli.config import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+def bound_caches() -> None:
+    """Keep what oneDNN holds on to from growing with the depth; before torch is imported.
+
+    It keeps compiled products of the last 1024 shapes, and every low-rank layer has a shape of its
+    own. A block, which is what runs again and again, has far fewer. (Two caches, by the same
+    limit: oneDNN's own and the one of torch's binding.)
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")
 
 
 def calm_transformers() -> None:

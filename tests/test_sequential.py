@@ -25,6 +25,7 @@ from lrc_cli.layers import LowRankModule
 from lrc_cli.models import hooked, make_network
 from lrc_cli.plan import Plan, make_plan
 from lrc_cli.streams import DriftSum, Streams
+from lrc_cli.verify import verify_directory
 
 Changes = dict[str, Any]
 MANY = {"calibration.num_sequences": 60, "evaluation": None}
@@ -306,6 +307,20 @@ def test_a_layer_whose_sequential_solve_fails_is_fitted_plainly(
         failed = layer["shape"] == [96, 64]
         assert layer["sequential"] is not failed and not layer["fallback"]
         assert ("could not be solved" in layer.get("sequential_reason", "")) == failed
+
+
+def test_where_every_sequential_solve_fails_the_report_says_so(
+    tmp_path: Path, job: Any, checkpoint: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise SolveError("the regularised Gram matrix is not positive definite")
+
+    monkeypatch.setattr(lrc_cli.sequential, "Sequential", broken)
+    output, report = pico.compressed(tmp_path, job("llama", size=0.4, sequential=True))
+    assert not report["sequential"]["used"] and report["sequential"]["held_back"] == 0
+    assert "each of them was fitted plainly in the end" in report["sequential"]["reason"]
+    found = verify_directory(output, against=checkpoint("llama"))
+    assert found.findings.with_status("fails") == []
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """`lrc verify`: what holds, what fails, and which damage is caught by what."""
 
 import json
-import shutil
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable

@@ -61,7 +61,7 @@ def build_report(
             "met": _target_met(plan, layers, size),
         },
         "allocation": compression.allocation,
-        "sequential": sequential,
+        "sequential": _what_became_of(sequential, layers),
         "size": size,
         "quality": quality,
         "layers": [_layer(plan, written, layer, layers[layer.name]) for layer in plan.layers],
@@ -80,6 +80,16 @@ def build_report(
         "memory": dict(memory),
         "provenance": _provenance(plan),
     }
+
+
+def _what_became_of(
+    sequential: dict[str, Any], layers: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The decision to fit sequentially, as it turned out."""
+    if not sequential["used"] or any(x.get("sequential") is True for x in layers.values()):
+        return sequential
+    reason = f"{sequential['reason']}, and each of them was fitted plainly in the end"
+    return {"used": False, "reason": reason, "held_back": 0}
 
 
 def _target_met(plan: Plan, layers: Mapping[str, dict[str, Any]], size: Mapping[str, Any]) -> bool:

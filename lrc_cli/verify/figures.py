@@ -158,6 +158,9 @@ def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
     used = any(layer.get("sequential") is True for layer in report["layers"])
     what = "whether layers were fitted in sequence is right"
     findings.equal("target", what, report["sequential"]["used"], used)
+    if not used:  # where some were, what was held back is measured with them
+        what = "nothing was held back from sequential fits, of which there are none"
+        findings.equal("target", what, report["sequential"]["held_back"], 0)
 
 
 def error_problem(layer: Mapping[str, Any]) -> str | None:
