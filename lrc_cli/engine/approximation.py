@@ -152,7 +152,10 @@ class SameInput(Approximation):
         """What the problem's solutions are compared with, at every rank."""
         if self._references is not None:
             return self._references
-        return find_references(self.weight, self.statistics, self.metric)
+        # A solver that minimises the plain output error has its least value at every rank.
+        minimises_output = self.solver.output_spectrum is self.solver.spectrum
+        least = self.spectrum if minimises_output else None
+        return find_references(self.weight, self.statistics, self.metric, least)
 
     @property
     def reusable(self) -> References | None:

@@ -30,10 +30,18 @@ class References(NamedTuple):
         return Errors(self.svd_metric[rank].item(), self.svd_output[rank].item())
 
 
-def find_references(weight: Tensor, statistics: Statistics, metric: Metric) -> References:
-    """The references of a problem with weight W (m, n). Raises SolveError."""
-    # Without a Gram matrix (svd needs no data) the inputs count as white.
-    best = FROBENIUS if statistics.gram is not None else SVD
+def find_references(
+    weight: Tensor, statistics: Statistics, metric: Metric, output_spectrum: Tensor | None = None
+) -> References:
+    """The references of a problem with weight W (m, n). Raises SolveError.
+
+    Args:
+        output_spectrum: (k,), where it is known already.
+    """
+    if output_spectrum is None:
+        # Without a Gram matrix (svd needs no data) the inputs count as white.
+        best = FROBENIUS if statistics.gram is not None else SVD
+        output_spectrum = best.spectrum(weight, statistics)
     u, rows = svd_directions(weight)
     outputs = metric.times_gram(rows) @ rows.T
     if metric.fisher is None:  # the u_i are orthonormal
@@ -41,7 +49,7 @@ def find_references(weight: Tensor, statistics: Statistics, metric: Metric) -> R
     else:
         plain = _tail_sums(outputs.diagonal())
         form = _tail_sums(outputs * (u.T @ metric.fisher @ u))
-    return References(best.spectrum(weight, statistics), metric.scale * form, plain)
+    return References(output_spectrum, metric.scale * form, plain)
 
 
 def _tail_sums(terms: Tensor) -> Tensor:
