@@ -36,6 +36,7 @@ BASELINE = (
     "compression.method=frobenius",
     "compression.allocation=uniform",
     "compression.storage=factors",
+    "compression.sequential=false",
 )
 ROWS: Mapping[str, tuple[str, ...]] = {
     "0.8 frobenius, uniform, factors (SVD-LLM)": ("compression.size=0.8", *BASELINE),
