@@ -7,7 +7,9 @@ that waits inside NCCL, or computes for long, would not notice.
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,11 +22,13 @@ from lrc_cli.processes import Processes
 
 Value = TypeVar("Value")
 
-FAILED = "lrc: the first failure"
+FAILED, ENDED = "lrc: the first failure", "lrc: how many have failed"
 FOREVER = timedelta(days=30)
 """How long an exchange may take: one waits as long as the slowest works."""
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 15.0
 """How often to look whether another process failed, and how long the main thread then has."""
+OUTLAST_SECONDS = 3.0
+"""How long the process that holds the store waits for others to fail too."""
 
 
 class Group(Processes):
@@ -90,7 +94,18 @@ class Group(Processes):
             first = self.store.compare_set(FAILED, "", mine).decode()
         except RuntimeError:  # the store is gone with the machine that held it
             return None
+        with suppress(RuntimeError):
+            self._outlast()
         return None if first == mine else int(first.split()[1])
+
+    def _outlast(self) -> None:
+        """Wait a little for the others, if the store ends with this process: all would speak."""
+        ended, deadline = self.store.add(ENDED, 1), time.monotonic() + OUTLAST_SECONDS
+        if not self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        while ended < self.size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            ended = self.store.add(ENDED, 0)
 
     def leave(self) -> None:
         """End the exchange, with nothing left to tell."""

@@ -21,7 +21,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["lrc_cli.run", "lrc_cli.hf", "lrc_cli.distributed", "transformers.models.llama.modeling_llama"]
 )
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds to wait for anything."""
 
 

@@ -16,8 +16,10 @@ import pico
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES
 from moments_helpers import opened, padded_tokens, sequences
-from process_helpers import Running, environments, start, start_many
+from process_helpers import PATIENCE, Running, environments, start, start_many
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc_cli.cut import find_cut
@@ -118,7 +120,7 @@ def test_gram_matrices_are_the_same_however_many_sum_them(
         for process in started:
             process.start()
         for process in started:
-            process.join(120)
+            process.join(PATIENCE)
         assert [process.exitcode for process in started] == [0] * size
         found.append(torch.load(to))
     assert len(found[0]) == 2 * (4 + 7)
@@ -159,14 +161,15 @@ def assert_same(first: Path, second: Path) -> None:
         assert figures(after[part]) == pytest.approx(figures(before[part]), rel=1e-5), part
     z, other_z = (pico.rebuilt(pico.read_state(output)) for output in (first, second))
     for name, tensor in z.items():
-        assert (other_z[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+        difference = (other_z[name] - tensor).double()  # a batch norm counts in integers
+        assert difference.norm() <= 1e-4 * tensor.double().norm(), name
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "sizes"),
     [
         ("llama", {"compression.sequential": False, "evaluation": None, **CERTIFIED}, SIZES),
-        ("llama", {"compression.sequential": True, "compression.center": True}, SIZES),
+        ("llama", {"compression.sequential": True, "compression.center": True}, (1, 2)),
         ("bert-mlm", {"compression.size": 0.7}, (1, 4)),
     ],
 )
@@ -182,16 +185,72 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(
     outputs = [compressed(tmp_path / str(size), changes, size) for size in sizes]
     for output in outputs[1:]:
         assert_same(outputs[0], output)
+    decision = json.loads((outputs[0] / "report.json").read_text())["sequential"]
+    if changes.get("compression.sequential"):
+        assert decision["used"] and decision["held_back"] > 0
 
 
-@pytest.mark.parametrize("name", ["attention", "with_idle"])
+@pytest.mark.parametrize(
+    ("name", "number"), [("attention", 40), ("with_idle", 40), ("pictures", 64)]
+)
 def test_a_network_that_runs_whole_is_shared_out_too(
-    name: str, tmp_path: Path, plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    number: int,
+    tmp_path: Path,
+    plain_folder: pico.PlainFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One micro-batch, so that one process has none; random probes; a layer that nobody reaches."""
+    """40: one micro-batch, so that one process has none; random probes; a layer out of reach."""
     changes = plain_folder.model(name) | {"output.dtype": "float32", "compression.size": 0.9}
+    changes |= {"calibration.num_sequences": number}
     monkeypatch.syspath_prepend(str(plain_folder.path))
     assert_same(*(compressed(tmp_path / str(size), changes, size) for size in (1, 2)))
+
+
+DATA = {
+    "mixtral": {"input_ids": torch.randint(4, 64, (600, 12), generator=torch.Generator())},
+    "resnet": {"pixel_values": torch.randn(64, 3, 32, 32, generator=torch.Generator())},
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_experts_and_convolutions_are_shared_out_too(name: str, tmp_path: Path) -> None:
+    """Several micro-batches; an expert's tokens come from both processes."""
+    model, data = FAMILIES[name].build(), tmp_path / "data.safetensors"
+    pico.randomise(model)
+    model.save_pretrained(tmp_path / "dense")
+    save_file(DATA[name], data)
+    changes = {
+        "model.path": str(tmp_path / "dense"),
+        "calibration.path": str(data),
+        "calibration.num_sequences": len(next(iter(DATA[name].values()))),
+        "compression.sequential": True,
+        "output.dtype": "float32",
+        "evaluation": None,
+    }
+    assert_same(*(compressed(tmp_path / str(size), changes, size) for size in (1, 2)))
+
+
+def test_several_sizes_are_written_by_several_processes(tmp_path: Path, job: Changes) -> None:
+    command = ["compress", pico.job(tmp_path, job), "--sizes", "0.8,0.6"]
+    assert ended(start_many(command, tmp_path, 2)) == [0, 0]
+    outputs = sorted(file.parent for file in tmp_path.glob("out*/report.json"))
+    assert len(outputs) == 2
+    again = start_many(command, tmp_path, 2)
+    assert ended(again) == [0, 0] and not again[1].err
+    for output in outputs:
+        assert f"{output}: already what the config asks for\n" in again[0].err
+
+
+@pytest.mark.parametrize("command", ["plan", "compress --dry-run", "verify"])
+def test_what_works_in_one_process_says_so_once(command: str, tmp_path: Path, job: Changes) -> None:
+    name, *options = command.split()
+    running = start_many([name, pico.job(tmp_path, job), *options], tmp_path, 2)
+    assert ended(running) == [2, 2]
+    assert "".join(process.err for process in running) == (
+        f"error: lrc {command}: works in one process, and torchrun has started 2;"
+        " start it without torchrun\n"
+    )
 
 
 def reached(folder: Path, stage: str) -> Callable[[], bool]:
@@ -206,7 +265,7 @@ def statistics_of(folder: Path) -> dict[Path, int]:
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
     tmp_path: Path, checkpoint: Models, text: Path
 ) -> None:
-    changes = llama(checkpoint, text, "llama-long")
+    changes = llama(checkpoint, text, "llama-long") | {"calibration.num_sequences": 150}
     command = ["compress", pico.job(tmp_path, changes)]
     first, other = start_many(command, tmp_path, 2)
     some_units = reached(tmp_path, "statistics")
