@@ -80,7 +80,8 @@ def compress(
 ) -> None:
     """Compress the checkpoint that CONFIG names; prints the output directory.
 
-    Interrupted or killed, the same command goes on where it stopped.
+    Interrupted or killed, the same command goes on where it stopped. Several processes share the
+    work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
     """
     from lrc_cli.processes import check_alone, joined
 

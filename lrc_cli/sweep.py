@@ -71,7 +71,6 @@ class Sweep:
         keep: Keep = torch.Tensor.detach,
     ) -> None:
         self.job, self.work, self.finished, self.finish = job, work, finished, finish
-        self.keep = keep
         masking = torch.Generator().manual_seed(job.seed)
         prepared = [
             (batch, None) if job.loss is None else prepare(job.loss, batch, masking)
