@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lrc_cli.blocks import Segment
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.cut import find_cut
 from lrc_cli.errors import RunError
-from lrc_cli.evaluate import LARGEST_RATIO
 from lrc_cli.experts import is_expert
-from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare, unpadded
+from lrc_cli.losses import Loss, prepare
 from lrc_cli.models import Layer, Network, watched
+from lrc_cli.per_sequence import by_sequence, ratio, values_of
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.statistics import micro_batch
 from lrc_cli.walk import Keep, Pair
 
@@ -80,6 +80,7 @@ def measure(
     advance: Callable[[float], None] = lambda _: None,
     keep: Keep = torch.Tensor.detach,
     only: Collection[str] | None = None,
+    processes: Processes = ALONE,
 ) -> Measured:
     """Walk both networks over the same sequences and compare their outputs, and their layers'.
 
@@ -92,6 +93,7 @@ def measure(
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
         only: names of segments to run in place of all, to see how long they take.
+        processes: those that share the sequences, each of which calls this.
 
     Returns:
         Values by quantity. With a likelihood of tokens: `kl`, the mean over scored tokens of the
@@ -114,17 +116,20 @@ def measure(
     pair = Pair(before, after, cut.chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
+    own = processes.share(len(batches))
     segments = [s for s in cut.segments if only is None or s.name in only]
     for segment in segments:
-        for index, batch in enumerate(batches):
+        for index in own:
+            batch = batches[index]
             watching = comparison.watching(segment, batch, index * size)
             outputs = pair.run(segment, index, watching)
             comparison.end()
             if outputs is not None:
-                for name, found in _values(*outputs, batch, labels, index * size).items():
+                for name, found in values_of(*outputs, batch, labels, index * size).items():
                     values.setdefault(name, []).extend(found)
-            advance(len(next(iter(batch.values()))) / len(segments))
-    return Measured(values=_checked(values), layers=comparison.layers())
+            advance(len(sequences) / len(own) / len(segments))
+    comparison.unite(processes)
+    return Measured(values=_united(values, processes), layers=comparison.layers())
 
 
 class _Comparison:
@@ -174,6 +179,15 @@ class _Comparison:
         """Both networks have run."""
         self.lost |= {name for name, left in self.outputs.items() if left}
 
+    def unite(self, processes: Processes) -> None:
+        """Add what the others have compared; every sequence was one process's."""
+        parts = processes.gather(self.sums)
+        for name, kinds in self.sums.items():
+            for kind in kinds:
+                kinds[kind] = torch.stack([part[name][kind] for part in parts]).sum(dim=0)
+        self.reached = set().union(*processes.gather(self.reached))
+        self.lost = set().union(*processes.gather(self.lost))
+
     def layers(self) -> dict[str, LayerErrors]:
         """What was summed of every layer that could be followed through both networks."""
         followed = [x.name for x in self.all if x.name in self.reached - self.lost]
@@ -213,12 +227,6 @@ class _Comparison:
             self.sums[layer.name][kind][self.start : self.start + len(found)] += found.cpu()
 
 
-def ratio(error: Tensor, energy: Tensor) -> Tensor:
-    """sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN if one is infinite."""
-    floor = error / LARGEST_RATIO**2
-    return (error / torch.maximum(energy, floor)).sqrt().masked_fill(error == 0, 0.0)
-
-
 def _module(network: Network, layer: Layer) -> Any:
     return network.module.get_submodule(layer.name)
 
@@ -227,76 +235,16 @@ def _difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
     return layer.layout.outputs(first.float() - second.float())
 
 
-def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:
-    """Sums over each sequence's real tokens, (sequences,); None where they cannot be told apart.
-
-    Args:
-        rows: (sequences, ...) or, flattened by the model, (sequences * tokens,).
-        batch: the inputs; `attention_mask` tells which tokens are real.
-    """
-    num_sequences = len(next(iter(batch.values())))
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if rows.ndim == 1 and tokens is not None and len(rows) == tokens.numel():
-        rows = rows.view(tokens.shape)
-    if rows.ndim == 0 or len(rows) != num_sequences:
-        return None
-    mask = batch.get("attention_mask")
-    if mask is not None and rows.shape[:2] == mask.shape:
-        rows = rows * mask.to(rows.device).bool().view(*mask.shape, *[1] * (rows.ndim - 2))
-    return rows.flatten(1).sum(dim=1) if rows.ndim > 1 else rows
-
-
-def _values(
-    old: Any, new: Any, batch: Batch, labels: Tensor | None, start: int
-) -> dict[str, list[float]]:
-    if labels is None:
-        return _output_values(old, new, batch)
-    found: dict[str, list[float]] = {}
-    for index, (first, second) in enumerate(zip(old.logits, new.logits, strict=True)):
-        wanted = labels[start + index].to(first.device)
-        scored = wanted != UNSCORED
-        for name, value in _predictions(first[scored], second[scored], wanted[scored]).items():
-            found.setdefault(name, []).append(value)
-    return found
-
-
-def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
-    first, second = (floating_outputs(outputs)[0].float() for outputs in (old, new))
-    if first.ndim < 2:
-        first, second = first[..., None], second[..., None]
-    norms = [torch.linalg.vector_norm(x, dim=-1).double() for x in (first, second - first)]
-    energy, error = (by_sequence(norm.square(), batch) for norm in norms)
-    if energy is None or error is None:
-        return {}
-    ratios = ratio(error, energy).tolist()
-    found = {"relative_output_error": ratios}
-    if getattr(old, "logits", None) is None or first.shape[-1] < 2:
-        return found
-    mask = batch.get("attention_mask")
-    for index in range(len(ratios)):
-        own = None if mask is None else mask[index : index + 1]
-        sides = (unpadded(x[index : index + 1], own).flatten(0, -2) for x in (first, second))
-        for name, value in _predictions(*sides).items():
-            found.setdefault(name, []).append(value)
-    return found
-
-
-def _predictions(old: Tensor, new: Tensor, wanted: Tensor | None = None) -> dict[str, float]:
-    """Means over the predictions (rows of logits) of one sequence; 0 where it has none."""
-    log_old, log_new = old.float().log_softmax(-1), new.float().log_softmax(-1)
-    # Rounding may leave a divergence of equal predictions a little below 0; NaN stays NaN.
-    kl = functional.kl_div(log_new, log_old, reduction="none", log_target=True).sum(-1).clamp(min=0)
-    each = {"kl": kl, "top1_disagreement": old.argmax(-1) != new.argmax(-1)}
-    if wanted is not None:
-        each["loss_difference"] = (log_old - log_new).gather(-1, wanted[:, None])
-    return {name: x.double().mean().item() if len(old) else 0.0 for name, x in each.items()}
-
-
-def _checked(values: dict[str, list[float]]) -> dict[str, list[float]]:
-    for name, found in values.items():
+def _united(values: dict[str, list[float]], processes: Processes) -> dict[str, list[float]]:
+    """All processes' values, in the order of the sequences. Raises RunError for NaN."""
+    united: dict[str, list[float]] = {}
+    for part in processes.gather(values):
+        for name, found in part.items():
+            united.setdefault(name, []).extend(found)
+    for name, found in united.items():
         if not bool(torch.isfinite(torch.tensor(found)).all()):
             raise RunError(
                 f"certification: the networks' outputs give no finite {name}",
                 "set runtime.dtype: float32",
             )
-    return values
+    return united

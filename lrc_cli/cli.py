@@ -30,12 +30,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lrc")
-def lrc() -> None:
+@click.pass_context
+def lrc(context: click.Context) -> None:
     """Make a checkpoint smaller by low-rank factors fitted to real activations.
 
     Exit codes: 0 done; 1 failed while running; 2 bad usage, config or input; 3 a gate is missed, or
     a statement does not hold; 4 --strict and a layer fell back; 130 interrupted; 143 terminated.
     """
+    command = context.invoked_subcommand
+    if command is not None and command != "compress":
+        from lrc_cli.processes import check_alone, joined
+
+        with joined() as processes:
+            check_alone(command, processes)
 
 
 @lrc.command()
@@ -73,32 +80,38 @@ def compress(
 ) -> None:
     """Compress the checkpoint that CONFIG names; prints the output directory.
 
-    Interrupted or killed, the same command goes on where it stopped.
+    Interrupted or killed, the same command goes on where it stopped. Several processes share the
+    work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
     """
-    from lrc_cli.config.sizes import load_configs
+    from lrc_cli.processes import check_alone, joined
 
-    configs = load_configs(config, overrides, output=output, sizes=sizes)
     bound_caches()
-    calm_transformers()
-    from lrc_cli.jobs import check_jobs, conclude, run_jobs, summary
-    from lrc_cli.progress import Progress, stop_on_signals
+    with joined() as processes:
+        from lrc_cli.config.sizes import load_configs
 
-    check_jobs(configs, junit)
-    if dry_run:
-        show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
-        return
-    reports = []
-    with stop_on_signals() as stop:
-        progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
-        for job, report in run_jobs(configs, progress=progress, **options):
-            reports.append(report)
-            if not as_json:
-                click.echo(job.output.path)
-            if not as_json and not quiet:
-                click.echo(summary(report), err=True)
-    if as_json:
-        click.echo(json.dumps(reports if sizes else reports[0], indent=2))
-    conclude(reports, junit, strict=strict)
+        configs = load_configs(config, overrides, output=output, sizes=sizes)
+        calm_transformers()
+        from lrc_cli.jobs import check_jobs, conclude, run_jobs, summary
+        from lrc_cli.progress import Progress, stop_on_signals
+
+        check_jobs(configs, junit)
+        if dry_run:
+            check_alone("compress --dry-run", processes)
+            show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
+            return
+        reports = []
+        speaks = processes.is_first
+        with stop_on_signals(quiet=not speaks) as stop:
+            progress = Progress(stop=stop, quiet=quiet or not speaks, verbose=verbose)
+            for job, report in run_jobs(configs, progress=progress, processes=processes, **options):
+                reports.append(report)
+                if speaks and not as_json:
+                    click.echo(job.output.path)
+                if speaks and not as_json and not quiet:
+                    click.echo(summary(report), err=True)
+        if speaks and as_json:
+            click.echo(json.dumps(reports if sizes else reports[0], indent=2))
+        conclude(reports, junit if speaks else None, strict=strict)
 
 
 @lrc.command()

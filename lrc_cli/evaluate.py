@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare, unpadded
 from lrc_cli.models import Network
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.statistics import micro_batch
 from lrc_cli.walk import Keep, Pair
 
@@ -54,6 +55,7 @@ def compare(
     advance: Callable[[float], None] = lambda _: None,
     keep: Keep = torch.Tensor.detach,
     only: Collection[str] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run both networks over the same sequences, segment by segment.
 
@@ -63,6 +65,7 @@ def compare(
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
         only: names of segments to run in place of all, to see how long they take.
+        processes: those that share the sequences, each of which calls this.
 
     Returns:
         For a language model: mean loss (nats per scored token) and perplexity of both, KL
@@ -80,13 +83,17 @@ def compare(
     chain = find_chain(before, next(sequences.batches(1)))
     pair = Pair(before, after, chain, [inputs for inputs, _ in prepared], keep)
     names = [name for name in chain.segments if only is None or name in only]
+    own = processes.share(len(prepared))
     for segment in (Segment(name=name, layers=[]) for name in names):
-        for index, (inputs, labels) in enumerate(prepared):
+        for index in own:
+            inputs, labels = prepared[index]
             outputs = pair.run(segment, index)
             if outputs is not None:
                 _add(sums, *outputs, labels, inputs.get("attention_mask"))
-            advance(len(next(iter(inputs.values()))) / len(names))
-    return {"num_sequences": len(sequences), **_result(sums, loss)}
+            advance(len(sequences) / len(own) / len(names))
+    parts = map(astuple, processes.gather(sums))
+    total = _Sums(*map(sum, zip(*parts, strict=True)))
+    return {"num_sequences": len(sequences), **_result(total, loss)}
 
 
 def _add(

@@ -4,7 +4,7 @@ All errors are recomputed from the stored, rounded tensors (C1 of method.md sect
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class Fitted:
     """For the report; see `fit_layer`."""
     references: References | None = None
     """What another size may use again."""
+
+    def on_host(self) -> "Fitted":
+        """The same in CPU memory, to be handed to another process."""
+        bias = None if self.bias is None else self.bias.cpu()
+        packed = None if self.packed is None else self.packed.on_host()
+        return replace(self, packed=packed, bias=bias)
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What is written for the layer, by disk names; empty where it stays dense."""

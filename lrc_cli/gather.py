@@ -32,14 +32,14 @@ MICRO_BATCH_TOKENS = 2048
 
 def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     """Gram matrices of every unit that has none yet, in one pass over the calibration data."""
-    missing = {name: x for name, x in plan.units.items() if not work.has(STATISTICS, name)}
+    missing = {unit: plan.units[unit] for unit in work.missing(STATISTICS, plan.units)}
     for unit, layers in missing.items():
-        if not any(is_measured(plan, layer) for layer in layers):
+        if plan.owns(unit) and not any(is_measured(plan, layer) for layer in layers):
             work.put(STATISTICS, unit, {}, _facts(layers, {}, None))
     measured = [x for layers in missing.values() for x in layers if is_measured(plan, x)]
     if measured:
         _measure(plan, work, missing, measured, progress)
-    work.drop([*PASSING])
+    work.drop(PASSING)
 
 
 def is_measured(plan: Plan, layer: Layer) -> bool:
@@ -86,7 +86,7 @@ def prepare(
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    return job, UnitStore(work, units, cut, loss)
+    return job, UnitStore(plan, work, units, cut, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -121,51 +121,53 @@ class UnitStore:
 
     def __init__(
         self,
+        plan: Plan,
         work: WorkDirectory,
         units: Mapping[str, list[Layer]],
         cut: Cut,
         loss: Loss | None,
     ) -> None:
-        self.work, self.units, self.cut, self.loss = work, units, cut, loss
+        self.plan, self.work, self.units = plan, work, units
+        self.cut, self.loss = cut, loss
 
     def has(self, segment: Segment) -> bool:
         """Whether the segment was measured."""
-        return self.work.has(PARTS, segment.name) or all(
-            self.work.has(STATISTICS, layer.unit) for layer in segment.layers
+        return all(
+            self.work.has(_parts(segment), unit) or self.work.has(STATISTICS, unit)
+            for unit in {layer.unit for layer in segment.layers}
         )
 
     def put(self, segment: Segment, moments: Moments) -> None:
-        """Store what was measured in a segment. Raises RunError if it is not finite."""
-        moments.check_finite()
+        """Store what all processes have measured in a segment: each unit by its owner.
+
+        Raises:
+            RunError: it is not finite, or the disk is full.
+        """
         units = {layer.name: layer.unit for layer in segment.layers}
-        tensors = _packed(segment.layers, moments)
-        facts = {name: self._fact(name, units, moments) for name in units}
-        waiting: set[str] = set()
-        for unit in dict.fromkeys(units.values()):
-            others = [
-                other.name
-                for other in self.cut.segments
-                if other is not segment and any(layer.unit == unit for layer in other.layers)
-            ]
-            if all(self.work.has(PARTS, name) for name in others):
-                self._put_unit(unit, others, tensors, facts)
-            else:
-                waiting |= {name for name, own in units.items() if own == unit}
-        if waiting:
-            kept = {key: x for key, x in tensors.items() if _layer_of(key) in waiting}
-            self.work.put(PARTS, segment.name, kept, {name: facts[name] for name in waiting})
+        owners = {name: self.plan.owners[unit] for name, unit in units.items()}
+        moments.sum_to(owners, self.plan.processes)
+        for unit in filter(self.plan.owns, dict.fromkeys(units.values())):
+            layers = [layer for layer in segment.layers if layer.unit == unit]
+            moments.check_finite([layer.name for layer in layers])
+            tensors = _packed(layers, moments)
+            facts = {layer.name: self._fact(layer.name, units, moments) for layer in layers}
+            self._put_unit(segment, unit, tensors, facts)
 
     def _put_unit(
-        self, unit: str, others: Sequence[str], tensors: Tensors, facts: dict[str, Any]
+        self, segment: Segment, unit: str, tensors: Tensors, facts: dict[str, Any]
     ) -> None:
-        layers = self.units[unit]
-        names = {layer.name for layer in layers}
-        tensors, facts = dict(tensors), dict(facts)
-        for name in others:
-            more, more_facts = self.work.get(PARTS, name)
+        others = [
+            _parts(other)
+            for other in self.cut.segments
+            if other is not segment and any(layer.unit == unit for layer in other.layers)
+        ]
+        if not all(self.work.has(stage, unit) for stage in others):
+            self.work.put(_parts(segment), unit, tensors, facts)
+            return
+        for stage in others:
+            more, more_facts = self.work.get(stage, unit)
             tensors, facts = tensors | more, facts | more_facts
-        own = {key: tensor for key, tensor in tensors.items() if _layer_of(key) in names}
-        self.work.put(STATISTICS, unit, own, _facts(layers, facts, self.loss))
+        self.work.put(STATISTICS, unit, tensors, _facts(self.units[unit], facts, self.loss))
 
     def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
         """Where a layer's Gram matrices lie: that of its inputs is stored once, with the leader."""
@@ -179,9 +181,8 @@ class UnitStore:
         }
 
 
-def _layer_of(key: str) -> str:
-    """The layer that a tensor of the statistics belongs to."""
-    return key.partition(".")[2]
+def _parts(segment: Segment) -> str:
+    return f"{PARTS}/{segment.name}"
 
 
 def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:

@@ -133,6 +133,7 @@ def _measure(
             decompose=name == CERTIFICATION,
             advance=phase.advance,
             keep=keep,
+            processes=plan.processes,
         )
 
 

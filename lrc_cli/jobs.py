@@ -1,6 +1,7 @@
 """The jobs of one `compress` command: which are done already, and what all came to."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lrc_cli.errors import StrictFallback
 from lrc_cli.fingerprints import already_done
 from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
 from lrc_cli.output import read_report
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.progress import Progress
 from lrc_cli.report.facts import not_as_asked
 from lrc_cli.report.junit import check_junit_path, write_junit
@@ -26,23 +28,33 @@ def check_jobs(configs: Sequence[Config], junit: Path | None) -> None:
 
 
 def run_jobs(
-    configs: Sequence[Config], *, force: bool, restart: bool, progress: Progress
+    configs: Sequence[Config],
+    *,
+    force: bool,
+    restart: bool,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[Config, Report]]:
     """Every job with its report; without `force` and `restart`, finished ones are not run again.
 
     Args:
         configs: jobs that differ in `compression.size` and `output.path` only.
+        processes: those that share the work, each of which calls this.
     """
-    done = [not force and not restart and already_done(config) for config in configs]
+    again = force or restart
+    done = processes.from_first(lambda: [not again and already_done(x) for x in configs])
     missing = [config for config, is_done in zip(configs, done, strict=True) if not is_done]
-    new = compress_each(missing, force=force, restart=restart, progress=progress)
+    new = compress_each(
+        missing, force=force, restart=restart, progress=progress, processes=processes
+    )
     for config, is_done in zip(configs, done, strict=True):
         if not is_done:
             yield config, next(new)
             continue
         directory = Path(config.output.path)
-        progress.say(f"{directory}: already what the config asks for")
-        report = read_report(directory)
+        if processes.is_first:
+            progress.say(f"{directory}: already what the config asks for")
+        report = processes.from_first(partial(read_report, directory))
         report["gates"] = check_gates(config.gates, report)
         yield config, report
 

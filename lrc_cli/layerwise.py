@@ -1,6 +1,6 @@
 """One layer's solve, from plan and work directory: its weight, problem, request and cost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -149,7 +149,7 @@ def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fit
 
 def num_workers(plan: Plan, layers: list[Layer]) -> int:
     """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
-    widest = max(max(layer.shape) for layer in layers)
+    widest = max((max(layer.shape) for layer in layers), default=0)
     # With relu a fit runs the network, and holds the layer's inputs.
     runs_alone = any(plan.solvers[layer.name] is RELU for layer in layers)
     if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or runs_alone:
@@ -157,7 +157,6 @@ def num_workers(plan: Plan, layers: list[Layer]) -> int:
     return torch.get_num_threads()
 
 
-def solve_cost(layer: Layer) -> float:
-    """Of an eigenproblem on the small side, and products with the large one: multiplications."""
-    small, large = sorted(layer.shape)
-    return float(small**3 * 4 + small * large * (small + large))
+def solve_cost(layers: Iterable[Layer]) -> float:
+    """Of the layers' solves together: multiplications."""
+    return sum(layer.solve_cost for layer in layers)

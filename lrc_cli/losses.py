@@ -6,6 +6,7 @@ model's own softmax for classifiers (true Fisher), half the squared change of th
 anything else (Gauss-Newton, by random +-1 probes).
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,17 @@ def _is_causal(network: Network, batch: Batch) -> bool:
     with torch.no_grad():
         change = (network(row).logits[0] - network(other).logits[0]).float().abs()
     return bool(change[last - 1].max() <= CAUSAL_LEAK * change[last].max())
+
+
+def drawing(seed: int, index: int) -> torch.Generator:
+    """What draws labels or probes of a micro-batch: whoever runs it, after whatever else.
+
+    Args:
+        index: the micro-batch's number among those of the whole pass.
+    """
+    # torch takes 32 bits of a seed for its CPU generator.
+    own = hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4]
+    return torch.Generator().manual_seed(int.from_bytes(own))
 
 
 def prepare(

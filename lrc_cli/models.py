@@ -42,6 +42,15 @@ class Layer:
         """Bytes of the dense weight as stored."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
+    @property
+    def solve_cost(self) -> float:
+        """Of an eigenproblem on the small side, and products with the large one: multiplications.
+
+        It grows with n^3.
+        """
+        small, large = sorted(self.shape)
+        return float(small**3 * 4 + small * large * (small + large))
+
     def weight(self, source: Source) -> torch.Tensor:
         """The matrix W (m, n): a view of the mapped file."""
         return self.layout.matrix(source.read(f"{self.key}.weight"))
@@ -87,23 +96,6 @@ def vocabulary_of(module: nn.Module) -> int:
     except NotImplementedError:  # a model of several inputs may have no one table
         return 0
     return int(getattr(embeddings, "num_embeddings", 0))
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of `runtime.device`.
-
-    Raises:
-        InputError: the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "mps":
-        raise InputError("runtime.device: mps has no float64, which the solvers need", "use cpu")
-    available = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    if available[device.type] <= (device.index or 0):
-        raise InputError(f"runtime.device: {name} is not there", "use auto or cpu")
-    return device
 
 
 def open_module(

@@ -132,13 +132,14 @@ def finish_output(
 ) -> dict[str, Any]:
     """Reload what was written, check and measure it, and write the report and the manifest.
 
+    Called by all processes, which share the measuring.
+
     Args:
         sequential: whether the layers were fitted sequentially, and why.
     """
-    directory = partial_of(plan)
-    written = open_source(directory, factorised=True)
+    written = open_source(partial_of(plan), factorised=True)
     with progress.phase("verification", 1):
-        _check_written(written, plan.config.output.dtype)
+        plan.processes.from_first(lambda: _check_written(written, plan.config.output.dtype))
         module = open_module(
             written,
             factory=plan.config.model.factory,
@@ -165,6 +166,10 @@ def finish_output(
         memory=peak_memory(plan.device),
     )
     report["gates"] = check_gates(plan.config.gates, report)
+    return plan.processes.from_first(lambda: _write_report(partial_of(plan), report))
+
+
+def _write_report(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
     write_json(directory / "report.json", report)
     write_text(directory / "README.md", render_card(report))
     write_text(directory / "report.html", render_html(report))
@@ -217,6 +222,7 @@ def _measure(
                 seed=plan.config.runtime.seed,
                 advance=phase.advance,
                 keep=memory.keep,
+                processes=plan.processes,
             )
             data = {"population": sequences.population, "sha256": sequences.sha256}
             rows.append({"text": name, **row, **data})

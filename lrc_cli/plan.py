@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,18 @@ from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
-from lrc_cli.config import Config, matches
+from lrc_cli.config import Config, matches, to_dict
 from lrc_cli.data.processors import open_processors
+from lrc_cli.devices import resolve_device
 from lrc_cli.engine import SOLVERS, Solver
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, RunError
 from lrc_cli.finding import Skipped, find_layers
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.gates import check_gates_possible
 from lrc_cli.inputs import check_sequences, probe
-from lrc_cli.models import (
-    Layer,
-    Network,
-    make_network,
-    open_module,
-    resolve_device,
-)
+from lrc_cli.models import Layer, Network, make_network, open_module
 from lrc_cli.precision import DTYPES
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.rectified import NOT_FOLLOWED, with_relu_where_followed
 
@@ -52,6 +49,8 @@ class Plan:
     work_dir: Path
     output: Path
     """The directory to write."""
+    processes: Processes
+    """Those that share the work."""
 
     @property
     def units(self) -> dict[str, list[Layer]]:
@@ -60,6 +59,16 @@ class Plan:
         for layer in self.layers:
             units.setdefault(layer.unit, []).append(layer)
         return units
+
+    @cached_property
+    def owners(self) -> dict[str, int]:
+        """By unit the rank that sums its statistics, solves its layers and writes its files."""
+        costs = {u: sum(x.solve_cost for x in layers) for u, layers in self.units.items()}
+        return self.processes.owners(costs)
+
+    def owns(self, unit: str) -> bool:
+        """Whether the unit is this process's."""
+        return self.owners[unit] == self.processes.rank
 
     @property
     def factors_stage(self) -> str:
@@ -97,17 +106,17 @@ class Plan:
         return [name for name in self.sequences if name not in (CALIBRATION, CERTIFICATION)]
 
 
-def make_plan(config: Config, *, force: bool = False) -> Plan:
+def make_plan(config: Config, *, force: bool = False, processes: Processes = ALONE) -> Plan:
     """Open the checkpoint and the data and check whatever can be checked before the work begins.
 
     Raises:
         InputError: whatever is wrong, with the remedy.
-        RunError: another run is writing the output.
+        RunError: another run is writing the output, or the processes do not plan the same.
     """
     check_gates_possible(config)
     output = resolve_output(config.output.path)
     source = open_source(Path(config.model.path))
-    check_output(output, source, force=force)
+    processes.from_first(lambda: check_output(output, source, force=force))
     source.check_finite()
     module = open_module(
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
@@ -125,7 +134,7 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
             "give more data, widen the part, or lower sequence_length",
         )
     check_sequences(sequences, module, source)
-    device = resolve_device(config.runtime.device)
+    device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     probe(network, sequences)
     solvers = with_relu_where_followed(
@@ -136,6 +145,11 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
     )
     identity = digest(statistics)
     work_dir = _work_dir(config, output, identity)
+    if len(set(processes.gather(digest([identity, to_dict(config)])))) > 1:
+        raise RunError(
+            "the processes do not have the same config, checkpoint and data",
+            "give all machines the same files",
+        )
     return Plan(
         config=config,
         source=source,
@@ -149,6 +163,7 @@ def make_plan(config: Config, *, force: bool = False) -> Plan:
         factors_fingerprint=factors_fingerprint(config, identity),
         work_dir=work_dir,
         output=output,
+        processes=processes,
     )
 
 
@@ -160,7 +175,7 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
         RunError: another run is writing the output.
     """
     output = resolve_output(config.output.path)
-    check_output(output, plan.source, force=force)
+    plan.processes.from_first(lambda: check_output(output, plan.source, force=force))
     check_layers(config, plan.layers)
     factors = factors_fingerprint(config, digest(plan.statistics_fingerprint))
     return replace(plan, config=config, output=output, factors_fingerprint=factors)

@@ -25,17 +25,23 @@ class Interrupted(LrcError):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once: stop after the current piece of work; twice: stop at once."""
+    """Ctrl-C or SIGTERM once: stop after the current piece of work; twice: stop at once.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: do not answer a signal in words.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.number: int | None = None
+        self.quiet = quiet
 
     def request(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.number is not None:
             raise Interrupted(number)
         self.number = number
-        print("stopping after the current step; once more to stop now", file=sys.stderr)
+        if not self.quiet:
+            print("stopping after the current step; once more to stop now", file=sys.stderr)
 
     def check(self) -> None:
         """Raise Interrupted if a stop was asked for."""
@@ -44,9 +50,13 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Within it, SIGINT and SIGTERM ask for a stop instead of killing the process."""
-    stop = Stop()
+def stop_on_signals(*, quiet: bool = False) -> Iterator[Stop]:
+    """Within it, SIGINT and SIGTERM ask for a stop instead of killing the process.
+
+    Args:
+        quiet: see `Stop`.
+    """
+    stop = Stop(quiet=quiet)
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop.request) for number in numbers}
     try:

@@ -2,6 +2,7 @@
 spectrum before any rank is known."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan, make_plan, with_config
+from lrc_cli.processes import ALONE, Processes
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
@@ -26,9 +28,19 @@ from lrc_cli.work import LOG, OUTPUT_SPECTRA, PASSING, SHARED, SPECTRA, WorkDire
 
 
 def compress(
-    config: Config, *, force: bool = False, restart: bool = False, progress: Progress | None = None
+    config: Config,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Compress the checkpoint that the config names and write the output directory.
+
+    Args:
+        force: replace an existing output.
+        restart: drop the finished units of this run first.
+        processes: those that share the work, each of which calls this.
 
     Returns:
         The report, as in report.json.
@@ -38,23 +50,30 @@ def compress(
         RunError: the run failed; finished units stay in the work directory.
     """
     progress = progress or Progress()
-    (report,) = compress_each([config], force=force, restart=restart, progress=progress)
+    (report,) = compress_each(
+        [config], force=force, restart=restart, progress=progress, processes=processes
+    )
     return report
 
 
 def compress_each(
-    configs: Sequence[Config], *, force: bool, restart: bool, progress: Progress
+    configs: Sequence[Config],
+    *,
+    force: bool,
+    restart: bool,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """As `compress`, for configs that differ in the target and in `output.path` only.
 
     The statistics are collected once, for all of them.
     """
     with progress.phase("checks", 1):
-        plans = make_plans(configs, force=force)
+        plans = make_plans(configs, force=force, processes=processes)
     _say_what_is_off(plans[0], progress)
     with (
-        WorkDirectory(plans[0].work_dir, plans[0].statistics_fingerprint) as work,
-        progress.logged(work.root / LOG),
+        WorkDirectory(plans[0].work_dir, plans[0].statistics_fingerprint, processes) as work,
+        progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
     ):
         if restart:
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
@@ -66,9 +85,11 @@ def compress_each(
             yield _write(plan, work, force=force, progress=progress)
 
 
-def make_plans(configs: Sequence[Config], *, force: bool) -> list[Plan]:
+def make_plans(
+    configs: Sequence[Config], *, force: bool, processes: Processes = ALONE
+) -> list[Plan]:
     """The checked plans of configs that differ in the target and in `output.path` only."""
-    first = make_plan(configs[0], force=force)
+    first = make_plan(configs[0], force=force, processes=processes)
     plans = [first, *(with_config(first, config, force=force) for config in configs[1:])]
     for plan in plans:
         check_sequential(plan)
@@ -78,7 +99,7 @@ def make_plans(configs: Sequence[Config], *, force: bool) -> list[Plan]:
 
 def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) -> dict[str, Any]:
     """From spectra to the output, and its report."""
-    compression, factors = plan.config.compression, plan.factors_stage
+    compression, factors, processes = plan.config.compression, plan.factors_stage, plan.processes
     ranks = allocate_ranks(plan, read_spectra(plan, work))
     decision = decide(plan, work, ranks)
     if compression.sequential is not False:
@@ -88,13 +109,14 @@ def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) 
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
     factorize = factorize_sequentially if decision.used else factorize_layers
     factorize(plan, work, ranks, factors, progress)
-    begin(plan.output)
+    processes.from_first(lambda: begin(plan.output))
     try:
-        write_checkpoint(plan, work, factors, progress)
+        processes.from_first(lambda: write_checkpoint(plan, work, factors, progress))
         report = finish_output(plan, work, factors, decision.facts(), progress)
-        publish(plan.output, force=force)
+        processes.from_first(lambda: publish(plan.output, force=force))
     except BaseException:
-        discard(plan.output)
+        if processes.is_first:
+            discard(plan.output)
         raise
     _say_what_failed(report, progress)
     return report
@@ -140,12 +162,13 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     stages = [SPECTRA]
     if plan.config.compression.max_layer_error is not None:
         stages.append(OUTPUT_SPECTRA)
-    todo = [(stage, unit) for stage in stages for unit in plan.units if not work.has(stage, unit)]
+    todo = [(stage, unit) for stage in stages for unit in work.missing(stage, plan.units)]
     if not todo:
         return
-    cost = sum(solve_cost(layer) for _, unit in todo for layer in plan.units[unit])
+    own = [(stage, unit) for stage, unit in todo if plan.owns(unit)]
+    cost = solve_cost(x for _, unit in own for x in plan.units[unit])
     with progress.phase("spectra", cost) as phase:
-        for stage, unit in todo:
+        for stage, unit in own:
             layers = plan.units[unit]
             solve = partial(_spectrum, plan, work, stage)
             solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
@@ -153,7 +176,8 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
             tensors = {layer.name: s for layer, (s, _) in named if s is not None}
             reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
             work.put(stage, unit, tensors, {"dense": reasons})
-            phase.advance(sum(map(solve_cost, layers)))
+            phase.advance(solve_cost(layers))
+    plan.processes.wait()
 
 
 def _spectrum(
@@ -186,12 +210,13 @@ def factorize_layers(
     plan: Plan, work: WorkDirectory, ranks: dict[str, int], stage: str, progress: Progress
 ) -> None:
     """Phase two: the factors of every unit that has none yet."""
-    todo = [unit for unit in plan.units if not work.has(stage, unit)]
+    todo = work.missing(stage, plan.units)
     if not todo:
         return
-    cost = sum(solve_cost(layer) for unit in todo for layer in plan.units[unit])
+    own = list(filter(plan.owns, todo))
+    cost = solve_cost(x for unit in own for x in plan.units[unit])
     with progress.phase("factors", cost) as phase:
-        for unit in todo:
+        for unit in own:
             layers = plan.units[unit]
             solve = partial(fit, plan, work, ranks)
             solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
@@ -202,4 +227,5 @@ def factorize_layers(
             facts = {name: fitted.facts for name, fitted in found.items()}
             keep_references(work, unit, found)
             work.put(stage, unit, tensors, facts)
-            phase.advance(sum(map(solve_cost, layers)))
+            phase.advance(solve_cost(layers))
+    plan.processes.wait()

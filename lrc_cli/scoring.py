@@ -11,11 +11,12 @@ from lrc_cli.calibration import Purpose, Sequences, draw
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Calibration, load_config
 from lrc_cli.data.processors import open_processors
+from lrc_cli.devices import resolve_device
 from lrc_cli.errors import InputError
 from lrc_cli.evaluate import compare, scoring
 from lrc_cli.factories import ask_for_factory
 from lrc_cli.inputs import check_sequences, probe
-from lrc_cli.models import Network, make_network, open_module, resolve_device
+from lrc_cli.models import Network, make_network, open_module
 from lrc_cli.output import peak_memory
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress

@@ -11,13 +11,14 @@ curvature and the layers that are fitted plainly come from all sequences.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
+from lrc_cli.calibration import Batch
 from lrc_cli.decision import excluded, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
@@ -50,7 +51,8 @@ def factorize_sequentially(
     plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], stage: str, progress: Progress
 ) -> None:
     """Phase two: the factors of every unit that has none yet."""
-    if all(work.has(stage, unit) for unit in plan.units):
+    missing = work.missing(stage, plan.units)
+    if not missing:
         return
     sequences = plan.sequences[CALIBRATION]
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
@@ -60,8 +62,11 @@ def factorize_sequentially(
     chain = find_chain(plan.network, next(sequences.batches(1)))
     segments = segments_of(plan.network, chain, plan.layers, batches[0])
     memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    streams = Streams(plan, chain, batches, len(held), memory.keep)
-    fits = _Fits(plan, work, ranks, stage, streams)
+    own = plan.processes.share(len(batches))
+    own_held = sum(index >= len(batches) - len(held) for index in own)
+    streams = Streams(plan, chain, [batches[i] for i in own], own_held, memory.keep)
+    calls = _num_calls(plan, batches[0])
+    fits = _Fits(plan, work, ranks, stage, streams, missing=missing, calls=calls)
     todo = fits.start(segments)
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)
     with progress.phase("factors", cost) as phase:
@@ -70,12 +75,18 @@ def factorize_sequentially(
                 fits.add(segment, group, phase)
             streams.advance(segment)
             phase.advance(_advance_cost(plan, segment))
+    plan.processes.wait()
 
 
 class _Fits:
     """The layers' outcomes; a unit is stored as soon as all its layers have one.
 
-    A unit that an earlier run stored is put into the compressed network as it is.
+    A unit that an earlier run stored is put into the compressed network as it is. Of several
+    processes each fits some of the layers that read one input; then all install them.
+
+    Args:
+        missing: the units that are not stored.
+        calls: how often each layer runs in one pass.
     """
 
     def __init__(
@@ -85,11 +96,14 @@ class _Fits:
         ranks: Mapping[str, int],
         stage: str,
         streams: Streams,
+        *,
+        missing: Collection[str],
+        calls: Mapping[str, int],
     ) -> None:
         self.plan, self.work, self.ranks = plan, work, ranks
         self.stage, self.streams = stage, streams
+        self.missing, self.calls = missing, calls
         self.fitted: dict[str, Fitted] = {}
-        self.calls = _num_calls(plan, streams)
 
     def start(self, segments: Sequence[Segment]) -> list[Segment]:
         """Install what is there already and what no segment reaches.
@@ -99,18 +113,17 @@ class _Fits:
         """
         reached = {layer.name for segment in segments for layer in segment.layers}
         for layer in self.plan.layers:
-            if self.work.has(self.stage, layer.unit):
+            if layer.unit not in self.missing:
                 # What comes before it in the network is not influenced, so it may come early.
                 self.streams.install(layer, self.work.get(self.stage, layer.unit)[0])
-        for layer in self._open(self.plan.layers):
-            if layer.name not in reached:
-                reason = "the first calibration sequences do not reach it"
-                self._keep(layer, self._plain(layer, reason))
+        reason = "the first calibration sequences do not reach it"
+        beyond = [x for x in self._open(self.plan.layers) if x.name not in reached]
+        self._solve(partial(self._plain, reason=reason), beyond)
         last = max((i for i, s in enumerate(segments) if self._open(s.layers)), default=-1)
         return list(segments[: last + 1])
 
     def _open(self, layers: Sequence[Layer]) -> list[Layer]:
-        return [x for x in layers if not self.work.has(self.stage, x.unit)]
+        return [x for x in layers if x.unit in self.missing]
 
     def add(self, segment: Segment, group: list[Layer], phase: Phase) -> None:
         """Fit the layers that read one input, to which both networks have come."""
@@ -121,13 +134,22 @@ class _Fits:
         first = next((layer for layer in todo if reasons[layer.name] is None), None)
         drifts = None
         if first is not None:
-            share = _group_cost(self.plan, segment, first) / len(self.streams.batches)
+            share = _group_cost(self.plan, segment, first) / max(len(self.streams.batches), 1)
             drifts = self.streams.drift(segment, first, partial(phase.advance, share))
-        solve = partial(self._fit, drifts, reasons)
-        workers = min(num_workers(self.plan, group), len(todo))
-        for layer, fitted in zip(todo, in_parallel(solve, todo, workers), strict=True):
-            self._keep(layer, fitted)
-        phase.advance(sum(map(solve_cost, todo)))
+        self._solve(partial(self._fit, drifts, reasons), todo)
+        phase.advance(solve_cost(todo))
+
+    def _solve(self, solve: Callable[[Layer], Fitted], layers: Sequence[Layer]) -> None:
+        """Every process fits its share of the layers; all get and keep them all."""
+        processes = self.plan.processes
+        owners = processes.owners({layer.name: layer.solve_cost for layer in layers})
+        own = [layer for layer in layers if owners[layer.name] == processes.rank]
+        workers = max(min(num_workers(self.plan, own), len(own)), 1)
+        solved = in_parallel(solve, own, workers)
+        found = {x.name: fitted.on_host() for x, fitted in zip(own, solved, strict=True)}
+        everywhere = {k: fitted for part in processes.gather(found) for k, fitted in part.items()}
+        for layer in layers:
+            self._keep(layer, everywhere[layer.name])
 
     def _reason(self, layer: Layer) -> str | None:
         """Why a layer is not fitted to the compressed network's inputs."""
@@ -169,7 +191,8 @@ class _Fits:
         for member, outcome in done.items():
             tensors |= outcome.tensors(member)
         facts = {member.name: outcome.facts for member, outcome in done.items()}
-        self.work.put(self.stage, layer.unit, tensors, facts)
+        if self.plan.owns(layer.unit):
+            self.work.put(self.stage, layer.unit, tensors, facts)
 
 
 def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:
@@ -207,11 +230,11 @@ def _groups(plan: Plan, work: WorkDirectory, segment: Segment) -> list[list[Laye
     return list(groups.values())
 
 
-def _num_calls(plan: Plan, streams: Streams) -> Counter[str]:
+def _num_calls(plan: Plan, batch: Batch) -> Counter[str]:
     """How often each layer runs in one pass."""
     calls: Counter[str] = Counter()
     with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
-        plan.network(streams.batches[0])
+        plan.network(batch)
     return calls
 
 
@@ -232,6 +255,6 @@ def _advance_cost(plan: Plan, segment: Segment) -> float:
 
 
 def _segment_cost(plan: Plan, work: WorkDirectory, segment: Segment) -> float:
-    solves = sum(map(solve_cost, segment.layers))
+    solves = solve_cost(segment.layers)
     groups = sum(_group_cost(plan, segment, group[0]) for group in _groups(plan, work, segment))
     return solves + groups + _advance_cost(plan, segment)

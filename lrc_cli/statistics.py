@@ -6,6 +6,7 @@ multiplied in float32 (products of bfloat16 numbers are exact there) and added t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lrc_cli.calibration import Sequences
 from lrc_cli.errors import RunError
 from lrc_cli.losses import unpadded
 from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.processes import Processes
 
 # Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
 # to 40 % of the products. Narrower panels would slow the matrix product itself.
@@ -36,8 +38,8 @@ class GramSum:
     """A float64 sum of x x^T over rows x, and the number of rows.
 
     Args:
-        center: sum (x - c) (x - c)^T, for c the mean of the rows that come first, and x - c. The
-            mean then leaves the Gram matrix by a small correction, where x x^T - mean mean^T
+        center: sum (x - mean) (x - mean)^T. Rows are multiplied less the mean of those that came
+            with them, and the sums put together (Chan, Golub and LeVeque 1979): x x^T - mean mean^T
             would lose as many digits as the mean is larger than the deviations.
     """
 
@@ -46,32 +48,52 @@ class GramSum:
         holder = torch.device("cpu") if device.type == "mps" else device
         self.total = torch.zeros(width, width, dtype=torch.float64, device=holder)
         self.num_rows = 0
-        self._center = center
-        self._pivot: torch.Tensor | None = None
-        self._deviation = self.total.new_zeros(width)
+        self._mean = self.total.new_zeros(width) if center else None
 
-    def add(self, rows: torch.Tensor) -> torch.Tensor:
+    def add(self, rows: torch.Tensor) -> "Added":
         """Add rows of shape (t, n) in any floating dtype.
 
         Returns:
-            What was multiplied: the rows, with `center` less c.
+            What was multiplied.
         """
+        added = Added(rows)
+        if self._mean is not None and len(rows):
+            added = self._around_mean(rows.float(), self._mean)
+            added.correct(self.total, added)
+        rows = added.rows
         self.num_rows += len(rows)
-        if self._center and len(rows):
-            rows = self._around_pivot(rows)
         with _exact_bfloat16(rows) as factor:
             for start in range(0, rows.shape[1], PANEL):
                 stop = min(start + PANEL, rows.shape[1])
                 panel = _product(factor[:, start:stop], factor[:, :stop])
                 self.total[start:stop, :stop] += panel.to(self.total.device)
-        return rows
+        return added
 
-    def _around_pivot(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._pivot is None:
-            self._pivot = rows.float().mean(dim=0)
-        rows = rows.float() - self._pivot
-        self._deviation += rows.sum(dim=0, dtype=torch.float64).to(self._deviation.device)
-        return rows
+    def _around_mean(self, rows: torch.Tensor, mean: torch.Tensor) -> "Added":
+        middle = rows.mean(dim=0)
+        rows = rows - middle
+        rest = rows.mean(dim=0, dtype=torch.float64).to(mean.device)
+        step = middle.to(mean) + rest - mean
+        share = len(rows) / (self.num_rows + len(rows))
+        mean += step * share
+        return Added(rows, rest, step, weight=self.num_rows * share)
+
+    def sum_to(self, owner: int | None, processes: Processes) -> torch.Tensor | None:
+        """Bring what all processes have added together at the rank `owner`; None: at each.
+
+        Returns:
+            With `center` (n,), by how much the mean of this process's rows was off that of all.
+        """
+        num_rows, step = sum(processes.gather(self.num_rows)), None
+        if self._mean is not None:
+            overall = self._mean * (self.num_rows / max(num_rows, 1))
+            processes.sum_to(None, overall)
+            step = self._mean - overall
+            self.total.addr_(step, step, alpha=self.num_rows)
+            self._mean = overall
+        self.num_rows = num_rows
+        processes.sum_to(owner, self.total)
+        return step
 
     def mean(self) -> torch.Tensor:
         """The Gram matrix divided by the number of rows: (n, n), float64, symmetric.
@@ -79,20 +101,40 @@ class GramSum:
         With `center` it is that of x - mean(x).
         """
         lower = self.total.tril()
-        gram = (lower + lower.tril(-1).T) / max(self.num_rows, 1)
-        return gram - torch.outer(self.deviation, self.deviation) if self._center else gram
-
-    @property
-    def deviation(self) -> torch.Tensor:
-        """The mean of x - c (n,), float64; zeros without `center`."""
-        return self._deviation / max(self.num_rows, 1)
+        return (lower + lower.tril(-1).T) / max(self.num_rows, 1)
 
     def mean_row(self) -> torch.Tensor:
         """The mean of the rows (n,), float64; with `center` only."""
-        if not self._center:
+        if self._mean is None:
             raise ValueError("the mean was not collected")
-        mean = self.deviation
-        return mean if self._pivot is None else mean + self._pivot.to(mean)
+        return self._mean
+
+
+@dataclass(frozen=True)
+class Added:
+    """What one call of `GramSum.add` multiplied."""
+
+    rows: torch.Tensor
+    """(t, n); with `center` less their mean in float32, which is not quite their mean."""
+    rest: torch.Tensor | None = None
+    """With `center` the mean (n,) of `rows`, float64."""
+    step: torch.Tensor | None = None
+    """With `center` how far the rows' mean is from that of all rows before them (n,), float64."""
+    weight: float = 0.0
+    """Of a product of two steps."""
+
+    def correct(self, total: torch.Tensor, other: "Added") -> None:
+        """Make up for what sums of `self.rows` x `other.rows` leave out, with `center`, in place.
+
+        Args:
+            total: (n, n'), the sum around the mean.
+            other: of rows that came with these, and were added to their sum as often.
+        """
+        if self.rest is None or other.rest is None:
+            return
+        assert self.step is not None and other.step is not None
+        total.addr_(self.rest, other.rest, alpha=-len(self.rows))
+        total.addr_(self.step, other.step, alpha=self.weight)
 
 
 @contextmanager
@@ -127,13 +169,20 @@ class Moments:
     Args:
         leaders: {layer: first layer that reads the same input}; the leader's input is measured.
         graded: layers whose output gradients are measured too.
+        device: the network's.
         center: whether inputs are summed around their mean.
     """
 
     def __init__(
-        self, leaders: Mapping[str, str], graded: Sequence[Layer], *, center: bool = False
+        self,
+        leaders: Mapping[str, str],
+        graded: Sequence[Layer],
+        device: torch.device,
+        *,
+        center: bool = False,
     ) -> None:
         self.leaders, self.graded = leaders, {layer.name for layer in graded}
+        self.device = device
         self.grams: dict[str, GramSum] = {}
         """By leader; a layer that was never reached has no entry."""
         self.fishers: dict[str, GramSum] = {}
@@ -165,10 +214,32 @@ class Moments:
         with hooked(network, layers, after_layer):
             yield
 
-    def check_finite(self) -> None:
-        """Raise RunError, naming the layer, if an activation or a gradient is NaN or infinite."""
-        _check_finite("inputs", self.grams)
-        _check_finite("output gradients", self.fishers)
+    def sum_to(self, owners: Mapping[str, int], processes: Processes) -> None:
+        """Bring every layer's sums together at its owner.
+
+        The others keep the number of tokens only, of layers too that reached other processes alone.
+
+        Args:
+            owners: ranks by layer.
+        """
+        for sums, center in ((self.grams, self.center), (self.fishers, False)):
+            widths: dict[str, int] = {}
+            for found in processes.gather({name: len(gram.total) for name, gram in sums.items()}):
+                widths |= found
+            for name, width in widths.items():
+                if name not in sums:
+                    sums[name] = GramSum(width, self.device, center=center)
+                sums[name].sum_to(owners[name], processes)
+
+    def check_finite(self, names: Sequence[str]) -> None:
+        """Raise RunError if an activation or a gradient of these layers is NaN or infinite."""
+        for what, sums in (("inputs", self.grams), ("output gradients", self.fishers)):
+            for name in names:
+                if name in sums and not bool(torch.isfinite(sums[name].total.diagonal().sum())):
+                    raise RunError(
+                        f"{name}: NaN or infinity in its {what} on the calibration data",
+                        "set runtime.dtype: float32, or look for a damaged weight before it",
+                    )
 
 
 def _add(
@@ -183,12 +254,3 @@ def _add(
     if name not in sums:
         sums[name] = GramSum(tensor.shape[-1], tensor.device, center=center)
     sums[name].add(rows)
-
-
-def _check_finite(what: str, sums: dict[str, GramSum]) -> None:
-    for name, gram in sums.items():
-        if not bool(torch.isfinite(gram.total.diagonal().sum())):
-            raise RunError(
-                f"{name}: NaN or infinity in its {what} on the calibration data",
-                "set runtime.dtype: float32, or look for a damaged weight before this layer",
-            )

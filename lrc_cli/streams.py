@@ -19,6 +19,7 @@ from lrc_cli.losses import unpadded
 from lrc_cli.models import Layer, Network, make_network, open_module
 from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES, cast_on_read
+from lrc_cli.processes import Processes
 from lrc_cli.slots import low_rank_module
 from lrc_cli.statistics import GramSum
 from lrc_cli.walk import Keep, Pair, Walk
@@ -37,8 +38,17 @@ class DriftSum:
         """Add rows (t, n) of inputs in the dense and, for the same tokens, in the compressed
         network."""
         compressed = compressed.float()
-        drift = self.drift.add(x.float() - compressed)
-        self.cross += (drift.T @ self.compressed.add(compressed)).to(self.cross.device)
+        drift, read = self.drift.add(x.float() - compressed), self.compressed.add(compressed)
+        self.cross += (drift.rows.T @ read.rows).to(self.cross.device)
+        drift.correct(self.cross, read)
+
+    def sum_over(self, processes: Processes) -> None:
+        """Bring what all processes have added together, at each of them."""
+        own = self.num_tokens
+        drift, read = (x.sum_to(None, processes) for x in (self.drift, self.compressed))
+        if drift is not None and read is not None:
+            self.cross.addr_(drift, read, alpha=own)
+        processes.sum_to(None, self.cross)
 
     @property
     def is_finite(self) -> bool:
@@ -54,11 +64,10 @@ class DriftSum:
     def mean(self) -> Drift:
         """The moments per token, around the means where they are asked for."""
         num_tokens = self.num_tokens
-        around = torch.outer(self.drift.deviation, self.compressed.deviation)
         mean = self.compressed.mean_row() if self._center else None
         return Drift(
             compressed=self.compressed.mean(),
-            cross=self.cross / num_tokens - around,
+            cross=self.cross / num_tokens,
             drift=self.drift.mean(),
             mean=None if mean is None else mean + self.drift.mean_row(),
             mean_compressed=mean,
@@ -71,7 +80,7 @@ class Streams(Pair):
 
     Args:
         chain: the network's.
-        batches: micro-batches of model inputs.
+        batches: this process's micro-batches of model inputs.
         num_held_back: how many of the last micro-batches nothing is fitted to.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
     """
@@ -115,7 +124,7 @@ class Streams(Pair):
     def drift(
         self, segment: Segment, layer: Layer, step: Callable[[], None]
     ) -> tuple[Drift, Drift | None] | None:
-        """The moments of a layer's inputs in both networks.
+        """The moments of a layer's inputs in both networks, over all processes' micro-batches.
 
         Args:
             segment: the one that both networks have come to, in which the layer first runs.
@@ -132,20 +141,27 @@ class Streams(Pair):
             return None
         center = self.plan.config.compression.center
         fitted, held = (DriftSum(layer.shape[1], self.plan.device, center=center) for _ in range(2))
-        per_sequence: set[float] = set()
+        # Tokens per sequence: experts get a number that depends on the data, all others on its
+        # shape. None where the two networks' inputs cannot be compared.
+        counts: set[float | None] = set()
         for index, batch in enumerate(self.batches):
             pair = [input_of(walk, segment, index, layer) for walk in (self.dense, self.compressed)]
             x, compressed = pair
             if x is None or compressed is None or x.shape != compressed.shape:
-                return None
-            # Experts get a number of tokens that depends on the data; all others, on its shape.
-            per_sequence.add(x[..., 0].numel() / len(next(iter(batch.values()))))
-            if len(per_sequence) > 1:
-                return None
+                counts.add(None)
+                break
+            counts.add(x[..., 0].numel() / len(next(iter(batch.values()))))
+            if len(counts) > 1:
+                break
             mask = batch.get("attention_mask")
             sums = fitted if index < self.num_fitted else held
             sums.add(*(unpadded(t, mask).reshape(-1, t.shape[-1]) for t in (x, compressed)))
             step()
+        everywhere = set().union(*self.plan.processes.gather(counts))
+        if None in everywhere or len(everywhere) > 1:
+            return None
+        for sums in (fitted, held):
+            sums.sum_over(self.plan.processes)
         if not (fitted.is_finite and held.is_finite):
             raise RunError(
                 f"{layer.name}: NaN or infinity in its inputs on the calibration data, once the"

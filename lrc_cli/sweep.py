@@ -5,8 +5,11 @@ walks to its tail and writes down what every segment reads; then the segments co
 each reads its inputs back, runs once more with autograd, takes the gradient at its output to the
 one at its input, and is measured in that one run.
 
-    <work>/inputs/<segment>      what the segment reads, every micro-batch
-    <work>/gradients/<segment>   the gradients of the loss by it
+    <work>/inputs/<segment>/<micro-batch>      what the segment reads
+    <work>/gradients/<segment>/<micro-batch>   the gradients of the loss by it, one a probe
+
+Of several processes each runs its share of the micro-batches, and all come to the end of a segment
+together. Nothing depends on how many they are, so others may go on.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +22,7 @@ import torch
 from lrc_cli.blocks import HEAD, TAIL, WHOLE, Chain, Segment
 from lrc_cli.calibration import Batch
 from lrc_cli.errors import RunError
-from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
+from lrc_cli.losses import Loss, backward_scalars, drawing, num_scalars, prepare, unpadded
 from lrc_cli.models import Layer, Network
 from lrc_cli.precision import recast_in_backward
 from lrc_cli.statistics import Moments
@@ -54,7 +57,7 @@ class Sweep:
 
     Args:
         finished: whether a segment was measured before.
-        finish: called with a measured segment, once.
+        finish: called with a measured segment, once, by all processes.
         keep: what becomes of tensors between two segments; see `HostMemory.keep`.
     """
 
@@ -68,16 +71,16 @@ class Sweep:
         keep: Keep = torch.Tensor.detach,
     ) -> None:
         self.job, self.work, self.finished, self.finish = job, work, finished, finish
-        self.keep = keep
-        self.generator = torch.Generator().manual_seed(job.seed)
-        # All masks come before the first label or probe, so that they do not depend on how far
-        # an earlier run has come.
+        masking = torch.Generator().manual_seed(job.seed)
         prepared = [
-            (batch, None) if job.loss is None else prepare(job.loss, batch, self.generator)
+            (batch, None) if job.loss is None else prepare(job.loss, batch, masking)
             for batch in job.batches
         ]
         self.labels = [labels for _, labels in prepared]
         self.walk = Walk(job.network, job.chain, [batch for batch, _ in prepared], keep)
+        self.own = work.processes.share(len(prepared))
+        """Numbers of the micro-batches that are this process's."""
+        self.unfinished, self.forward, self.backward = work.processes.from_first(self._left)
 
     @cached_property
     def first_graded(self) -> int:
@@ -89,30 +92,39 @@ class Sweep:
     def _graded(self, segment: Segment) -> list[Layer]:
         return [layer for layer in segment.layers if layer.name in self.job.graded]
 
-    @cached_property
-    def forward(self) -> range:
-        """Numbers of the segments that are left to walk through."""
+    def _left(self) -> tuple[set[int], range, range]:
+        """Numbers of the segments that are left to measure, to walk through, to run backwards."""
+        segments = enumerate(self.job.segments)
+        unfinished = {i for i, x in segments if x.layers and not self.finished(x)}
+        return unfinished, self._forward(unfinished), self._backward(unfinished)
+
+    def _forward(self, unfinished: Collection[int]) -> range:
         segments, first = self.job.segments, self.first_graded
-        if any(self.work.has(GRADIENTS, segment.name) for segment in segments):
+        if any(self._has(GRADIENTS, segment) for segment in segments):
             return range(0)
-        measured = [i for i, segment in enumerate(segments) if segment.layers]
-        end = len(segments) - 1 if first < len(segments) else max(measured) + 1
-        left = [i for i in measured if i < min(first, end) and not self.finished(segments[i])]
-        latest = min([*left, end, len(segments) - 1])
-        known = [i for i in range(latest + 1) if self.work.has(INPUTS, segments[i].name)]
+        end = len(segments) - 1
+        if first == len(segments):
+            end = max(i for i, segment in enumerate(segments) if segment.layers) + 1
+        latest = min([*(i for i in unfinished if i < first), end, len(segments) - 1])
+        known = [i for i in range(latest + 1) if self._has(INPUTS, segments[i])]
         return range(max(known, default=0), end)
 
-    @cached_property
-    def backward(self) -> range:
-        """Numbers of the segments that are left to run backwards, last to first."""
+    def _backward(self, unfinished: Collection[int]) -> range:
+        """Last to first."""
         segments, first = self.job.segments, self.first_graded
-        end = len(segments) - 1
-        left = [i for i in range(first, end + 1) if segments[i].layers]
-        start = max((i for i in left if not self.finished(segments[i])), default=first - 1)
+        start = max((i for i in unfinished if i >= first), default=first - 1)
         # A segment with no layer to measure leaves nothing but the gradient.
-        while first <= start < end and not self.work.has(GRADIENTS, segments[start + 1].name):
+        while first <= start < len(segments) - 1 and not self._has(GRADIENTS, segments[start + 1]):
             start += 1
         return range(start, first - 1, -1)
+
+    def _has(self, stage: str, segment: Segment) -> bool:
+        stage = f"{stage}/{segment.name}"
+        return all(self.work.has(stage, str(index)) for index in range(len(self.walk.batches)))
+
+    def _remove(self, stage: str, segment: Segment) -> None:
+        for index in self.own:
+            self.work.remove(f"{stage}/{segment.name}", str(index))
 
     @property
     def cost(self) -> float:
@@ -147,58 +159,62 @@ class Sweep:
 
     def _enter(self) -> None:
         """Bring the walk to where an earlier run has come."""
-        for index in range(len(self.walk.batches)):
+        for index in self.own:
             self.walk.run(self.job.segments[0], index)
-        if self.forward:
-            stored, _ = self.work.get(INPUTS, self.job.segments[self.forward.start].name)
-            self.walk.hidden = {int(index): hidden for index, hidden in stored.items()}
+            if self.forward:
+                self.walk.hidden[index] = self._input(self.job.segments[self.forward.start], index)
+
+    def _input(self, segment: Segment, index: int) -> torch.Tensor:
+        return self.work.get(f"{INPUTS}/{segment.name}", str(index))[0]["hidden"]
 
     def _walk(self, number: int, advance: Callable[[float], None]) -> None:
         """Run a segment forwards; measure it if no gradients are wanted of it."""
         segments, is_before = self.job.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
-        measures = is_before and bool(segment.layers) and not self.finished(segment)
+        measures = is_before and number in self.unfinished
+        stores = number + 1 in self.forward or number + 1 >= self.first_graded
         moments = self._moments(segment)
-        for index, batch in enumerate(self.walk.batches):
-            mask = batch.get("attention_mask")
+        for index in self.own:
+            mask = self.walk.batches[index].get("attention_mask")
             with moments.watching(self.job.network, segment.layers if measures else [], mask):
                 output = self.walk.run(segment, index)
             if following:
                 _check_output(segment, output, mask)
             self.walk.pass_on(segment, index, output)
-            advance(self._cost(number) / len(self.walk.batches))
-        for reader in following:
-            if number + 1 in self.forward or number + 1 >= self.first_graded:
-                self.work.put(INPUTS, reader.name, _numbered(self.walk.hidden), {})
+            for reader in following if stores else ():
+                hidden = {"hidden": self.walk.hidden[index]}
+                self.work.put(f"{INPUTS}/{reader.name}", str(index), hidden, {})
+            advance(self._cost(number) / len(self.own))
         if measures:
             self.finish(segment, moments)
         if is_before:
-            self.work.remove(INPUTS, segment.name)
+            self.work.processes.wait()
+            self._remove(INPUTS, segment)
 
     def _return(self, number: int, advance: Callable[[float], None]) -> None:
         """Run a segment again with gradients, and backwards, and measure it."""
         segments, first = self.job.segments, self.first_graded
-        segment, is_last = segments[number], number + 1 == len(segments)
-        inputs: Tensors = {}
-        if segment.name not in (HEAD, WHOLE):
-            inputs, _ = self.work.get(INPUTS, segment.name)
-        above = {} if is_last else self.work.get(GRADIENTS, segments[number + 1].name)[0]
-        below: Tensors = {}
+        segment, above = segments[number], segments[number + 1 : number + 2]
         moments = self._moments(segment)
-        for index in range(len(self.walk.batches)):
-            hidden = inputs.get(str(index))
-            if hidden is not None:
-                hidden = hidden.to(self.job.network.device, copy=True)
+        for index in self.own:
+            hidden: torch.Tensor | None = None
+            gradients: Tensors = {}
+            if segment.name not in (HEAD, WHOLE):
+                hidden = self._input(segment, index).to(self.job.network.device, copy=True)
                 hidden.requires_grad_(number > first)
-            self._back(segment, index, hidden, moments, above, below)
-            advance(BACKWARD_COST * self._cost(number) / len(self.walk.batches))
-        if number > first:
-            self.work.put(GRADIENTS, segment.name, below, {})
-        if segment.layers and not self.finished(segment):
+            for follower in above:
+                gradients, _ = self.work.get(f"{GRADIENTS}/{follower.name}", str(index))
+            below = self._back(segment, index, hidden, moments, gradients)
+            if number > first:
+                self.work.put(f"{GRADIENTS}/{segment.name}", str(index), below, {})
+            advance(BACKWARD_COST * self._cost(number) / len(self.own))
+        if number in self.unfinished:
             self.finish(segment, moments)
-        self.work.remove(INPUTS, segment.name)
-        if not is_last:
-            self.work.remove(GRADIENTS, segments[number + 1].name)
+        # Nobody's inputs go before the segment is stored: the next run would miss them.
+        self.work.processes.wait()
+        self._remove(INPUTS, segment)
+        for follower in above:
+            self._remove(GRADIENTS, follower)
 
     def _back(
         self,
@@ -207,10 +223,10 @@ class Sweep:
         hidden: torch.Tensor | None,
         moments: Moments,
         above: Tensors,
-        below: Tensors,
-    ) -> None:
-        """One micro-batch; the gradients by `hidden` are added to `below`."""
+    ) -> Tensors:
+        """One micro-batch: from the gradients by its output to those by `hidden`, by probe."""
         loss, network = self.job.loss, self.job.network
+        below: Tensors = {}
         assert loss is not None
         mask = self.walk.batches[index].get("attention_mask")
         with (
@@ -226,8 +242,9 @@ class Sweep:
                 if root.requires_grad and gradient is not None:
                     root.backward(gradient, retain_graph=probe + 1 < num_probes)
                 if hidden is not None and hidden.grad is not None:
-                    below[f"{index}.{probe}"] = self.keep(hidden.grad)
+                    below[str(probe)] = hidden.grad
                     hidden.grad = None
+        return below
 
     def _roots(
         self, segment: Segment, index: int, output: Any, above: Tensors
@@ -236,23 +253,21 @@ class Sweep:
         assert self.job.loss is not None
         if segment.name in (TAIL, WHOLE):
             mask, labels = self.walk.batches[index].get("attention_mask"), self.labels[index]
-            for scalar in backward_scalars(self.job.loss, output, labels, self.generator, mask):
+            generator = drawing(self.job.seed, index)
+            for scalar in backward_scalars(self.job.loss, output, labels, generator, mask):
                 yield scalar, torch.ones_like(scalar)
             return
         for probe in range(num_scalars(self.job.loss)):
-            gradient = above.get(f"{index}.{probe}")
+            gradient = above.get(str(probe))
             yield output, None if gradient is None else gradient.to(output.device, copy=True)
 
     def _moments(self, segment: Segment) -> Moments:
-        return Moments(self.job.leaders, self._graded(segment), center=self.job.center)
+        graded, device = self._graded(segment), self.job.network.device
+        return Moments(self.job.leaders, graded, device, center=self.job.center)
 
 
 def _num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _numbered(hidden: Mapping[int, torch.Tensor]) -> Tensors:
-    return {str(index): tensor for index, tensor in hidden.items()}
 
 
 def _check_output(segment: Segment, output: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """The work directory: one atomic file per finished unit, so that nothing is computed twice.
 
     <root>/fingerprint.json            what the statistics were collected on
-    <root>/inputs, gradients, parts    while statistics are collected, see sweep.py
+    <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and gather.py
     <root>/run.log                     what the runs have said, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              eigenvalues of every layer
@@ -15,7 +15,7 @@ decide what may be reused: *statistics* names the directory, *factors* a folder 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from lrc_cli.checkpoint.lock import lock_file
 from lrc_cli.checkpoint.writer import canonical_json, sync_directory, write_json
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
@@ -50,14 +51,26 @@ class WorkDirectory:
     Args:
         root: created when missing.
         fingerprint: named fields that the statistics depend on.
+        processes: those that share the directory; the first holds the lock for all.
     """
 
-    def __init__(self, root: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.root = root
+    def __init__(
+        self, root: Path, fingerprint: Mapping[str, Any], processes: Processes = ALONE
+    ) -> None:
+        self.root, self.processes = root, processes
         self.fingerprint: dict[str, Any] = json.loads(canonical_json(fingerprint))
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> "WorkDirectory":
+        self.processes.from_first(self._open)
+        if not self._fingerprint_file.exists():
+            raise RunError(
+                f"{self.root}: not the directory that the first process sees there",
+                "set runtime.work_dir to one that all machines share",
+            )
+        return self
+
+    def _open(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = lock_file(self.root / "lock")
         if self._lock is None:
@@ -67,10 +80,13 @@ class WorkDirectory:
         except BaseException:
             self._lock.close()
             raise
-        return self
+
+    @property
+    def _fingerprint_file(self) -> Path:
+        return self.root / "fingerprint.json"
 
     def _check_fingerprint(self) -> None:
-        file = self.root / "fingerprint.json"
+        file = self._fingerprint_file
         if not file.exists():
             aside = file.with_suffix(".partial")
             write_json(aside, self.fingerprint)
@@ -103,6 +119,10 @@ class WorkDirectory:
     def has(self, stage: str, unit: str) -> bool:
         """Whether the unit's file is there, whole."""
         return self._file(stage, unit).exists()
+
+    def missing(self, stage: str, units: Iterable[str]) -> list[str]:
+        """The units that have no file yet, as all processes that share the directory agree."""
+        return self.processes.from_first(lambda: [x for x in units if not self.has(stage, x)])
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         """Store a finished unit: written aside, flushed, then renamed.
@@ -145,8 +165,12 @@ class WorkDirectory:
         """Delete a unit's file if it is there."""
         self._file(stage, unit).unlink(missing_ok=True)
 
-    def drop(self, stages: list[str]) -> None:
-        """Delete whole stages."""
+    def drop(self, stages: Iterable[str]) -> None:
+        """Delete whole stages, once no process uses them any more."""
+        self.processes.wait()
+        self.processes.from_first(lambda: self._drop(stages))
+
+    def _drop(self, stages: Iterable[str]) -> None:
         for stage in stages:
             if (self.root / stage).exists():
                 shutil.rmtree(self.root / stage)

@@ -15,7 +15,7 @@ from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.cut import find_cut
 from lrc_cli.finding import find_layers
-from lrc_cli.losses import Loss, backward_scalars, prepare, unpadded
+from lrc_cli.losses import Loss, backward_scalars, drawing, prepare, unpadded
 from lrc_cli.models import Layer, Network, open_module
 from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import PASSING, WorkDirectory
@@ -85,7 +85,7 @@ def measured(
     with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
         sweep = Sweep(job, work, finished=lambda s: s.name in found, finish=finish)
         sweep.run(lambda _: None)
-        left = [file for stage in PASSING for file in (Path(root) / stage).glob("*")]
+        left = [file for stage in PASSING for file in (Path(root) / stage).rglob("*.safetensors")]
         assert not left, "what was on the way is still there"
     grams = {name: gram.mean() for part in found.values() for name, gram in part.grams.items()}
     fishers = {name: gram.mean() for part in found.values() for name, gram in part.fishers.items()}
@@ -98,9 +98,10 @@ def by_autograd(
     """The same by hooks and autograd on the network as it is, all of it at once."""
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    generator = torch.Generator().manual_seed(SEED)
-    prepared = [prepare(loss, b, generator) for b in sequences(inputs).batches(batch)]
-    for given, labels in prepared:
+    masking = torch.Generator().manual_seed(SEED)
+    prepared = [prepare(loss, b, masking) for b in sequences(inputs).batches(batch)]
+    for index, (given, labels) in enumerate(prepared):
+        generator = drawing(SEED, index)
         mask = given.get("attention_mask")
         outputs: list[tuple[Layer, Tensor]] = []
 

@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,9 +19,9 @@ from lrc_cli.cli import lrc, run_command
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["lrc_cli.run", "lrc_cli.hf", "transformers.models.llama.modeling_llama"]
+    ["lrc_cli.run", "lrc_cli.hf", "lrc_cli.distributed", "transformers.models.llama.modeling_llama"]
 )
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds to wait for anything."""
 
 
@@ -66,21 +67,67 @@ def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
     return process
 
 
-def start(arguments: Sequence[object], log: Path, *, largest_file: int | None = None) -> Running:
+def start(
+    arguments: Sequence[object],
+    log: Path,
+    *,
+    largest_file: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Running:
     """Starts `lrc` with arguments.
 
     Args:
-        log: file for its standard error.
+        log: file for its standard output and error.
         largest_file: bytes beyond which writing to a file fails, as on a full disk.
+        environment: variables to set.
     """
-    process = _FORKS.Process(
-        target=_main, args=([str(argument) for argument in arguments], str(log), largest_file)
-    )
+    strings = [str(argument) for argument in arguments]
+    process = _FORKS.Process(target=_main, args=(strings, str(log), largest_file, environment))
     process.start()
     return Running(process=process, log=log)
 
 
-def _main(arguments: list[str], log: str, largest_file: int | None) -> None:
+def start_many(
+    arguments: Sequence[object],
+    folder: Path,
+    size: int,
+    *,
+    full_disk: tuple[int, int] | None = None,
+) -> list[Running]:
+    """Starts `lrc` as torchrun starts it, in `size` processes.
+
+    Args:
+        folder: for a log of each, `log-<rank>`.
+        full_disk: a rank and its `largest_file`.
+    """
+    limits = dict([full_disk]) if full_disk else {}
+    return [
+        start(
+            arguments,
+            folder / f"log-{environment['RANK']}",
+            largest_file=limits.get(int(environment["RANK"])),
+            environment=environment,
+        )
+        for environment in environments(size)
+    ]
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of `size` processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(size)} for i in range(size)]
+    return [address | rank for rank in ranks]
+
+
+def _main(
+    arguments: list[str],
+    log: str,
+    largest_file: int | None,
+    environment: Mapping[str, str] | None,
+) -> None:
+    os.environ.update(environment or {})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

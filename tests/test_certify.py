@@ -20,13 +20,14 @@ from torch import Tensor, nn
 import lrc_cli
 from lrc_cli import certify
 from lrc_cli.calibration import Purpose, Sequences, draw
-from lrc_cli.certify import ERRORS, Measured, measure, ratio
+from lrc_cli.certify import ERRORS, Measured, measure
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
 from lrc_cli.data.processors import Processors
 from lrc_cli.errors import RunError
 from lrc_cli.evaluate import scoring
 from lrc_cli.models import Layer, Network, make_network, open_module
+from lrc_cli.per_sequence import ratio
 from lrc_cli.plan import Plan, make_plan
 
 NUMBER = 9

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     whole = {
         file: time
         for file, time in finished.items()
-        if file.suffix == ".safetensors" and file.parent.name not in PASSING
+        if file.suffix == ".safetensors" and not set(file.parts) & set(PASSING)
     }
     assert whole and all(file.stat().st_mtime_ns == time for file, time in whole.items()), (
         "finished units were computed again"

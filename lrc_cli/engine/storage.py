@@ -5,7 +5,7 @@ The errors that decide here are those of the stored, rounded tensors in the solv
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Packed:
 
     block: int = 1
     """Rows per entry of perm."""
+
+    def on_host(self) -> "Packed":
+        """The same in CPU memory."""
+        perm = None if self.perm is None else self.perm.cpu()
+        return replace(self, weight=self.weight.cpu(), up=self.up.cpu(), perm=perm)
 
     @property
     def rank(self) -> int:

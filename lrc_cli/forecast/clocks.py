@@ -47,7 +47,7 @@ def typical(steps: Sequence[float]) -> float:
 
 
 class TimedWork(WorkDirectory):
-    """A work directory that remembers how long it took to write how much, by stage."""
+    """A work directory that remembers how long it took to write how much, by kind of stage."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, {})
@@ -57,6 +57,7 @@ class TimedWork(WorkDirectory):
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         began = time.perf_counter()
         super().put(stage, unit, tensors, facts)
+        stage = stage.partition("/")[0]
         written = sum(tensor.nbytes for tensor in tensors.values())
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         self.num_bytes[stage] = self.num_bytes.get(stage, 0) + written

@@ -86,13 +86,7 @@ class _Pass:
             and (segment in left or not segment.layers or not back)
         ]
         stored = sum(self.storing) / max(len(self.storing), 1)
-        handed = sum(self.work.seconds.get(stage, 0.0) for stage in (INPUTS, GRADIENTS))
-        times = self.share * (len(self.whole.segments) - 1) / self.boundaries
-        return [
-            *found,
-            Piece(phase=PHASE, seconds=stored, times=len(left)),
-            Piece(phase=PHASE, seconds=handed, times=times),
-        ]
+        return [*found, Piece(phase=PHASE, seconds=stored, times=len(left))]
 
     @property
     def handed(self) -> dict[str, float]:

@@ -12,8 +12,9 @@ import torch
 from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.processors import open_processors
+from lrc_cli.devices import resolve_device
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer, Network, make_network, resolve_device
+from lrc_cli.models import Layer, Network, make_network
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
 from lrc_cli.verify.data import draw_again

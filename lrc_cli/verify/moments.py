@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.losses import Loss, backward_scalars, num_scalars, prepare, unpadded
+from lrc_cli.losses import Loss, backward_scalars, drawing, num_scalars, prepare, unpadded
 from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.precision import recast_in_backward
 
@@ -232,12 +232,12 @@ def measure_inputs(
         y.register_hook(lambda gradient: sums.add(real_rows(gradient, mask)))
         return y
 
-    generator = torch.Generator().manual_seed(seed)
+    masking = torch.Generator().manual_seed(seed)
     hooks = {checked.layer.name: checked.layer for checked in (*layers, *graded)}
     with hooked(network, list(hooks.values()), after_layer):
-        for batch in sequences.batches(batch_size(sequences, STATISTICS_TOKENS)):
+        for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
             mask = batch.get("attention_mask")
-            _run(network, batch, loss, generator)
+            _run(network, batch, loss, masking, drawing(seed, index))
             advance(len(next(iter(batch.values()))))
     return inputs, {name: sums for name, sums in gradients.items() if sums.count}
 
@@ -247,12 +247,18 @@ def real_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
 
 
-def _run(network: Network, batch: Batch, loss: Loss | None, generator: torch.Generator) -> None:
+def _run(
+    network: Network,
+    batch: Batch,
+    loss: Loss | None,
+    masking: torch.Generator,
+    generator: torch.Generator,
+) -> None:
     if loss is None:
         with torch.no_grad():
             network(batch)
         return
-    inputs, labels = prepare(loss, batch, generator)
+    inputs, labels = prepare(loss, batch, masking)
     with recast_in_backward(network.casts):
         outputs, left = network(inputs), num_scalars(loss)
         mask = batch.get("attention_mask")

@@ -1,0 +1,131 @@
+"""Processes of torch.distributed: gloo for tensors on the CPU and objects, NCCL for CUDA tensors.
+
+A process that fails writes its exit code into the store that all share. The others see it there:
+in their main thread when an exchange breaks, or else in a thread that keeps looking, because one
+that waits inside NCCL, or computes for long, would not notice.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from lrc_cli.errors import RunError
+from lrc_cli.processes import Processes
+
+Value = TypeVar("Value")
+
+FAILED, ENDED = "lrc: the first failure", "lrc: how many have failed"
+FOREVER = timedelta(days=30)
+"""How long an exchange may take: one waits as long as the slowest works."""
+LOOK_SECONDS, GRACE_SECONDS = 1.0, 15.0
+"""How often to look whether another process failed, and how long the main thread then has."""
+OUTLAST_SECONDS = 3.0
+"""How long the process that holds the store waits for others to fail too."""
+
+
+class Group(Processes):
+    """The processes that torchrun has started, seen from one of them."""
+
+    def __init__(self) -> None:
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.store, self.rank, self.size = next(rendezvous("env://"))
+        # Another client: a blocking call of the main thread would lock this one out.
+        self._watched = self.store.clone()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=FOREVER,
+        )
+        self._left = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def gather(self, value: Value) -> list[Value]:
+        """See Processes."""
+        values: list[Any] = [None] * self.size
+        self._exchange(dist.all_gather_object, values, value)
+        return values
+
+    def from_first(self, compute: Callable[[], Value]) -> Value:
+        """See Processes."""
+        value = [compute() if self.is_first else None]
+        self._exchange(dist.broadcast_object_list, value, src=0)
+        return value[0]  # type: ignore[return-value]
+
+    def sum_to(self, owner: int | None, tensor: torch.Tensor) -> None:
+        """See Processes."""
+        if owner is None:
+            self._exchange(dist.all_reduce, tensor)
+        else:
+            self._exchange(dist.reduce, tensor, dst=owner)
+
+    def wait(self) -> None:
+        """See Processes."""
+        self.gather(None)  # a barrier of NCCL would choose a device of its own
+
+    def _exchange(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except RuntimeError as error:  # gloo and NCCL have no types of their own
+            raise RunError(
+                f"process {self.rank} of {self.size} lost another one, which was killed or cut off",
+                "the same command goes on where it stopped",
+            ) from error
+
+    def failed(self, error: BaseException) -> int | None:
+        """Tell the others that this process ends with an error.
+
+        Returns:
+            None if it is the first to fail, so that its error is the one to show; else the exit
+            code of the one that was.
+        """
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        mine = f"{self.rank} {code}"
+        try:
+            first = self.store.compare_set(FAILED, "", mine).decode()
+        except RuntimeError:  # the store is gone with the machine that held it
+            return None
+        with suppress(RuntimeError):
+            self._outlast()
+        return None if first == mine else int(first.split()[1])
+
+    def _outlast(self) -> None:
+        """Wait a little for the others, if the store ends with this process: all would speak."""
+        ended, deadline = self.store.add(ENDED, 1), time.monotonic() + OUTLAST_SECONDS
+        if not self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        while ended < self.size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            ended = self.store.add(ENDED, 0)
+
+    def leave(self) -> None:
+        """End the exchange, with nothing left to tell."""
+        self._left.set()
+        dist.destroy_process_group()
+
+    def _watch(self) -> None:
+        """End this process if another one failed and the main thread does not notice."""
+        code = None
+        while code is None:
+            if self._left.wait(LOOK_SECONDS):
+                return
+            code = self._look()
+        if not self._left.wait(GRACE_SECONDS):
+            os._exit(code)
+
+    def _look(self) -> int | None:
+        try:
+            if not self._watched.check([FAILED]):
+                return None
+            return int(self._watched.get(FAILED).decode().split()[1])
+        except RuntimeError:
+            return 1
