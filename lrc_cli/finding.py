@@ -4,12 +4,14 @@ Layers are found by what they are (a module of a known layout that owns its weig
 model's name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression
+from lrc_cli.keys import Keys
 from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer
 from lrc_cli.names import module_names
@@ -33,28 +35,30 @@ def find_layers(
     """
     names = module_names(module, source.tensors)
     keys = {name: key for key, name in names.items()}
-    owners = _owners(module)
-    layers = [
-        Layer(
-            name=name,
-            key=keys[f"{name}.weight"].removesuffix(".weight"),
-            kind=type(part).__name__,
-            shape=shape,
-            layout=layout,
-            dtype=source.tensors[keys[f"{name}.weight"]].dtype,
-            unit=_unit(name, module),
-        )
-        for name, part in module.named_modules()
-        if (layout := layout_of(part))
-        and (shape := _shape(part, owners))
-        and f"{name}.weight" in keys
-        and selection.selects(name)
-    ]
-    taken = {f"{layer.key}.weight" for layer in layers}
+    owners, state = _owners(module), module.state_dict(keep_vars=True)
+    able = []
+    for name, part in module.named_modules():
+        layout, shape = layout_of(part), _shape(part, owners)
+        weight = Keys.of(name, state).weight
+        if layout is not None and shape is not None and weight in keys:
+            able.append(
+                Layer(
+                    name=name,
+                    keys=Keys(keys[weight]),
+                    kind=type(part).__name__,
+                    shape=shape,
+                    layout=layout,
+                    dtype=source.tensors[keys[weight]].dtype,
+                    unit=_unit(name, module),
+                )
+            )
+    layers = [layer for layer in able if selection.selects(layer.name)]
+    taken = {layer.keys.weight for layer in layers}
+    reasons = {layer.keys.weight: "left out by include and exclude" for layer in able}
     skipped = [
         Skipped(
             name=key,
-            reason=_reason(module, names.get(key), owners, selection),
+            reason=reasons.get(key) or _reason(module, names.get(key), state, owners),
             num_bytes=info.num_bytes,
         )
         for key, info in source.tensors.items()
@@ -79,25 +83,24 @@ def _shape(part: nn.Module, owners: dict[int, int]) -> tuple[int, int] | None:
 
 
 def _reason(
-    module: nn.Module, name: str | None, owners: dict[int, int], selection: Compression
+    module: nn.Module, name: str | None, state: Mapping[str, Tensor], owners: Mapping[int, int]
 ) -> str:
+    """Why a tensor is no layer's weight, or that of one that cannot be factorised."""
     if name is None:
         return "the network has no place for it"
     parent, _, leaf = name.rpartition(".")
-    part = module.get_submodule(parent)
-    tensor = getattr(part, leaf)
+    part, tensor = module.get_submodule(parent), state[name]
     if tensor.numel() == max(tensor.shape, default=1):
         return "a vector"
     if owners.get(id(tensor), 1) > 1:
         return "shared by several modules; not in this version"
-    if _shape(part, owners) is not None and leaf == "weight":
-        return "left out by include and exclude"
     if getattr(part, "groups", 1) > 1:
         return "a grouped convolution: its kernels are small already"
     if tensor.ndim == 3 and hasattr(part, "num_experts"):
         return "experts that the checkpoint holds as one tensor; not in this version"
     if isinstance(part, nn.RNNBase):
-        return f"a matrix of {type(part).__name__}; not in this version"
+        kind = type(part).__name__ + (" with proj_size" if part.proj_size else "")
+        return f"a matrix of {kind}; not in this version"
     if isinstance(part, nn.Embedding):
         return "an embedding; not in this version"
     if leaf == "weight":

@@ -13,10 +13,12 @@ from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.experts import unfuse
+from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import load_source
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
+from lrc_cli.recurrent import unroll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class Layer:
 
     name: str
     """Module name in the running network."""
-    key: str
-    """Prefix of its tensors on disk: `key + ".weight"`."""
+    keys: Keys
+    """Names of its tensors on disk."""
     kind: str
     """Class of the dense module."""
     shape: tuple[int, int]
@@ -44,11 +46,11 @@ class Layer:
 
     def weight(self, source: Source) -> torch.Tensor:
         """The matrix W (m, n): a view of the mapped file."""
-        return self.layout.matrix(source.read(f"{self.key}.weight"))
+        return self.layout.matrix(source.read(self.keys.weight))
 
     def bias(self, source: Source) -> torch.Tensor | None:
         """The bias (m,): a view of the mapped file; None where the layer has none."""
-        key = f"{self.key}.bias"
+        key = self.keys.bias
         return source.read(key) if key in source.tensors else None
 
 
@@ -111,7 +113,8 @@ def open_module(
 ) -> nn.Module:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
-    Fused experts become lists of experts; transformers has copied their parameters.
+    Fused experts become lists of experts; transformers has copied their parameters. The matrices
+    of LSTM and GRU become layers.
     """
     if source.config is None and factory is None:
         raise InputError(
@@ -120,6 +123,7 @@ def open_module(
         )
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
     unfuse(module)
+    unroll(module)
     return module
 
 

@@ -10,7 +10,6 @@ of the drift of its inputs it can really make up for (`engine/sequential.py`). T
 curvature and the layers that are fitted plainly come from all sequences.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from functools import partial
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.decision import excluded, num_held_back
+from lrc_cli.decision import excluded, num_calls, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
@@ -31,7 +30,7 @@ from lrc_cli.layerwise import (
     weight_of,
 )
 from lrc_cli.memory import HostMemory
-from lrc_cli.models import Layer, watched
+from lrc_cli.models import Layer
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Phase, Progress
@@ -89,7 +88,7 @@ class _Fits:
         self.plan, self.work, self.ranks = plan, work, ranks
         self.stage, self.streams = stage, streams
         self.fitted: dict[str, Fitted] = {}
-        self.calls = _num_calls(plan, streams)
+        self.calls = num_calls(plan)
 
     def start(self, segments: Sequence[Segment]) -> list[Segment]:
         """Install what is there already and what no segment reaches.
@@ -133,9 +132,7 @@ class _Fits:
         """Why a layer is not fitted to the compressed network's inputs."""
         if self.ranks[layer.name] == DENSE or dense_reason(self.plan, self.work, layer):
             return "it stays dense"
-        if self.calls[layer.name] > 1:
-            return "it runs several times in a pass, on several inputs"
-        return excluded(self.plan, self.work, layer)
+        return excluded(self.plan, self.work, layer, self.calls[layer.name])
 
     def _fit(
         self, drifts: Drifts | None, reasons: Mapping[str, str | None], layer: Layer
@@ -205,14 +202,6 @@ def _groups(plan: Plan, work: WorkDirectory, segment: Segment) -> list[list[Laye
         leader = work.get(STATISTICS, layer.unit)[1]["layers"].get(layer.name, {}).get("group")
         groups.setdefault(leader or layer.name, []).append(layer)
     return list(groups.values())
-
-
-def _num_calls(plan: Plan, streams: Streams) -> Counter[str]:
-    """How often each layer runs in one pass."""
-    calls: Counter[str] = Counter()
-    with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
-        plan.network(streams.batches[0])
-    return calls
 
 
 def _walk_cost(plan: Plan, segment: Segment) -> float:

@@ -94,12 +94,9 @@ class Streams(Pair):
         Args:
             tensors: as written, by their disk names; without the layer's, it stays dense.
         """
-        prefix = f"{layer.key}."
         # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and
         # a resumed run reads from a file what this one computed.
-        own = {
-            k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)
-        }
+        own = {part: tensors[k].clone() for part, k in layer.keys.all.items() if k in tensors}
         if not own:
             return
         bias = layer.bias(self.plan.source)

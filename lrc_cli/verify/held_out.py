@@ -212,8 +212,9 @@ def _followed(
         parts = _by_sequence(_unflattened(rows, batch), batch)
         squares = [part.double().square().sum().item() for part in parts]
         earlier = sums.setdefault(name, {}).get(kind, [0.0] * len(squares))
-        if len(earlier) == len(squares):
-            sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)]
+        # Calls on some of the sequences, such as a recurrence's last steps, tell of none.
+        same = len(earlier) == len(squares)
+        sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)] if same else []
 
     def difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
         return layer.layout.outputs(first.float() - second.float())
