@@ -19,6 +19,7 @@ METHODS = ("frobenius", "curvature")
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart: on SmolLM2
 it raised the perplexity by a tenth at 12 and lowers it at 19 (docs/benchmarks.md)."""
+TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept, and little is left to make up for
 (docs/benchmarks.md)."""
@@ -129,6 +130,8 @@ def excluded(plan: Plan, work: WorkDirectory, layer: Layer, calls: int) -> str |
     Returns:
         None: it is not.
     """
+    if layer.tied_to:
+        return TIED
     if calls > 1:
         return "it runs several times in a pass, on several inputs"
     method = plan.solvers[layer.name].name

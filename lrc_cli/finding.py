@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression
 from lrc_cli.keys import Keys
-from lrc_cli.layouts import layout_of, linear_shape
-from lrc_cli.models import Layer
+from lrc_cli.layouts import Lookup, layout_of, linear_shape
+from lrc_cli.models import Layer, token_embedding
 from lrc_cli.names import module_names
 
 
@@ -34,27 +34,33 @@ def find_layers(
     Must see the module as it was built, before `make_network`.
     """
     names = module_names(module, source.tensors)
-    keys = {name: key for key, name in names.items()}
     owners, state = _owners(module), module.state_dict(keep_vars=True)
+    stored = {id(state[name]): key for key, name in names.items()}
+    table = _token_table(module)
     able = []
     for name, part in module.named_modules():
-        layout, shape = layout_of(part), _shape(part, owners)
-        weight = Keys.of(name, state).weight
-        if layout is not None and shape is not None and weight in keys:
+        layout, shape = layout_of(part), linear_shape(part)
+        key = stored.get(id(getattr(part, "weight", None)))
+        if layout is None or shape is None or key is None:
+            continue
+        alone = owners[id(part.weight)] == 1 and (part is table or not _is_table(part))
+        tied_to = _tied_to(module, names[key], part, table, owners)
+        if alone or tied_to:
             able.append(
                 Layer(
                     name=name,
-                    keys=Keys(keys[weight]),
+                    keys=Keys(key, stored.get(id(getattr(part, "bias", None)))),
                     kind=type(part).__name__,
                     shape=shape,
                     layout=layout,
-                    dtype=source.tensors[keys[weight]].dtype,
+                    dtype=source.tensors[key].dtype,
+                    tied_to=tied_to,
                     unit=_unit(name, module),
                 )
             )
-    layers = [layer for layer in able if selection.selects(layer.name)]
+    reasons = {layer.keys.weight: _left_out(layer, selection) for layer in able}
+    layers = [layer for layer in able if reasons[layer.keys.weight] is None]
     taken = {layer.keys.weight for layer in layers}
-    reasons = {layer.keys.weight: "left out by include and exclude" for layer in able}
     skipped = [
         Skipped(
             name=key,
@@ -67,6 +73,44 @@ def find_layers(
     return layers, skipped
 
 
+def _token_table(module: nn.Module) -> nn.Module | None:
+    """A transformers model's token embedding, if it does nothing but look rows up.
+
+    A square one would not tell in which way round it was factorised.
+    """
+    table = token_embedding(module)
+    if table is None or not _is_table(table):
+        return None
+    return None if table.num_embeddings == table.embedding_dim else table
+
+
+def _is_table(part: nn.Module) -> bool:
+    return isinstance(layout_of(part), Lookup)
+
+
+def _tied_to(
+    module: nn.Module,
+    stored: str,
+    part: nn.Module,
+    table: nn.Module | None,
+    owners: Mapping[int, int],
+) -> str | None:
+    """The token embedding's name, if it and the layer alone have a weight, stored by that name."""
+    name = stored.removesuffix(".weight")
+    if table is None or not isinstance(part, nn.Linear) or module.get_submodule(name) is not table:
+        return None
+    return name if owners[id(part.weight)] == 2 else None
+
+
+def _left_out(layer: Layer, selection: Compression) -> str | None:
+    """Why a layer that can be factorised is not to be; None: it is."""
+    if (layer.tied_to or isinstance(layer.layout, Lookup)) and not selection.embeddings:
+        return "an embedding, and compression.embeddings is false"
+    # What is tied goes by the embedding's name, as on the disk.
+    chosen = selection.selects(layer.tied_to or layer.name)
+    return None if chosen else "left out by include and exclude"
+
+
 def _owners(module: nn.Module) -> dict[int, int]:
     """How many modules hold each parameter, by id."""
     count: dict[int, int] = {}
@@ -74,12 +118,6 @@ def _owners(module: nn.Module) -> dict[int, int]:
         for parameter in part.parameters(recurse=False):
             count[id(parameter)] = count.get(id(parameter), 0) + 1
     return count
-
-
-def _shape(part: nn.Module, owners: dict[int, int]) -> tuple[int, int] | None:
-    """(m, n) of a layer that can be factorised and owns its weight alone, else None."""
-    shape = linear_shape(part)
-    return shape if shape is not None and owners[id(part.weight)] == 1 else None
 
 
 def _reason(

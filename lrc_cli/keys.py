@@ -14,6 +14,9 @@ class Keys:
     weight: str
     """Of the dense weight, and of the inner factor that takes its place: mostly `X.weight`. A
     recurrent module's matrix is a parameter with a name of its own, such as `rnn.weight_ih_l0`."""
+    named_bias: str | None = None
+    """Of a bias whose name does not follow from the weight's: a tied head has the embedding's key
+    for its weight."""
 
     @classmethod
     def of(cls, layer: str, known: Container[str]) -> "Keys":
@@ -40,7 +43,7 @@ class Keys:
     def bias(self) -> str:
         """Of the bias: `X.bias`, and `rnn.bias_ih_l0` beside `rnn.weight_ih_l0`."""
         parent, dot, leaf = self.weight.rpartition(".")
-        return parent + dot + leaf.replace(WEIGHT, BIAS, 1)
+        return self.named_bias or parent + dot + leaf.replace(WEIGHT, BIAS, 1)
 
     @property
     def factors(self) -> dict[str, str]:

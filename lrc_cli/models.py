@@ -36,6 +36,8 @@ class Layer:
     layout: Layout = LINEAR
     """How W lies in the weight, and rows in inputs and outputs."""
     dtype: torch.dtype
+    tied_to: str | None = None
+    """The embedding whose table its weight is; it is factorised with the layer."""
     unit: str
     """The block it belongs to: an entry of the outermost list of modules, or the empty string."""
 
@@ -81,14 +83,18 @@ class Network:
         return self.module(**inputs)
 
 
-def vocabulary_of(module: nn.Module) -> int:
-    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+def token_embedding(module: nn.Module) -> Any:
+    """What maps a transformers model's token ids to vectors; None where nothing does, or may."""
     getter = getattr(module, "get_input_embeddings", None)
     try:
-        embeddings = None if getter is None else getter()
+        return None if getter is None else getter()
     except NotImplementedError:  # a model of several inputs may have no one table
-        return 0
-    return int(getattr(embeddings, "num_embeddings", 0))
+        return None
+
+
+def vocabulary_of(module: nn.Module) -> int:
+    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+    return int(getattr(token_embedding(module), "num_embeddings", 0))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.decision import excluded, num_calls, num_held_back
+from lrc_cli.decision import TIED, excluded, num_calls, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
@@ -105,6 +105,8 @@ class _Fits:
             if layer.name not in reached:
                 reason = "the first calibration sequences do not reach it"
                 self._keep(layer, self._plain(layer, reason))
+            elif layer.tied_to:
+                self._keep(layer, self._plain(layer, TIED))
         last = max((i for i, s in enumerate(segments) if self._open(s.layers)), default=-1)
         return list(segments[: last + 1])
 

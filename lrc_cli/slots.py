@@ -14,12 +14,13 @@ from lrc_cli.layers import (
     LowRankLayer,
     LowRankModule,
     LowRankSlot,
+    TiedHead,
     damaged,
     is_offloaded,
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.layouts import Layout, layout_of, linear_shape
+from lrc_cli.layouts import TABLE, Layout, layout_of, linear_shape
 from lrc_cli.names import module_names
 
 
@@ -123,13 +124,27 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
     for name, shapes in factors.items():
         dense = model.get_submodule(name)
         layout, shape = layout_of(dense), linear_shape(dense)
+        if isinstance(dense, nn.Embedding) and shapes.out_features == dense.num_embeddings:
+            layout, shape = TABLE, (dense.num_embeddings, dense.embedding_dim)
         if layout is None or shape is None:
             raise InputError(
                 f"layer {shapes.name} is factorised, and {type(dense).__name__} cannot be",
                 UPGRADE,
             )
-        slots[dense] = _slot(dense, shapes, layout, shape)
+        slots[dense] = slot = _slot(dense, shapes, layout, shape)
+        if layout is TABLE:
+            slots |= {head: TiedHead(slot, head.bias) for head in _untied_heads(model, name)}
     replace_modules(model, slots)
+
+
+def _untied_heads(model: nn.Module, table: str) -> list[nn.Linear]:
+    """The layers to whose weight transformers would tie the table's after loading: no more."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    targets = [key for key, source in ties.items() if source == f"{table}.weight"]
+    for key in targets:
+        del ties[key]
+    parts = [model.get_submodule(key.removesuffix(".weight")) for key in targets]
+    return [part for part in parts if isinstance(part, nn.Linear)]
 
 
 def _slot(
@@ -177,9 +192,12 @@ def finish_slots(model: nn.Module) -> None:
     Raises:
         InputError: where a tensor has the wrong shape or a permutation is none.
     """
-    finished: dict[nn.Module, nn.Module] = {}
+    finished: dict[nn.Module, Any] = {}
     for name, layer in low_rank_layers(model):
         if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
             layer.check(name)
             finished[layer] = LowRankModule(layer)
+    for head in model.modules():
+        if isinstance(head, TiedHead):
+            head.share(finished.get(head.table, head.table))
     replace_modules(model, finished)

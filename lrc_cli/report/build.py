@@ -136,6 +136,7 @@ def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> di
     return {
         "name": layer.name,
         "kind": layer.kind,
+        "tied_to": layer.tied_to,
         "shape": list(layer.shape),
         "method": plan.solvers[layer.name].name,
         "method_reason": plan.method_reason(layer),

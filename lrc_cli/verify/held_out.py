@@ -220,7 +220,7 @@ def _followed(
         return layer.layout.outputs(first.float() - second.float())
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        bias: Any = before.module.get_submodule(layer.name).bias
+        bias = getattr(before.module.get_submodule(layer.name), "bias", None)
         rows = layer.layout.outputs(y).float()
         add(layer.name, "energy", rows if bias is None else rows - bias.float())
         add(layer.name, "same_input", difference(layer, y, _called(after, layer, x)))

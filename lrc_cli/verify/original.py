@@ -14,7 +14,7 @@ from lrc_cli.factories import ask_for_factory, source_file
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer, open_module
-from lrc_cli.names import module_names
+from lrc_cli.names import stored_names
 from lrc_cli.precision import DTYPES
 from lrc_cli.verify.files import is_inside, sha256_of
 from lrc_cli.verify.statements import Findings
@@ -161,12 +161,13 @@ def open_layers(
 
     Must see the module as it was built, before `make_network`.
     """
-    disk = {name: key for key, name in module_names(module, original.tensors).items()}
+    stored = stored_names(module, original.tensors)
     parts: dict[str, Any] = dict(module.named_modules())
     layers = []
     for row in written.layers:
         name, what = row["name"], f"{row['name']} is a layer of the original of that kind and shape"
-        part, key = parts.get(name), disk.get(Keys.of(name, disk).weight)
+        part = parts.get(name)
+        key = stored.get(id(getattr(part, "weight", None)))
         shape = None if part is None else linear_shape(part)
         layout = None if part is None else layout_of(part)
         stated = [row["kind"], tuple(row["shape"])]
@@ -174,7 +175,7 @@ def open_layers(
             findings.judge("original.layers", what, f"found {type(part).__name__} {shape}")
             continue
         findings.judge("original.layers", what, None)
-        written.keys[name] = keys = Keys(key)
+        written.keys[name] = keys = Keys(key, stored.get(id(getattr(part, "bias", None))))
         layers.append(
             Layer(
                 name=name,

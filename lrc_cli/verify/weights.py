@@ -205,7 +205,7 @@ def _layer_problem(
     stated["shape"] = layer["shape"]
     if up is None:
         found["shape"] = _matrix_shape(weight.shape)
-        if layer["kind"] == "Conv1D":
+        if layer["kind"] in ("Conv1D", "Embedding"):
             found["shape"].reverse()
         stated["storage"], found["storage"] = layer["storage"], "dense"
     else:

@@ -133,7 +133,7 @@ def _disk_names(written: Written) -> dict[str, Keys]:
     names = {}
     for layer in written.layers:
         name = layer["name"]
-        exact = [stem for stem in free if stem == name]
+        exact = [stem for stem in free if stem in (name, layer.get("tied_to"))]
         related = [s for s in free if f".{s}".endswith(f".{name}") or f".{name}".endswith(f".{s}")]
         for found in (exact, related):
             if len(found) == 1:
