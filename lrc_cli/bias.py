@@ -14,13 +14,14 @@ from torch import nn
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
+from lrc_cli.keys import Keys
 from lrc_cli.models import Layer
 from lrc_cli.names import module_names
 
 
 def gained_bytes(layer: Layer, source: Source, dtype: torch.dtype) -> int:
     """Bytes of the bias that a layer without one gains, stored in `dtype`; 0 where it has one."""
-    return 0 if f"{layer.key}.bias" in source.tensors else layer.shape[0] * dtype.itemsize
+    return 0 if layer.keys.bias in source.tensors else layer.shape[0] * dtype.itemsize
 
 
 def check_bias(module: nn.Module, source: Source, layers: Sequence[Layer]) -> None:
@@ -30,12 +31,12 @@ def check_bias(module: nn.Module, source: Source, layers: Sequence[Layer]) -> No
         module: the dense network as it was built, before `make_network`.
         layers: those that are to be factorised.
     """
-    names = {f"{layer.key}.bias": f"{layer.name}.bias" for layer in layers}
     with _with_biases(module, layers):
-        found = module_names(module, names)
+        found = module_names(module, [layer.keys.bias for layer in layers])
+        state = module.state_dict(keep_vars=True)
         owners = _owners(module)
     for layer in layers:
-        key, name = f"{layer.key}.bias", f"{layer.name}.bias"
+        key, name = layer.keys.bias, Keys.of(layer.name, state).bias
         bias = getattr(module.get_submodule(layer.name), "bias", None)
         whole = bias is None or tuple(bias.shape) == layer.shape[:1]
         stored = (bias is None) == (key not in source.tensors)

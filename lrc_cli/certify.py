@@ -200,7 +200,7 @@ class _Comparison:
         return {name: LayerErrors(**self.sums[name]) for name in followed}
 
     def _in_dense(self, layer: Layer, x: Tensor, y: Tensor) -> None:
-        bias = _module(self.before, layer).bias
+        bias = getattr(_module(self.before, layer), "bias", None)
         rows = layer.layout.outputs(y).float()
         self._add(layer, "energy", rows if bias is None else rows - bias.float())
         self._add(layer, "same_input", _difference(layer, y, _module(self.after, layer)(x)))

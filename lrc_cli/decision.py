@@ -1,12 +1,15 @@
 """Whether a run is sequential, and which of its layers can be."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lrc_cli.engine import DENSE, pivot_block, storage_bytes
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer
+from lrc_cli.models import Layer, watched
 from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.work import STATISTICS, WorkDirectory
@@ -16,6 +19,7 @@ METHODS = ("frobenius", "curvature")
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart: on SmolLM2
 it raised the perplexity by a tenth at 12 and lowers it at 19 (docs/benchmarks.md)."""
+TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept, and little is left to make up for
 (docs/benchmarks.md)."""
@@ -68,9 +72,10 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
     if compression.sequential is False:
         return Decision(used=False, reason="compression.sequential is false")
     layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
-    able = [layer for layer in layers if excluded(plan, work, layer) is None]
+    calls = num_calls(plan)
+    able = [layer for layer in layers if excluded(plan, work, layer, calls[layer.name]) is None]
     numbers = (
-        f"{len(able)} of {len(layers)} factorised layers have one of the methods"
+        f"{len(able)} of {len(layers)} factorised layers run once, have one of the methods"
         f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
     )
     if compression.sequential is True:
@@ -108,8 +113,27 @@ def num_held_back(plan: Plan) -> int:
     return plan.config.compression.num_held_back(len(plan.sequences[CALIBRATION]))
 
 
-def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
-    """Why a layer is fitted plainly, as far as its method and its tokens tell; None: it is not."""
+def num_calls(plan: Plan) -> Counter[str]:
+    """How often each layer runs in one pass."""
+    calls: Counter[str] = Counter()
+    with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
+        plan.network(next(plan.sequences[CALIBRATION].batches(1)))
+    return calls
+
+
+def excluded(plan: Plan, work: WorkDirectory, layer: Layer, calls: int) -> str | None:
+    """Why a layer is fitted plainly, as far as its calls, its method and its tokens tell.
+
+    Args:
+        calls: how often it runs in one pass.
+
+    Returns:
+        None: it is not.
+    """
+    if layer.tied_to:
+        return TIED
+    if calls > 1:
+        return "it runs several times in a pass, on several inputs"
     method = plan.solvers[layer.name].name
     if method not in METHODS:
         return f"not with method {method}"

@@ -4,14 +4,16 @@ Layers are found by what they are (a module of a known layout that owns its weig
 model's name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression
-from lrc_cli.layouts import layout_of, linear_shape
-from lrc_cli.models import Layer
+from lrc_cli.keys import Keys
+from lrc_cli.layouts import Lookup, layout_of, linear_shape
+from lrc_cli.models import Layer, token_embedding
 from lrc_cli.names import module_names
 
 
@@ -32,35 +34,81 @@ def find_layers(
     Must see the module as it was built, before `make_network`.
     """
     names = module_names(module, source.tensors)
-    keys = {name: key for key, name in names.items()}
-    owners = _owners(module)
-    layers = [
-        Layer(
-            name=name,
-            key=keys[f"{name}.weight"].removesuffix(".weight"),
-            kind=type(part).__name__,
-            shape=shape,
-            layout=layout,
-            dtype=source.tensors[keys[f"{name}.weight"]].dtype,
-            unit=_unit(name, module),
-        )
-        for name, part in module.named_modules()
-        if (layout := layout_of(part))
-        and (shape := _shape(part, owners))
-        and f"{name}.weight" in keys
-        and selection.selects(name)
-    ]
-    taken = {f"{layer.key}.weight" for layer in layers}
+    owners, state = _owners(module), module.state_dict(keep_vars=True)
+    stored = {id(state[name]): key for key, name in names.items()}
+    table = _token_table(module)
+    able = []
+    for name, part in module.named_modules():
+        layout, shape = layout_of(part), linear_shape(part)
+        key = stored.get(id(getattr(part, "weight", None)))
+        if layout is None or shape is None or key is None:
+            continue
+        alone = owners[id(part.weight)] == 1 and (part is table or not _is_table(part))
+        tied_to = _tied_to(module, names[key], part, table, owners)
+        if alone or tied_to:
+            able.append(
+                Layer(
+                    name=name,
+                    keys=Keys(key, stored.get(id(getattr(part, "bias", None)))),
+                    kind=type(part).__name__,
+                    shape=shape,
+                    layout=layout,
+                    dtype=source.tensors[key].dtype,
+                    tied_to=tied_to,
+                    unit=_unit(name, module),
+                )
+            )
+    reasons = {layer.keys.weight: _left_out(layer, selection) for layer in able}
+    layers = [layer for layer in able if reasons[layer.keys.weight] is None]
+    taken = {layer.keys.weight for layer in layers}
     skipped = [
         Skipped(
             name=key,
-            reason=_reason(module, names.get(key), owners, selection),
+            reason=reasons.get(key) or _reason(module, names.get(key), state, owners),
             num_bytes=info.num_bytes,
         )
         for key, info in source.tensors.items()
         if key not in taken
     ]
     return layers, skipped
+
+
+def _token_table(module: nn.Module) -> nn.Module | None:
+    """A transformers model's token embedding, if it does nothing but look rows up.
+
+    A square one would not tell in which way round it was factorised.
+    """
+    table = token_embedding(module)
+    if table is None or not _is_table(table):
+        return None
+    return None if table.num_embeddings == table.embedding_dim else table
+
+
+def _is_table(part: nn.Module) -> bool:
+    return isinstance(layout_of(part), Lookup)
+
+
+def _tied_to(
+    module: nn.Module,
+    stored: str,
+    part: nn.Module,
+    table: nn.Module | None,
+    owners: Mapping[int, int],
+) -> str | None:
+    """The token embedding's name, if it and the layer alone have a weight, stored by that name."""
+    name = stored.removesuffix(".weight")
+    if table is None or not isinstance(part, nn.Linear) or module.get_submodule(name) is not table:
+        return None
+    return name if owners[id(part.weight)] == 2 else None
+
+
+def _left_out(layer: Layer, selection: Compression) -> str | None:
+    """Why a layer that can be factorised is not to be; None: it is."""
+    if (layer.tied_to or isinstance(layer.layout, Lookup)) and not selection.embeddings:
+        return "an embedding, and compression.embeddings is false"
+    # What is tied goes by the embedding's name, as on the disk.
+    chosen = selection.selects(layer.tied_to or layer.name)
+    return None if chosen else "left out by include and exclude"
 
 
 def _owners(module: nn.Module) -> dict[int, int]:
@@ -72,32 +120,25 @@ def _owners(module: nn.Module) -> dict[int, int]:
     return count
 
 
-def _shape(part: nn.Module, owners: dict[int, int]) -> tuple[int, int] | None:
-    """(m, n) of a layer that can be factorised and owns its weight alone, else None."""
-    shape = linear_shape(part)
-    return shape if shape is not None and owners[id(part.weight)] == 1 else None
-
-
 def _reason(
-    module: nn.Module, name: str | None, owners: dict[int, int], selection: Compression
+    module: nn.Module, name: str | None, state: Mapping[str, Tensor], owners: Mapping[int, int]
 ) -> str:
+    """Why a tensor is no layer's weight, or that of one that cannot be factorised."""
     if name is None:
         return "the network has no place for it"
     parent, _, leaf = name.rpartition(".")
-    part = module.get_submodule(parent)
-    tensor = getattr(part, leaf)
+    part, tensor = module.get_submodule(parent), state[name]
     if tensor.numel() == max(tensor.shape, default=1):
         return "a vector"
     if owners.get(id(tensor), 1) > 1:
         return "shared by several modules; not in this version"
-    if _shape(part, owners) is not None and leaf == "weight":
-        return "left out by include and exclude"
     if getattr(part, "groups", 1) > 1:
         return "a grouped convolution: its kernels are small already"
     if tensor.ndim == 3 and hasattr(part, "num_experts"):
         return "experts that the checkpoint holds as one tensor; not in this version"
     if isinstance(part, nn.RNNBase):
-        return f"a matrix of {type(part).__name__}; not in this version"
+        kind = type(part).__name__ + (" with proj_size" if part.proj_size else "")
+        return f"a matrix of {kind}; not in this version"
     if isinstance(part, nn.Embedding):
         return "an embedding; not in this version"
     if leaf == "weight":

@@ -49,12 +49,12 @@ class Fitted:
         """What is written for the layer, by disk names; empty where it stays dense."""
         if self.packed is None:
             return {}
-        key = layer.key
+        keys = layer.keys
         written = {
-            f"{key}.weight": layer.layout.inner(self.packed.weight),
-            f"{key}.up.weight": layer.layout.outer(self.packed.up),
-            f"{key}.perm": self.packed.perm,
-            f"{key}.bias": self.bias,
+            keys.weight: layer.layout.inner(self.packed.weight),
+            keys.up: layer.layout.outer(self.packed.up),
+            keys.perm: self.packed.perm,
+            keys.bias: self.bias,
         }
         return {name: tensor for name, tensor in written.items() if tensor is not None}
 

@@ -26,6 +26,7 @@ from lrc_cli.experts import has_experts, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
+    TiedHead,
     damaged,
     dense_weight,
     low_rank_layers,
@@ -133,7 +134,12 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
         """Multiplies every layer's factors out, in place."""
-        replace_modules(model, {layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)})
+        new: dict[nn.Module, nn.Module] = {
+            layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)
+        }
+        replace_modules(model, new)
+        heads = [part for part in model.modules() if isinstance(part, TiedHead)]
+        replace_modules(model, {head: _dense_head(head, new[head.table]) for head in heads})
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -177,6 +183,16 @@ def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
     return dense.train(layer.training)
+
+
+def _dense_head(head: TiedHead, table: nn.Module) -> nn.Module:
+    """The head with the dense table as its weight."""
+    m, n = head.table.shape
+    dense = nn.Linear(n, m, bias=head.bias is not None, device="meta")
+    dense.weight = table.get_parameter("weight")
+    if head.bias is not None:
+        dense.bias = head.bias
+    return dense.train(head.training)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
@@ -47,6 +48,11 @@ class FactorShapes:
     def rank(self) -> int:
         """The second dimension of the outer factor."""
         return self.up[1]
+
+    @property
+    def out_features(self) -> int:
+        """m, of which the outer factor leaves out the chosen rows."""
+        return self.up[0] if self.perm is None else self.up[0] + self.rank
 
     def block(self, out_features: int) -> int:
         """Rows that the permutation moves together, 0 for two factors.
@@ -132,6 +138,21 @@ class LowRankLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps inputs (..., n) to outputs (..., m), in the layer's layout."""
+        return self.rows(x) if self.layout.picks_rows else self.product(x)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows (..., n) of the dense weight with these numbers (...)."""
+        inner, outer = self.factors()
+        if self.perm is None:
+            return F.embedding(numbers, outer) @ inner
+        blocks = self.perm.long()[numbers // self.block]
+        places = blocks * self.block + numbers % self.block  # in concat(inner, outer @ inner)
+        chosen = F.embedding(places.clamp(max=self.rank - 1), inner)
+        mixed = F.embedding((places - self.rank).clamp(min=0), outer) @ inner
+        return torch.where((places < self.rank)[..., None], chosen, mixed)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The dense weight, and the bias, applied to inputs."""
         z, channels = self.inner(x), self.layout.channels
         y = self.assemble(z, self.up(z), channels)
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * (-1 - channels))
@@ -178,7 +199,7 @@ class LowRankSlot(LowRankLayer):
             layout=layout,
         )
         place: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        bias = factors.bias or dense.bias is not None
+        bias = factors.bias or getattr(dense, "bias", None) is not None
         self.weight = nn.Parameter(torch.empty(factors.weight, **place))
         self.up = layout.outer_part(factors.up[0], factors.rank, **place)
         self.bias = nn.Parameter(torch.empty(out_features, **place)) if bias else None
@@ -244,6 +265,36 @@ class LowRankModule(LowRankLayer):
         """Maps inputs (..., n) to (..., r), in the layer's layout."""
         z: Tensor = self.down(x)
         return z
+
+
+class TiedHead(nn.Module):
+    """y = Z x + b with the factors of an embedding's table Z (m, n), which belong to the embedding.
+
+    State dicts have them once, under the embedding's name.
+
+    Args:
+        table: the factorised embedding.
+        bias: (m,) of the head's own, or None.
+    """
+
+    def __init__(self, table: LowRankLayer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.share(table)
+        self.bias = bias
+
+    @property
+    def table(self) -> LowRankLayer:
+        """The factorised embedding."""
+        return self._table[0]
+
+    def share(self, table: LowRankLayer) -> None:
+        """From now on use this one, which does not become a part of the head."""
+        self._table = (table,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to outputs (..., m)."""
+        y = self.table.product(x)
+        return y if self.bias is None else y + self.bias
 
 
 def _to_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

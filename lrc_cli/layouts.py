@@ -7,7 +7,7 @@ else needs to know that: statistics, solvers and checks see W and rows.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 @dataclass(frozen=True)
 class Layout:
     """`nn.Linear`'s: the weight is W, and rows lie along the last dimension."""
+
+    picks_rows: ClassVar[bool] = False
+    """Whether the module is given numbers of rows of W, and returns these."""
 
     @property
     def channels(self) -> int:
@@ -185,15 +188,90 @@ class Patches(Layout):
         return F.pad(x, sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
 
+@dataclass(frozen=True)
+class Lookup(Layout):
+    """That of an `nn.Embedding`: its rows are one-hot, and W (m, n) is the table's transpose.
+
+    Factors are m rows of length r for every number, which `up` maps on.
+    """
+
+    num_embeddings: int
+
+    def visible(self, m: int) -> Mapping[str, Any]:
+        """Attributes of the dense module that a model may read, apart from its tensors."""
+        return {"num_embeddings": self.num_embeddings, "embedding_dim": m}
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W (m, n) from the table (n, m): a view."""
+        return weight.T
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The table (n, m) from W (m, n)."""
+        return matrix.T.contiguous()
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The one-hot rows (..., n) of numbers (...), float32."""
+        return F.one_hot(x, self.num_embeddings).float()
+
+    def apply(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The columns of the inner factor (r, n) with these numbers: (..., r)."""
+        return F.embedding(x, inner.T)
+
+    def inner_part(self, rank: int, n: int, **place: Any) -> nn.Module:
+        """A module that picks columns, uninitialised."""
+        return Columns(rank, n, **place)
+
+    def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
+        """An embedding, uninitialised."""
+        return nn.Embedding(n, m, **place)
+
+
+class Columns(nn.Module):
+    """Maps numbers (...) to the columns (..., rank) of its weight (rank, n)."""
+
+    def __init__(self, rank: int, n: int, **place: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rank, n, **place))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Picks columns."""
+        return F.embedding(x, self.weight.T)
+
+
+@dataclass(frozen=True)
+class Table(Layout):
+    """That of an embedding whose table (m, n) is the weight W of a head too.
+
+    The factors are the head's; the embedding picks rows of their product.
+    """
+
+    picks_rows: ClassVar[bool] = True
+
+    def visible(self, m: int) -> Mapping[str, Any]:
+        """Attributes of the dense module that a model may read, apart from its tensors."""
+        return {"num_embeddings": m}
+
+    def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
+        """An embedding, uninitialised."""
+        return nn.Embedding(m, n, **place)
+
+
+TABLE = Table()
+
+
 def layout_of(module: nn.Module) -> Layout | None:
     """How a dense layer that can be factorised lies in memory; None for any other module.
 
     Those are `nn.Linear`, transformers' `Conv1D`, known by its `nx` and `nf`, whose weight is
-    (n, m), and convolutions that see all channels. The output projection of
+    (n, m), convolutions that see all channels, and `nn.Embedding`. The output projection of
     `nn.MultiheadAttention` is none: its weight is read directly.
     """
     if isinstance(module, nn.Linear):
         return None if isinstance(module, NonDynamicallyQuantizableLinear) else LINEAR
+    if isinstance(module, nn.Embedding):
+        # A class with a forward of its own may scale what it looks up.
+        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        return Lookup(module.num_embeddings) if plain else None
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, kind):
             # A class with a forward of its own may do something else around the convolution.

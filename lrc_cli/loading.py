@@ -13,7 +13,15 @@ from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError, LrcError
 from lrc_cli.factories import Factory, named, resolve_factory
-from lrc_cli.slots import check_table, find_factors, finish_slots, insert_slots
+from lrc_cli.names import module_names
+from lrc_cli.recurrent import unroll
+from lrc_cli.slots import (
+    check_table,
+    factorised_weights,
+    find_factors,
+    finish_slots,
+    insert_slots,
+)
 
 
 def load(
@@ -245,6 +253,8 @@ def _needs_values(model: nn.Module) -> bool:
 
 def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.Module:
     """The dense module, with slots for its factorised layers, holding the files' tensors."""
+    weights = module_names(model, factorised_weights(source.tensors)).values()
+    unroll(model, {name.rpartition(".")[0] for name in weights})
     insert_slots(model, find_factors(model, source.tensors))
     check_table(model, record.get("layers", {}))
     expected = model.state_dict(keep_vars=True)

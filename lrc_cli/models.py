@@ -13,10 +13,12 @@ from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.experts import unfuse
+from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import load_source
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
+from lrc_cli.recurrent import unroll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class Layer:
 
     name: str
     """Module name in the running network."""
-    key: str
-    """Prefix of its tensors on disk: `key + ".weight"`."""
+    keys: Keys
+    """Names of its tensors on disk."""
     kind: str
     """Class of the dense module."""
     shape: tuple[int, int]
@@ -34,6 +36,8 @@ class Layer:
     layout: Layout = LINEAR
     """How W lies in the weight, and rows in inputs and outputs."""
     dtype: torch.dtype
+    tied_to: str | None = None
+    """The embedding whose table its weight is; it is factorised with the layer."""
     unit: str
     """The block it belongs to: an entry of the outermost list of modules, or the empty string."""
 
@@ -53,11 +57,11 @@ class Layer:
 
     def weight(self, source: Source) -> torch.Tensor:
         """The matrix W (m, n): a view of the mapped file."""
-        return self.layout.matrix(source.read(f"{self.key}.weight"))
+        return self.layout.matrix(source.read(self.keys.weight))
 
     def bias(self, source: Source) -> torch.Tensor | None:
         """The bias (m,): a view of the mapped file; None where the layer has none."""
-        key = f"{self.key}.bias"
+        key = self.keys.bias
         return source.read(key) if key in source.tensors else None
 
 
@@ -88,14 +92,18 @@ class Network:
         return self.module(**inputs)
 
 
-def vocabulary_of(module: nn.Module) -> int:
-    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+def token_embedding(module: nn.Module) -> Any:
+    """What maps a transformers model's token ids to vectors; None where nothing does, or may."""
     getter = getattr(module, "get_input_embeddings", None)
     try:
-        embeddings = None if getter is None else getter()
+        return None if getter is None else getter()
     except NotImplementedError:  # a model of several inputs may have no one table
-        return 0
-    return int(getattr(embeddings, "num_embeddings", 0))
+        return None
+
+
+def vocabulary_of(module: nn.Module) -> int:
+    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+    return int(getattr(token_embedding(module), "num_embeddings", 0))
 
 
 def open_module(
@@ -103,7 +111,8 @@ def open_module(
 ) -> nn.Module:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
-    Fused experts become lists of experts; transformers has copied their parameters.
+    Fused experts become lists of experts; transformers has copied their parameters. The matrices
+    of LSTM and GRU become layers.
     """
     if source.config is None and factory is None:
         raise InputError(
@@ -112,6 +121,7 @@ def open_module(
         )
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
     unfuse(module)
+    unroll(module)
     return module
 
 

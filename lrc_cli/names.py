@@ -33,6 +33,12 @@ def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[int, str]:
+    """The checkpoint's key of each of the model's tensors, by id: tied ones have one."""
+    state = model.state_dict(keep_vars=True)
+    return {id(state[name]): key for key, name in module_names(model, keys).items()}
+
+
 def are_merged(model: nn.Module, keys: Iterable[str]) -> bool:
     """Whether a conversion would merge or split some of a checkpoint's tensors for this model."""
     rename = _renaming(model)

@@ -74,9 +74,9 @@ def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[s
         for layer in layers:
             fact = facts[layer.name]
             if fact["storage"] != "dense":
-                table[layer.key] = {"storage": fact["storage"], "rank": fact["rank"]}
+                entry = table[layer.keys.layer] = {k: fact[k] for k in ("storage", "rank")}
                 if fact["storage"] == "interpolative":
-                    table[layer.key]["block"] = fact["block"]
+                    entry["block"] = fact["block"]
     return table
 
 
@@ -96,26 +96,27 @@ def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
 
 def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
     """Every tensor of the output, in the source's order; factors stand where their weight stood."""
-    units = {f"{layer.key}.weight": layer.unit for layer in plan.layers}
-    units |= {f"{layer.key}.bias": layer.unit for layer in plan.layers}
+    owners = {layer.keys.weight: layer for layer in plan.layers}
+    owners |= {layer.keys.bias: layer for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
     for key, info in plan.source.tensors.items():
-        packed = work.get(stage, units[key])[0] if key in units else {}
-        if key not in packed:
+        layer = owners.get(key)
+        packed = {} if layer is None else work.get(stage, layer.unit)[0]
+        if layer is None or key not in packed:
             dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
             read = partial(_converted, plan.source, key, dtype)
             yield Entry(key=key, shape=info.shape, dtype=dtype, read=read)
             continue
         names = [key]
-        if key.endswith(".weight"):
+        keys = layer.keys
+        if key == keys.weight:
             # A loader that does not know lrc must fail on the shape, never load something else.
             assert tuple(packed[key].shape) != info.shape, key
-            stem = key.removesuffix(".weight")
-            gained = [] if f"{stem}.bias" in plan.source.tensors else [f"{stem}.bias"]
-            names += [f"{stem}.up.weight", f"{stem}.perm", *gained]
+            gained = [] if keys.bias in plan.source.tensors else [keys.bias]
+            names += [keys.up, keys.perm, *gained]
         for name in names:
             if name in packed:
-                tensor, read = packed[name], partial(_packed, work, stage, units[key], name)
+                tensor, read = packed[name], partial(_packed, work, stage, layer.unit, name)
                 yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)
 
 

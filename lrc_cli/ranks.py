@@ -224,7 +224,7 @@ def _budget(plan: Plan) -> float:
 
 def rest_bytes(plan: Plan) -> int:
     """Bytes of all that is written beside the compressible weights."""
-    compressible = {f"{layer.key}.weight" for layer in plan.layers}
+    compressible = {layer.keys.weight for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
     return sum(
         info.num_elements * (cast if cast and info.dtype in FLOAT_DTYPES else info.dtype).itemsize

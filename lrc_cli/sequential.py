@@ -10,7 +10,6 @@ of the drift of its inputs it can really make up for (`engine/sequential.py`). T
 curvature and the layers that are fitted plainly come from all sequences.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,8 +17,7 @@ from functools import partial
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.calibration import Batch
-from lrc_cli.decision import excluded, num_held_back
+from lrc_cli.decision import TIED, excluded, num_calls, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
@@ -32,7 +30,7 @@ from lrc_cli.layerwise import (
     weight_of,
 )
 from lrc_cli.memory import HostMemory
-from lrc_cli.models import Layer, watched
+from lrc_cli.models import Layer
 from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Phase, Progress
@@ -65,8 +63,7 @@ def factorize_sequentially(
     own = plan.processes.share(len(batches))
     own_held = sum(index >= len(batches) - len(held) for index in own)
     streams = Streams(plan, chain, [batches[i] for i in own], own_held, memory.keep)
-    calls = _num_calls(plan, batches[0])
-    fits = _Fits(plan, work, ranks, stage, streams, missing=missing, calls=calls)
+    fits = _Fits(plan, work, ranks, stage, streams, missing)
     todo = fits.start(segments)
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)
     with progress.phase("factors", cost) as phase:
@@ -86,7 +83,6 @@ class _Fits:
 
     Args:
         missing: the units that are not stored.
-        calls: how often each layer runs in one pass.
     """
 
     def __init__(
@@ -96,13 +92,13 @@ class _Fits:
         ranks: Mapping[str, int],
         stage: str,
         streams: Streams,
-        *,
         missing: Collection[str],
-        calls: Mapping[str, int],
     ) -> None:
         self.plan, self.work, self.ranks = plan, work, ranks
         self.stage, self.streams = stage, streams
-        self.missing, self.calls = missing, calls
+        self.calls = num_calls(plan)
+        self.left = {layer.name for unit in missing for layer in plan.units[unit]}
+        """Layers that have no outcome."""
         self.fitted: dict[str, Fitted] = {}
 
     def start(self, segments: Sequence[Segment]) -> list[Segment]:
@@ -113,17 +109,20 @@ class _Fits:
         """
         reached = {layer.name for segment in segments for layer in segment.layers}
         for layer in self.plan.layers:
-            if layer.unit not in self.missing:
+            if layer.name not in self.left:
                 # What comes before it in the network is not influenced, so it may come early.
                 self.streams.install(layer, self.work.get(self.stage, layer.unit)[0])
-        reason = "the first calibration sequences do not reach it"
         beyond = [x for x in self._open(self.plan.layers) if x.name not in reached]
+        reason = "the first calibration sequences do not reach it"
         self._solve(partial(self._plain, reason=reason), beyond)
+        # The embedding runs first, so the head that it is tied to cannot come in its turn.
+        tied = [x for x in self._open(self.plan.layers) if x.name in reached and x.tied_to]
+        self._solve(partial(self._plain, reason=TIED), tied)
         last = max((i for i, s in enumerate(segments) if self._open(s.layers)), default=-1)
         return list(segments[: last + 1])
 
     def _open(self, layers: Sequence[Layer]) -> list[Layer]:
-        return [x for x in layers if x.unit in self.missing]
+        return [x for x in layers if x.name in self.left]
 
     def add(self, segment: Segment, group: list[Layer], phase: Phase) -> None:
         """Fit the layers that read one input, to which both networks have come."""
@@ -155,9 +154,7 @@ class _Fits:
         """Why a layer is not fitted to the compressed network's inputs."""
         if self.ranks[layer.name] == DENSE or dense_reason(self.plan, self.work, layer):
             return "it stays dense"
-        if self.calls[layer.name] > 1:
-            return "it runs several times in a pass, on several inputs"
-        return excluded(self.plan, self.work, layer)
+        return excluded(self.plan, self.work, layer, self.calls[layer.name])
 
     def _fit(
         self, drifts: Drifts | None, reasons: Mapping[str, str | None], layer: Layer
@@ -181,6 +178,7 @@ class _Fits:
         return replace(fitted, facts=fitted.facts | facts)
 
     def _keep(self, layer: Layer, fitted: Fitted) -> None:
+        self.left.remove(layer.name)
         self.fitted[layer.name] = fitted
         self.streams.install(layer, fitted.tensors(layer))
         members = self.plan.units[layer.unit]
@@ -228,14 +226,6 @@ def _groups(plan: Plan, work: WorkDirectory, segment: Segment) -> list[list[Laye
         leader = work.get(STATISTICS, layer.unit)[1]["layers"].get(layer.name, {}).get("group")
         groups.setdefault(leader or layer.name, []).append(layer)
     return list(groups.values())
-
-
-def _num_calls(plan: Plan, batch: Batch) -> Counter[str]:
-    """How often each layer runs in one pass."""
-    calls: Counter[str] = Counter()
-    with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
-        plan.network(batch)
-    return calls
 
 
 def _walk_cost(plan: Plan, segment: Segment) -> float:

@@ -8,25 +8,26 @@ from torch import nn
 
 from lrc_cli.checkpoint.headers import UPGRADE, TensorInfo
 from lrc_cli.errors import InputError
+from lrc_cli.keys import BIAS, PERM, UP, WEIGHT, Keys
 from lrc_cli.layers import (
     FactorShapes,
     LowRankLayer,
     LowRankModule,
     LowRankSlot,
+    TiedHead,
     damaged,
     is_offloaded,
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.layouts import Layout, layout_of, linear_shape
+from lrc_cli.layouts import TABLE, Layout, layout_of, linear_shape
 from lrc_cli.names import module_names
-
-_UP = ".up.weight"
 
 
 def factorised_weights(headers: Mapping[str, TensorInfo]) -> list[str]:
     """Disk names of the inner factors, by what lies beside them."""
-    return [f"{key.removesuffix(_UP)}.weight" for key in headers if key.endswith(_UP)]
+    ups = [key for key in headers if key.endswith(f".{UP}")]
+    return [Keys.of(key.removesuffix(f".{UP}"), headers).weight for key in ups]
 
 
 def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[str, FactorShapes]:
@@ -44,21 +45,21 @@ def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[st
     modules = dict(model.named_modules(remove_duplicate=False))
     factors = {}
     for weight in weights:
-        layer, name = (x.removesuffix(".weight") for x in (weight, names.get(weight, "")))
+        name = Keys(names.get(weight, "")).layer
         # A dense model may have a part of its own that is called `up`.
         if name and f"{name}.up" not in modules:
-            factors[name] = _factor_shapes(layer, headers)
+            factors[name] = _factor_shapes(Keys(weight), headers)
     return factors
 
 
-def _factor_shapes(layer: str, headers: Mapping[str, TensorInfo]) -> FactorShapes:
+def _factor_shapes(keys: Keys, headers: Mapping[str, TensorInfo]) -> FactorShapes:
     """One layer's shapes from the headers."""
-    weight, perm = headers.get(f"{layer}.weight"), headers.get(f"{layer}.perm")
+    layer, weight, perm = keys.layer, headers.get(keys.weight), headers.get(keys.perm)
     if weight is None:
-        raise damaged(f"layer {layer}: {layer}.weight is missing")
+        raise damaged(f"layer {layer}: {keys.weight} is missing")
     if perm is not None and perm.dtype != torch.int32:
         raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as int32")
-    shapes = weight.shape, headers[layer + _UP].shape
+    shapes = weight.shape, headers[keys.up].shape
     if any(len(shape) < 2 for shape in shapes):
         raise damaged(
             f"layer {layer}: factors of shape {shapes[0]} and {shapes[1]} are no matrices"
@@ -68,7 +69,7 @@ def _factor_shapes(layer: str, headers: Mapping[str, TensorInfo]) -> FactorShape
         weight=shapes[0],
         up=shapes[1],
         perm=None if perm is None else perm.shape,
-        bias=f"{layer}.bias" in headers,
+        bias=keys.bias in headers,
     )
 
 
@@ -87,10 +88,11 @@ def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> Non
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     stated = set()
-    for key, name in module_names(model, [f"{layer}.weight" for layer in table]).items():
-        layer, module = key.removesuffix(".weight"), modules[name.removesuffix(".weight")]
+    names = module_names(model, [*table, *(Keys.of(layer, ()).weight for layer in table)])
+    for key, name in names.items():
+        layer, module = Keys(key).layer, modules.get(Keys(name).layer)
         if not isinstance(module, LowRankLayer):
-            raise damaged(f"layer {layer}: {layer}{_UP} is missing")
+            raise damaged(f"layer {layer}: {Keys(key).up} is missing")
         _check_entry(layer, table[layer], module.table_entry())
         stated.add(module)
     for name, module in low_rank_layers(model):
@@ -122,13 +124,27 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
     for name, shapes in factors.items():
         dense = model.get_submodule(name)
         layout, shape = layout_of(dense), linear_shape(dense)
+        if isinstance(dense, nn.Embedding) and shapes.out_features == dense.num_embeddings:
+            layout, shape = TABLE, (dense.num_embeddings, dense.embedding_dim)
         if layout is None or shape is None:
             raise InputError(
                 f"layer {shapes.name} is factorised, and {type(dense).__name__} cannot be",
                 UPGRADE,
             )
-        slots[dense] = _slot(dense, shapes, layout, shape)
+        slots[dense] = slot = _slot(dense, shapes, layout, shape)
+        if layout is TABLE:
+            slots |= {head: TiedHead(slot, head.bias) for head in _untied_heads(model, name)}
     replace_modules(model, slots)
+
+
+def _untied_heads(model: nn.Module, table: str) -> list[nn.Linear]:
+    """The layers to whose weight transformers would tie the table's after loading: no more."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    targets = [key for key, source in ties.items() if source == f"{table}.weight"]
+    for key in targets:
+        del ties[key]
+    parts = [model.get_submodule(key.removesuffix(".weight")) for key in targets]
+    return [part for part in parts if isinstance(part, nn.Linear)]
 
 
 def _slot(
@@ -157,13 +173,13 @@ def low_rank_module(
     Raises:
         InputError: where the tensors do not fit one another.
     """
-    perm = tensors.get("perm")
+    perm = tensors.get(PERM)
     shapes = FactorShapes(
         name="",
-        weight=tuple(tensors["weight"].shape),
-        up=tuple(tensors["up.weight"].shape),
+        weight=tuple(tensors[WEIGHT].shape),
+        up=tuple(tensors[UP].shape),
         perm=None if perm is None else tuple(perm.shape),
-        bias="bias" in tensors,
+        bias=BIAS in tensors,
     )
     slot = _slot(replaced, shapes, layout, shape)
     slot.load_state_dict(dict(tensors), assign=True)
@@ -176,9 +192,12 @@ def finish_slots(model: nn.Module) -> None:
     Raises:
         InputError: where a tensor has the wrong shape or a permutation is none.
     """
-    finished: dict[nn.Module, nn.Module] = {}
+    finished: dict[nn.Module, Any] = {}
     for name, layer in low_rank_layers(model):
         if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
             layer.check(name)
             finished[layer] = LowRankModule(layer)
+    for head in model.modules():
+        if isinstance(head, TiedHead):
+            head.share(finished.get(head.table, head.table))
     replace_modules(model, finished)

@@ -14,7 +14,8 @@ from lrc_cli.calibration import Batch
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
 from lrc_cli.experts import is_expert
-from lrc_cli.layers import replace_modules
+from lrc_cli.layers import TiedHead, replace_modules
+from lrc_cli.layouts import TABLE
 from lrc_cli.losses import unpadded
 from lrc_cli.models import Layer, Network, make_network, open_module
 from lrc_cli.plan import Plan
@@ -103,12 +104,9 @@ class Streams(Pair):
         Args:
             tensors: as written, by their disk names; without the layer's, it stays dense.
         """
-        prefix = f"{layer.key}."
         # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and
         # a resumed run reads from a file what this one computed.
-        own = {
-            k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)
-        }
+        own = {part: tensors[k].clone() for part, k in layer.keys.all.items() if k in tensors}
         if not own:
             return
         bias = layer.bias(self.plan.source)
@@ -116,10 +114,17 @@ class Streams(Pair):
             own["bias"] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
         network = self.compressed.network
         replaced = network.module.get_submodule(layer.name)
-        new: nn.Module = low_rank_module(replaced, own, layer.layout, layer.shape)
-        network.placement.adopt(new.requires_grad_(False), layer.name)
-        cast_on_read(new, network.dtype, network.casts)
-        replace_modules(network.module, {replaced: new})
+        new: dict[nn.Module, nn.Module] = {}
+        if layer.tied_to is None:
+            new[replaced] = low_rank_module(replaced, own, layer.layout, layer.shape)
+        else:
+            bias, table = own.pop("bias", None), network.module.get_submodule(layer.tied_to)
+            new[table] = factors = low_rank_module(table, own, TABLE, layer.shape)
+            new[replaced] = TiedHead(factors, None if bias is None else nn.Parameter(bias))
+        for part in new.values():
+            network.placement.adopt(part.requires_grad_(False), layer.name)
+            cast_on_read(part, network.dtype, network.casts)
+        replace_modules(network.module, new)
 
     def drift(
         self, segment: Segment, layer: Layer, step: Callable[[], None]

@@ -98,6 +98,7 @@ CLIP = {"text_config": BERT_LIKE, "vision_config": VIT_LIKE, "projection_dim": 2
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48], "depths": [1, 1], "num_labels": 5}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5}
+TIED = {"tie_word_embeddings": True}
 MIXTURE = LLAMA_LIKE | {
     "num_local_experts": 4,
     "num_experts": 4,
@@ -121,7 +122,7 @@ def _embeddings(*names: str) -> dict[str, str]:
 
 def _router(kind: str) -> dict[str, str]:
     reason = f"{kind}TopKRouter; not in this version"
-    return _embeddings("embed_tokens") | {"gate.weight": reason}
+    return {"gate.weight": reason}
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ class Family:
         return model.eval()
 
 
-_LLAMA = LLAMA_LIKE, _embeddings("embed_tokens"), TEXT
-_BERT_SKIPPED = _embeddings("word_embeddings", "position_embeddings", "token_type_embeddings")
+_LLAMA = LLAMA_LIKE, {}, TEXT
+SCALED = _embeddings("embed_tokens")
+"""An embedding of a class of its own, which does more than look rows up."""
+_BERT_SKIPPED = _embeddings("position_embeddings", "token_type_embeddings")
 _BERT = BERT_LIKE, _BERT_SKIPPED, TEXT
 
 FAMILIES: dict[str, Family] = {
@@ -152,33 +155,33 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("MistralForCausalLM", "mistral", *_LLAMA),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", *_LLAMA),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", *_LLAMA),
-    "gemma": Family("GemmaForCausalLM", "gemma", *_LLAMA),
-    "gemma2": Family("Gemma2ForCausalLM", "gemma2", *_LLAMA),
+    "llama-tied": Family("LlamaForCausalLM", "llama", LLAMA_LIKE | TIED, {}, TEXT),
+    "gemma": Family("GemmaForCausalLM", "gemma", LLAMA_LIKE, SCALED, TEXT),
+    "gemma2": Family("Gemma2ForCausalLM", "gemma2", LLAMA_LIKE, SCALED, TEXT),
     "phi": Family("PhiForCausalLM", "phi", *_LLAMA),
-    "opt": Family("OPTForCausalLM", "opt", OPT, _embeddings("embed_tokens", "positions"), TEXT),
-    "gpt2": Family("GPT2LMHeadModel", "gpt2", GPT_LIKE, _embeddings("wte", "wpe"), TEXT),
-    "gpt-neox": Family("GPTNeoXForCausalLM", "gpt_neox", BERT_LIKE, _embeddings("embed_in"), TEXT),
-    "bloom": Family("BloomForCausalLM", "bloom", GPT_LIKE, _embeddings("word_embeddings"), TEXT),
-    "falcon": Family(
-        "FalconForCausalLM", "falcon", BERT_LIKE, _embeddings("word_embeddings"), TEXT
-    ),
+    "opt": Family("OPTForCausalLM", "opt", OPT, _embeddings("positions"), TEXT),
+    "gpt2": Family("GPT2LMHeadModel", "gpt2", GPT_LIKE, _embeddings("wpe"), TEXT),
+    "gpt-neox": Family("GPTNeoXForCausalLM", "gpt_neox", BERT_LIKE, {}, TEXT),
+    "bloom": Family("BloomForCausalLM", "bloom", GPT_LIKE, {}, TEXT),
+    "falcon": Family("FalconForCausalLM", "falcon", BERT_LIKE, {}, TEXT),
     "mixtral": Family("MixtralForCausalLM", "mixtral", MIXTURE, _router("Mixtral"), TEXT),
     "qwen3-moe": Family("Qwen3MoeForCausalLM", "qwen3_moe", MIXTURE, _router("Qwen3Moe"), TEXT),
     "bert": Family("BertModel", "bert", *_BERT),
+    "bert-masked": Family("BertForMaskedLM", "bert", BERT_LIKE | TIED, _BERT_SKIPPED, TEXT),
     "bert-classifier": Family("BertForSequenceClassification", "bert", *_BERT),
     "roberta": Family("RobertaForSequenceClassification", "roberta", *_BERT),
     "distilbert": Family(
         "DistilBertModel",
         "distilbert",
         DISTILBERT,
-        _embeddings("word_embeddings", "position_embeddings"),
+        _embeddings("position_embeddings"),
         TEXT,
     ),
     "mpnet": Family(
         "MPNetModel",
         "mpnet",
         BERT_LIKE,
-        _embeddings("word_embeddings", "position_embeddings", "relative_attention_bias"),
+        _embeddings("position_embeddings", "relative_attention_bias"),
         TEXT,
     ),
     "t5": Family(
@@ -199,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         "WhisperModel",
         "whisper",
         WHISPER,
-        _embeddings("embed_tokens", "embed_positions"),
+        _embeddings("embed_positions"),
         SPEECH,
     ),
     "vit": Family(
@@ -232,7 +235,6 @@ FAMILIES: dict[str, Family] = {
         "mamba",
         MAMBA,
         {
-            "embeddings.weight": EMBEDDING,
             "A_log": _parameter("MambaMixer"),
             "conv1d.weight": GROUPED,
         },

@@ -219,6 +219,38 @@ class Pictures(nn.Module):
         return self.head(x.amax(2))
 
 
+class Recurrent(nn.Module):
+    """An LSTM in both directions, a GRU of two layers, and a projected LSTM, which stays dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.LSTM(24, 16, bidirectional=True, batch_first=True)
+        self.second = nn.GRU(32, 20, num_layers=2, bias=False)
+        self.projected = nn.LSTM(20, 12, proj_size=4, batch_first=True)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x, attention_mask):
+        y, (h, c) = self.first(x * attention_mask[..., None])
+        z, last = self.second(y.transpose(0, 1))
+        z, _ = self.projected(z.transpose(0, 1))
+        return self.head(torch.cat([z[:, -1], last[-1]], dim=-1)) + c.mean()
+
+
+class Packed(nn.Module):
+    """As sequences of given lengths: a GRU in both directions that never sees padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(24, 16, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x, attention_mask):
+        lengths = attention_mask.sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        _, last = self.gru(packed)
+        return self.head(last.transpose(0, 1).flatten(1))
+
+
 def mlp():
     layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)
     return nn.Sequential(*layers)
@@ -234,6 +266,14 @@ def pictures():
 
 def with_idle():
     return WithIdle()
+
+
+def recurrent():
+    return Recurrent()
+
+
+def packed():
+    return Packed()
 '''
 
 
@@ -245,7 +285,8 @@ class PlainFolder:
 
     def model(self, name: str) -> dict[str, Any]:
         """Changes that make a config use the checkpoint of the factory `name`."""
-        data = {"attention": "masked", "pictures": "pixels"}.get(name, "rows")
+        masked = dict.fromkeys(("attention", "recurrent", "packed"), "masked")
+        data = {"pictures": "pixels", **masked}.get(name, "rows")
         return {
             "model.path": str(self.path / f"{name}.safetensors"),
             "model.factory": f"pico_factories:{name}",
@@ -261,7 +302,7 @@ def write_plain(directory: Path) -> PlainFolder:
     namespace: dict[str, Any] = {}
     exec(FACTORY_SOURCE, namespace)
     generator = torch.Generator().manual_seed(5)
-    for name in ("mlp", "attention", "pictures", "with_idle"):
+    for name in ("mlp", "attention", "pictures", "with_idle", "recurrent", "packed"):
         model = namespace[name]()
         randomise(model)
         save_file(model.state_dict(), directory / f"{name}.safetensors")
@@ -357,7 +398,9 @@ def rebuilt(state: State) -> State:
     """The dense float32 state that a compressed one stands for, by the words of format.md."""
     dense = {key: tensor for key, tensor in state.items()}
     for layer in factorised_keys(state):
-        ends = ("weight", "up.weight", "perm")
-        parts = {end: dense.pop(f"{layer}.{end}") for end in ends if f"{layer}.{end}" in dense}
-        dense[f"{layer}.weight"] = multiply_out(parts)
+        # A parameter of a recurrent module keeps a name of its own.
+        weight = f"{layer}.weight" if f"{layer}.weight" in dense else layer
+        keys = {"weight": weight, "up.weight": f"{layer}.up.weight", "perm": f"{layer}.perm"}
+        parts = {end: dense.pop(key) for end, key in keys.items() if key in dense}
+        dense[weight] = multiply_out(parts)
     return {k: t.float() if t.is_floating_point() else t for k, t in dense.items()}

@@ -13,6 +13,7 @@ import lrc_cli
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.finding import find_layers
+from lrc_cli.keys import Keys
 from lrc_cli.layers import low_rank_layers
 from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer, hooked, input_groups, make_network, open_module
@@ -147,7 +148,7 @@ def test_convolutions_share_inputs_only_where_they_see_the_same_patches() -> Non
     network = make_network(module, device=torch.device("cpu"), dtype=None)
     shared: dict[str, Any] = {"kind": "Conv2d", "dtype": torch.float32, "unit": ""}
     layers = [
-        Layer(name=x, key=x, shape=shape, layout=layout, **shared)
+        Layer(name=x, keys=Keys(f"{x}.weight"), shape=shape, layout=layout, **shared)
         for x, part in module.named_children()
         if (shape := linear_shape(part)) and (layout := layout_of(part))
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
-from pico import compressed, randomise, read_state, rebuilt
+from pico import compressed, factorised_keys, randomise, read_state, rebuilt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -65,6 +65,7 @@ def _make(family: Family, folder: Path) -> Made:
         "compression.allocation": "uniform",
         "compression.sequential": False,
         "compression.exclude": [],
+        "compression.embeddings": True,
         "compression.size": 0.6,
         "compression.rank_multiple": 1,
     }
@@ -102,9 +103,15 @@ def test_computes_what_its_factors_multiplied_out_do(made: Get, name: str, tmp_p
 
 
 def _transposed_keys(made: Made) -> set[str]:
-    """Disk names of weights that the dense model keeps as (n, m)."""
+    """Disk names of factors of weights that the dense model keeps as (n, m)."""
     model = made.family.build()
-    return {f"{name}.weight" for name, x in model.named_modules() if isinstance(x, Conv1D)}
+    heads = {id(x.weight) for x in model.modules() if isinstance(x, nn.Linear)}
+    turned = {
+        name
+        for name, x in model.named_modules()
+        if isinstance(x, Conv1D) or (isinstance(x, nn.Embedding) and id(x.weight) not in heads)
+    }
+    return {f"{name}.weight" for name in turned & {*factorised_keys(read_state(made.output))}}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -22,6 +22,7 @@ class Many(nn.Module):
         self.tied.weight = self.table.weight
         self.words = nn.Embedding(9, 4)
         self.recurrent = nn.LSTM(4, 5)
+        self.projected = nn.LSTM(4, 5, proj_size=2)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
         self.upwards = nn.ConvTranspose2d(4, 4, 2)
         self.attention = nn.MultiheadAttention(4, 2)
@@ -43,6 +44,9 @@ def test_every_tensor_that_stays_says_why(tmp_path: Path) -> None:
         "words.weight": "an embedding; not in this version",
         "recurrent.weight_ih_l0": "a matrix of LSTM; not in this version",
         "recurrent.weight_hh_l0": "a matrix of LSTM; not in this version",
+        "projected.weight_ih_l0": "a matrix of LSTM with proj_size; not in this version",
+        "projected.weight_hh_l0": "a matrix of LSTM with proj_size; not in this version",
+        "projected.weight_hr_l0": "a matrix of LSTM with proj_size; not in this version",
         "depthwise.weight": "a grouped convolution: its kernels are small already",
         "upwards.weight": "ConvTranspose2d; not in this version",
         "attention.in_proj_weight": "a parameter of MultiheadAttention, no layer's weight",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lrc_cli
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
+from lrc_cli.keys import Keys
 from lrc_cli.layers import dense_weight
 from lrc_cli.models import Layer, Network, make_network
 from lrc_cli.plan import Plan, make_plan
@@ -199,7 +200,14 @@ def test_what_follows_is_seen_in_a_forward_pass() -> None:
 
 
 def a_layer(name: str) -> Layer:
-    return Layer(name=name, key=name, kind="Linear", shape=(6, 6), dtype=torch.float32, unit="")
+    return Layer(
+        name=name,
+        keys=Keys(f"{name}.weight"),
+        kind="Linear",
+        shape=(6, 6),
+        dtype=torch.float32,
+        unit="",
+    )
 
 
 def test_the_inputs_are_the_rows_of_the_gram_matrix_without_padding(

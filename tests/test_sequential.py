@@ -569,12 +569,10 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> N
     streams = Streams(plan, lrc_cli.sequential.find_chain(plan.network, batches[0]), batches)
     layer = plan.layers[0]
     weight = layer.weight(plan.source)
-    streams.install(
-        layer, {f"{layer.key}.weight": weight[:8], f"{layer.key}.up.weight": weight[:, :8]}
-    )
+    streams.install(layer, {layer.keys.weight: weight[:8], layer.keys.up: weight[:, :8]})
     modules = streams.compressed.network.module
     assert isinstance(modules.get_submodule(layer.name), LowRankModule)
     assert not any(isinstance(m, LowRankModule) for m in plan.network.module.modules())
     other = plan.layers[1]
-    streams.install(other, {f"{layer.key}.weight": weight[:8]})
+    streams.install(other, {layer.keys.weight: weight[:8]})
     assert not isinstance(modules.get_submodule(other.name), LowRankModule)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from lrc_cli.errors import InputError
+from lrc_cli.keys import Keys
 from lrc_cli.losses import Loss, backward_scalars, choose_loss, prepare
 from lrc_cli.models import Layer, Network, input_groups, make_network
 from lrc_cli.statistics import GramSum
@@ -359,7 +360,14 @@ def test_only_layers_that_always_read_the_same_values_share_a_gram_matrix() -> N
     module = InPlace()
     network = make_network(module, device=CPU, dtype=None)
     layers = [
-        Layer(name=name, key=name, kind="Linear", shape=(8, 8), dtype=torch.float32, unit="")
+        Layer(
+            name=name,
+            keys=Keys(f"{name}.weight"),
+            kind="Linear",
+            shape=(8, 8),
+            dtype=torch.float32,
+            unit="",
+        )
         for name in "abcd"
     ]
     groups = input_groups(network, layers, {"x": torch.randn(4, 8)})

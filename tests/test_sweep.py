@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lrc_cli.blocks import Chain, segments_of
 from lrc_cli.cut import find_cut
+from lrc_cli.keys import Keys
 from lrc_cli.losses import Loss
 from lrc_cli.models import Layer, Network, make_network
 from lrc_cli.statistics import GramSum
@@ -101,7 +102,7 @@ def plain(way: str) -> tuple[Network, list[Layer]]:
     layers = [
         Layer(
             name=name,
-            key=name,
+            keys=Keys(f"{name}.weight"),
             kind="Linear",
             shape=(part.out_features, part.in_features),
             dtype=torch.float32,

@@ -186,6 +186,8 @@ class Compression:
     """Layers to compress: globs or "re:..." on whole module names."""
     exclude: tuple[Pattern, ...] = ("lm_head",)
     """Layers to leave as they are, taken from those included."""
+    embeddings: bool = False
+    """Whether a transformers model's token embedding is compressed too, and a head tied to it."""
     layers: Mapping[Pattern, LayerOverride] = field(default_factory=dict)
     """Differences for some layers, by pattern; of several that match, the last one counts."""
 

@@ -109,7 +109,7 @@ def _target_met(plan: Plan, layers: Mapping[str, dict[str, Any]], size: Mapping[
 
 
 def _size(plan: Plan, written: Source) -> dict[str, Any]:
-    compressible = {f"{layer.key}.weight" for layer in plan.layers}
+    compressible = {layer.keys.weight for layer in plan.layers}
     rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
     # Tensors that are not compressible keep their bytes unless output.dtype converts them.
     kept = {k for k in plan.source.tensors if k not in compressible}
@@ -130,12 +130,13 @@ def _size(plan: Plan, written: Source) -> dict[str, Any]:
 
 
 def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    keys = [f"{layer.key}.weight", f"{layer.key}.up.weight", f"{layer.key}.perm"]
-    if f"{layer.key}.bias" not in plan.source.tensors:
-        keys.append(f"{layer.key}.bias")  # the layer has gained it
+    keys = [*layer.keys.factors.values()]
+    if layer.keys.bias not in plan.source.tensors:
+        keys.append(layer.keys.bias)  # the layer has gained it
     return {
         "name": layer.name,
         "kind": layer.kind,
+        "tied_to": layer.tied_to,
         "shape": list(layer.shape),
         "method": plan.solvers[layer.name].name,
         "method_reason": plan.method_reason(layer),

@@ -21,7 +21,7 @@ from lrc_cli.verify.data import draw_again
 from lrc_cli.verify.moments import HELD_BYTES, Checked
 from lrc_cli.verify.original import open_layers, open_networks
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import BIAS, Written, dense_matrix, layer_tensors
+from lrc_cli.verify.written import Written, dense_matrix, layer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def _checked(
 ) -> Checked:
     source = written.source
     assert source is not None
-    tensors, key = layer_tensors(source, layer.key), layer.key + BIAS
+    tensors, key = layer_tensors(source, layer.keys), layer.keys.bias
     bias = layer.bias(original)
     offset = None
     if key in source.tensors:

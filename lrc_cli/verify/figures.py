@@ -7,11 +7,12 @@ from typing import Any
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.keys import PERM
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.verify.files import check_origins
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import PERM, WEIGHT, Written, gained_biases
+from lrc_cli.verify.written import Written, gained_biases
 
 FLOORS = 8.0
 """Times the numerical floor: Gram matrices rounded to float32 are a little indefinite."""
@@ -103,7 +104,7 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
     missing = sorted(set(kept) - set(source.tensors))
     problem = f"not there: {', '.join(missing[:3])}" if missing else None
     findings.judge("tensors.kept", "every tensor that was not compressible is there", problem)
-    known = {key + end for key in written.keys.values() for end in (WEIGHT, ".up.weight", PERM)}
+    known = {key for keys in written.keys.values() for key in keys.factors.values()}
     unknown = sorted(set(source.tensors) - known - set(kept) - set(gained_biases(written)))
     what = "every tensor belongs to a layer or is listed as kept"
     if len(written.keys) == len(layers):
@@ -119,7 +120,7 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
     rest = sum(source.tensors[key].num_bytes for key in kept)
     parameters = sum(math.prod(layer["shape"]) for layer in layers)
     parameters += sum(source.tensors[key].num_elements for key in kept)
-    left = sum(i.num_elements for key, i in source.tensors.items() if not key.endswith(PERM))
+    left = sum(i.num_elements for key, i in source.tensors.items() if not key.endswith(f".{PERM}"))
     found = {
         "compressible_bytes": {"before": before, "after": after - rest},
         "checkpoint_bytes": {"before": whole, "after": after},

@@ -212,14 +212,15 @@ def _followed(
         parts = _by_sequence(_unflattened(rows, batch), batch)
         squares = [part.double().square().sum().item() for part in parts]
         earlier = sums.setdefault(name, {}).get(kind, [0.0] * len(squares))
-        if len(earlier) == len(squares):
-            sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)]
+        # Calls on some of the sequences, such as a recurrence's last steps, tell of none.
+        same = len(earlier) == len(squares)
+        sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)] if same else []
 
     def difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
         return layer.layout.outputs(first.float() - second.float())
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        bias: Any = before.module.get_submodule(layer.name).bias
+        bias = getattr(before.module.get_submodule(layer.name), "bias", None)
         rows = layer.layout.outputs(y).float()
         add(layer.name, "energy", rows if bias is None else rows - bias.float())
         add(layer.name, "same_input", difference(layer, y, _called(after, layer, x)))

@@ -11,13 +11,14 @@ from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError
 from lrc_cli.factories import ask_for_factory, source_file
+from lrc_cli.keys import Keys
 from lrc_cli.layouts import layout_of, linear_shape
 from lrc_cli.models import Layer, open_module
-from lrc_cli.names import module_names
+from lrc_cli.names import stored_names
 from lrc_cli.precision import DTYPES
 from lrc_cli.verify.files import is_inside, sha256_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import BIAS, UP, WEIGHT, Written
+from lrc_cli.verify.written import Written
 
 
 def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
@@ -81,8 +82,8 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
     for key, info in original.tensors.items():
-        factor = key.removesuffix(WEIGHT) + UP
-        if key.endswith(WEIGHT) and factor in source.tensors and factor not in original.tensors:
+        factor = Keys(key).up
+        if factor in source.tensors and factor not in original.tensors:
             continue
         what = f"tensor {key} is the original's"
         if key not in source.tensors:
@@ -103,11 +104,11 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
 
 def _may_change(written: Written, key: str) -> bool:
     """Whether it is the bias of a factorised layer whose method has a bias of its own."""
-    config, stem = written.config, key.removesuffix(BIAS)
-    if config is None or not key.endswith(BIAS) or stem not in written.table:
+    named = [(x["method"], written.keys.get(x["name"])) for x in written.factorised]
+    methods = {method for method, keys in named if keys is not None and keys.bias == key}
+    if written.config is None or not methods:
         return False
-    methods = {x["method"] for x in written.factorised if written.keys.get(x["name"]) == stem}
-    return config.compression.center or "relu" in methods
+    return written.config.compression.center or "relu" in methods
 
 
 def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str | None:
@@ -160,12 +161,13 @@ def open_layers(
 
     Must see the module as it was built, before `make_network`.
     """
-    keys = {name: key for key, name in module_names(module, original.tensors).items()}
+    stored = stored_names(module, original.tensors)
     parts: dict[str, Any] = dict(module.named_modules())
     layers = []
     for row in written.layers:
         name, what = row["name"], f"{row['name']} is a layer of the original of that kind and shape"
-        part, key = parts.get(name), keys.get(f"{name}{WEIGHT}")
+        part = parts.get(name)
+        key = stored.get(id(getattr(part, "weight", None)))
         shape = None if part is None else linear_shape(part)
         layout = None if part is None else layout_of(part)
         stated = [row["kind"], tuple(row["shape"])]
@@ -173,16 +175,15 @@ def open_layers(
             findings.judge("original.layers", what, f"found {type(part).__name__} {shape}")
             continue
         findings.judge("original.layers", what, None)
-        stem, dtype = key.removesuffix(WEIGHT), original.tensors[key].dtype
-        written.keys[name] = stem
+        written.keys[name] = keys = Keys(key, stored.get(id(getattr(part, "bias", None))))
         layers.append(
             Layer(
                 name=name,
-                key=stem,
+                keys=keys,
                 kind=row["kind"],
                 shape=shape,
                 layout=layout,
-                dtype=dtype,
+                dtype=original.tensors[key].dtype,
                 unit="",
             )
         )

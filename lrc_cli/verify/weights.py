@@ -15,8 +15,9 @@ from lrc_cli.checkpoint.headers import (
     read_json,
 )
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.keys import PERM, UP, WEIGHT, Keys
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import BIAS, PERM, UP, WEIGHT, Written, gained_biases
+from lrc_cli.verify.written import Written, gained_biases
 
 CHUNK = 1 << 22
 """Entries looked at together."""
@@ -111,19 +112,21 @@ def _check_table(written: Written, source: Source, findings: Findings) -> None:
             stated = quantization.get("format_version")
             what = "config.json states the format version"
             findings.equal("table", what, stated, FORMAT_VERSION)
-    found = {key.removesuffix(UP) for key in source.tensors if key.endswith(UP)}
-    found = {key for key in found if key + WEIGHT in source.tensors} | {
-        key.removesuffix(PERM) for key in source.tensors if key.endswith(PERM)
+    tensors = source.tensors
+    found = {key.removesuffix(f".{UP}") for key in tensors if key.endswith(f".{UP}")}
+    found = {layer for layer in found if Keys.of(layer, tensors).weight in tensors} | {
+        key.removesuffix(f".{PERM}") for key in tensors if key.endswith(f".{PERM}")
     }
-    for key in sorted({*found, *written.table}):
-        what = f"the layer table and the tensors of {key} agree"
-        if key not in written.table:
+    for layer in sorted({*found, *written.table}):
+        what = f"the layer table and the tensors of {layer} agree"
+        if layer not in written.table:
             findings.judge("table", what, "the table has no such layer, the tensors are factors")
             continue
-        shapes = {end: _shape(source, key + end) for end in (WEIGHT, UP, PERM)}
-        problem = factor_problem(shapes, written.table[key])
+        keys = Keys.of(layer, tensors)
+        shapes = {end: _shape(source, key) for end, key in keys.factors.items()}
+        problem = factor_problem(shapes, written.table[layer])
         if problem is None and shapes[PERM]:
-            problem = _perm_problem(source.read(key + PERM))
+            problem = _perm_problem(source.read(keys.perm))
         findings.judge("table", what, problem)
 
 
@@ -169,27 +172,28 @@ def _check_layers(written: Written, source: Source, findings: Findings) -> None:
     if not written.report:
         findings.not_checked("layers.shape", "the report's layers", "report.json cannot be read")
         return
-    factorised = {written.keys.get(layer["name"]) for layer in written.factorised} - {None}
+    known = [written.keys.get(layer["name"]) for layer in written.factorised]
+    factorised = {keys.layer for keys in known if keys is not None}
     if len(factorised) == len(written.factorised):
         what = "the report's factorised layers are those of the layer table"
-        findings.equal("layers.shape", what, sorted(map(str, factorised)), sorted(written.table))
+        findings.equal("layers.shape", what, sorted(factorised), sorted(written.table))
     biases = gained_biases(written)
     for layer in written.layers:
-        key, what = written.keys.get(layer["name"]), f"the report has the sizes of {layer['name']}"
-        if key is None:
+        keys, what = written.keys.get(layer["name"]), f"the report has the sizes of {layer['name']}"
+        if keys is None:
             findings.not_checked("layers.shape", what, "its tensors go by another name")
         else:
-            gained = source.tensors.get(key + BIAS) if key + BIAS in biases else None
-            findings.judge("layers.shape", what, _layer_problem(layer, source, key, gained))
+            gained = source.tensors.get(keys.bias) if keys.bias in biases else None
+            findings.judge("layers.shape", what, _layer_problem(layer, source, keys, gained))
 
 
 def _layer_problem(
-    layer: Mapping[str, Any], source: Source, key: str, gained: TensorInfo | None
+    layer: Mapping[str, Any], source: Source, keys: Keys, gained: TensorInfo | None
 ) -> str | None:
-    infos = {end: source.tensors.get(key + end) for end in (WEIGHT, UP, PERM)}
+    infos = {end: source.tensors.get(key) for end, key in keys.factors.items()}
     weight, up, perm = infos[WEIGHT], infos[UP], infos[PERM]
     if weight is None:
-        return f"the tensor {key}{WEIGHT} is missing"
+        return f"the tensor {keys.weight} is missing"
     stated: dict[str, Any] = {k: layer.get(k) for k in ("dtype", "bytes_after", "fallback")}
     found: dict[str, Any] = {
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -201,7 +205,7 @@ def _layer_problem(
     stated["shape"] = layer["shape"]
     if up is None:
         found["shape"] = _matrix_shape(weight.shape)
-        if layer["kind"] == "Conv1D":
+        if layer["kind"] in ("Conv1D", "Embedding"):
             found["shape"].reverse()
         stated["storage"], found["storage"] = layer["storage"], "dense"
     else:

@@ -10,6 +10,7 @@ import torch
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, load_config
+from lrc_cli.keys import PERM, UP, WEIGHT, Keys
 from lrc_cli.verify.files import REPORT
 from lrc_cli.verify.statements import Findings
 
@@ -39,7 +40,6 @@ PROVENANCE = (
     "data_files_sha256",
     "sequences",
 )
-UP, PERM, WEIGHT, BIAS = ".up.weight", ".perm", ".weight", ".bias"
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ class Written:
     config: Config | None = None
     table: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The layer table of config.json, or of the metadata: disk name -> storage, rank, block."""
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, Keys] = field(default_factory=dict)
     """The report's layer names -> disk names, for the layers where files alone tell."""
 
     @property
@@ -94,7 +94,7 @@ def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     and slab i of Z is slab perm[i] of c.
 
     Args:
-        tensors: by their ends: ".weight" (r, n), ".up.weight" and, interpolative only, ".perm". A
+        tensors: by their ends: "weight" (r, n), "up.weight" and, interpolative only, "perm". A
             convolution's (r, channels, *kernel) and (m, r, 1, ...) are those matrices, unrolled.
     """
     inner, outer = (tensors[end].double().flatten(1) for end in (WEIGHT, UP))
@@ -104,10 +104,10 @@ def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([slabs[index] for index in tensors[PERM].tolist()])
 
 
-def layer_tensors(source: Source, key: str) -> dict[str, torch.Tensor]:
+def layer_tensors(source: Source, keys: Keys) -> dict[str, torch.Tensor]:
     """A factorised layer's tensors by their ends, as views of the files."""
-    ends = (WEIGHT, UP, PERM)
-    return {end: source.read(key + end) for end in ends if key + end in source.tensors}
+    there = {end: key for end, key in keys.factors.items() if key in source.tensors}
+    return {end: source.read(key) for end, key in there.items()}
 
 
 def _form_problem(report: dict[str, Any]) -> str | None:
@@ -124,21 +124,20 @@ def _form_problem(report: dict[str, Any]) -> str | None:
     return f"provenance has no {missing[0]}" if missing else None
 
 
-def _disk_names(written: Written) -> dict[str, str]:
+def _disk_names(written: Written) -> dict[str, Keys]:
     """Layer names are module names; disk names may have a prefix more or less."""
     if written.source is None:
         return {}
-    stems = [key.removesuffix(WEIGHT) for key in written.source.tensors if key.endswith(WEIGHT)]
     skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
-    free = [stem for stem in stems if stem + WEIGHT not in skipped]
+    free = {Keys(key).layer: Keys(key) for key in written.source.tensors if key not in skipped}
     names = {}
     for layer in written.layers:
         name = layer["name"]
-        exact = [stem for stem in free if stem == name]
+        exact = [stem for stem in free if stem in (name, layer.get("tied_to"))]
         related = [s for s in free if f".{s}".endswith(f".{name}") or f".{name}".endswith(f".{s}")]
         for found in (exact, related):
             if len(found) == 1:
-                names[name] = found[0]
+                names[name] = free[found[0]]
                 break
     return names
 
@@ -147,5 +146,5 @@ def gained_biases(written: Written) -> list[str]:
     """Disk keys of biases that the original had not: known neither as skipped nor as a weight."""
     assert written.source is not None
     skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
-    keys = [key + BIAS for key in written.keys.values()]
+    keys = [keys.bias for keys in written.keys.values()]
     return [key for key in keys if key in written.source.tensors and key not in skipped]

@@ -1,0 +1,187 @@
+"""Token embeddings, and the heads that share their table: from statistics to files and back."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+import lrc_cli
+import lrc_cli.hf
+from lrc_cli.layers import LowRankLayer, TiedHead, dense_weight
+
+LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
+"""Of tests/pico.py; the heads of the first and the last are tied."""
+ARCHITECTURES = {
+    LLAMA: "LlamaForCausalLM",
+    QWEN: "Qwen2ForCausalLM",
+    BERT: "BertForMaskedLM",
+}
+TABLES = {
+    LLAMA: "model.embed_tokens",
+    QWEN: "model.embed_tokens",
+    BERT: "bert.embeddings.word_embeddings",
+}
+HEADS = {LLAMA: "lm_head", BERT: "cls.predictions.decoder"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "curvature": {"certification.num_sequences": 8},
+    "sequential": {
+        "compression.method": "frobenius",
+        "compression.storage": "factors",
+        "compression.sequential": True,
+        "calibration.num_sequences": 40,
+    },
+}
+CASES = [*((name, x) for name in (LLAMA, QWEN) for x in SETTINGS), (BERT, "curvature")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A model's dense checkpoint, the compressed one and its report."""
+
+    name: str
+    settings: str
+    dense: Path
+    output: Path
+    report: dict[str, Any]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the model's head has the embedding's table."""
+        return self.name in HEADS
+
+    def load(self, path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """A checkpoint as the model's class."""
+        kind = getattr(transformers, ARCHITECTURES[self.name])
+        model: PreTrainedModel = kind.from_pretrained(path, dtype=dtype)
+        return model.eval()
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The report's row of a layer."""
+        return next(row for row in self.report["layers"] if row["name"] == name)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=", ".join)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """One output per entry of CASES, all of its layers compressed."""
+    name, settings = request.param
+    folder = tmp_path_factory.mktemp("embeddings")
+    dense = pico.write_model(folder / "dense", name)
+    (folder / "text.txt").write_text(pico.words(6000))
+    changes = {
+        "model.path": str(dense),
+        "calibration.path": str(folder / "text.txt"),
+        "compression.embeddings": True,
+        "compression.allocation": "uniform",
+        "compression.rank_multiple": 1,
+    }
+    output, report = pico.compressed(folder, changes | SETTINGS[settings])
+    return Made(name=name, settings=settings, dense=dense, output=output, report=report)
+
+
+IDS = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(7))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+def test_one_pair_of_factors_serves_embedding_and_head(made: Made) -> None:
+    table = TABLES[made.name]
+    row = made.row(HEADS.get(made.name, table))
+    assert row["storage"] == ("factors" if made.settings == "sequential" else "interpolative")
+    assert row["tied_to"] == (table if made.is_tied else None)
+    keys = pico.factorised_keys(pico.read_state(made.output))
+    assert table in keys and not any("head" in key or "decoder" in key for key in keys)
+    assert row["bytes_after"] < row["bytes_before"]
+
+
+def test_computes_what_its_factors_multiplied_out_do(made: Made, tmp_path: Path) -> None:
+    state = pico.rebuilt(pico.read_state(made.output))
+    weight = f"{TABLES[made.name]}.weight"
+    if not made.is_tied:  # stored like a layer's, which reads one-hot rows
+        state[weight] = state[weight].T.contiguous()
+    (tmp_path / "config.json").write_bytes((made.dense / "config.json").read_bytes())
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    got, wanted = logits(made.load(made.output)), logits(made.load(tmp_path))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    before = logits(made.load(made.dense))
+    assert (before - got).norm() > 1e-3 * before.norm()
+    assert torch.equal(logits(lrc_cli.load(made.output, dtype=torch.float32)), got)
+
+
+def test_loads_without_a_head_too(made: Made) -> None:
+    whole, body = (
+        made.load(made.output),
+        AutoModel.from_pretrained(made.output, dtype=torch.float32),
+    )
+    table = whole.get_input_embeddings()
+    assert isinstance(table, LowRankLayer) and table.num_embeddings == 96
+    with torch.no_grad():
+        assert torch.equal(body.get_input_embeddings()(IDS), table(IDS))
+
+
+def test_saves_the_same_tensors_again(made: Made, tmp_path: Path) -> None:
+    _, dtype, _ = pico.MODELS[made.name]
+    model = made.load(made.output, dtype)
+    model.save_pretrained(tmp_path)
+    first, second = pico.read_state(made.output), pico.read_state(tmp_path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert torch.equal(logits(made.load(tmp_path, dtype)), logits(model))
+
+
+def test_can_be_multiplied_out(made: Made) -> None:
+    model = made.load(made.output)
+    before = logits(model)
+    table = dense_weight(model.get_input_embeddings())
+    model.dequantize()
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+    dense = model.get_input_embeddings()
+    assert type(dense) is nn.Embedding
+    assert torch.equal(dense.weight, table if made.is_tied else table.T)
+    if made.is_tied:
+        assert model.get_output_embeddings().weight is dense.weight
+
+
+def test_trains_one_pair_of_factors(made: Made) -> None:
+    model = made.load(made.output)
+    logits_now = model(IDS).logits
+    logits_now.square().mean().backward()
+    table = model.get_input_embeddings()
+    assert all(p.grad is not None and p.grad.any() for p in table.parameters())
+    heads = [part for part in model.modules() if isinstance(part, TiedHead)]
+    assert len(heads) == made.is_tied
+
+
+def test_verify_finds_every_statement_true(made: Made) -> None:
+    for against in ((), ("--against", made.dense)):
+        ended = pico.call("verify", made.output, *against)
+        assert ended.code == 0, ended.out + ended.err
+        assert "go by another name" not in ended.out
+
+
+def test_loading_without_the_plugin_fails(made: Made) -> None:
+    code = (
+        "import sys, transformers\n"
+        "try: getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])\n"
+        "except RuntimeError as error: print('mismatch' in str(error))\n"
+    )
+    arguments = [sys.executable, "-c", code, ARCHITECTURES[made.name], str(made.output)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_embeddings_are_left_alone_unless_asked_for(tmp_path: Path) -> None:
+    ended = pico.call("inspect", pico.write_model(tmp_path / "dense", LLAMA))
+    assert "an embedding, and compression.embeddings is false" in ended.out
