@@ -33,7 +33,7 @@ from tasks.common import (
 
 SHARE = 0.7
 """Of Wikipedia's text, whole articles, whose lines are calibrated on."""
-CALIBRATED, TESTED = 256, 400
+CALIBRATED, TESTED = 128, 250
 CHARACTERS = 24
 """Of a line, at most."""
 WIDTH = 640
