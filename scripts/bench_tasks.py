@@ -108,7 +108,7 @@ def layer_table(results: Results) -> str:
     lines = ["| layer | shape | rank | storage | output error |", "| --- | --- | --- | --- | --- |"]
     for layer in results.reports[OURS]["layers"]:
         shape = " x ".join(map(str, layer["shape"]))
-        last = "| dense |"  # a layer that stays dense has no errors
+        last = " | dense | "  # a layer that stays dense has no errors
         if "errors" in layer:
             error = layer["errors"]["output"]["stored"]
             last = f"{layer['rank']} | {layer['storage']} | {error:.3f}"
