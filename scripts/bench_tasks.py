@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 
 from tasks.common import DENSE, OURS, ROOT, Missing, Results, Task
+from transformers.utils import logging
 
 from lrc_cli.errors import LrcError
 
@@ -37,6 +38,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in TASKS]:
         parser.error(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         met = [
             run_task(name, arguments.size, layers=arguments.layers)
