@@ -32,9 +32,9 @@ from tasks.common import (
 SHARE = 0.7
 """Of Wikipedia's text, whole articles, whose sentences are calibrated on."""
 RATE = 16000
-RECORDINGS, SECONDS = 128, 26
+RECORDINGS, SECONDS = 64, 26
 """To calibrate on: several sentences each, together shorter than SECONDS."""
-TESTED = 100
+TESTED = 64
 VOICES = {"calibration": ("en-us+m1", "en-us+f1"), "test": ("en-us+m3", "en-us+f2")}
 RISE = 0.03
 RATE_NAME = "word error rate"
@@ -59,7 +59,7 @@ def run(folder: Path, size: float) -> Results:
     @torch.no_grad()
     def score(module: nn.Module) -> Scores:
         texts: list[str] = []
-        for batch in features.split(10):
+        for batch in features.split(32):
             tokens = module.generate(input_features=batch, max_new_tokens=64, do_sample=False)
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return {RATE_NAME: error_rate(wanted, [words(text) for text in texts])}
