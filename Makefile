@@ -7,7 +7,7 @@ FLOOR_TESTS ?= tests
 PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench docs floor clean
+.PHONY: help setup demo check test bench tasks docs floor clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ test: setup  ## fetch what the tests need, run them
 bench: setup  ## print the figures of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests
 	$(BIN)/python scripts/bench_quality.py
+
+tasks: setup  ## score compressed models on their own tasks
+	$(BIN)/python scripts/fetch_demo.py --tasks
+	$(BIN)/python scripts/bench_tasks.py
 
 docs: setup  ## regenerate the command reference
 	$(BIN)/python scripts/command_reference.py
