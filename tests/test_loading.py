@@ -212,7 +212,7 @@ def test_newer_version_and_contradicting_table_are_refused(tmp_path: Path) -> No
 
 def test_linear_shape_knows_what_can_be_factorised() -> None:
     assert linear_shape(nn.Linear(3, 5)) == (5, 3)
-    assert linear_shape(nn.Embedding(3, 5)) is None
+    assert linear_shape(nn.Embedding(3, 5)) == (5, 3)  # of one-hot rows
     assert linear_shape(nn.Bilinear(3, 3, 5)) is None
     # MultiheadAttention multiplies by this weight itself.
     assert linear_shape(nn.MultiheadAttention(4, 2).out_proj) is None
