@@ -114,8 +114,12 @@ def test_chat_templates_that_cannot_be_used(
     with pytest.raises(InputError, match="tokenizer has no chat template; put its chat_template"):
         drawn(file, Processors(tokenizer=plain), chat_template=True)
     write_records(file, "messages", [[{"role": "user"}], "nothing"])
-    with pytest.raises(InputError, match=r"data.jsonl:2: the chat template fails"):
+    with pytest.raises(InputError, match=r"data.jsonl:2: not a conversation; give a list of"):
         drawn(file, Processors(tokenizer=tokenizer), chat_template=True)
+    write_records(file, "messages", CHATS)
+    plain.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"data.jsonl:1: the chat template fails .*alternate"):
+        drawn(file, Processors(tokenizer=plain), chat_template=True)
     (tmp_path / "a.txt").write_text("w1")
     with pytest.raises(InputError, match=r"a .txt holds no conversations"):
         drawn(tmp_path / "a.txt", Processors(tokenizer=tokenizer), chat_template=True)

@@ -16,6 +16,7 @@ from lrc_cli.factories import named
 
 MESSAGES = "messages"
 """The field of a conversation, where text_field is left as it is."""
+CONVERSATION = 'give a list of {"role": ..., "content": ...} as the template takes them'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +127,15 @@ def _conversations(path: Path, records: Sequence[Record], processors: Processors
         )
     rows = []
     for place, messages in records:
+        # Templates make an empty text of much that is none.
+        if not isinstance(messages, list) or not all(isinstance(x, dict) for x in messages):
+            raise InputError(f"{place}: not a conversation", CONVERSATION)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # the template is the checkpoint's code
             raise InputError(
                 f"{place}: the chat template fails on the messages: {named(error)}",
-                'give a list of {"role": ..., "content": ...} as the template takes them',
+                CONVERSATION,
             ) from error
         rows.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not any(rows):
