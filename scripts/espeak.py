@@ -11,6 +11,7 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tools" / "espeak"
 SYNCHRONOUS, UTF8 = 2, 1
 """Numbers of espeak-ng's speak_lib.h: how samples come back, and what a text is."""
+SEED = 0
 Receive = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -43,6 +44,8 @@ def speak(text: str, voice: str, rate: int) -> np.ndarray:
     if library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise RuntimeError(f"eSpeak NG has no voice {voice}; it knows those in {FOLDER}")
     library.espeak_SetSynthCallback(receive)
+    # Else every process hears another voice: eSpeak NG varies it at random.
+    library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
     data = text.encode() + b"\0"
     library.espeak_Synth(data, len(data), 0, 0, 0, UTF8, None, None)
     library.espeak_Synchronize()
