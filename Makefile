@@ -34,7 +34,7 @@ test: setup  ## fetch what the tests need, run them
 	$(BIN)/python scripts/fetch_demo.py --tests
 	$(BIN)/python $(PYTEST)
 
-bench: setup  ## print the figures of docs/benchmarks.md
+bench: setup  ## print the quality table of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests
 	$(BIN)/python scripts/bench_quality.py
 
