@@ -1,15 +1,12 @@
 """Whether a run is sequential, and which of its layers can be."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from lrc_cli.engine import DENSE, pivot_block, storage_bytes
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer, watched
+from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.work import STATISTICS, WorkDirectory
@@ -71,24 +68,23 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
     compression = plan.config.compression
     if compression.sequential is False:
         return Decision(used=False, reason="compression.sequential is false")
+    target, _ = compression.target
+    if compression.sequential == "auto" and target != "size":
+        return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
+    share = granted_share(plan, ranks)
+    if compression.sequential == "auto" and share > LARGEST_SHARE:
+        reason = (
+            f"auto: {share:.1%} of the bytes are kept, and it pays from {LARGEST_SHARE:.0%} down"
+        )
+        return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
-    calls = num_calls(plan)
-    able = [layer for layer in layers if excluded(plan, work, layer, calls[layer.name]) is None]
+    able = [layer for layer in layers if excluded(plan, work, layer) is None]
     numbers = (
         f"{len(able)} of {len(layers)} factorised layers run once, have one of the methods"
         f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
     )
     if compression.sequential is True:
         return Decision(used=bool(able), reason=f"asked for; {numbers}")
-    target, _ = compression.target
-    if target != "size":
-        return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
-    share = granted_share(plan, ranks)
-    if share > LARGEST_SHARE:
-        reason = (
-            f"auto: {share:.1%} of the bytes are kept, and it pays from {LARGEST_SHARE:.0%} down"
-        )
-        return Decision(used=False, reason=reason)
     used = bool(able) and 2 * len(able) >= len(layers)
     return Decision(used=used, reason=f"auto: {share:.1%} of the bytes are kept, {numbers}")
 
@@ -113,26 +109,12 @@ def num_held_back(plan: Plan) -> int:
     return plan.config.compression.num_held_back(len(plan.sequences[CALIBRATION]))
 
 
-def num_calls(plan: Plan) -> Counter[str]:
-    """How often each layer runs in one pass."""
-    calls: Counter[str] = Counter()
-    with torch.no_grad(), watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name])):
-        plan.network(next(plan.sequences[CALIBRATION].batches(1)))
-    return calls
-
-
-def excluded(plan: Plan, work: WorkDirectory, layer: Layer, calls: int) -> str | None:
-    """Why a layer is fitted plainly, as far as its calls, its method and its tokens tell.
-
-    Args:
-        calls: how often it runs in one pass.
-
-    Returns:
-        None: it is not.
-    """
+def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
+    """Why a layer is fitted plainly, as far as its calls, its method and its tokens tell; None: it
+    is not."""
     if layer.tied_to:
         return TIED
-    if calls > 1:
+    if plan.num_calls[layer.name] > 1:
         return "it runs several times in a pass, on several inputs"
     method = plan.solvers[layer.name].name
     if method not in METHODS:

@@ -65,10 +65,11 @@ class Placement:
         It happens by itself when a block runs; this is for calls of a part of it.
 
         Args:
-            name: of a block; nothing happens for any other segment.
+            name: of a block or of a part of one; nothing happens for anything else.
         """
-        if name in self.blocks:
-            self._occupy(self.module.get_submodule(name))
+        for block in self.blocks:
+            if f"{name}.".startswith(f"{block}."):
+                self._occupy(self.module.get_submodule(block))
 
     def _occupy(self, block: nn.Module) -> None:
         own = {id(part) for part in block.modules()}

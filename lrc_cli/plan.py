@@ -1,5 +1,6 @@
 """What a config will do: the checkpoint and the data, opened and checked before any work."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from lrc_cli.finding import Skipped, find_layers
 from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.gates import check_gates_possible
 from lrc_cli.inputs import check_sequences, probe
-from lrc_cli.models import Layer, Network, make_network, open_module
+from lrc_cli.models import Layer, Network, make_network, open_module, watched
 from lrc_cli.precision import DTYPES
 from lrc_cli.processes import ALONE, Processes
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
@@ -69,6 +70,15 @@ class Plan:
     def owns(self, unit: str) -> bool:
         """Whether the unit is this process's."""
         return self.owners[unit] == self.processes.rank
+
+    @cached_property
+    def num_calls(self) -> Counter[str]:
+        """How often each layer runs in one pass, seen on the first calibration sequence."""
+        calls: Counter[str] = Counter()
+        count = watched(self.network, self.layers, lambda x, *_: calls.update([x.name]))
+        with torch.no_grad(), count:
+            self.network(next(self.sequences[CALIBRATION].batches(1)))
+        return calls
 
     @property
     def factors_stage(self) -> str:

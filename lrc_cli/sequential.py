@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.decision import TIED, excluded, num_calls, num_held_back
+from lrc_cli.decision import TIED, excluded, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
@@ -96,7 +96,6 @@ class _Fits:
     ) -> None:
         self.plan, self.work, self.ranks = plan, work, ranks
         self.stage, self.streams = stage, streams
-        self.calls = num_calls(plan)
         self.left = {layer.name for unit in missing for layer in plan.units[unit]}
         """Layers that have no outcome."""
         self.fitted: dict[str, Fitted] = {}
@@ -154,7 +153,7 @@ class _Fits:
         """Why a layer is not fitted to the compressed network's inputs."""
         if self.ranks[layer.name] == DENSE or dense_reason(self.plan, self.work, layer):
             return "it stays dense"
-        return excluded(self.plan, self.work, layer, self.calls[layer.name])
+        return excluded(self.plan, self.work, layer)
 
     def _fit(
         self, drifts: Drifts | None, reasons: Mapping[str, str | None], layer: Layer

@@ -58,7 +58,10 @@ def test_one_block_at_a_time_is_copied_to_the_device() -> None:
     ]
     assert module.head.weight is module.table.weight and module.table.weight.is_meta
     assert module.shift.is_meta
-    network.placement.occupy("blocks.0")
+    network.placement.occupy("head")
+    assert module.blocks[2].weight.is_meta
+    network.placement.occupy("blocks.0.weight")  # a part of a block stands for it
+    assert module.blocks[0].weight.is_meta
     for name, parameter in module.named_parameters():
         if name.startswith(("blocks.1", "blocks.2")):
             assert parameter is originals[name]

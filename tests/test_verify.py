@@ -16,6 +16,7 @@ import torch
 import verify_helpers as damage
 from conftest import Models
 
+from lrc_cli.config import Compression, canonical
 from lrc_cli.verify import verify_directory
 from lrc_cli.verify.command import Verified
 from lrc_cli.verify.tails import (
@@ -158,6 +159,25 @@ def test_other_outputs_hold(
     output, _ = pico.compressed(tmp_path, job | {"certification.sequence_length": 16} | changes)
     found = verify_directory(output, against=checkpoint(model))
     assert failed(found) == []
+
+
+def test_an_output_of_before_a_key_was_added_holds(
+    tmp_path: Path, checkpoint: Models, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = canonical.plain
+
+    def older(value: Any) -> Any:
+        found = plain(value)
+        if isinstance(value, Compression):
+            del found["embeddings"]
+        return found
+
+    job = {"model.path": str(checkpoint("llama")), "calibration.path": str(text)}
+    with monkeypatch.context() as before:
+        before.setattr(canonical, "plain", older)
+        output, _ = pico.compressed(tmp_path, job)
+    assert "embeddings" not in (output / "lrc.yaml").read_text()
+    assert failed(verify_directory(output, against=checkpoint("llama"))) == []
 
 
 def test_an_error_below_the_rounding_of_the_outputs_holds(

@@ -42,16 +42,31 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100)
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: Config, recorded: Mapping[str, Any] | None = None) -> str:
     """sha256 of the canonical JSON of all that can change the weights.
 
     Left out are output.path, runtime.work_dir, runtime.memory_limit, gates and evaluation. The
     order of `layers` counts, because the last pattern that matches wins; no other order does.
+
+    Args:
+        recorded: the written YAML as plain values, of which the config is: keys that came into the
+            schema after it was written are left out, as they were then.
     """
-    resolved = to_dict(config)
+    resolved = to_dict(config) if recorded is None else _known(to_dict(config), recorded)
     del resolved["gates"], resolved["evaluation"]
     del resolved["output"]["path"], resolved["runtime"]["work_dir"]
     del resolved["runtime"]["memory_limit"]
     resolved["compression"]["layers"] = list(resolved["compression"]["layers"].items())
     text = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _known(resolved: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that `recorded` lacks, other than a `num_sequences` left to its default."""
+    found = {}
+    for key, value in resolved.items():
+        there = recorded.get(key)
+        if key in recorded or key == "num_sequences":
+            is_section = isinstance(value, Mapping) and isinstance(there, Mapping)
+            found[key] = _known(value, there or {}) if is_section else value
+    return found

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config, config_hash, to_dict
@@ -70,7 +72,8 @@ def _check_config(
     what = "lrc.yaml is the config in the report"
     findings.judge("config", what, None if text == facts["config"] else "they differ")
     what = "the config has the hash in the report"
-    findings.equal("config", what, facts["config_sha256"], config_hash(config))
+    found_hash = config_hash(config, yaml.safe_load(text))
+    findings.equal("config", what, facts["config_sha256"], found_hash)
     compression = config.compression
     name, value = compression.target
     stated = {

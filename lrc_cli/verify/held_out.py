@@ -249,7 +249,7 @@ def _followed(
 
 def _called(network: Network, layer: Layer, x: Tensor) -> Tensor:
     """What a network's own layer makes of the other network's inputs, rounded as it is in use."""
-    network.placement.occupy(layer.unit)
+    network.placement.occupy(layer.name)
     outputs: Tensor = network.module.get_submodule(layer.name)(x)
     return outputs
 
