@@ -74,7 +74,7 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
     share = granted_share(plan, ranks)
     if compression.sequential == "auto" and share > LARGEST_SHARE:
         reason = (
-            f"auto: {share:.1%} of the bytes are kept, and it pays from {LARGEST_SHARE:.0%} down"
+            f"auto: {share:.1%} of the bytes are kept, and it is on from {LARGEST_SHARE:.0%} down"
         )
         return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]

@@ -181,7 +181,7 @@ AUTO: dict[str, tuple[Changes, int, int, bool, str]] = {
         40,
         1631,
         False,
-        "84.7% of the bytes are kept, and it pays from 60% down",
+        "84.7% of the bytes are kept, and it is on from 60% down",
     ),
     "few-tokens": ({}, 8, 1085, False, "0 of 14 factorised layers"),
     "just-enough-tokens": ({}, 8, 1086, True, "12 of 14 factorised layers"),

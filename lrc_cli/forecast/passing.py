@@ -137,14 +137,3 @@ def representatives(segments: Sequence[Segment], kinds: dict[str, str]) -> list[
     wanted = {*kinds.values(), HEAD, TAIL, WHOLE}
     wanted |= {segment.name for segment in segments[1:2]}
     return [segment for segment in segments if segment.name in wanted]
-
-
-def _by_segment(
-    job: Job, order: Sequence[tuple[int, bool]], steps: Sequence[float]
-) -> dict[tuple[str, bool], float]:
-    """Seconds of one micro-batch, by segment and by whether it ran backwards."""
-    size = len(job.batches)
-    return {
-        (job.segments[number].name, back): typical(steps[i * size : (i + 1) * size])
-        for i, (number, back) in enumerate(order)
-    }
