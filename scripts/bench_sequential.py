@@ -1,36 +1,42 @@
-"""Sequential fitting beside plain fitting on SmolLM2-135M: the table of docs/benchmarks.md.
+"""Sequential fitting beside plain fitting on SmolLM2-135M: the tables of docs/benchmarks.md.
 
-    .venv/bin/python scripts/bench_sequential.py               seed 0
-    .venv/bin/python scripts/bench_sequential.py --seeds 0 1
+    .venv/bin/python scripts/bench_sequential.py                     kept shares 0.6 and 0.4, seed 0
+    .venv/bin/python scripts/bench_sequential.py --seeds 1 2
+    .venv/bin/python scripts/bench_sequential.py --sizes 0.8 0.7     above what `auto` takes
+    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --tokens 8192 4096
+    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --method frobenius
 
-Rows at kept shares 0.6 and 0.4, and at 0.6 with few calibration tokens, where sequential fitting
-would overfit: both are below 15 n for all layers once an eighth is held back, and what is below
-falls back. Exits with 1 if sequential fitting is worse than plain fitting on any text.
+With few calibration tokens sequential fitting would overfit: what has fewer than 15 for each input,
+once an eighth is held back, falls back to plain fitting. Exits with 1 if sequential fitting is
+worse than plain fitting on any text.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from math import exp
 
 from bench_quality import Losses, run_seed, table
 
-SIZES = ("0.6", "0.4")
-FEW = {"8192 tokens": 16, "4096 tokens": 8}
-"""Calibration sequences of 512 tokens."""
+LENGTH = 512
+"""Tokens of a calibration sequence."""
 
 
-def rows() -> dict[str, tuple[str, ...]]:
+def rows(sizes: Sequence[str], tokens: Sequence[int], method: str) -> dict[str, tuple[str, ...]]:
     """What is compressed, by name; "X" and "X, sequential" belong together."""
-    plain = {size: (f"compression.size={size}",) for size in SIZES}
-    plain |= {
-        f"0.6, {name}": ("compression.size=0.6", f"calibration.num_sequences={number}")
-        for name, number in FEW.items()
-    }
     found = {}
-    for name, overrides in plain.items():
-        found[name] = (*overrides, "compression.sequential=false")
-        found[f"{name}, sequential"] = (*overrides, "compression.sequential=true")
+    for size in sizes:
+        for number in tokens:
+            name = size if number == 64 * LENGTH else f"{size}, {number} tokens"
+            name = name if method == "curvature" else f"{name}, {method}"
+            common = (
+                f"compression.size={size}",
+                f"compression.method={method}",
+                f"calibration.num_sequences={number // LENGTH}",
+            )
+            found[name] = (*common, "compression.sequential=false")
+            found[f"{name}, sequential"] = (*common, "compression.sequential=true")
     return found
 
 
@@ -40,10 +46,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", default="", help="only rows whose name starts with this text")
+    parser.add_argument("--sizes", nargs="+", default=["0.6", "0.4"], help="kept shares")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64 * LENGTH])
+    parser.add_argument("--method", default="curvature", choices=["curvature", "frobenius"])
     parser.add_argument("--blocks", type=int, default=64, help="evaluation blocks of each text")
     arguments = parser.parse_args()
-    chosen = {name: keys for name, keys in rows().items() if name.startswith(arguments.rows)}
+    chosen = rows(arguments.sizes, arguments.tokens, arguments.method)
     met = True
     for seed in arguments.seeds:
         start = time.perf_counter()

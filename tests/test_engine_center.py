@@ -1,11 +1,13 @@
 """The free bias in the engine: never worse on calibration, rightly corrected and rounded."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from engine_helpers import gaussian
 from torch import Tensor
 
-from lrc_cli.engine import NUCLEAR, SOLVERS, SameInput, Shrunk, Statistics, dense, pack_best
+from lrc_cli.engine import NUCLEAR, SOLVERS, SVD, SameInput, Shrunk, Statistics, dense, pack_best
 from lrc_cli.fit import Request, fit_layer
 from lrc_cli.statistics import GramSum
 
@@ -60,6 +62,62 @@ def test_a_free_bias_is_never_worse_at_equal_rank(
             assert found.metric == pytest.approx(half, rel=1e-9)
         errors[center] = found.metric if method == "curvature" else plain
     assert errors[True] < 0.9 * errors[False]
+
+
+def own(task: SameInput, rank: int) -> Tensor:
+    return task.solve(rank).factors.dense()
+
+
+def plain_svd(task: SameInput, rank: int) -> Tensor:
+    return SVD.factorize(task.weight, Statistics(), rank).dense()
+
+
+def assert_optimal_with_a_bias(
+    method: str, shape: tuple[int, int], fit: Callable[[SameInput, int], Tensor]
+) -> None:
+    """No challenger of the same rank does better, each with the best bias for it: random,
+    perturbed, and one optimised locally by alternating least squares with an intercept."""
+    m, n = shape
+    weight, x, g = gaussian(m, n, seed=0), offset_inputs(n, 400), gaussian(m, 3 * m, seed=5)
+    fisher, mean = g @ g.T / (3 * m), x.mean(dim=1, keepdim=True)
+    task, rank = problem(method, weight, moments(x, fisher, center=True), 4), 4
+    left = torch.eye(m, dtype=torch.float64)
+    if method == "curvature":
+        damped = fisher + 1e-3 * fisher.diagonal().mean() * left
+        left = torch.linalg.cholesky(damped).T
+    whole = left @ (weight @ (x - mean))
+
+    def error(matrix: Tensor) -> float:
+        difference = left @ (weight - matrix) @ x
+        return (difference - difference.mean(dim=1, keepdim=True)).norm().item()
+
+    fitted = fit(task, rank)
+    u, s, vt = torch.linalg.svd(fitted, full_matrices=False)
+    challengers = [plain_svd(task, rank)]
+    for seed in range(3):
+        near = u[:, :rank] * (1 + 10.0 ** -(1 + seed) * gaussian(m, rank, seed=seed))
+        challengers.append((near * s[:rank]) @ vt[:rank])
+        inner = gaussian(rank, n, seed=seed + 40)
+        for _ in range(20):
+            outer = whole @ torch.linalg.pinv(inner @ (x - mean))
+            inner = torch.linalg.pinv(outer) @ whole @ torch.linalg.pinv(x - mean)
+            challengers.append(torch.linalg.solve(left, outer) @ inner)
+    assert error(fitted) <= min(map(error, challengers)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_no_challenger_with_a_bias_does_better(method: str, shape: tuple[int, int]) -> None:
+    assert_optimal_with_a_bias(method, shape, own)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_plain_svd_with_a_free_bias_in_its_place_fails_the_optimality_test(
+    method: str, shape: tuple[int, int]
+) -> None:
+    with pytest.raises(AssertionError):
+        assert_optimal_with_a_bias(method, shape, plain_svd)
 
 
 def test_the_new_bias_is_the_best_one() -> None:

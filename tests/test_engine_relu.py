@@ -12,6 +12,7 @@ from lrc_cli.engine import (
     SVD,
     Rectified,
     SameInput,
+    Solution,
     Statistics,
     dense,
     pack_best,
@@ -49,9 +50,14 @@ def layer(kind: str) -> Layer:
     return weight, None if kind == "no-bias" else bias, x
 
 
-def problem(data: Layer, dtype: torch.dtype = torch.float64, ridge: float = 1e-2) -> Rectified:
+def problem(
+    data: Layer,
+    dtype: torch.dtype = torch.float64,
+    ridge: float = 1e-2,
+    solver: type[Rectified] = Rectified,
+) -> Rectified:
     weight, bias, x = data
-    return Rectified(weight, bias, statistics(x), x, dtype=dtype, ridge=ridge)
+    return solver(weight, bias, statistics(x), x, dtype=dtype, ridge=ridge)
 
 
 def statistics(x: Tensor) -> Statistics:
@@ -173,11 +179,29 @@ def test_where_nothing_dies_the_convex_solution_is_the_soft_threshold() -> None:
     assert found.penalty == pytest.approx(s[4].item(), rel=1e-6)
 
 
+class SimpleInstead(Rectified):
+    """Plain SVD in the solver's place, with the best bias found for it."""
+
+    def solve(self, rank: int) -> Solution:
+        factors = SVD.factorize(self.weight, Statistics(), rank)
+        return Solution(factors, factors.dense())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_never_above_frobenius_behind_the_relu(kind: str, rank: int) -> None:
+    check_never_above_frobenius(Rectified, kind, rank)
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide", "no-bias", "planted", "deficient", "few-tokens"])
+def test_the_check_fails_with_plain_svd_in_place_of_relu(kind: str) -> None:
+    with pytest.raises(AssertionError):
+        check_never_above_frobenius(SimpleInstead, kind, 4)
+
+
+def check_never_above_frobenius(solver: type[Rectified], kind: str, rank: int) -> None:
     data = layer(kind)
-    own = problem(data)
+    own = problem(data, solver=solver)
     solution = own.solve(rank)
     fitted = solution.factors.dense()
     error = own.errors(fitted).metric
@@ -227,6 +251,35 @@ def test_no_small_change_of_the_solution_does_better(kind: str) -> None:
         assert behind_relu(data, changed, moved) > least * (1 - 2e-3)
 
 
+@pytest.mark.parametrize("kind", ["tall", "wide", "no-bias"])
+@pytest.mark.parametrize("start", ["solution", "frobenius", "random"])
+def test_gradient_descent_on_the_error_itself_gains_next_to_nothing(kind: str, start: str) -> None:
+    """A locally optimised challenger of the same rank: Adam on both factors and the bias."""
+    weight, old, x = data = layer(kind)
+    own = problem(data, ridge=1e-6)
+    least = own.errors(own.solve(4).factors.dense()).metric
+    outer, inner = {
+        "solution": own.solve(4).factors,
+        "frobenius": FROBENIUS.factorize(weight, statistics(x), 4),
+        "random": (gaussian(len(weight), 4, seed=11) / 2, gaussian(4, x.shape[1], seed=12) / 2),
+    }[start]
+    shift = own.shift(outer @ inner)
+    bias = torch.zeros(len(weight)).double() if old is None or shift is None else old + shift
+    leaves = [tensor.clone().requires_grad_() for tensor in (outer, inner, bias)]
+    optimizer = torch.optim.Adam(leaves if old is not None else leaves[:2], lr=3e-3)
+    wanted = (x @ weight.T + (0 if old is None else old)).relu()
+    found = []
+    for _ in range(800):
+        optimizer.zero_grad()
+        pre = x @ leaves[1].T @ leaves[0].T + leaves[2]
+        error = (wanted - pre.relu()).square().sum() / len(x)
+        error.backward()
+        optimizer.step()
+        found.append(error.item())
+    assert min(found) < found[0], "the challenger has not moved"
+    assert min(found) > least * (1 - 2e-3)
+
+
 @pytest.mark.parametrize("kind", ["tall", "no-bias", "few-tokens"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_errors_are_those_of_the_matrix_with_its_rounded_bias(
@@ -242,7 +295,10 @@ def test_the_errors_are_those_of_the_matrix_with_its_rounded_bias(
         change = 0 if bias is None or old is None else old - bias
         output = (x @ (weight - fitted).T + change).square().sum().item() / len(x)
         assert errors.output == pytest.approx(output, rel=1e-9, abs=1e-12)
-    assert own.total == pytest.approx(own.errors(0 * weight).metric)
+    dead = torch.full((len(weight),), -torch.inf, dtype=torch.float64)
+    assert own.total == pytest.approx(behind_relu(data, 0 * weight, dead))
+    simple = SVD.factorize(weight, Statistics(), 3).dense()
+    assert own.svd_errors(3).metric == pytest.approx(behind_relu(data, simple, old), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["tall", "alive", "planted", "no-bias", "dead"])

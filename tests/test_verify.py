@@ -218,11 +218,64 @@ def test_other_solvers_hold(
     if "compression.sequential" in changes:
         assert report["sequential"]["used"]
         true = (output / "report.json").read_text()
-        for change in (damage.better_layer_error, damage.other_correction):
+        for change in (damage.better_layer_error, damage.other_correction, damage.other_share):
             (output / "report.json").write_text(true)
             damage.edit_report(output, change)
             found = verify_directory(output, against=checkpoint("llama"))
             assert any(line.startswith("c1") for line in failed(found))
+
+
+@pytest.fixture
+def rectified(tmp_path: Path, checkpoint: Models, text: Path) -> Path:
+    """A pico OPT, its layers before a ReLU fitted to what is behind it."""
+    job = {"model.path": str(checkpoint("opt")), "calibration.path": str(text)}
+    job |= {"compression.method": "relu", "certification.part": [0.6, 1.0]}
+    output, _ = pico.compressed(tmp_path, job | {"certification.num_sequences": 20})
+    return output
+
+
+def test_what_relu_says_is_measured_behind_the_relu(rectified: Path, checkpoint: Models) -> None:
+    found = verify_directory(rectified, against=checkpoint("opt"))
+    assert failed(found) == []
+    assert unchecked(found) == {"c1.convex", "manifest.pinned", "report.run"}
+    true = (rectified / "report.json").read_text()
+    for change in (damage.better_metric, damage.other_simple_metric):
+        (rectified / "report.json").write_text(true)
+        damage.edit_report(rectified, change)
+        found = verify_directory(rectified, against=checkpoint("opt"))
+        assert any(line.startswith("c1.metric") for line in failed(found)), change
+
+
+def test_a_bias_that_does_not_pay_behind_the_relu_is_found(
+    rectified: Path, checkpoint: Models
+) -> None:
+    """Whatever the report says of the errors."""
+    layer = next(x for x in damage.read_report(rectified)["layers"] if x["method"] == "relu")
+    damage.edit_tensors(rectified, f"{layer['name']}.bias", lambda bias: bias + 1)
+    found = verify_directory(rectified, against=checkpoint("opt"))
+    assert any(line.startswith("c1.bias") for line in failed(found))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [damage.better_worst_case, damage.better_measured_change, damage.better_amplification],
+)
+def test_the_worst_case_is_computed_again(
+    tmp_path: Path,
+    plain_folder: pico.PlainFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    changes = plain_folder.model("mlp")
+    output, _ = pico.compressed(tmp_path, changes)
+    original, factory = Path(changes["model.path"]), changes["model.factory"]
+    found = verify_directory(output, against=original, factory=factory)
+    assert failed(found) == []
+    assert [s.status for s in found.findings.statements if s.id == "c3.worst_case"] == ["holds"]
+    damage.edit_report(output, change)
+    found = verify_directory(output, against=original, factory=factory)
+    assert any(line.startswith("c3.worst_case") for line in failed(found))
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])

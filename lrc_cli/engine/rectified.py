@@ -19,6 +19,7 @@ from lrc_cli.engine.linalg import balanced, eigenpairs
 from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, required
 from lrc_cli.engine.rectifier import refined_offset, true_error
 from lrc_cli.engine.relu import Convex, Programme, programme
+from lrc_cli.engine.svd import SVD
 
 UNIT = "mean squared error behind the ReLU per token"
 CHUNK_ROWS = 4096
@@ -109,7 +110,16 @@ class Rectified(Approximation):
         return {"relu": [self._found[rank] for rank in sorted(self._found)]}
 
     def errors(self, fitted: Tensor) -> Errors:
-        difference, bias = self.weight - fitted, self._bias(fitted)
+        return self._errors(fitted, self._bias(fitted))
+
+    def svd_errors(self, rank: int) -> Errors:
+        # Plain SVD knows no data, so it knows no better bias than the layer's own.
+        simple = SVD.factorize(self.weight, Statistics(), rank).dense()
+        own = torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias
+        return self._errors(simple, own)
+
+    def _errors(self, fitted: Tensor, bias: Tensor) -> Errors:
+        difference = self.weight - fitted
         shift = bias if self.bias is None else bias - self.bias
         metric = sum(
             true_error(self._pre(fitted, bias, block), self.programme.targets(block))
@@ -168,7 +178,12 @@ class Rectified(Approximation):
 
     @property
     def total(self) -> float:
-        return self.errors(torch.zeros_like(self.weight)).metric
+        """The mean square behind the ReLU: the error of outputs that are all dead."""
+        squares = (
+            self.programme.targets(block).square().sum(dim=0).double().sum().item()
+            for block in self.programme.blocks()
+        )
+        return sum(squares) / len(self.programme.inputs)
 
     @property
     def energy(self) -> float:

@@ -6,32 +6,32 @@ from functools import partial
 
 import torch
 
-from lrc_cli.calibration import Sequences
 from lrc_cli.losses import Loss, choose_loss
 from lrc_cli.parallel import in_parallel
 from lrc_cli.purposes import CALIBRATION
+from lrc_cli.verify.behind import Behind
 from lrc_cli.verify.bench import Bench
 from lrc_cli.verify.compared import judge_bias, judge_errors
 from lrc_cli.verify.errors import (
+    CORRECTION_TOLERANCE,
     Form,
     Found,
     damped,
     nuclear_errors,
     paired_errors,
+    paying_correction,
+    plain_svd,
     same_input_errors,
     white_errors,
 )
 from lrc_cli.verify.moments import (
     Checked,
     Moments,
-    PairMoments,
     measure_inputs,
-    measure_pairs,
     shared_inputs,
 )
+from lrc_cli.verify.pairs import PairMoments, measure_pairs
 
-FORM_METHODS = ("frobenius", "curvature")
-"""Whose metric is a quadratic form of W - Z."""
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU."""
 
@@ -48,6 +48,10 @@ def measure_layers(bench: Bench) -> None:
         else:
             (paired if row.get("sequential") is True else plain).append(checked)
     _judge(bench, white, lambda checked: white_errors(checked, bench.row(checked)["rank"]))
+    for checked in plain:
+        if bench.row(checked)["method"] == "relu":
+            with bench.findings.guard("c1", f"the errors of {checked.layer.name} can be measured"):
+                checked.behind = _behind(checked, bench.row(checked)["rank"])
     if not plain and not paired:
         return
     if CALIBRATION not in bench.sequences:
@@ -75,28 +79,42 @@ def measure_layers(bench: Bench) -> None:
             seed=bench.seed,
             advance=phase.advance,
         )
-    pairs: dict[str, PairMoments] = {}
-    if paired:
-        fitted = _fitted(bench)
-        with bench.progress.phase("both networks", len(fitted)) as phase:
-            pairs = measure_pairs(bench.before, bench.after, fitted, paired, advance=phase.advance)
+    pairs, held = _measure_both(bench, paired) if paired else ({}, {})
     _judge_plain(bench, plain, inputs, gradients)
     for checked in paired:
-        _judge(bench, [checked], partial(_paired, bench, pairs, gradients))
+        _judge(bench, [checked], partial(_paired, bench, pairs, held, gradients))
 
 
-def _fitted(bench: Bench) -> Sequences:
-    """The calibration sequences that layers were fitted to on both networks' inputs."""
+def _behind(checked: Checked, rank: int) -> Behind:
+    """What is measured of a layer whose metric is its error behind a ReLU."""
+    weight = checked.weight.float()
+    bias = torch.zeros_like(weight[:, 0]) if checked.bias is None else checked.bias.float()
+    new_bias = bias if checked.offset is None else bias - checked.offset.float()
+    return Behind(
+        weight=weight,
+        bias=bias,
+        fitted=checked.fitted().to(weight),
+        new_bias=new_bias,
+        simple=plain_svd(weight, rank).float(),
+    )
+
+
+def _measure_both(
+    bench: Bench, paired: list[Checked]
+) -> tuple[dict[str, PairMoments], dict[str, PairMoments]]:
+    """Moments by group, on the sequences that were fitted to and on those that were held back."""
     assert bench.written.report is not None and bench.written.config is not None
-    sequences = bench.sequences[CALIBRATION]
-    held_back = bench.written.config.compression.num_held_back(len(sequences))
+    compression, sequences = bench.written.config.compression, bench.sequences[CALIBRATION]
+    held_back = compression.num_held_back(len(sequences))
     what = "the config's number of sequences was held back from sequential fits"
     stated = bench.written.report["sequential"]["held_back"]
     bench.findings.equal("c1.held_back", what, stated, held_back)
-    if held_back:
-        what = "each layer's share of its correction is the one that pays on held-back sequences"
-        bench.findings.not_checked("c1.correction", what, "the fit is not repeated on them")
-    return sequences.split(len(sequences) - held_back)[0]
+    first, last = sequences.split(len(sequences) - held_back)
+    measure = partial(measure_pairs, bench.before, bench.after)
+    with bench.progress.phase("both networks", len(sequences)) as phase:
+        fitted = measure(first, paired, errors=True, advance=phase.advance)
+        held = measure(last, paired, errors=False, advance=phase.advance) if held_back else {}
+    return fitted, held
 
 
 def _regroup(layers: list[Checked]) -> None:
@@ -177,30 +195,39 @@ def _group_errors(
             if center:
                 weight = checked.weight.double()
                 checked.shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
-            results.append(_plain_errors(bench, checked, plain, gradients))
+            results.append(_plain_errors(bench, checked, plain, moments, gradients))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
     return results
 
 
 def _plain_errors(
-    bench: Bench, checked: Checked, plain: Form, gradients: Mapping[str, Moments]
+    bench: Bench,
+    checked: Checked,
+    plain: Form,
+    moments: Moments,
+    gradients: Mapping[str, Moments],
 ) -> Found:
     row = bench.row(checked)
     weighted = None
     if row["method"] == "curvature":
         weighted = replace(plain, fisher=damped(gradients[checked.layer.name]))
         weighted.__dict__["root"] = plain.root  # the same Gram matrix: one eigenproblem
-    is_form = row["method"] in FORM_METHODS
-    found = same_input_errors(checked, row["rank"], plain, weighted, metric=is_form)
-    if row["method"] == "nuclear" and row.get("threshold") is not None:
+    found = same_input_errors(checked, row["rank"], plain, weighted)
+    if row["method"] == "nuclear":
         found["metric"] = nuclear_errors(checked, row["rank"], plain, row["threshold"])
+    if checked.behind is not None:
+        found["metric"] = checked.behind.metric()
+        if checked.bias is not None:  # which may change, so only what varies has to be fitted
+            varying = Form(gram=moments.covariance())
+            found["output"]["optimum"] = varying.tail(checked.weight.double(), row["rank"])
     return found
 
 
 def _paired(
     bench: Bench,
     pairs: Mapping[str, PairMoments],
+    held: Mapping[str, PairMoments],
     gradients: Mapping[str, Moments],
     checked: Checked,
 ) -> Found:
@@ -211,16 +238,23 @@ def _paired(
         dense, compressed = pairs[checked.group].means()
         fitted = checked.fitted().to(dense.device)
         checked.shift = checked.weight.double() @ dense - fitted @ compressed
-    asked, used = compression.correction, row["correction"]
-    if not 0 <= used <= 1 or (asked != "auto" and used != asked):
-        raise ValueError(f"its correction is stated as {used}, the config has {asked}")
     is_weighted = row["method"] == "curvature"
     fisher = damped(gradients[checked.layer.name]) if is_weighted else None
+    wanted = 0.0 if compression.correction == "auto" else compression.correction
+    if compression.correction == "auto" and checked.group in held:
+        others = held[checked.group].moments(center=compression.center)
+        wanted = paying_correction(checked.weight, pair, others, fisher, ridge=compression.ridge)
+    what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
+    stated = row["correction"]
+    is_near = abs(stated - wanted) <= (CORRECTION_TOLERANCE if held else 0)
+    bench.findings.judge(
+        "c1.correction", what, None if is_near else f"stated {stated}, found {wanted}"
+    )
     return paired_errors(
         checked,
         row["rank"],
         pair,
         fisher,
         ridge=compression.ridge,
-        correction=row["correction"],
+        correction=stated,
     )

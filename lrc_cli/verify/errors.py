@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.verify.moments import Checked, Moments, Pair
+from lrc_cli.verify.moments import Checked, Moments
+from lrc_cli.verify.pairs import Pair
 
 TOLERANCE = 2e-3
 """Relative, of what is measured again; of squared errors twice that."""
@@ -20,6 +21,8 @@ CURVATURE_TOLERANCE = 1e-2
 """Relative, of squared errors in a metric that gradients make: they are rounded more coarsely."""
 FLOORS = 8.0
 """Times the numerical floor of a figure: both sides have one."""
+CORRECTION_TOLERANCE = 0.02
+"""Absolute, of the share a: the error on held-back sequences is flat around its least value."""
 DAMPING = 1e-3
 """Of F, as a share of its mean eigenvalue (docs/theory.md)."""
 
@@ -90,15 +93,12 @@ def white_errors(checked: Checked, rank: int) -> Found:
     return {"output": errors, "metric": dict(errors)}
 
 
-def same_input_errors(
-    checked: Checked, rank: int, plain: Form, weighted: Form | None, *, metric: bool
-) -> Found:
+def same_input_errors(checked: Checked, rank: int, plain: Form, weighted: Form | None) -> Found:
     """Errors on the dense network's inputs.
 
     Args:
         plain: the form of output errors.
         weighted: the form of the metric, where it is not the plain one.
-        metric: whether the metric is a form at all.
     """
     weight = checked.weight.double()
     simple = weight - plain_svd(weight, rank)
@@ -107,8 +107,6 @@ def same_input_errors(
         "optimum": plain.tail(weight, rank),
         "svd": plain.error(simple),
     }
-    if not metric:
-        return {"output": output}
     if weighted is None:
         return {"output": output, "metric": dict(output)}
     stored = weight - checked.fitted().to(weight.device)
@@ -190,6 +188,23 @@ def paired_errors(
             "total": objective(torch.zeros_like(weight)),
         },
     }
+
+
+def paying_correction(
+    weight: Tensor, fitted: Pair, held: Pair, fisher: Tensor | None, *, ridge: float
+) -> float:
+    """The a in 0..1 that makes the error of W E - a K X~ least on held-back sequences, where
+    K = W S C_l^-1 is the whole correction on those that were fitted to (docs/theory.md)."""
+    weight = weight.double()
+    mean = fitted.compressed.diagonal().mean().item()
+    identity = torch.eye(len(fitted.compressed), dtype=torch.float64, device=weight.device)
+    regular = fitted.compressed + (ridge * mean if mean > 0 else ridge) * identity
+    step = torch.linalg.solve(regular, (weight @ fitted.cross).T).T
+    left = step if fisher is None else fisher @ step
+    spent = torch.sum(left * (step @ held.compressed)).item()
+    if not spent > 0:
+        return 0.0 if torch.any(step) else 1.0
+    return min(max(torch.sum(left * (weight @ held.cross)).item() / spent, 0.0), 1.0)
 
 
 def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:

@@ -9,6 +9,7 @@ from lrc_cli.verify.c1 import measure_layers
 from lrc_cli.verify.c2 import check_certificate_values, check_quality
 from lrc_cli.verify.original import check_factory, check_original, open_original
 from lrc_cli.verify.statements import Findings
+from lrc_cli.verify.worst import check_worst_case
 from lrc_cli.verify.written import Written
 
 MEASURED = {
@@ -66,6 +67,7 @@ def check_against(
         return
     with findings.guard("c1", "the layers' errors can be measured"):
         measure_layers(bench)
+    check_worst_case(bench)
     with findings.guard("quality", "the quality can be measured"):
         check_quality(bench)
     with findings.guard("c2", "the certificate can be measured"):

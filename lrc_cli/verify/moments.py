@@ -6,7 +6,6 @@ summed for the optima only, around an origin near their mean.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,11 +14,10 @@ from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.losses import Loss, backward_scalars, drawing, num_scalars, prepare, unpadded
 from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.precision import recast_in_backward
+from lrc_cli.verify.behind import Behind
 
 STATISTICS_TOKENS = 2048
 """Tokens run together: as in the run, because labels and probes are drawn batch by batch."""
-PAIR_TOKENS = 512
-"""The inputs of all layers are held for so many tokens."""
 PANEL = 256
 HELD_BYTES = 1 << 30
 """Differences W - Z are held in float32 if all of them together take no more."""
@@ -48,6 +46,8 @@ class Checked:
     num_tokens: int = 0
     shift: Tensor | None = None
     """(m,) float64 W mean(x) - Z mean(x~), what a free bias adds; None where the bias is not."""
+    behind: Behind | None = None
+    """The errors behind a ReLU, where they are the layer's metric."""
     _difference: Tensor | None = field(default=None, repr=False)
 
     def difference(self) -> Tensor:
@@ -115,42 +115,6 @@ class Moments:
     def gram(self) -> Tensor:
         """The second moments around zero (n, n), float64."""
         return self.covariance() + torch.outer(self.mean, self.mean)
-
-
-class PairMoments:
-    """Second moments of the inputs x~ of a layer in the compressed network and of x - x~."""
-
-    def __init__(self) -> None:
-        self.joint: Moments = Moments()
-
-    def add(self, x: Tensor, compressed: Tensor) -> None:
-        """Add rows (t, n) of the same tokens in both networks."""
-        self.joint.add(torch.cat([x.float() - compressed.float(), compressed.float()], dim=1))
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """The mean x and the mean x~, (n,) float64 each."""
-        drift, compressed = self.joint.mean.chunk(2)
-        return drift + compressed, compressed
-
-    def moments(self, *, center: bool) -> "Pair":
-        """The moments per token, around the means where the bias is free."""
-        whole = self.joint.covariance() if center else self.joint.gram()
-        n = len(whole) // 2
-        return Pair(drift=whole[:n, :n], cross=whole[:n, n:], compressed=whole[n:, n:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """V = E E^T / T, S = E X~^T / T and C = X~ X~^T / T with E = X - X~; (n, n) float64 each."""
-
-    drift: Tensor
-    cross: Tensor
-    compressed: Tensor
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """X X^T / T."""
-        return self.compressed + self.cross + self.cross.T + self.drift
 
 
 def batch_size(sequences: Sequences, num_positions: int) -> int:
@@ -222,6 +186,8 @@ def measure_inputs(
             rows, outputs = (real_rows(tensor.detach(), mask) for tensor in (x, y))
             checked.add_error(rows.float() @ checked.difference().T)
             checked.add_energy(rows, outputs)
+            if checked.behind is not None:
+                checked.behind.add(rows.float())
             if checked.group == layer.name:
                 inputs.setdefault(layer.name, Moments()).add(rows)
         if layer.name not in wanted or loss is None:
@@ -266,49 +232,3 @@ def _run(
             left -= 1
             if scalar.requires_grad:
                 scalar.backward(retain_graph=left > 0)
-
-
-def measure_pairs(
-    before: Network,
-    after: Network,
-    sequences: Sequences,
-    layers: Sequence[Checked],
-    *,
-    advance: Callable[[int], None],
-) -> dict[str, PairMoments]:
-    """Both networks over the calibration data; errors are added to `layers`.
-
-    Args:
-        layers: those that were fitted to the compressed network's inputs; each runs once in a pass.
-
-    Returns:
-        The moments of input pairs by group.
-    """
-    pairs: dict[str, PairMoments] = {}
-    seen: dict[str, Tensor] = {}
-    by_name = {checked.layer.name: checked for checked in layers}
-    mask: Tensor | None = None
-
-    def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        checked, rows = by_name[layer.name], real_rows(x, mask)
-        if checked.group == layer.name:
-            seen[layer.name] = rows.clone()
-        checked.add_energy(rows, real_rows(y, mask))
-
-    def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
-        checked, compressed = by_name[layer.name], real_rows(x, mask).float()
-        drift = seen[checked.group].float() - compressed
-        checked.add_error(compressed @ checked.difference().T + drift @ checked.weight.float().T)
-        if checked.group == layer.name:
-            pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
-
-    own = [checked.layer for checked in layers]
-    with torch.no_grad():
-        for batch in sequences.batches(batch_size(sequences, PAIR_TOKENS)):
-            mask = batch.get("attention_mask")
-            with hooked(before, own, in_dense):
-                before(batch)
-            with hooked(after, own, in_compressed):
-                after(batch)
-            advance(len(next(iter(batch.values()))))
-    return pairs

@@ -1,0 +1,102 @@
+"""Both networks over the calibration data: what layers read in the one and in the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lrc_cli.calibration import Sequences
+from lrc_cli.models import Layer, Network, hooked
+from lrc_cli.verify.moments import Checked, Moments, batch_size, real_rows
+
+PAIR_TOKENS = 512
+"""The inputs of all layers are held for so many tokens."""
+
+
+class PairMoments:
+    """Second moments of the inputs x~ of a layer in the compressed network and of x - x~."""
+
+    def __init__(self) -> None:
+        self.joint: Moments = Moments()
+
+    def add(self, x: Tensor, compressed: Tensor) -> None:
+        """Add rows (t, n) of the same tokens in both networks."""
+        self.joint.add(torch.cat([x.float() - compressed.float(), compressed.float()], dim=1))
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The mean x and the mean x~, (n,) float64 each."""
+        drift, compressed = self.joint.mean.chunk(2)
+        return drift + compressed, compressed
+
+    def moments(self, *, center: bool) -> "Pair":
+        """The moments per token, around the means where the bias is free."""
+        whole = self.joint.covariance() if center else self.joint.gram()
+        n = len(whole) // 2
+        return Pair(drift=whole[:n, :n], cross=whole[:n, n:], compressed=whole[n:, n:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """V = E E^T / T, S = E X~^T / T and C = X~ X~^T / T with E = X - X~; (n, n) float64 each."""
+
+    drift: Tensor
+    cross: Tensor
+    compressed: Tensor
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """X X^T / T."""
+        return self.compressed + self.cross + self.cross.T + self.drift
+
+
+def measure_pairs(
+    before: Network,
+    after: Network,
+    sequences: Sequences,
+    layers: Sequence[Checked],
+    *,
+    errors: bool,
+    advance: Callable[[int], None],
+) -> dict[str, PairMoments]:
+    """Both networks over calibration data.
+
+    Args:
+        layers: those that were fitted to the compressed network's inputs; each runs once in a pass.
+        errors: whether their errors on these sequences are added to them.
+
+    Returns:
+        The moments of input pairs by group.
+    """
+    pairs: dict[str, PairMoments] = {}
+    seen: dict[str, Tensor] = {}
+    by_name = {checked.layer.name: checked for checked in layers}
+    mask: Tensor | None = None
+
+    def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
+        checked, rows = by_name[layer.name], real_rows(x, mask)
+        if checked.group == layer.name:
+            seen[layer.name] = rows.clone()
+        if errors:
+            checked.add_energy(rows, real_rows(y, mask))
+
+    def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
+        checked, compressed = by_name[layer.name], real_rows(x, mask).float()
+        drift = seen[checked.group].float() - compressed
+        if errors:
+            rows = compressed @ checked.difference().T + drift @ checked.weight.float().T
+            checked.add_error(rows)
+        if checked.group == layer.name:
+            pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
+
+    own = [checked.layer for checked in layers]
+    with torch.no_grad():
+        for batch in sequences.batches(batch_size(sequences, PAIR_TOKENS)):
+            mask = batch.get("attention_mask")
+            with hooked(before, own, in_dense):
+                before(batch)
+            with hooked(after, own, in_compressed):
+                after(batch)
+            advance(len(next(iter(batch.values()))))
+    return pairs
