@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Quantity:
     tokens: Tensor
     """(POPULATION, TOKENS) float64; (POPULATION, 1) where only whole sequences have a value."""
     upper: float
-    """The limit of a token's value; the lower one is 0."""
+    lower: float = 0.0
+    """Limits of a token's value."""
 
     @property
     def correlation(self) -> float:
@@ -94,7 +96,7 @@ def binomial_tail(num: int, at_least: int, chance: float) -> float:
 
 
 def make_population(seed: int) -> tuple[list[Quantity], Quantity]:
-    """Two token-wise quantities, and the largest of the layers' errors per sequence."""
+    """Three token-wise quantities, and the largest of the layers' errors per sequence."""
     chance = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -108,35 +110,43 @@ def make_population(seed: int) -> tuple[list[Quantity], Quantity]:
     divergence = (0.1 * torch.exp(noise(POPULATION, 1) + 0.5 * noise(POPULATION, TOKENS))).clamp(
         max=1.0
     )
+    # A difference of losses may have either sign, and is limited on both sides.
+    difference = (0.1 + 0.3 * noise(POPULATION, 1) + 0.2 * noise(POPULATION, TOKENS)).clamp(-1, 1)
     errors = torch.exp(0.5 * noise(POPULATION, 1) + 0.3 * noise(POPULATION, LAYERS))
     worst = errors.amax(dim=1, keepdim=True)
     return [
         Quantity(name="top-1 disagreement", tokens=disagrees, upper=1.0),
         Quantity(name="KL, clipped", tokens=divergence, upper=1.0),
+        Quantity(name="loss difference, clipped", tokens=difference, lower=-1.0, upper=1.0),
     ], Quantity(name="all layers at once", tokens=worst, upper=math.inf)
 
 
-def betting(quantity: Quantity) -> Bound:
+def betting(quantity: Quantity, delta: float = DELTA) -> Bound:
     """The certificate's bound of a mean."""
-    limits = {"lower": 0.0, "upper": quantity.upper, "delta": DELTA}
+    limits = {"lower": quantity.lower, "upper": quantity.upper, "delta": delta}
     return lambda drawn: mean_bound(drawn.mean(dim=1).tolist(), **limits, population=POPULATION)
 
 
 def bernstein(quantity: Quantity) -> Bound:
     """The classical bound of a mean, to compare widths with."""
-    limits = {"lower": 0.0, "upper": quantity.upper, "delta": DELTA}
+    limits = {"lower": quantity.lower, "upper": quantity.upper, "delta": DELTA}
     return lambda drawn: bernstein_mean_bound(
         drawn.mean(dim=1).tolist(), **limits, population=POPULATION
     )
 
 
-def order_statistic(drawn: Tensor) -> float:
+def order_statistic(drawn: Tensor, delta: float = DELTA) -> float:
     """The certificate's bound of a quantile."""
     found = quantile_bound(
-        drawn.mean(dim=1).tolist(), quantile=QUANTILE, delta=DELTA, population=POPULATION
+        drawn.mean(dim=1).tolist(), quantile=QUANTILE, delta=delta, population=POPULATION
     )
     assert found is not None, "too few sequences for any statement"
     return found
+
+
+def all_at_once(jobs: list[tuple[Row, Tensor, Bound]], drawn: Tensor) -> float:
+    """The least that a bound is above its target; each has its share of delta."""
+    return min(bound(tokens[drawn]) - row.target for row, tokens, bound in jobs)
 
 
 def tokenwise(drawn: Tensor) -> float:
@@ -148,7 +158,9 @@ def tokenwise(drawn: Tensor) -> float:
 def measure(num_draws: int, seed: int = 0) -> tuple[list[Quantity], list[Row]]:
     """Draw again and again, and apply every bound to each draw."""
     per_token, worst = make_population(seed)
+    share = DELTA / (2 * len(per_token) + 1)
     jobs: list[tuple[Row, Tensor, Bound]] = []
+    stated: list[tuple[Row, Tensor, Bound]] = []
     for quantity in (*per_token, worst):
         name, tokens = quantity.name, quantity.tokens
         values = tokens.mean(dim=1)
@@ -157,18 +169,22 @@ def measure(num_draws: int, seed: int = 0) -> tuple[list[Quantity], list[Row]]:
         if quantity is not worst:
             row = Row(quantity=name, bound="mean, betting", target=average)
             jobs.append((row, tokens, betting(quantity)))
+            stated.append((row, tokens, betting(quantity, share)))
             row = Row(quantity=name, bound="mean, Bernstein", target=average)
             jobs.append((row, tokens, bernstein(quantity)))
             row = Row(quantity=name, bound="mean, token-wise", target=average, must_fail=True)
             jobs.append((row, tokens, tokenwise))
         row = Row(quantity=name, bound=f"{QUANTILE:g} quantile", target=high)
         jobs.append((row, tokens, order_statistic))
+        stated.append((row, tokens, partial(order_statistic, delta=share)))
+    together = Row(quantity=f"{len(stated)} statements", bound="all of them hold", target=0.0)
     chance = torch.Generator().manual_seed(seed + 1)
     for _ in range(num_draws):
         drawn = torch.randperm(POPULATION, generator=chance)[:DRAWN]
         for row, tokens, bound in jobs:
             row.found.append(bound(tokens[drawn]))
-    return per_token, [row for row, _, _ in jobs]
+        together.found.append(all_at_once(stated, drawn))
+    return per_token, [*(row for row, _, _ in jobs), together]
 
 
 def table(rows: list[Row]) -> str:

@@ -141,3 +141,27 @@ def test_checks_come_first(tmp_path: Path, llama_job: Changes) -> None:
     job = pico.job(tmp_path, llama_job)
     ended = pico.call("plan", job, "--sizes", "0.8,0.000001", "-q")
     assert ended.code == 2 and "cannot be reached" in ended.err
+
+
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_the_disk_is_what_a_run_then_fills(
+    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """What passes between blocks goes as statistics come: the peak is less than their sum."""
+    work = tmp_path / "work"
+    changes = {"compression.method": method, "runtime.work_dir": str(work), "evaluation": []}
+    job = pico.job(tmp_path, llama_job | changes | {"calibration.num_sequences": 60})
+    ended = pico.call("compress", job, "--dry-run", "--json", "-q")
+    assert ended.code == 0, ended.err
+    estimate = json.loads(ended.out)["disk"]
+    needed = {place["key"]: place["needed"] for place in estimate}
+    put, peak = WorkDirectory.put, [0]
+
+    def watched(self: WorkDirectory, *arguments: Any) -> None:
+        put(self, *arguments)
+        sizes = [file.stat().st_size for file in work.rglob("*") if file.is_file()]
+        peak[0] = max(peak[0], sum(sizes))
+
+    monkeypatch.setattr(WorkDirectory, "put", watched)
+    assert pico.call("compress", job, "-q").code == 0
+    assert 0.8 < needed["runtime.work_dir"] / peak[0] < 1.25

@@ -53,11 +53,14 @@ class TimedWork(WorkDirectory):
         super().__init__(root, {})
         self.seconds: dict[str, float] = {}
         self.num_bytes: dict[str, int] = {}
+        self.places: dict[str, set[str]] = {}
+        """What was written of a kind of stage: the segments, of what passes between them."""
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         began = time.perf_counter()
         super().put(stage, unit, tensors, facts)
-        stage = stage.partition("/")[0]
+        stage, _, place = stage.partition("/")
+        self.places.setdefault(stage, set()).add(place)
         written = sum(tensor.nbytes for tensor in tensors.values())
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         self.num_bytes[stage] = self.num_bytes.get(stage, 0) + written

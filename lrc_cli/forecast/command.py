@@ -109,8 +109,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     probe.spread_facts(kinds)
     spectra = probe.spectra(kinds)
     pieces = [Piece(phase="checks", seconds=checks), *probe.pieces]
-    passing = probe.passing_bytes
-    work = probe.statistics_bytes + passing
+    lasting = probe.statistics_bytes
     jobs, outputs = list[dict[str, Any]](), 0
     quality: list[Piece] | None = None
     for plan in plans:
@@ -127,7 +126,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
         pieces += own
         outputs += size
-        work += 0 if probe.has_factors(plan) else granted
+        lasting += 0 if probe.has_factors(plan) else granted
         target, value = plan.config.compression.target
         jobs.append(
             {
@@ -139,8 +138,11 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             }
         )
     _check_memory(probe)
+    # The first unit is stored at the turn of the pass, when most of what passes is still there.
+    turn = probe.passing_bytes + probe.statistics_bytes // max(len(first.units), 1)
+    work = max(lasting, turn)
     spaces = [
-        _place(first, "runtime.work_dir", work, passing),
+        _place(first, "runtime.work_dir", work, work - lasting),
         _place(first, "output.path", outputs),
     ]
     check_disk(spaces)

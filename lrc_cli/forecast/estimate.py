@@ -94,12 +94,14 @@ def check_disk(spaces: Iterable[Space]) -> None:
     for space in spaces:
         by_device.setdefault(space.device, []).append(space)
     for places in by_device.values():
-        needed, free = sum(place.needed for place in places), places[0].free
+        # Outputs are written when what passes is gone.
+        lasting = sum(place.needed - place.passing for place in places)
+        needed, free = max(lasting, *(place.needed for place in places)), places[0].free
         if needed <= free:
             continue
         largest = max(places, key=lambda place: place.needed)
         remedy = f"make room, or set {largest.key} to a path on another disk"
-        if needed - sum(place.passing for place in places) <= free:
+        if lasting <= free:
             remedy += ", or give fewer or shorter sequences"
         raise InputError(
             f"{largest.path}: {byte_size(needed)} would be written to its disk, and"

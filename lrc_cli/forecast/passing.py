@@ -48,8 +48,6 @@ class _Pass:
             batches=job.batches[:NUM_BATCHES],
         )
         self.share = len(job.batches) / len(self.few.batches)
-        self.boundaries = max(len(self.few.segments) - 1, 1)
-        """Between the segments that are run."""
         self.steps: dict[tuple[str, bool], float] = {}
         """Seconds of one micro-batch, by segment and by whether it ran backwards."""
         self.storing: list[float] = []
@@ -91,16 +89,23 @@ class _Pass:
     @property
     def handed(self) -> dict[str, float]:
         """Bytes that all micro-batches hand over at one boundary, forwards and backwards."""
+        written, places = self.work.num_bytes, self.work.places
         return {
-            stage: self.work.num_bytes.get(stage, 0) / self.boundaries * self.share
+            stage: written.get(stage, 0) / max(len(places.get(stage, ())), 1) * self.share
             for stage in (INPUTS, GRADIENTS)
         }
 
     @property
     def passing_bytes(self) -> int:
-        """Files at the turn of the pass: the inputs of every segment, the gradients of two."""
-        boundaries = len(self.whole.segments) - 1
-        return int(self.handed[INPUTS] * boundaries + 2 * self.handed[GRADIENTS])
+        """Files at the turn of the pass: the inputs of all segments that will be run backwards and
+        the gradients of one, or of one segment less and two; where none will, two inputs."""
+        segments, graded = self.whole.segments, self.whole.graded
+        before = [all(x.name not in graded for x in s.layers) for s in segments]
+        first = before.index(False) if False in before else len(segments)
+        back = len(segments) - max(first, 1)
+        inputs, gradients = self.handed[INPUTS], self.handed[GRADIENTS]
+        turn = back * inputs + gradients + max(gradients - inputs, 0)
+        return int(max(turn, min(2, len(segments) - 1) * inputs))
 
     @property
     def statistics_bytes(self) -> int:
