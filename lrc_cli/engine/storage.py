@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrc_cli.engine.pivots import select
 from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
-from lrc_cli.engine.refit import conditional_target, refitted
+from lrc_cli.engine.refit import Refit, conditional_target
 
 PIVOT_BLOCK = 8
 """Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
@@ -116,12 +116,9 @@ def pack_factors(
 ) -> Stored:
     """Two factors; the outer one is refitted against the rounded inner one (F drops out)."""
     target, weight = target.double(), factors.inner.to(dtype)
-    unit = torch.finfo(dtype).eps
-    fitted = refitted(factors.outer, target, weight.double(), metric, unit)
-    candidates = [
-        Packed(storage="factors", weight=weight, up=up.to(dtype)) for up in (factors.outer, fitted)
-    ]
-    return _lowest(candidates, target, metric)
+    refit = Refit(factors.outer, target, weight.double(), metric, metric.fisher)
+    packed = Packed(storage="factors", weight=weight, up=_rounded(refit, dtype))
+    return _measured(packed, target, metric)
 
 
 def pack_interpolative(
@@ -144,14 +141,16 @@ def pack_interpolative(
     chosen, others = rows[: factors.rank], rows[factors.rank :]
     weight = (factors.outer[chosen] @ factors.inner).to(dtype)
     aim = conditional_target(target, target[chosen] - weight.double(), chosen, others, metric)
-    unit = torch.finfo(dtype).eps
-    fitted = refitted(pivots.coefficients, aim, weight.double(), metric, unit)
-    perm = pivots.order.argsort().to(torch.int32)
-    candidates = [
-        Packed(storage="interpolative", weight=weight, up=up.to(dtype), perm=perm, block=block)
-        for up in (pivots.coefficients, fitted)
-    ]
-    return _lowest(candidates, target, metric)
+    fisher = None if metric.fisher is None else metric.fisher[others][:, others]
+    refit = Refit(pivots.coefficients, aim, weight.double(), metric, fisher)
+    packed = Packed(
+        storage="interpolative",
+        weight=weight,
+        up=_rounded(refit, dtype),
+        perm=pivots.order.argsort().to(torch.int32),
+        block=block,
+    )
+    return _measured(packed, target, metric)
 
 
 def _filled(factors: Factors, block: int) -> Factors:
@@ -172,15 +171,19 @@ def _rank_in_the_same_bytes(factors: Factors, itemsize: int, block: int) -> int:
     return rank
 
 
-def _lowest(candidates: list[Packed], target: Tensor, metric: Metric) -> Stored:
-    """The first candidate with the lowest error; SolveError where all of them overflow."""
-    errors = [Errors(*metric.errors(target - dense(packed))) for packed in candidates]
-    finite = [i for i, error in enumerate(errors) if math.isfinite(error.metric)]
-    if not finite:
-        raise SolveError(f"the factors do not fit {candidates[0].weight.dtype}")
-    best = min(finite, key=lambda i: errors[i].metric)
-    storage = candidates[best].storage
-    return Stored(packed=candidates[best], errors=errors[best], reason=f"{storage} as asked for")
+def _rounded(refit: Refit, dtype: torch.dtype) -> Tensor:
+    """The coefficients in the stored dtype: the refitted ones, unless rounding undoes the gain."""
+    start, fitted = refit.start.to(dtype), refit.solution(torch.finfo(dtype).eps).to(dtype)
+    if not fitted.isfinite().all() or refit.change(start.double(), fitted.double()) >= 0:
+        return start
+    return fitted
+
+
+def _measured(packed: Packed, target: Tensor, metric: Metric) -> Stored:
+    errors = Errors(*metric.errors(target - dense(packed)))
+    if not math.isfinite(errors.metric):
+        raise SolveError(f"the factors do not fit {packed.weight.dtype}")
+    return Stored(packed=packed, errors=errors, reason=f"{packed.storage} as asked for")
 
 
 STORAGES: dict[str, Storage] = {

@@ -1,0 +1,62 @@
+"""The refit after rounding: its solution is the least, and its differences are those of errors."""
+
+import pytest
+import torch
+from engine_helpers import SHAPES, case, damped, gaussian
+from torch import Tensor
+
+from lrc_cli.engine import Metric
+from lrc_cli.engine.refit import Refit, conditional_target
+
+RANK = 6
+
+
+def metric_of(name: str, *, weighted: bool) -> tuple[Tensor, Metric]:
+    weight, statistics = case(name)
+    assert statistics.fisher is not None
+    fisher = damped(1e12 * statistics.fisher) if weighted else None
+    return weight, Metric(gram=statistics.gram, fisher=fisher)
+
+
+def placed(chosen: Tensor, others: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The matrix whose chosen rows are `first` and whose other rows are `second`."""
+    whole = first.new_empty(len(first) + len(second), first.shape[1])
+    whole[chosen], whole[others] = first, second
+    return whole
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", [*SHAPES, "tall-deficient", "wide-outlier"])
+def test_a_change_is_the_difference_of_the_errors_of_the_whole_matrix(
+    name: str, weighted: bool
+) -> None:
+    weight, metric = metric_of(name, weighted=weighted)
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
+    chosen, others = order[:RANK], order[RANK:]
+    rows = (weight[chosen] + 0.1 * gaussian(RANK, weight.shape[1], seed=2)).bfloat16().double()
+    aim = conditional_target(weight, weight[chosen] - rows, chosen, others, metric)
+    fisher = None if metric.fisher is None else metric.fisher[others][:, others]
+    start = gaussian(len(others), RANK, seed=3)
+    refit = Refit(start, aim, rows, metric, fisher)
+
+    def error(coefficients: Tensor) -> float:
+        return metric.error(weight - placed(chosen, others, rows, coefficients @ rows))
+
+    solution = refit.solution(unit=0.0)
+    pairs = [(start, solution), (solution, start), (solution.bfloat16().double(), solution)]
+    pairs.append((gaussian(*start.shape, seed=4), gaussian(*start.shape, seed=5)))
+    for old, new in pairs:
+        found, scale = refit.change(old, new), error(old) + error(new)
+        assert found == pytest.approx(error(new) - error(old), abs=1e-9 * scale)
+    least = error(solution)
+    for seed in range(5):
+        other = solution + 10.0 ** -(1 + seed) * gaussian(*start.shape, seed=10 + seed)
+        assert least <= error(other) * (1 + 1e-9)
+    assert refit.change(solution, solution) == 0
+
+
+def test_where_the_rows_are_singular_the_start_stays() -> None:
+    weight, metric = metric_of("tall", weighted=False)
+    start = gaussian(len(weight), RANK, seed=3)
+    refit = Refit(start, weight, torch.zeros(RANK, weight.shape[1]).double(), metric)
+    assert torch.equal(refit.solution(unit=0.0), start)
