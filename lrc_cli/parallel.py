@@ -19,11 +19,16 @@ def in_parallel(
 
     torch releases the interpreter's lock inside its operations, so threads are enough.
     """
+
+    def solve(item: Item) -> Result:
+        result = function(item)
+        _trim()
+        return result
+
     if num_workers == 1:
-        yield from map(function, items)
+        yield from map(solve, items)
     else:
-        yield from _by_threads(function, items, num_workers)
-    _trim()
+        yield from _by_threads(solve, items, num_workers)
 
 
 def _by_threads(

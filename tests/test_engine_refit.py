@@ -34,8 +34,7 @@ def test_a_change_is_the_difference_of_the_errors_of_the_whole_matrix(
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
     chosen, others = order[:RANK], order[RANK:]
     rows = (weight[chosen] + 0.1 * gaussian(RANK, weight.shape[1], seed=2)).bfloat16().double()
-    aim = conditional_target(weight, weight[chosen] - rows, chosen, others, metric)
-    fisher = None if metric.fisher is None else metric.fisher[others][:, others]
+    aim, fisher = conditional_target(weight, weight[chosen] - rows, chosen, others, metric)
     start = gaussian(len(others), RANK, seed=3)
     refit = Refit(start, aim, rows, metric, fisher)
 

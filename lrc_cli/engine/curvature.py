@@ -21,9 +21,12 @@ DAMPING = 1e-3
 
 def _metric(statistics: Statistics) -> Metric:
     fisher = required(statistics.fisher, "fisher")
-    identity = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
     mean = fisher.diagonal().mean().item()
-    normalised = fisher / mean + DAMPING * identity if mean > 0 else identity
+    if mean > 0:
+        normalised = fisher / mean
+        normalised.diagonal().add_(DAMPING)
+    else:
+        normalised = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
     gram = required(statistics.gram, "gram")
     return Metric(gram=gram, fisher=normalised, scale=0.5 * mean)
 

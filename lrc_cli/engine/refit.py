@@ -56,16 +56,17 @@ class Refit:
 
 def conditional_target(
     target: Tensor, error: Tensor, chosen: Tensor, others: Tensor, metric: Metric
-) -> Tensor:
-    """What the rows that are not chosen should aim at, given the error of the chosen ones.
+) -> tuple[Tensor, Tensor | None]:
+    """What the rows that are not chosen aim at, given the error of the chosen ones; and F_RR.
 
     W_R + F_RR^-1 F_RJ E_J with E_J = W_J - Z_J = `error` (r, n), truncation and rounding together:
     curvature lets the others make up for it. (m - r, n); W_R itself where F is the identity.
     """
     if metric.fisher is None:
-        return target[others]
-    factor, info = torch.linalg.cholesky_ex(metric.fisher[others][:, others])
+        return target[others], None
+    own = metric.fisher[others[:, None], others]
+    factor, info = torch.linalg.cholesky_ex(own)
     if info.item() != 0:
-        return target[others]
-    coupled = metric.fisher[others][:, chosen] @ error
-    return target[others] + torch.cholesky_solve(coupled, factor)
+        return target[others], own
+    coupled = metric.fisher[others[:, None], chosen] @ error
+    return target[others] + torch.cholesky_solve(coupled, factor), own

@@ -140,8 +140,8 @@ def pack_interpolative(
     rows = torch.arange(len(target), device=target.device).view(-1, block)[pivots.order].flatten()
     chosen, others = rows[: factors.rank], rows[factors.rank :]
     weight = (factors.outer[chosen] @ factors.inner).to(dtype)
-    aim = conditional_target(target, target[chosen] - weight.double(), chosen, others, metric)
-    fisher = None if metric.fisher is None else metric.fisher[others][:, others]
+    error = target[chosen] - weight.double()
+    aim, fisher = conditional_target(target, error, chosen, others, metric)
     refit = Refit(pivots.coefficients, aim, weight.double(), metric, fisher)
     packed = Packed(
         storage="interpolative",
