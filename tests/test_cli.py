@@ -746,6 +746,17 @@ def test_eval_with_wrong_options(
     assert_one_sentence(pico.call("eval", output, "-q", *filled), 2, piece)
 
 
-def test_eval_of_what_lrc_did_not_write(tmp_path: Path, checkpoint: Models) -> None:
-    assert_one_sentence(pico.call("eval", checkpoint("llama"), "-q"), 2)
-    assert_one_sentence(pico.call("eval", tmp_path / "absent", "-q"), 2, "absent")
+@pytest.mark.parametrize("command", ["eval", "verify"])
+def test_what_lrc_did_not_write(command: str, tmp_path: Path, checkpoint: Models) -> None:
+    (tmp_path / "file").write_text("x")
+    finished = "the directory that `lrc compress` printed"
+    for place, pieces in (
+        (
+            checkpoint("llama"),
+            ["is not a finished output of lrc: it has no manifest.json", finished],
+        ),
+        (tmp_path, ["is not a finished output of lrc: it has no manifest.json", finished]),
+        (tmp_path / "absent", ["absent does not exist", "check the path"]),
+        (tmp_path / "file", ["is not a directory", "give the directory that lrc wrote"]),
+    ):
+        assert_one_sentence(pico.call(command, place, "-q"), 2, f"error: {place} ", *pieces)
