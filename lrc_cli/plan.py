@@ -193,8 +193,8 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
 
 def check_output(output: Path, source: Source, *, force: bool) -> None:
     """Raise InputError unless the output may be made, or replaced with `force`."""
+    check_writable(output.parent, "output.path")
     tidy(output)
-    check_writable(output)
     checkpoint = source.path.resolve()
     if output == checkpoint:
         raise InputError(
@@ -223,8 +223,6 @@ def _work_dir(config: Config, output: Path, identity: str) -> Path:
     given = config.runtime.work_dir
     path = Path(given) if given else output.parent / ".lrc-work" / identity[:16]
     check_writable(path, "runtime.work_dir")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"runtime.work_dir: {path} is not a directory", "choose another one")
     return path
 
 

@@ -167,8 +167,10 @@ class Phase:
         if now - self.last_line < self.progress.line_seconds or not self.done:
             return
         self.last_line = now
-        left = (now - self.start) * (self.cost / self.done - 1)
-        self.progress.note(f"{self.name}: {self.done / self.cost:.0%}, about {left:.0f} s left")
+        # The cost is an estimate, and a sum in another order: more may be done than was announced.
+        share = min(self.done / self.cost, 1.0)
+        left = (now - self.start) * (1 / share - 1)
+        self.progress.note(f"{self.name}: {share:.0%}, about {left:.0f} s left")
 
     def close(self) -> None:
         """End the display; the time taken stays as a line."""

@@ -185,16 +185,18 @@ def _spectrum(
 ) -> tuple[torch.Tensor | None, str]:
     """A layer's spectrum; None, with the reason, where it must stay dense."""
     solver = plan.solvers[layer.name]
-    same = solver.output_spectrum is solver.spectrum and not plan.config.compression.center
-    if stage == OUTPUT_SPECTRA and same:
-        spectra, facts = work.get(SPECTRA, layer.unit)
-        return spectra.get(layer.name), facts["dense"].get(layer.name, "")
     statistics, reason = read_statistics(plan, work, layer)
     if statistics is None:
         return None, reason
-    solve = solver.spectrum if stage == SPECTRA else partial(output_curve, solver)
+    weight = weight_of(plan, layer)
     try:
-        return solve(weight_of(plan, layer), statistics), ""
+        if stage == SPECTRA:
+            return solver.spectrum(weight, statistics), ""
+        spectra, facts = work.get(SPECTRA, layer.unit)
+        if layer.name not in spectra:
+            return None, facts["dense"][layer.name]
+        known = spectra[layer.name].to(plan.device)
+        return output_curve(solver, weight, statistics, known), ""
     except SolveError as error:
         return None, f"could not be solved: {error}"
 

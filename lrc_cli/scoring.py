@@ -21,6 +21,7 @@ from lrc_cli.output import peak_memory
 from lrc_cli.precision import DTYPES
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.verify.files import open_manifest
 
 REPEATS = 3
 
@@ -52,8 +53,9 @@ def score_directory(
         trust_remote_code: whether code that comes with the checkpoints may run.
 
     Raises:
-        InputError: something cannot be opened.
+        InputError: the directory is no finished output, or something cannot be opened.
     """
+    open_manifest(directory)
     written = open_source(directory, factorised=True)
     config = load_config(directory / "lrc.yaml")
     original = open_source(against or Path(config.model.path))

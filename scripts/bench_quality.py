@@ -2,6 +2,8 @@
 
     .venv/bin/python scripts/bench_quality.py            seeds 0, 1 and 2
     .venv/bin/python scripts/bench_quality.py --seeds 0  one seed only
+    .venv/bin/python scripts/bench_quality.py --rows "0.6 frob" --sequential
+                                                         the baseline with sequential: auto
 
 Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one
@@ -32,17 +34,18 @@ from lrc_cli.run import compress
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench"
+PLAIN = "compression.sequential=false"
 BASELINE = (
     "compression.method=frobenius",
     "compression.allocation=uniform",
     "compression.storage=factors",
-    "compression.sequential=false",
+    PLAIN,
 )
 ROWS: Mapping[str, tuple[str, ...]] = {
     "0.8 frobenius, uniform, factors (SVD-LLM)": ("compression.size=0.8", *BASELINE),
     "0.8 curvature, global, auto": ("compression.size=0.8",),
     "0.6 frobenius, uniform, factors (SVD-LLM)": ("compression.size=0.6", *BASELINE),
-    "0.6 curvature, global, auto": ("compression.size=0.6", "compression.sequential=false"),
+    "0.6 curvature, global, auto": ("compression.size=0.6", PLAIN),
 }
 BASE_8, OURS_8, BASE_6, OURS_6 = ROWS
 INT8 = "dense, int8 per output channel"
@@ -58,17 +61,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
     parser.add_argument("--blocks", type=int, default=64, help="evaluation blocks of each text")
+    parser.add_argument(
+        "--sequential", action="store_true", help="sequential: auto, the default, in every row"
+    )
     arguments = parser.parse_args()
     results: dict[int, Losses] = {}
     for seed in arguments.seeds:
         start = time.perf_counter()
         rows = {name: keys for name, keys in ROWS.items() if arguments.rows in name}
+        if arguments.sequential:
+            rows = {
+                f"sequential {name}": tuple(key for key in keys if key != PLAIN)
+                for name, keys in rows.items()
+            }
         results[seed] = run_seed(seed, arguments.blocks, rows)
         print(table(results[seed], seed), flush=True)
         print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "quality.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if 0 in results and not arguments.rows and not verdicts(results[0]):
+    whole = not (arguments.rows or arguments.sequential)
+    if 0 in results and whole and not verdicts(results[0]):
         sys.exit(1)
 
 

@@ -127,6 +127,7 @@ def _bert(kind: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], torch.dtype, str]] = {
     "llama": (_llama, torch.bfloat16, "5GB"),
+    "llama-fp16": (_llama, torch.float16, "5GB"),
     "llama-long": (functools.partial(_llama, num_hidden_layers=12), torch.float32, "5GB"),
     "qwen2": (_qwen, torch.float32, "100KB"),
     "opt": (_opt, torch.bfloat16, "5GB"),

@@ -1,10 +1,15 @@
 """What the benchmarks stand on: the random checkpoint, and the check of what is installed."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
+import bench_gram
+import bench_quality
 import installed
 import pico
+import pytest
 import torch
 from bench_inference import FORMS, build
 from gpu_check import FULL, blocks_that_fit
@@ -43,6 +48,34 @@ def test_the_measured_forms_keep_the_share_of_the_bytes() -> None:
         size = sum(tensor.nbytes for tensor in layer.state_dict().values())
         assert 0.66 < size / (4 * 512 * 384) <= 0.7
         assert dense_weight(layer).shape == (512, 384)
+
+
+def test_gram_products_are_timed_with_their_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.multiple(bench_gram, WIDTHS=(40, 300), NUM_ROWS=64, REPEATS=1):
+        bench_gram.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["40", "300"]
+    for _, *cells in rows:
+        times, errors = [float(cells[i]) for i in (0, 2, 4)], [float(cells[i]) for i in (1, 3)]
+        assert min(times) >= 0 and max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_rows_of_the_quality_table_with_and_without_sequential_fitting(
+    sequential: bool, tmp_path: Path
+) -> None:
+    given = ["bench_quality.py", "--seeds", "0", "--rows", "0.6 frob"]
+    losses = {"dense": {"wikipedia": 1.0}}
+    with (
+        mock.patch.object(sys, "argv", given + ["--sequential"] * sequential),
+        mock.patch.object(bench_quality, "OUT", tmp_path),
+        mock.patch.object(bench_quality, "run_seed", return_value=losses) as run,
+    ):
+        bench_quality.main()
+    ((_, _, rows), _) = run.call_args
+    ((name, keys),) = rows.items()
+    assert "0.6 frobenius" in name and "compression.allocation=uniform" in keys
+    assert ("compression.sequential=false" in keys) != sequential
 
 
 def test_what_is_missing_or_too_old_is_named() -> None:

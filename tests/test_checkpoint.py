@@ -347,13 +347,14 @@ def test_an_output_is_the_directory_it_leads_to(
         resolve_output("/")
 
 
-def test_where_an_output_can_be_made(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "deeper" / "out")
+def test_where_something_can_be_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "deeper", "output.path")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"is not a writable directory.*another output\.path"):
-        check_writable(tmp_path / "file" / "out")
-    with pytest.raises(InputError, match=r"another runtime\.work_dir"):
-        check_writable(tmp_path / "file" / "out", "runtime.work_dir")
+    (tmp_path / "link").symlink_to("nothing")
+    for place in ("file", "file/deeper", "link/deeper"):
+        with pytest.raises(InputError, match=r"^some\.key: .* is not a writable .*; .*some\.key"):
+            check_writable(tmp_path / place, "some.key")
 
 
 def test_the_manifest_finds_every_file_but_itself(tmp_path: Path) -> None:

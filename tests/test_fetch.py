@@ -4,7 +4,6 @@ import hashlib
 import io
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -177,15 +176,3 @@ def dump(pages: list[tuple[str, str, str]]) -> bytes:
         )
     xmlns = "http://www.mediawiki.org/xml/export-0.10/"
     return f'<mediawiki xmlns="{xmlns}">{"".join(entries)}</mediawiki>'.encode()
-
-
-def test_every_claimed_floor_is_one_that_is_tested() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    data = [*extras["audio"], *extras["images"], *extras["parquet"]]
-    claimed = {
-        requirement.split(",")[0].replace(">=", "==")
-        for requirement in (*project["dependencies"], *data)
-    }
-    lines = (ROOT / "constraints-floor.txt").read_text().splitlines()
-    assert claimed == {line for line in lines if line and not line.startswith("#")}

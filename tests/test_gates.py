@@ -285,6 +285,7 @@ def test_a_gate_that_cannot_be_measured_is_found_at_once(
         ("", "is a directory"),
         ("absent/lrc.xml", "not a writable directory"),
         ("out/lrc.xml", "not a writable directory"),
+        ("/proc/lrc.xml", "not a writable directory"),
     ],
 )
 def test_a_bad_junit_path_is_found_at_once(

@@ -53,6 +53,14 @@ def test_only_sentences_that_are_written_in_one_way_are_spoken() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(None, list("abcdefg")), (3, list("ace")), (1, ["a"]), (9, list("abcdefg"))],
+)
+def test_fewer_sentences_are_spread_evenly(count: int | None, expected: list[str]) -> None:
+    assert speech.spread("abcdefg", count) == expected
+
+
 def test_every_query_has_its_own_document() -> None:
     paragraphs = [f"First {i}. Second one. Third one." for i in range(1000)] + ["Too short."]
     queries, documents = encoder.pairs(paragraphs)

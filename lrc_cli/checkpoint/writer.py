@@ -8,6 +8,7 @@ of a file at once).
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,12 +258,26 @@ def resolve_output(path: str) -> Path:
     return output
 
 
-def check_writable(directory: Path, key: str = "output.path") -> None:
-    """Raise InputError, naming the config's key, if no directory can be made there."""
-    parent = directory.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+def check_writable(directory: Path, key: str) -> None:
+    """Raise InputError, naming the config's key, if nothing can be made in the directory, or in the
+    nearest one on the way to it that is there."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    problem = why_not_writable(place)
+    if problem is not None:
         raise InputError(
-            f"{directory}: {parent} is not a writable directory", f"choose another {key}"
+            f"{key}: {place} is not a writable directory ({problem})", f"choose another {key}"
         )
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """What the system says if nothing can be made in a directory; None: something can.
+
+    It is tried: asked by os.access, root may write everywhere, in /proc and on read-only disks too.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lrc-", dir=directory))
+    except OSError as error:
+        return error.strerror
+    return None

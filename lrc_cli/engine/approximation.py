@@ -152,6 +152,9 @@ class SameInput(Approximation):
         """What the problem's solutions are compared with, at every rank."""
         if self._references is not None:
             return self._references
+        if self.statistics.gram is None:  # it is the plain SVD itself, and the inputs are white
+            errors = tails(self.spectrum)
+            return References(self.spectrum, errors, errors.clone())  # stored side by side
         # A solver that minimises the plain output error has its least value at every rank.
         minimises_output = self.solver.output_spectrum is self.solver.spectrum
         least = self.spectrum if minimises_output else None
@@ -195,12 +198,18 @@ class SameInput(Approximation):
         return None if mean is None else (self.weight - fitted) @ mean
 
 
-def output_curve(solver: Solver, weight: Tensor, statistics: Statistics) -> Tensor:
+def output_curve(
+    solver: Solver, weight: Tensor, statistics: Statistics, spectrum: Tensor
+) -> Tensor:
     """`solver.output_spectrum`, with all of ||W X||_F^2 / T as its sum.
 
     A free bias takes the mean output over at every rank but 0, so that is where it belongs.
+
+    Args:
+        spectrum: the solver's, (k,); of some solvers the two are one.
     """
-    curve = solver.output_spectrum(weight, statistics).clone()
+    same = solver.output_spectrum is solver.spectrum
+    curve = spectrum.clone() if same else solver.output_spectrum(weight, statistics)
     if statistics.mean is not None:
         curve[0] += torch.sum((weight.double() @ statistics.mean) ** 2)
     return curve

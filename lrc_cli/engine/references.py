@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.problem import Errors, Metric, Statistics
-from lrc_cli.engine.svd import SVD, svd_directions
+from lrc_cli.engine.svd import svd_directions
 
 
 class References(NamedTuple):
@@ -33,15 +33,16 @@ class References(NamedTuple):
 def find_references(
     weight: Tensor, statistics: Statistics, metric: Metric, output_spectrum: Tensor | None = None
 ) -> References:
-    """The references of a problem with weight W (m, n). Raises SolveError.
+    """The references of a problem with weight W (m, n) on inputs of a Gram matrix.
 
     Args:
         output_spectrum: (k,), where it is known already.
+
+    Raises:
+        SolveError: an eigenproblem did not converge.
     """
     if output_spectrum is None:
-        # Without a Gram matrix (svd needs no data) the inputs count as white.
-        best = FROBENIUS if statistics.gram is not None else SVD
-        output_spectrum = best.spectrum(weight, statistics)
+        output_spectrum = FROBENIUS.spectrum(weight, statistics)
     u, rows = svd_directions(weight)
     outputs = metric.times_gram(rows) @ rows.T
     if metric.fisher is None:  # the u_i are orthonormal

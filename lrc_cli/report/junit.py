@@ -1,12 +1,11 @@
 """A run as JUnit XML, for the CI systems that read it: what was promised, and what was not kept."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lrc_cli.checkpoint.writer import write_text
+from lrc_cli.checkpoint.writer import why_not_writable, write_text
 from lrc_cli.errors import InputError
 from lrc_cli.report.facts import Report, gate_missed, not_as_asked
 
@@ -70,7 +69,7 @@ def check_junit_path(path: Path, output: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         raise InputError(f"--junit: {path} is a directory", "give the name of a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if why_not_writable(path.parent) is not None:
         raise InputError(
             f"--junit: {path.parent} is not a writable directory", "make it, or give another path"
         )

@@ -39,14 +39,18 @@ RISE = 0.03
 RATE_NAME = "word error rate"
 
 
-def run(folder: Path, size: float) -> Results:
-    """Recordings of Wikipedia's first articles to calibrate on, of its last ones to score on."""
+def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
+    """Recordings of Wikipedia's first articles to calibrate on, of its last ones to score on.
+
+    Args:
+        num_sentences: to score on, evenly spread; None: all.
+    """
     model = needed(MODELS / "whisper-tiny.en")
     needed(espeak.FOLDER)
     first, last = split_articles(needed(DATA / "wikipedia.txt").read_text("utf-8"), SHARE)
     calibration = folder / "calibration"
     write_recordings(calibration, spoken_sentences(first))
-    found = spoken_sentences(last)
+    found = spread(spoken_sentences(last), num_sentences)
     voices = VOICES["test"]
     sounds = [espeak.speak(x, voices[i % len(voices)], RATE) for i, x in enumerate(found)]
     extractor, tokenizer = (
@@ -86,6 +90,12 @@ def spoken_sentences(articles: Sequence[str]) -> list[str]:
     paragraphs = (line for article in articles for line in article.split("\n"))
     each = (text for paragraph in paragraphs for text in sentences(paragraph))
     return [x for x in each if re.fullmatch(r"[A-Z][a-z']*(,? [a-z']+){7,15}\.", x)]
+
+
+def spread(items: Sequence[str], count: int | None) -> Sequence[str]:
+    """`count` of the items, evenly spread; None, or more than there are: all."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def write_recordings(folder: Path, texts: Sequence[str]) -> None:

@@ -1,0 +1,68 @@
+"""What a run asks of the host: bounded caches of oneDNN, and freed memory given back."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+
+from lrc_cli.parallel import in_parallel
+
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+COMPRESS = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print([os.environ.get(x) for x in sys.argv[2:]])
+            sys.exit(9)
+
+sys.meta_path.insert(0, Watch())
+from lrc_cli.cli import lrc
+lrc(["compress", sys.argv[1]])
+"""
+"""Says what the environment is when torch is about to be imported, and ends."""
+
+
+@pytest.mark.parametrize("own", [{}, {CACHES[1]: "512"}, dict.fromkeys(CACHES, "7")])
+def test_caches_are_bounded_before_torch_is_there_unless_the_user_did(
+    own: dict[str, str], tmp_path: Path, llama_job: dict[str, Any]
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in CACHES}
+    command = [sys.executable, "-c", COMPRESS, pico.job(tmp_path, llama_job), *CACHES]
+    done = subprocess.run(command, env=clean | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    assert done.stdout.strip() == str([own.get(name, "32") for name in CACHES])
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("missing", ["nothing", "library", "function"])
+def test_solves_go_on_where_memory_cannot_be_trimmed(
+    missing: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other systems have no libc.so.6, and other libraries no malloc_trim."""
+    asked = []
+
+    def library(name: str) -> Any:
+        asked.append(name)
+        if missing == "library":
+            raise OSError(f"{name}: cannot open shared object file")
+        return object() if missing == "function" else real(name)
+
+    real = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    threads = torch.get_num_threads()
+    assert list(in_parallel(square, range(5), num_workers)) == [0, 1, 4, 9, 16]
+    assert asked == ["libc.so.6"], "once, after the last solve"
+    assert torch.get_num_threads() == threads
