@@ -230,6 +230,7 @@ class Sweep:
         assert loss is not None
         mask = self.walk.batches[index].get("attention_mask")
         with (
+            torch.enable_grad(),  # whatever the caller has set
             recast_in_backward(network.casts),
             moments.watching(network, segment.layers, mask),
         ):

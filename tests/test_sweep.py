@@ -47,6 +47,17 @@ def test_streamed_moments_equal_those_of_the_whole_network(
     assert_close(found[1], expected[1], 1e-5)
 
 
+def test_gradients_come_whatever_the_caller_has_set(checkpoint: Models) -> None:
+    module, layers = opened(checkpoint("llama"), exclude=())
+    network = make_network(module, device=CPU, dtype=torch.float32)
+    inputs = padded_tokens(rows=3, length=9)
+    expected = measured(network, layers, inputs, Loss(kind="next_token"), 3)
+    with torch.no_grad():
+        found = measured(network, layers, inputs, Loss(kind="next_token"), 3)
+    assert expected[1] and found[1].keys() == expected[1].keys()
+    assert_close(found[1], expected[1], 1e-9)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("mixtral", "next_token"), ("resnet", "output")])
 def test_experts_and_convolutions_are_measured_block_by_block(
     name: str, kind: str, tmp_path: Path
