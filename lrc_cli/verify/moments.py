@@ -225,7 +225,7 @@ def _run(
             network(batch)
         return
     inputs, labels = prepare(loss, batch, masking)
-    with recast_in_backward(network.casts):
+    with torch.enable_grad(), recast_in_backward(network.casts):
         outputs, left = network(inputs), num_scalars(loss)
         mask = batch.get("attention_mask")
         for scalar in backward_scalars(loss, outputs, labels, generator, mask):
