@@ -42,8 +42,8 @@ tasks: setup  ## score compressed models on their own tasks
 	$(BIN)/python scripts/fetch_demo.py --tasks
 	$(BIN)/python scripts/bench_tasks.py
 
-docs: setup  ## regenerate the command reference
-	$(BIN)/python scripts/command_reference.py
+docs: setup  ## regenerate the references of commands and config
+	$(BIN)/python scripts/references.py
 
 floor: $(FLOOR)/.complete setup  ## run the tests on the oldest versions pyproject.toml allows
 	$(BIN)/python scripts/fetch_demo.py --tests

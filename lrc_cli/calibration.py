@@ -152,7 +152,10 @@ def _open(purpose: Purpose, processors: Processors) -> _File:
     try:
         data = _read(purpose, processors)
     except InputError as error:
-        raise InputError(f"{purpose.name}: {error.message}", error.remedy) from error
+        # A text that is given by its path alone is named by it.
+        named = error.message.startswith(f"{purpose.name}:")
+        prefix = "" if named else f"{purpose.name}: "
+        raise InputError(f"{prefix}{error.message}", error.remedy) from error
     return _File(data=data, text_field=purpose.text_field, chat_template=purpose.chat_template)
 
 

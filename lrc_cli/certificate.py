@@ -1,4 +1,4 @@
-"""From values per sequence to statements that hold together at a confidence (method.md, C2).
+"""From values per sequence to statements that hold together at a confidence (docs/theory.md, C2).
 
 Pure: no networks, no files. The bounds are `engine/bounds.py`'s, the words `report/sentences.py`'s.
 M statements are made at (1 - confidence) / M each, so that by the union bound all of them hold

@@ -14,8 +14,7 @@ from lrc_cli.work import STATISTICS, WorkDirectory
 METHODS = ("frobenius", "curvature")
 """Those whose problem has a form on two networks' inputs."""
 MIN_TOKENS = 15
-"""For each input of a layer. With fewer the fit learns the calibration tokens by heart: on SmolLM2
-it raised the perplexity by a tenth at 12 and lowers it at 19 (docs/benchmarks.md)."""
+"""For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
 TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept. On SmolLM2 it pays at 0.6 and 0.4, and changes

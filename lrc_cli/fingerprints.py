@@ -5,6 +5,7 @@ Whatever can change a number counts: other weights, tokenizers, code, data, dtyp
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,18 @@ def statistics_fingerprint(
         "factory": factory_hashes(config),
         "trust_remote_code": config.model.trust_remote_code,
         "lrc version": __version__,
+        "lrc code": code_hash(),
         "torch version": version("torch"),
         "transformers version": version("transformers"),
     }
+
+
+@cache
+def code_hash() -> str:
+    """sha256 of this package's sources, of which a working copy may have others than a release."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return digest({file.relative_to(root).as_posix(): hash_file(file) for file in files})
 
 
 def digest(value: Any) -> str:
@@ -86,6 +96,7 @@ def already_done(config: Config) -> bool:
         "config_sha256": config_hash(config),
         "evaluation": to_dict(config)["evaluation"],
         "lrc_version": __version__,
+        "code_sha256": code_hash(),
     }
     if any(provenance.get(key) != value for key, value in wanted.items()):
         return False

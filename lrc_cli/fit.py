@@ -1,6 +1,6 @@
 """One layer: from a granted rank to packed factors and to the errors that the report prints.
 
-All errors are recomputed from the stored, rounded tensors (C1 of method.md section 7).
+All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 """
 
 import math

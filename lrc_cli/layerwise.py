@@ -1,7 +1,9 @@
 """One layer's solve, from plan and work directory: its weight, problem, request and cost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 
@@ -19,11 +21,14 @@ from lrc_cli.engine import (
 from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
 from lrc_cli.gather import read_statistics
 from lrc_cli.models import Layer
+from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.ranks import rank_multiple
 from lrc_cli.rectified import fit_rectified, read_inputs
 from lrc_cli.work import OUTPUT_SPECTRA, REFERENCES, SPECTRA, STATISTICS, WorkDirectory
+
+Result = TypeVar("Result")
 
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU, wider ones in turn."""
@@ -155,6 +160,12 @@ def num_workers(plan: Plan, layers: list[Layer]) -> int:
     if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or runs_alone:
         return 1
     return torch.get_num_threads()
+
+
+def solve_each(plan: Plan, layers: list[Layer], solve: Callable[[Layer], Result]) -> list[Result]:
+    """What `solve` makes of every layer, in their order, some of them side by side."""
+    workers = max(min(num_workers(plan, layers), len(layers)), 1)
+    return list(in_parallel(solve, layers, workers, cost=attrgetter("solve_cost")))
 
 
 def solve_cost(layers: Iterable[Layer]) -> float:

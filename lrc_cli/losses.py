@@ -1,6 +1,6 @@
 """The loss whose second-order estimate `curvature` minimises, and how it is chosen.
 
-The choice follows from the outputs that the model returns (method.md section 2): next-token or
+The choice follows from the outputs that the model returns (docs/theory.md): next-token or
 masked-token negative log-likelihood for language models, the likelihood of a label drawn from the
 model's own softmax for classifiers (true Fisher), half the squared change of the output for
 anything else (Gauss-Newton, by random +-1 probes).

@@ -13,11 +13,18 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_workers: int,
+    *,
+    cost: Callable[[Item], float] = lambda _: 0.0,
 ) -> Iterator[Result]:
     """Results in the order of the items, by single-threaded workers; 1 runs them here, in turn.
 
     torch releases the interpreter's lock inside its operations, so threads are enough.
+
+    Args:
+        cost: what takes most begins first, so that no worker is left with it at the end.
     """
 
     def solve(item: Item) -> Result:
@@ -28,19 +35,28 @@ def in_parallel(
     if num_workers == 1:
         yield from map(solve, items)
     else:
-        yield from _by_threads(solve, items, num_workers)
+        yield from _by_threads(solve, items, num_workers, cost)
 
 
 def _by_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_workers: int,
+    cost: Callable[[Item], float],
 ) -> Iterator[Result]:
     num_threads = torch.get_num_threads()
+    order = sorted(range(len(items)), key=lambda index: -cost(items[index]))
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(
             num_workers, initializer=lambda: torch.set_num_threads(1)
         ) as workers:
-            yield from workers.map(function, items)
+            futures = {index: workers.submit(function, items[index]) for index in order}
+            try:
+                yield from (futures[index].result() for index in range(len(items)))
+            finally:
+                for future in futures.values():
+                    future.cancel()
     finally:
         torch.set_num_threads(num_threads)
 

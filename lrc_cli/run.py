@@ -14,10 +14,9 @@ from lrc_cli.config import Compression, Config
 from lrc_cli.decision import check_sequential, decide
 from lrc_cli.engine import RELU, SolveError, output_curve
 from lrc_cli.gather import collect_statistics, read_statistics
-from lrc_cli.layerwise import fit, keep_references, num_workers, solve_cost, weight_of
+from lrc_cli.layerwise import fit, keep_references, solve_cost, solve_each, weight_of
 from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
-from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan, make_plan, with_config
 from lrc_cli.processes import ALONE, Processes
 from lrc_cli.progress import Progress
@@ -171,7 +170,7 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
         for stage, unit in own:
             layers = plan.units[unit]
             solve = partial(_spectrum, plan, work, stage)
-            solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
+            solved = solve_each(plan, layers, solve)
             named = list(zip(layers, solved, strict=True))
             tensors = {layer.name: s for layer, (s, _) in named if s is not None}
             reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
@@ -221,7 +220,7 @@ def factorize_layers(
         for unit in own:
             layers = plan.units[unit]
             solve = partial(fit, plan, work, ranks)
-            solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
+            solved = solve_each(plan, layers, solve)
             tensors: dict[str, torch.Tensor] = {}
             for layer, fitted in zip(layers, solved, strict=True):
                 tensors |= fitted.tensors(layer)

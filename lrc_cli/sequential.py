@@ -24,14 +24,13 @@ from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
 from lrc_cli.layerwise import (
     dense_reason,
     fit,
-    num_workers,
     request_of,
     solve_cost,
+    solve_each,
     weight_of,
 )
 from lrc_cli.memory import HostMemory
 from lrc_cli.models import Layer
-from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Phase, Progress
 from lrc_cli.purposes import CALIBRATION
@@ -68,7 +67,7 @@ def factorize_sequentially(
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)
     with progress.phase("factors", cost) as phase:
         for segment in todo:
-            for group in _groups(plan, work, segment):
+            for group in _groups(work, segment):
                 fits.add(segment, group, phase)
             streams.advance(segment)
             phase.advance(_advance_cost(plan, segment))
@@ -142,8 +141,7 @@ class _Fits:
         processes = self.plan.processes
         owners = processes.owners({layer.name: layer.solve_cost for layer in layers})
         own = [layer for layer in layers if owners[layer.name] == processes.rank]
-        workers = max(min(num_workers(self.plan, own), len(own)), 1)
-        solved = in_parallel(solve, own, workers)
+        solved = solve_each(self.plan, own, solve)
         found = {x.name: fitted.on_host() for x, fitted in zip(own, solved, strict=True)}
         everywhere = {k: fitted for part in processes.gather(found) for k, fitted in part.items()}
         for layer in layers:
@@ -218,7 +216,7 @@ def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, r
     return replace(fitted, facts=fitted.facts | {"sequential": True})
 
 
-def _groups(plan: Plan, work: WorkDirectory, segment: Segment) -> list[list[Layer]]:
+def _groups(work: WorkDirectory, segment: Segment) -> list[list[Layer]]:
     """The segment's layers by what they read, in the order in which they first run."""
     groups: dict[str, list[Layer]] = {}
     for layer in segment.layers:
@@ -245,5 +243,5 @@ def _advance_cost(plan: Plan, segment: Segment) -> float:
 
 def _segment_cost(plan: Plan, work: WorkDirectory, segment: Segment) -> float:
     solves = solve_cost(segment.layers)
-    groups = sum(_group_cost(plan, segment, group[0]) for group in _groups(plan, work, segment))
+    groups = sum(_group_cost(plan, segment, group[0]) for group in _groups(work, segment))
     return solves + groups + _advance_cost(plan, segment)

@@ -3,13 +3,9 @@
     .venv/bin/python scripts/bench_sequential.py                     kept shares 0.6 and 0.4, seed 0
     .venv/bin/python scripts/bench_sequential.py --seeds 1 2
     .venv/bin/python scripts/bench_sequential.py --sizes 0.8         above what `auto` takes
-    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --tokens 8192 4096
+    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --tokens 10240 8192 4096
     .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --method frobenius
-
-What the two limits are for, by lifting them; both are expected to end with 1:
-
-    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --tokens 8192 --min-tokens 10
-    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --correction 1
+    .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --correction 1     nothing held back
 
 With few calibration tokens sequential fitting would overfit: what has fewer than 15 for each input,
 once an eighth is held back, falls back to plain fitting. Exits with 1 if sequential fitting is
@@ -23,8 +19,6 @@ from collections.abc import Sequence
 from math import exp
 
 from bench_quality import Losses, run_seed, table
-
-from lrc_cli import decision
 
 LENGTH = 512
 """Tokens of a calibration sequence."""
@@ -60,11 +54,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64 * LENGTH])
     parser.add_argument("--method", default="curvature", choices=["curvature", "frobenius"])
     parser.add_argument("--correction", default="auto", help="compression.correction")
-    parser.add_argument("--min-tokens", type=int, default=decision.MIN_TOKENS)
     parser.add_argument("--blocks", type=int, default=64, help="evaluation blocks of each text")
     arguments = parser.parse_args()
     chosen = rows(arguments.sizes, arguments.tokens, arguments.method, arguments.correction)
-    decision.MIN_TOKENS = arguments.min_tokens
     met = True
     for seed in arguments.seeds:
         start = time.perf_counter()

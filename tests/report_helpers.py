@@ -112,6 +112,7 @@ def small_report() -> dict[str, Any]:
         "memory": {"host_resident": 1534705664},
         "provenance": {
             "lrc_version": "0.1.0",
+            "code_sha256": "0" * 64,
             "python": "3.11.7",
             "packages": {"torch": "2.13.0+cpu"},
             "platform": "x86_64",

@@ -28,6 +28,7 @@ from lrc_cli.checkpoint.writer import (
     publish,
     resolve_output,
     tidy,
+    write_text,
     write_weights,
 )
 from lrc_cli.errors import InputError, RunError
@@ -377,3 +378,14 @@ def test_a_manifest_matches_until_a_file_changes_or_goes(tmp_path: Path) -> None
     assert not matches_manifest(tmp_path)
     (tmp_path / "sub" / "b.txt").unlink()
     assert not matches_manifest(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_full_disk_is_said_with_the_file_that_was_being_written(tmp_path: Path) -> None:
+    source = tmp_path / "side.txt"
+    source.write_text("x" * 10_000)
+    full = Path("/dev/full")
+    for write in (lambda: write_text(full, "x"), lambda: copy_file(source, full)):
+        with pytest.raises(OSError, match="No space left") as found:
+            write()
+        assert found.value.filename == "/dev/full"

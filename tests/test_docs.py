@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_command_reference_is_up_to_date() -> None:
-    script = ROOT / "scripts" / "command_reference.py"
+    script = ROOT / "scripts" / "references.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

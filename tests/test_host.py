@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,29 @@ def test_solves_go_on_where_memory_cannot_be_trimmed(
     assert list(in_parallel(square, range(5), num_workers)) == [0, 1, 4, 9, 16]
     assert asked == ["libc.so.6"] * 5, "once after every solve"
     assert torch.get_num_threads() == threads
+
+
+def test_what_takes_most_begins_first_and_results_keep_their_order() -> None:
+    begun: list[int] = []
+
+    def solve(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02 * number)
+        return number
+
+    items = [1, 3, 2, 5, 4]
+    assert list(in_parallel(solve, items, 2, cost=float)) == items
+    assert begun == [5, 4, 3, 2, 1]
+
+
+def test_a_failed_solve_ends_the_others_that_wait() -> None:
+    begun: list[int] = []
+
+    def solve(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.05)
+        raise ValueError(f"solve {number}")
+
+    with pytest.raises(ValueError, match="solve 9"):
+        list(in_parallel(solve, [9, *range(8)], 2, cost=float))
+    assert len(begun) < 9

@@ -111,7 +111,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)
-def test_private_memory_stays_under_half_the_checkpoint(
+def test_private_memory_stays_under_a_quarter_of_the_checkpoint(
     method: str,
     dtype: torch.dtype,
     tmp_path: Path,
@@ -158,4 +158,4 @@ def test_private_memory_stays_under_half_the_checkpoint(
         os.remove(file)
     beyond = peak - idle - gram_bytes(method)
     print(f"{method} {dtype}: {beyond / 1e6:.0f} MB of {total / 1e6:.0f} MB")
-    assert beyond < total / 2
+    assert beyond < total / 4

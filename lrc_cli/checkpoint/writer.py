@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,9 +61,8 @@ def write_weights(
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        with (directory / name).open("wb") as handle:
+        with _writing(directory / name) as handle:
             _write_shard(handle, shard, metadata)
-            sync(handle)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard)},
@@ -120,9 +120,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text and flush it to the disk."""
-    with path.open("wb") as handle:
+    with _writing(path) as handle:
         handle.write(text.encode())
-        sync(handle)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, flushed to the disk at the end; what the system complains of has its name."""
+    try:
+        with path.open("wb") as handle:
+            yield handle
+            sync(handle)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(handle: BinaryIO) -> None:
@@ -143,9 +154,8 @@ def sync_directory(path: Path) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes, making its directory, and flush them to the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, _writing(target) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
-        sync(writer)
 
 
 # ---------------------------------------------------------------- the rename at the end

@@ -6,24 +6,11 @@ Every constraint has `accepts(value)`, `describe(base)` for messages and `schema
 import fnmatch
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _BYTES = r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?)B"
-
-
-class Constraint(Protocol):
-    """A condition on a value whose type is already right."""
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the value is possible."""
-
-    def describe(self, base: str) -> str:
-        """What is allowed, in words; `base` describes the type alone."""
-
-    def schema(self) -> dict[str, Any]:
-        """The JSON Schema keywords that say the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,7 @@ class SameInput(Approximation):
         return varying if mean is None else varying + torch.sum((self.weight @ mean) ** 2).item()
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """W mean(x) - Z mean(x), the free bias of method.md section 2."""
+        """W mean(x) - Z mean(x), the free bias of docs/theory.md."""
         mean = self.statistics.mean
         return None if mean is None else (self.weight - fitted) @ mean
 

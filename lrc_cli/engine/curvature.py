@@ -12,7 +12,7 @@ V = W R P and inner diag(e)^-1 V^T F W; no root of F is needed.
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.linalg import balanced, cholesky, eigenpairs, eigenvalues, root
+from lrc_cli.engine.linalg import balanced, cholesky, eigenpairs, eigenvalues, is_wide, root
 from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics, required
 
 DAMPING = 1e-3
@@ -29,10 +29,6 @@ def _metric(statistics: Statistics) -> Metric:
         normalised = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
     gram = required(statistics.gram, "gram")
     return Metric(gram=gram, fisher=normalised, scale=0.5 * mean)
-
-
-def _is_wide(weight: Tensor) -> bool:
-    return weight.shape[0] <= weight.shape[1]
 
 
 def _wide(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +49,7 @@ def _tall(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
 
 def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     metric, weight = _metric(statistics), weight.double()
-    matrix, _, _ = _wide(weight, metric) if _is_wide(weight) else _tall(weight, metric)
+    matrix, _, _ = _wide(weight, metric) if is_wide(weight) else _tall(weight, metric)
     return metric.scale * eigenvalues(matrix)
 
 
@@ -61,7 +57,7 @@ def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     """Wide: D = L^-1 (I - U U^T) L W leaves e_i |L^-1 u_i|^2; tall: D R = W R (I - P P^T)
     leaves |W R p_i|^2. Both sums run over the directions that were not kept."""
     metric, weight = _metric(statistics), weight.double()
-    if _is_wide(weight):
+    if is_wide(weight):
         matrix, _, left = _wide(weight, metric)
         e, u = eigenpairs(matrix)
         return e * torch.linalg.solve_triangular(left, u, upper=True).square().sum(dim=0)
@@ -72,7 +68,7 @@ def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
 
 def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
     metric, weight = _metric(statistics), weight.double()
-    if _is_wide(weight):
+    if is_wide(weight):
         matrix, side, left = _wide(weight, metric)
         e, u = _leading(matrix, rank)
         return balanced(torch.linalg.solve_triangular(left, u, upper=True), u.T @ side)

@@ -8,7 +8,7 @@ G = R R^T and P the leading eigenvectors of R^T W^T W R, U = orth(W R P).
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, root
+from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide, root
 from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics, required
 
 
@@ -18,7 +18,7 @@ def _metric(statistics: Statistics) -> Metric:
 
 def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     weight, gram = weight.double(), required(statistics.gram, "gram")
-    if weight.shape[0] <= weight.shape[1]:
+    if is_wide(weight):
         return eigenvalues(weight @ gram @ weight.T)
     outputs = weight @ root(gram)
     return eigenvalues(outputs.T @ outputs)
@@ -26,7 +26,7 @@ def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
 
 def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
     weight, gram = weight.double(), required(statistics.gram, "gram")
-    if weight.shape[0] <= weight.shape[1]:
+    if is_wide(weight):
         _, vectors = eigenpairs(weight @ gram @ weight.T)
         u = vectors[:, :rank]
     else:

@@ -8,6 +8,11 @@ from lrc_cli.engine.problem import Factors, SolveError
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs omit it
 
 
+def is_wide(matrix: Tensor) -> bool:
+    """Whether (m, n) has the smaller one of its two eigenproblems, or none smaller, on side m."""
+    return matrix.shape[0] <= matrix.shape[1]
+
+
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues (k,) of a positive semidefinite (k, k), descending, 0 below the floor."""
     try:

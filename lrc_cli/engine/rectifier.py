@@ -6,7 +6,7 @@ For pre-activations Q (T, k) and targets Y = relu(.) >= 0 of the same shape, col
     majorant    L(Q) = 1/2 relu(Q)^2 - Y Q + 1/2 Y^2 = f(Q) + Y relu(-Q)
 
 L is convex, at least f, and equal to it where Q >= 0: the smallest such function, for a convex one
-cannot fall faster on the left of 0 than it does at 0 (method.md section 2, after Zhang & Saab
+cannot fall faster on the left of 0 than it does at 0 (docs/theory.md, after Zhang & Saab
 2025). f itself has the quadratic majorant f(P) + f'(P) (Q - P) + 1/2 (Q - P)^2 at every P, which is
 what the steps that lower f rest on.
 """

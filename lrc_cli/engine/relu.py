@@ -8,7 +8,7 @@ With Y = relu(W X + b) and Q = Z X + b^, per token and with a ridge l as for seq
 S^2 is the diagonal matrix of the shares of tokens for which an output is alive, so that the ridge,
 like the error, does not ask for what the ReLU cuts off.
 
-The nuclear norm is that of the outputs, and the bias stays outside of it (method.md section 2,
+The nuclear norm is that of the outputs, and the bias stays outside of it (docs/theory.md,
 after Zhang & Saab 2025). In the coordinates A = Z R the curvature of h is at most 1, because that
 of L is: proximal gradient steps have length 1, and where nothing dies one of them from anywhere
 gives the solution. What is left is cut to rank r and polished by the steps
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.linalg import cholesky, eigenpairs, eigenvalues
+from lrc_cli.engine.linalg import cholesky, eigenpairs, eigenvalues, is_wide
 from lrc_cli.engine.rectifier import (
     best_offset,
     majorant,
@@ -260,7 +260,7 @@ def _gap(here: _Pass, point: Tensor, nuclear: float, penalty: float, objective: 
 
 def _small(matrix: Tensor) -> Tensor:
     """The smaller one of A A^T and A^T A: its eigenvalues are the squared singular values."""
-    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return matrix @ matrix.T if is_wide(matrix) else matrix.T @ matrix
 
 
 def _filtered(matrix: Tensor, gains: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ def _filtered(matrix: Tensor, gains: Callable[[Tensor], Tensor]) -> tuple[Tensor
     values, vectors = eigenpairs(_small(matrix))
     singular = values.sqrt()
     scaled = vectors * gains(singular)
-    if matrix.shape[0] <= matrix.shape[1]:
+    if is_wide(matrix):
         return scaled @ (vectors.T @ matrix), singular
     return (matrix @ scaled) @ vectors.T, singular
 

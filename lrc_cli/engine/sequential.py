@@ -1,7 +1,7 @@
 """D0: Z x~ approximates W x, where x~ is what the layer's input became in the compressed network.
 
 With E = X - X~, C = X~ X~^T / T, S = E X~^T / T, V = E E^T / T and C_l = C + l I, minimises, in the
-solver's metric F, a mean of two aims (method.md section 2 has a = 1; docs/theory.md the proof):
+solver's metric F, a mean of two aims (docs/theory.md has the proof):
 
     J(Z) = a (||W X - Z X~||^2 / T + l ||W - Z||^2) + (1 - a) ||(W - Z) C_l^(1/2)||^2
 
@@ -166,7 +166,7 @@ class Sequential(Approximation):
         return varying if mean is None else varying + torch.sum((weight @ mean) ** 2).item()
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """W mean(x) - Z mean(x~), the free bias of method.md section 2."""
+        """W mean(x) - Z mean(x~), the free bias of docs/theory.md."""
         mean, compressed = self.moments.mean, self.moments.mean_compressed
         if mean is None or compressed is None:
             return None

@@ -8,7 +8,7 @@ below what float32 factors resolve.
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues
+from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide
 from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics
 
 
@@ -18,7 +18,7 @@ def _metric(statistics: Statistics) -> Metric:
 
 def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     weight = weight.double()
-    return eigenvalues(weight @ weight.T if _is_wide(weight) else weight.T @ weight)
+    return eigenvalues(weight @ weight.T if is_wide(weight) else weight.T @ weight)
 
 
 def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
@@ -39,17 +39,13 @@ def svd_directions(weight: Tensor) -> Factors:
     """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
     directions above the numerical floor, at least one."""
     weight = weight.double()
-    if _is_wide(weight):
+    if is_wide(weight):
         values, u = eigenpairs(weight @ weight.T)
     else:
         values, v = eigenpairs(weight.T @ weight)
         u = weight @ (v * torch.where(values > 0, values.rsqrt(), 0.0))
     u = u[:, : max(int((values > 0).sum()), 1)]
     return Factors(u, u.T @ weight)
-
-
-def _is_wide(weight: Tensor) -> bool:
-    return weight.shape[0] <= weight.shape[1]
 
 
 SVD = Solver(

@@ -17,9 +17,8 @@ from lrc_cli.fit import Fitted
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.gather import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.layerwise import fit, keep_references, num_workers
+from lrc_cli.layerwise import fit, keep_references, solve_each
 from lrc_cli.models import Layer
-from lrc_cli.parallel import in_parallel
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION
@@ -163,7 +162,7 @@ class Probe:
                 few, share = _on_few_sequences(plan, layers)
                 clock = Clock(plan.device)
                 solve = partial(fit, few, self.work, ranks)
-                solved = list(in_parallel(solve, layers, num_workers(plan, layers)))
+                solved = solve_each(plan, layers, solve)
                 fitted = {layer.name: x for layer, x in zip(layers, solved, strict=True)}
                 keep_references(self.work, unit, fitted)
                 clock.tick()

@@ -11,7 +11,7 @@ import torch
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
-from lrc_cli.fingerprints import data_hashes
+from lrc_cli.fingerprints import code_hash, data_hashes
 from lrc_cli.plan import Plan
 from lrc_cli.purposes import CALIBRATION, CERTIFICATION
 
@@ -162,6 +162,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     }
     return {
         "lrc_version": __version__,
+        "code_sha256": code_hash(),
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.machine(),
