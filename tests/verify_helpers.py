@@ -222,9 +222,10 @@ def better_amplification(report: dict[str, Any]) -> None:
 
 
 def other_share(report: dict[str, Any]) -> None:
-    """A share of the correction that can be, and is not the one that pays."""
-    layer = next(x for x in report["layers"] if x.get("sequential") is True)
-    layer["correction"] = (layer["correction"] + 0.5) % 1
+    """Shares of the corrections that can be, and are not those that pay."""
+    for layer in report["layers"]:
+        if layer.get("sequential") is True:
+            layer["correction"] = (layer["correction"] + 0.5) % 1
 
 
 def other_correction(report: dict[str, Any]) -> None:

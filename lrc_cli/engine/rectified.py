@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrc_cli.engine.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.frobenius import FROBENIUS
-from lrc_cli.engine.linalg import balanced, eigenpairs
+from lrc_cli.engine.linalg import balanced, eigenpairs, is_wide
 from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, required
 from lrc_cli.engine.rectifier import refined_offset, true_error
 from lrc_cli.engine.relu import Convex, Programme, programme
@@ -98,7 +98,7 @@ class Rectified(Approximation):
     def _factors(self, point: Tensor, rank: int) -> Factors:
         """Z = U (U^T Z) with U the leading left singular vectors of A = Z R."""
         matrix = self.programme.unwhitened(point)
-        if point.shape[0] <= point.shape[1]:
+        if is_wide(point):
             u = eigenpairs(point @ point.T)[1][:, :rank]
         else:
             u, _ = torch.linalg.qr(point @ eigenpairs(point.T @ point)[1][:, :rank])

@@ -138,9 +138,11 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             }
         )
     _check_memory(probe)
-    # The first unit is stored at the turn of the pass, when most of what passes is still there.
+    # The first unit is stored at the turn of the pass, when all that passes is still there; the
+    # last one when little of it is left. Factors come after that.
     turn = probe.passing_bytes + probe.statistics_bytes // max(len(first.units), 1)
-    work = max(lasting, turn)
+    end = probe.statistics_bytes + min(probe.passing_bytes, 2 * probe.boundary_bytes)
+    work = max(lasting + probe.spilled_bytes, turn, end)
     spaces = [
         _place(first, "runtime.work_dir", work, work - lasting),
         _place(first, "output.path", outputs),

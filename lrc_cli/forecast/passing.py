@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment
+from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.gather import UnitStore, is_measured, prepare
 from lrc_cli.plan import Plan
+from lrc_cli.purposes import CALIBRATION
 from lrc_cli.statistics import Moments
 from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import GRADIENTS, INPUTS, STATISTICS
@@ -31,6 +33,8 @@ def run_statistics(probe: Probe) -> None:
     probe.share = ran.share
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
+    probe.boundary_bytes = int(sum(ran.handed.values()))
+    probe.spilled_bytes = ran.spilled_bytes
     probe.statistics_bytes = ran.statistics_bytes
     held = Memory(phase=PHASE, measured=memory.peak, kept=ran.kept_bytes, gpu=memory.gpu)
     probe.memory.append(held)
@@ -113,6 +117,15 @@ class _Pass:
         ran = {layer.unit for segment in self.few.segments for layer in segment.layers}
         written = self.work.num_bytes.get(STATISTICS, 0)
         return int(written / max(len(ran), 1) * len(self.probe.missing(STATISTICS)))
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Beyond runtime.memory_limit, or the inputs of a layer that relu streams from a file."""
+        plan = self.probe.plan
+        limit, tokens = plan.config.runtime.memory_bytes, plan.sequences[CALIBRATION].num_tokens
+        beyond = 0 if limit is None else max(int(max(self.handed.values())) - limit, 0)
+        streamed = [4 * tokens * x.shape[1] for x in plan.layers if plan.solvers[x.name] is RELU]
+        return max([beyond, *streamed])
 
     @property
     def kept_bytes(self) -> int:

@@ -53,6 +53,10 @@ class Probe:
     memory: list[Memory] = field(default_factory=list)
     passing_bytes: int = 0
     """What the whole pass writes to the work directory and deletes again."""
+    boundary_bytes: int = 0
+    """Of it, what lies between two blocks."""
+    spilled_bytes: int = 0
+    """What lies in files without a name while layers are solved, or networks run."""
     statistics_bytes: int = 0
     """Of the statistics that are missing."""
     share: float = 1.0

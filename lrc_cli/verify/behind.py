@@ -11,33 +11,33 @@ class Behind:
     """Sums over tokens of ||relu(W x + b) - relu(M x + c)||^2 for several (M, c); float32 products,
     their squares summed in float64."""
 
-    weight: Tensor
-    """W (m, n) float32."""
     bias: Tensor
     """b (m,) float32; zeros where the layer has none."""
-    fitted: Tensor
-    """Z (m, n) float32, from the written tensors."""
     new_bias: Tensor
     """The written bias (m,) float32."""
-    simple: Tensor
-    """Plain SVD of W at the rank of Z, (m, n) float32; it keeps b."""
+    leading: Tensor
+    """(k, r) float32: W's leading singular vectors of its smaller side, for plain SVD."""
     num_tokens: int = 0
     stored: float = 0.0
-    """Of (Z, new bias)."""
+    """Of Z and the new bias."""
     old_bias: float = 0.0
-    """Of (Z, b)."""
+    """Of Z and b."""
     svd: float = 0.0
-    """Of (plain SVD, b)."""
+    """Of plain SVD at the rank of Z, and b."""
     total: float = 0.0
     """Of outputs that are all dead."""
 
-    def add(self, rows: Tensor) -> None:
-        """Add inputs (t, n) float32."""
-        wanted = (rows @ self.weight.T + self.bias).relu_()
-        fitted = rows @ self.fitted.T
-        self.stored += _squares(wanted - (fitted + self.new_bias).relu_())
-        self.old_bias += _squares(wanted - fitted.add_(self.bias).relu_())
-        self.svd += _squares(wanted - (rows @ self.simple.T + self.bias).relu_())
+    def add(self, rows: Tensor, weight: Tensor, difference: Tensor) -> None:
+        """Add inputs (t, n) float32 of a layer with W and W - Z (m, n) float32."""
+        outputs = rows @ weight.T
+        fitted, wanted = outputs - rows @ difference.T, (outputs + self.bias).relu()
+        if len(weight) <= len(weight.T):
+            simple = outputs @ self.leading @ self.leading.T
+        else:
+            simple = rows @ self.leading @ (weight @ self.leading).T
+        self.stored += _squares(wanted - (fitted + self.new_bias).relu())
+        self.old_bias += _squares(wanted - (fitted + self.bias).relu())
+        self.svd += _squares(wanted - (simple + self.bias).relu())
         self.total += _squares(wanted)
         self.num_tokens += len(rows)
 

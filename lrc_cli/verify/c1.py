@@ -13,14 +13,13 @@ from lrc_cli.verify.behind import Behind
 from lrc_cli.verify.bench import Bench
 from lrc_cli.verify.compared import judge_bias, judge_errors
 from lrc_cli.verify.errors import (
-    CORRECTION_TOLERANCE,
     Form,
     Found,
+    correction_problem,
     damped,
+    leading_vectors,
     nuclear_errors,
     paired_errors,
-    paying_correction,
-    plain_svd,
     same_input_errors,
     white_errors,
 )
@@ -87,16 +86,14 @@ def measure_layers(bench: Bench) -> None:
 
 def _behind(checked: Checked, rank: int) -> Behind:
     """What is measured of a layer whose metric is its error behind a ReLU."""
-    weight = checked.weight.float()
-    bias = torch.zeros_like(weight[:, 0]) if checked.bias is None else checked.bias.float()
-    new_bias = bias if checked.offset is None else bias - checked.offset.float()
-    return Behind(
-        weight=weight,
-        bias=bias,
-        fitted=checked.fitted().to(weight),
-        new_bias=new_bias,
-        simple=plain_svd(weight, rank).float(),
+    old = (
+        torch.zeros(len(checked.weight), device=checked.weight.device)
+        if checked.bias is None
+        else checked.bias.float()
     )
+    new = old if checked.offset is None else old - checked.offset.float()
+    leading = leading_vectors(checked.weight, rank).float()
+    return Behind(bias=old, new_bias=new, leading=leading)
 
 
 def _measure_both(
@@ -240,16 +237,18 @@ def _paired(
         checked.shift = checked.weight.double() @ dense - fitted @ compressed
     is_weighted = row["method"] == "curvature"
     fisher = damped(gradients[checked.layer.name]) if is_weighted else None
-    wanted = 0.0 if compression.correction == "auto" else compression.correction
-    if compression.correction == "auto" and checked.group in held:
-        others = held[checked.group].moments(center=compression.center)
-        wanted = paying_correction(checked.weight, pair, others, fisher, ridge=compression.ridge)
-    what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
+    others = held[checked.group].moments(center=compression.center) if held else None
     stated = row["correction"]
-    is_near = abs(stated - wanted) <= (CORRECTION_TOLERANCE if held else 0)
-    bench.findings.judge(
-        "c1.correction", what, None if is_near else f"stated {stated}, found {wanted}"
-    )
+    if compression.correction != "auto" or others is None:
+        # Where nothing was held back, nothing says that a correction pays.
+        asked = 0.0 if compression.correction == "auto" else compression.correction
+        problem = None if stated == asked else f"stated {stated}, asked for was {asked}"
+    else:
+        problem = correction_problem(
+            stated, checked.weight, pair, others, fisher, ridge=compression.ridge
+        )
+    what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
+    bench.findings.judge("c1.correction", what, problem)
     return paired_errors(
         checked,
         row["rank"],

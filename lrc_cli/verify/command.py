@@ -66,7 +66,7 @@ def verify_directory(
         check_figures(written, findings)
         check_certificate(written, findings)
     if against is None:
-        not_measured(findings, "no --against was given")
+        not_measured(written, findings, "no --against was given")
     else:
         check_against(
             written,

@@ -22,7 +22,7 @@ CURVATURE_TOLERANCE = 1e-2
 FLOORS = 8.0
 """Times the numerical floor of a figure: both sides have one."""
 CORRECTION_TOLERANCE = 0.02
-"""Absolute, of the share a: the error on held-back sequences is flat around its least value."""
+"""Absolute, of the share a."""
 DAMPING = 1e-3
 """Of F, as a share of its mean eigenvalue (docs/theory.md)."""
 
@@ -76,11 +76,17 @@ def damped(gradients: Moments) -> Tensor:
 def plain_svd(weight: Tensor, rank: int) -> Tensor:
     """The truncated singular value decomposition of W (m, n), float64: W projected onto its leading
     singular vectors of the small side."""
-    weight = weight.double()
+    weight, leading = weight.double(), leading_vectors(weight, rank)
     if weight.shape[0] > weight.shape[1]:
-        return plain_svd(weight.T, rank).T
-    leading = torch.linalg.eigh(weight @ weight.T).eigenvectors[:, -rank:]
+        return weight @ leading @ leading.T
     return leading @ (leading.T @ weight)
+
+
+def leading_vectors(weight: Tensor, rank: int) -> Tensor:
+    """W's leading singular vectors (k, r) of its smaller side, float64."""
+    weight = weight.double()
+    side = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
+    return torch.linalg.eigh(side).eigenvectors[:, -rank:]
 
 
 def white_errors(checked: Checked, rank: int) -> Found:
@@ -190,21 +196,31 @@ def paired_errors(
     }
 
 
-def paying_correction(
-    weight: Tensor, fitted: Pair, held: Pair, fisher: Tensor | None, *, ridge: float
-) -> float:
-    """The a in 0..1 that makes the error of W E - a K X~ least on held-back sequences, where
-    K = W S C_l^-1 is the whole correction on those that were fitted to (docs/theory.md)."""
+def correction_problem(
+    stated: float, weight: Tensor, fitted: Pair, held: Pair, fisher: Tensor | None, *, ridge: float
+) -> str | None:
+    """Whether the stated a makes the error of W E - a K X~ least on held-back sequences.
+
+    K = W S C_l^-1 is the whole correction on those that were fitted to (docs/theory.md). As a
+    function of a that error is a parabola around the a that pays: where it is so flat that rounding
+    moves its lowest point, the error above the least one counts.
+    """
     weight = weight.double()
+    if fisher is not None and not torch.any(fisher):
+        fisher = None
     mean = fitted.compressed.diagonal().mean().item()
     identity = torch.eye(len(fitted.compressed), dtype=torch.float64, device=weight.device)
     regular = fitted.compressed + (ridge * mean if mean > 0 else ridge) * identity
     step = torch.linalg.solve(regular, (weight @ fitted.cross).T).T
-    left = step if fisher is None else fisher @ step
+    left, rows = (x if fisher is None else fisher @ x for x in (step, weight))
     spent = torch.sum(left * (step @ held.compressed)).item()
-    if not spent > 0:
-        return 0.0 if torch.any(step) else 1.0
-    return min(max(torch.sum(left * (weight @ held.cross)).item() / spent, 0.0), 1.0)
+    drift = torch.sum(rows * (weight @ held.drift)).item()
+    wanted = 0.0 if torch.any(step) else 1.0
+    if spent > 0:
+        wanted = min(max(torch.sum(left * (weight @ held.cross)).item() / spent, 0.0), 1.0)
+    beyond = abs(stated - wanted)
+    fits = beyond <= CORRECTION_TOLERANCE or spent * beyond**2 <= TOLERANCE * drift
+    return None if fits and 0 <= stated <= 1 else f"stated {stated}, found {wanted}"
 
 
 def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:

@@ -20,16 +20,18 @@ MEASURED = {
 """What needs both networks, by the first part of the statements' ids."""
 
 
-def not_measured(findings: Findings, reason: str) -> None:
+def not_measured(written: Written, findings: Findings, reason: str) -> None:
     """One line for each group of statements that needs the original."""
     what = "the original's hashes and the tensors that are unchanged"
     findings.not_checked("original", what, reason)
-    _not_run(findings, reason)
+    _not_run(written, findings, reason)
 
 
-def _not_run(findings: Findings, reason: str) -> None:
+def _not_run(written: Written, findings: Findings, reason: str) -> None:
     for id, what in MEASURED.items():
         findings.not_checked(id, what, reason)
+    if written.report is not None and written.report.get("worst_case") is not None:
+        findings.not_checked("c3.worst_case", "the worst-case bound", reason)
 
 
 def check_against(
@@ -48,7 +50,7 @@ def check_against(
         InputError: the original or `data` cannot be opened, or a factory is missing.
     """
     if written.report is None or written.config is None:
-        not_measured(findings, "report.json or lrc.yaml cannot be read")
+        not_measured(written, findings, "report.json or lrc.yaml cannot be read")
         return
     original = open_original(against, factory, written.config.model.factory)
     bench = None
@@ -58,12 +60,12 @@ def check_against(
         findings.guard("original", what, passing=(InputError,)),
     ):
         if not check_original(written, original, findings):
-            _not_run(findings, "--against is not the checkpoint that was compressed")
+            _not_run(written, findings, "--against is not the checkpoint that was compressed")
             return
         check_factory(written, factory, findings)
         bench = open_bench(written, original, data, factory, trust_remote_code, findings, progress)
     if bench is None:
-        _not_run(findings, "the two networks do not match")
+        _not_run(written, findings, "the two networks do not match")
         return
     with findings.guard("c1", "the layers' errors can be measured"):
         measure_layers(bench)

@@ -187,7 +187,8 @@ def measure_inputs(
             checked.add_error(rows.float() @ checked.difference().T)
             checked.add_energy(rows, outputs)
             if checked.behind is not None:
-                checked.behind.add(rows.float())
+                weight = checked.weight.float()
+                checked.behind.add(rows.float(), weight, checked.difference())
             if checked.group == layer.name:
                 inputs.setdefault(layer.name, Moments()).add(rows)
         if layer.name not in wanted or loss is None:

@@ -4,15 +4,14 @@ The run takes Lipschitz constants from a table; here they are the largest slopes
 """
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrc_cli.layers import LowRankLayer
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.verify.bench import Bench
-from lrc_cli.verify.moments import Checked
 
 TOLERANCE = 1e-4
 """Relative, of norms: both sides compute in float64 from the same files."""
@@ -37,22 +36,16 @@ def check_worst_case(bench: Bench) -> None:
 @torch.no_grad()
 def _problem(bench: Bench, stated: Mapping[str, Any]) -> str | None:
     (inputs,) = bench.sequences[CALIBRATION].inputs.values()
-    x = inputs.to(bench.before.device, torch.float64)
-    dense, compressed = (
-        deepcopy(network.module).double() for network in (bench.before, bench.after)
-    )
-    change, outputs = compressed(x.clone()) - dense(x.clone()), dense(x.clone())
+    x = inputs.to(bench.before.device, torch.float64, copy=True)
     words = {"label": "worst case", "inputs": "calibration", "num_inputs": len(x)}
     for name, word in words.items():
         if stated[name] != word:
             return f"{name} is stated as {stated[name]}, not {word}"
-    checked = {one.layer.name: one for one in bench.checked}
-    bound, layers, num_constants = _propagated(dense, compressed, checked, x.clone())
-    exact = {"measured": _norms(change).max().item(), "output_norm": _norms(outputs).max().item()}
+    exact, bounds, num_constants = _followed(bench.before.module, bench.after.module, x)
     slack = TOLERANCE + num_constants * CONSTANT_TOLERANCE
     pairs = [(key, stated[key], value, TOLERANCE) for key, value in exact.items()]
-    pairs.append(("bound", stated["bound"], bound, slack))
-    for one, other in zip(stated["layers"], layers, strict=True):
+    pairs.append(("bound", stated["bound"], bounds["bound"], slack))
+    for one, other in zip(stated["layers"], bounds["layers"], strict=True):
         pairs += [(key, one[key], other[key], slack) for key in ("error", "amplification")]
     for key, value, found, tolerance in pairs:
         # The bound may be a little too large, by the rounding of its constants, but not too small.
@@ -61,40 +54,54 @@ def _problem(bench: Bench, stated: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _propagated(
-    dense: nn.Module, compressed: nn.Module, checked: Mapping[str, Checked], x: Tensor
-) -> tuple[float, list[dict[str, float]], int]:
-    """The largest bound over the inputs x, each linear layer's own error with the factor on it, and
-    how many activations have a constant."""
-    bound, slope, num_constants = x.new_zeros(len(x)), 1.0, 0
+def _followed(
+    dense: nn.Module, compressed: nn.Module, x: Tensor
+) -> tuple[dict[str, float], dict[str, Any], int]:
+    """Both networks on the inputs x, in float64 with their weights as they are read.
+
+    Returns:
+        What was measured at the end; the bound with each linear layer's own error and the factor
+        on it; how many activations have a constant.
+    """
+    old, new, bound = x, x.clone(), x.new_zeros(len(x))
+    slope, num_constants = 1.0, 0
     layers: list[dict[str, float]] = []
     names = {part: name for name, part in dense.named_modules()}
     for part in _chain(dense):
         if not isinstance(part, nn.Linear):
             if not isinstance(part, (nn.Flatten, nn.Dropout)):
                 slope, num_constants = slope * steepest(part), num_constants + 1
-            x = part(x)
+            old, new = part(old), part(new)
             continue
-        fitted = _written(compressed, checked, names[part])
-        change = x @ (part.weight - fitted).T
-        if part.bias is not None:
-            change += part.bias - compressed.get_parameter(f"{names[part]}.bias")
-        own, norm = _norms(change), torch.linalg.matrix_norm(fitted, 2).item()
+        (weight, bias), (fitted, new_bias) = (
+            _affine(module) for module in (part, compressed.get_submodule(names[part]))
+        )
+        own = _norms(old @ (weight - fitted).T + bias - new_bias)
+        norm = torch.linalg.matrix_norm(fitted, 2).item()
         bound = own + slope * norm * bound
         for layer in layers:
             layer["amplification"] *= slope * norm
         layers.append({"error": own.max().item(), "amplification": 1.0})
-        x, slope = part(x), 1.0
+        old, new, slope = old @ weight.T + bias, new @ fitted.T + new_bias, 1.0
     for layer in layers:
         layer["amplification"] *= slope
-    return bound.max().item() * slope, layers, num_constants
+    measured = {
+        "measured": _norms(new - old).max().item(),
+        "output_norm": _norms(old).max().item(),
+    }
+    return measured, {"bound": bound.max().item() * slope, "layers": layers}, num_constants
 
 
-def _written(compressed: nn.Module, checked: Mapping[str, Checked], name: str) -> Tensor:
-    """The matrix (m, n) float64 that was written for a layer."""
-    if name in checked:
-        return checked[name].fitted().to(checked[name].weight.device)
-    return compressed.get_parameter(f"{name}.weight")
+def _affine(part: nn.Module) -> tuple[Tensor, Tensor]:
+    """The matrix (m, n) and the bias (m,) of a layer, float64."""
+    if isinstance(part, LowRankLayer):
+        inner, outer = (factor.double() for factor in part.factors())
+        weight = part.assemble(inner.T, inner.T @ outer.T).T
+    else:
+        assert isinstance(part, nn.Linear)
+        weight = part.weight.double()
+    bias = part.bias
+    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 
 
 def _chain(module: nn.Module) -> Iterator[nn.Module]:
