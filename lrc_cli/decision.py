@@ -15,6 +15,9 @@ METHODS = ("frobenius", "curvature")
 """Those whose problem has a form on two networks' inputs."""
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
+MOST_SHORT = 0.1
+"""Share of the layers that may have fewer tokens. Where a whole kind of layer is fitted plainly,
+what the others make up for does harm (docs/benchmarks.md)."""
 TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept. On SmolLM2 it pays at 0.6 and 0.4, and changes
@@ -78,14 +81,21 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
         return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
     able = [layer for layer in layers if excluded(plan, work, layer) is None]
+    short = [x for x in layers if _not_able(plan, x) is None and _is_short(plan, work, x)]
     numbers = (
         f"{len(able)} of {len(layers)} factorised layers run once, have one of the methods"
         f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
     )
-    if compression.sequential is True:
-        return Decision(used=bool(able), reason=f"asked for; {numbers}")
-    used = bool(able) and 2 * len(able) >= len(layers)
-    return Decision(used=used, reason=f"auto: {share:.1%} of the bytes are kept, {numbers}")
+    why = (
+        "asked for"
+        if compression.sequential is True
+        else f"auto: {share:.1%} of the bytes are kept"
+    )
+    if len(short) > MOST_SHORT * len(layers):
+        few = f"{len(short)} have fewer tokens, of which more than {MOST_SHORT:.0%} do harm"
+        return Decision(used=False, reason=f"{why}; {numbers}; {few}")
+    enough = compression.sequential is True or 2 * len(able) >= len(layers)
+    return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}")
 
 
 def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
@@ -111,16 +121,28 @@ def num_held_back(plan: Plan) -> int:
 def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
     """Why a layer is fitted plainly, as far as its calls, its method and its tokens tell; None: it
     is not."""
+    reason = _not_able(plan, layer)
+    if reason is None and _is_short(plan, work, layer):
+        tokens, n = _tokens(plan, work, layer), layer.shape[1]
+        return f"{tokens} tokens to fit to are fewer than {MIN_TOKENS} for each of its {n} inputs"
+    return reason
+
+
+def _not_able(plan: Plan, layer: Layer) -> str | None:
+    """Why a layer could not be fitted sequentially, whatever its tokens."""
     if layer.tied_to:
         return TIED
     if plan.num_calls[layer.name] > 1:
         return "it runs several times in a pass, on several inputs"
     method = plan.solvers[layer.name].name
-    if method not in METHODS:
-        return f"not with method {method}"
-    tokens = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
-    tokens -= tokens * num_held_back(plan) // len(plan.sequences[CALIBRATION])
-    if tokens < MIN_TOKENS * layer.shape[1]:
-        n = layer.shape[1]
-        return f"{tokens} tokens to fit to are fewer than {MIN_TOKENS} for each of its {n} inputs"
-    return None
+    return None if method in METHODS else f"not with method {method}"
+
+
+def _is_short(plan: Plan, work: WorkDirectory, layer: Layer) -> bool:
+    return _tokens(plan, work, layer) < MIN_TOKENS * layer.shape[1]
+
+
+def _tokens(plan: Plan, work: WorkDirectory, layer: Layer) -> int:
+    """Calibration tokens that the layer would be fitted to."""
+    tokens: int = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
+    return tokens - tokens * num_held_back(plan) // len(plan.sequences[CALIBRATION])
