@@ -1,6 +1,6 @@
 """Whether a run is sequential, and which of its layers can be."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ METHODS = ("frobenius", "curvature")
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
 MOST_SHORT = 0.1
-"""Share of the layers that may have fewer tokens. Where a whole kind of layer is fitted plainly,
-what the others make up for does harm (docs/benchmarks.md)."""
+"""Share of the layers' weights that may have fewer tokens. Where a whole kind of layer is fitted
+plainly, what the others make up for does harm (docs/benchmarks.md)."""
 TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
 """Of the bytes: `auto` is off where more is kept. On SmolLM2 it pays at 0.6 and 0.4, and changes
@@ -91,8 +91,8 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
         if compression.sequential is True
         else f"auto: {share:.1%} of the bytes are kept"
     )
-    if len(short) > MOST_SHORT * len(layers):
-        few = f"{len(short)} have fewer tokens, of which more than {MOST_SHORT:.0%} do harm"
+    if _size(short) > MOST_SHORT * _size(layers):
+        few = f"{len(short)} have fewer tokens, more than {MOST_SHORT:.0%} of the weights"
         return Decision(used=False, reason=f"{why}; {numbers}; {few}")
     enough = compression.sequential is True or 2 * len(able) >= len(layers)
     return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}")
@@ -136,6 +136,10 @@ def _not_able(plan: Plan, layer: Layer) -> str | None:
         return "it runs several times in a pass, on several inputs"
     method = plan.solvers[layer.name].name
     return None if method in METHODS else f"not with method {method}"
+
+
+def _size(layers: Sequence[Layer]) -> int:
+    return sum(m * n for m, n in (layer.shape for layer in layers))
 
 
 def _is_short(plan: Plan, work: WorkDirectory, layer: Layer) -> bool:

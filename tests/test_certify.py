@@ -337,7 +337,7 @@ def test_a_sequential_layer_is_held_to_its_deployed_error(
     tmp_path: Path, llama_job: dict[str, Any]
 ) -> None:
     changes = llama_job | {
-        "calibration.num_sequences": 40,
+        "calibration.num_sequences": 60,
         "certification.num_sequences": 5,
         "certification.part": [0.6, 1.0],
         "compression.sequential": True,

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "compression.method": "frobenius",
         "compression.storage": "factors",
         "compression.sequential": True,
-        "calibration.num_sequences": 40,
+        "calibration.num_sequences": 60,
     },
 }
 CASES = [*((name, x) for name in (LLAMA, QWEN) for x in SETTINGS), (BERT, "curvature")]

@@ -91,7 +91,7 @@ def test_other_methods_can_be_planned(
 
 
 def test_the_plan_knows_whether_fitting_is_sequential(tmp_path: Path, llama_job: Changes) -> None:
-    job = pico.job(tmp_path, llama_job | {"calibration.num_sequences": 40})
+    job = pico.job(tmp_path, llama_job | {"calibration.num_sequences": 60})
     plain = planned(job, "--set", "compression.sequential=false")
     walked = planned(job, "--set", "compression.sequential=true")
     assert walked["jobs"][0]["sequential"]["used"] and not plain["jobs"][0]["sequential"]["used"]
