@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.layers import LowRankLayer
+from lrc_cli.layers import LowRankLayer, affine
 
 LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Identity: lambda _: 1.0,
@@ -97,7 +97,7 @@ def worst_case(
 
 
 def _linear(chain: _Chain, old: nn.Module, new: nn.Module) -> None:
-    (weight, bias), (fitted, new_bias) = _affine(old), _affine(new)
+    (weight, bias), (fitted, new_bias) = affine(old), affine(new)
     own = _norms(chain.dense @ (weight - fitted).T + (bias - new_bias))
     factor = chain.lipschitz * _spectral_norm(fitted)
     chain.bound = own + factor * chain.bound
@@ -165,18 +165,6 @@ def _is_norm_bounded(part: nn.Module) -> bool:
 def _constant(part: nn.Module) -> float:
     known = LIPSCHITZ.get(type(part))
     return 1.0 if known is None else known(part)
-
-
-def _affine(part: nn.Module) -> tuple[Tensor, Tensor]:
-    """The matrix (m, n) and the bias (m,) that a layer applies, float64."""
-    if isinstance(part, LowRankLayer):
-        inner, outer = (factor.double() for factor in part.factors())
-        weight = part.assemble(inner.T, inner.T @ outer.T).T
-    else:
-        assert isinstance(part.weight, Tensor)
-        weight = part.weight.double()
-    bias = part.bias
-    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 
 
 def _spectral_norm(matrix: Tensor) -> float:

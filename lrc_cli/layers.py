@@ -344,6 +344,18 @@ def dense_weight(module: nn.Module) -> Tensor:
     return layout.matrix(module.get_parameter("weight").detach())
 
 
+def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The matrix (m, n) and the bias (m,) that a linear layer applies, float64."""
+    if isinstance(module, LowRankLayer):
+        inner, outer = (factor.double() for factor in module.factors())
+        weight = module.assemble(inner.T, inner.T @ outer.T).T
+    else:
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.double()
+    bias = module.bias
+    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+
+
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether a layer's tensors are elsewhere, and hooks fetch them when it runs."""
     return any(parameter.is_meta for parameter in layer.parameters())

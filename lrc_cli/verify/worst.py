@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.layers import LowRankLayer
+from lrc_cli.layers import affine
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.verify.bench import Bench
 
@@ -74,7 +74,7 @@ def _followed(
             old, new = part(old), part(new)
             continue
         (weight, bias), (fitted, new_bias) = (
-            _affine(module) for module in (part, compressed.get_submodule(names[part]))
+            affine(module) for module in (part, compressed.get_submodule(names[part]))
         )
         own = _norms(old @ (weight - fitted).T + bias - new_bias)
         norm = torch.linalg.matrix_norm(fitted, 2).item()
@@ -90,18 +90,6 @@ def _followed(
         "output_norm": _norms(old).max().item(),
     }
     return measured, {"bound": bound.max().item() * slope, "layers": layers}, num_constants
-
-
-def _affine(part: nn.Module) -> tuple[Tensor, Tensor]:
-    """The matrix (m, n) and the bias (m,) of a layer, float64."""
-    if isinstance(part, LowRankLayer):
-        inner, outer = (factor.double() for factor in part.factors())
-        weight = part.assemble(inner.T, inner.T @ outer.T).T
-    else:
-        assert isinstance(part, nn.Linear)
-        weight = part.weight.double()
-    bias = part.bias
-    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 
 
 def _chain(module: nn.Module) -> Iterator[nn.Module]:
