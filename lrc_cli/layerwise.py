@@ -1,7 +1,8 @@
 """One layer's solve, from plan and work directory: its weight, problem, request and cost."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
 from operator import attrgetter
 from typing import TypeVar
 
@@ -165,7 +166,24 @@ def num_workers(plan: Plan, layers: list[Layer]) -> int:
 def solve_each(plan: Plan, layers: list[Layer], solve: Callable[[Layer], Result]) -> list[Result]:
     """What `solve` makes of every layer, in their order, some of them side by side."""
     workers = max(min(num_workers(plan, layers), len(layers)), 1)
-    return list(in_parallel(solve, layers, workers, cost=attrgetter("solve_cost")))
+    (solved,) = in_parallel(solve, [layers], workers, cost=attrgetter("solve_cost"))
+    return solved
+
+
+def solve_units(
+    plan: Plan, units: Iterable[str], solve: Callable[[Layer], Result]
+) -> Iterator[tuple[str, dict[str, Result]]]:
+    """What `solve` makes of every unit's layers, by layer name, unit by unit.
+
+    Where layers are solved side by side, the next unit's begin before this one's are stored.
+    """
+    for workers, alike in groupby(units, key=lambda unit: num_workers(plan, plan.units[unit])):
+        names = list(alike)
+        groups = [plan.units[unit] for unit in names]
+        workers = max(min(workers, sum(map(len, groups))), 1)
+        each = in_parallel(solve, groups, workers, cost=attrgetter("solve_cost"))
+        for unit, layers, solved in zip(names, groups, each, strict=True):
+            yield unit, {x.name: found for x, found in zip(layers, solved, strict=True)}
 
 
 def solve_cost(layers: Iterable[Layer]) -> float:

@@ -1,8 +1,9 @@
 """Independent solves side by side: on a CPU a small eigenproblem hardly uses a second core."""
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
@@ -14,17 +15,18 @@ Result = TypeVar("Result")
 
 def in_parallel(
     function: Callable[[Item], Result],
-    items: Sequence[Item],
+    groups: Iterable[Sequence[Item]],
     num_workers: int,
     *,
     cost: Callable[[Item], float] = lambda _: 0.0,
-) -> Iterator[Result]:
-    """Results in the order of the items, by single-threaded workers; 1 runs them here, in turn.
+) -> Iterator[list[Result]]:
+    """Results by group, by single-threaded workers; 1 runs them here, in turn.
 
-    torch releases the interpreter's lock inside its operations, so threads are enough.
+    While the caller stores one group's results, the next group is being solved. torch releases the
+    interpreter's lock inside its operations, so threads are enough.
 
     Args:
-        cost: what takes most begins first, so that no worker is left with it at the end.
+        cost: what takes most of a group begins first, so that no worker is left with it at the end.
     """
 
     def solve(item: Item) -> Result:
@@ -33,30 +35,40 @@ def in_parallel(
         return result
 
     if num_workers == 1:
-        yield from map(solve, items)
+        yield from (list(map(solve, group)) for group in groups)
     else:
-        yield from _by_threads(solve, items, num_workers, cost)
+        yield from _by_threads(solve, groups, num_workers, cost)
 
 
 def _by_threads(
     function: Callable[[Item], Result],
-    items: Sequence[Item],
+    groups: Iterable[Sequence[Item]],
     num_workers: int,
     cost: Callable[[Item], float],
-) -> Iterator[Result]:
+) -> Iterator[list[Result]]:
     num_threads = torch.get_num_threads()
-    order = sorted(range(len(items)), key=lambda index: -cost(items[index]))
+    waiting: deque[list[Future[Result]]] = deque()
+
+    def begin(group: Sequence[Item]) -> list[Future[Result]]:
+        order = sorted(range(len(group)), key=lambda index: -cost(group[index]))
+        begun = {index: workers.submit(function, group[index]) for index in order}
+        return [begun[index] for index in range(len(group))]
+
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(
             num_workers, initializer=lambda: torch.set_num_threads(1)
         ) as workers:
-            futures = {index: workers.submit(function, items[index]) for index in order}
             try:
-                yield from (futures[index].result() for index in range(len(items)))
+                for group in groups:
+                    # Enough ahead that no worker waits, and no more: results take memory.
+                    while waiting and sum(map(len, waiting)) - len(waiting[0]) >= num_workers:
+                        yield [future.result() for future in waiting.popleft()]
+                    waiting.append(begin(group))
+                while waiting:
+                    yield [future.result() for future in waiting.popleft()]
             finally:
-                for future in futures.values():
-                    future.cancel()
+                workers.shutdown(wait=False, cancel_futures=True)
     finally:
         torch.set_num_threads(num_threads)
 

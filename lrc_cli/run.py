@@ -14,7 +14,7 @@ from lrc_cli.config import Compression, Config
 from lrc_cli.decision import check_sequential, decide
 from lrc_cli.engine import RELU, SolveError, output_curve
 from lrc_cli.gather import collect_statistics, read_statistics
-from lrc_cli.layerwise import fit, keep_references, solve_cost, solve_each, weight_of
+from lrc_cli.layerwise import fit, keep_references, solve_cost, solve_units, weight_of
 from lrc_cli.models import Layer
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.plan import Plan, make_plan, with_config
@@ -161,22 +161,19 @@ def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     stages = [SPECTRA]
     if plan.config.compression.max_layer_error is not None:
         stages.append(OUTPUT_SPECTRA)
-    todo = [(stage, unit) for stage in stages for unit in work.missing(stage, plan.units)]
-    if not todo:
-        return
-    own = [(stage, unit) for stage, unit in todo if plan.owns(unit)]
-    cost = solve_cost(x for _, unit in own for x in plan.units[unit])
-    with progress.phase("spectra", cost) as phase:
-        for stage, unit in own:
-            layers = plan.units[unit]
-            solve = partial(_spectrum, plan, work, stage)
-            solved = solve_each(plan, layers, solve)
-            named = list(zip(layers, solved, strict=True))
-            tensors = {layer.name: s for layer, (s, _) in named if s is not None}
-            reasons = {layer.name: reason for layer, (s, reason) in named if s is None}
-            work.put(stage, unit, tensors, {"dense": reasons})
-            phase.advance(solve_cost(layers))
-    plan.processes.wait()
+    todo = {stage: work.missing(stage, plan.units) for stage in stages}
+    own = {stage: list(filter(plan.owns, units)) for stage, units in todo.items()}
+    if any(todo.values()):
+        cost = solve_cost(x for units in own.values() for unit in units for x in plan.units[unit])
+        with progress.phase("spectra", cost) as phase:
+            for stage, units in own.items():
+                solve = partial(_spectrum, plan, work, stage)
+                for unit, solved in solve_units(plan, units, solve):
+                    tensors = {name: s for name, (s, _) in solved.items() if s is not None}
+                    reasons = {name: reason for name, (s, reason) in solved.items() if s is None}
+                    work.put(stage, unit, tensors, {"dense": reasons})
+                    phase.advance(solve_cost(plan.units[unit]))
+        plan.processes.wait()
 
 
 def _spectrum(
@@ -217,16 +214,11 @@ def factorize_layers(
     own = list(filter(plan.owns, todo))
     cost = solve_cost(x for unit in own for x in plan.units[unit])
     with progress.phase("factors", cost) as phase:
-        for unit in own:
-            layers = plan.units[unit]
-            solve = partial(fit, plan, work, ranks)
-            solved = solve_each(plan, layers, solve)
+        for unit, solved in solve_units(plan, own, partial(fit, plan, work, ranks)):
             tensors: dict[str, torch.Tensor] = {}
-            for layer, fitted in zip(layers, solved, strict=True):
-                tensors |= fitted.tensors(layer)
-            found = {layer.name: fitted for layer, fitted in zip(layers, solved, strict=True)}
-            facts = {name: fitted.facts for name, fitted in found.items()}
-            keep_references(work, unit, found)
-            work.put(stage, unit, tensors, facts)
-            phase.advance(solve_cost(layers))
+            for layer in plan.units[unit]:
+                tensors |= solved[layer.name].tensors(layer)
+            keep_references(work, unit, solved)
+            work.put(stage, unit, tensors, {name: fitted.facts for name, fitted in solved.items()})
+            phase.advance(solve_cost(plan.units[unit]))
     plan.processes.wait()

@@ -22,6 +22,7 @@ from lrc_cli.blocks import (
 )
 from lrc_cli.calibration import Batch
 from lrc_cli.models import Network
+from lrc_cli.readahead import read_ahead
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""
@@ -51,6 +52,8 @@ class Walk:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch, the input of the segment that the walk has come to."""
     _calls: dict[int, dict[str, Call]] = field(default_factory=dict)
+    _at: str | None = None
+    """The segment that was run last."""
 
     def run(
         self,
@@ -71,6 +74,9 @@ class Walk:
             The hidden states that the head or a block hands on; the network's outputs for the tail
             and the whole network; None where a hook raised StopForward.
         """
+        if segment.name != self._at:
+            self._at = segment.name
+            self._read_neighbours(segment)
         with torch.set_grad_enabled(gradients):
             try:
                 return self._run(segment, index, hidden)
@@ -92,6 +98,14 @@ class Walk:
                 return self.network(batch)
         args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
         return hidden_output(self.network.module.get_submodule(segment.name)(*args, **kwargs))
+
+    def _read_neighbours(self, segment: Segment) -> None:
+        """The way goes on to one of them, forwards or backwards; what was read costs nothing."""
+        names = self.chain.names
+        if segment.name in names:
+            place = names.index(segment.name)
+            for name in (*names[max(place - 1, 0) : place], *names[place + 1 : place + 2]):
+                read_ahead(self.network.module.get_submodule(name))
 
     def _run_head(self, batch: Batch, index: int) -> torch.Tensor:
         entered: dict[str, Call] = {}

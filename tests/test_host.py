@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,11 @@ def test_solves_go_on_where_memory_cannot_be_trimmed(
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", library)
     threads = torch.get_num_threads()
-    assert list(in_parallel(square, range(5), num_workers)) == [0, 1, 4, 9, 16]
+    assert list(in_parallel(square, [range(3), [], [3, 4]], num_workers)) == [
+        [0, 1, 4],
+        [],
+        [9, 16],
+    ]
     assert asked == ["libc.so.6"] * 5, "once after every solve"
     assert torch.get_num_threads() == threads
 
@@ -78,7 +83,7 @@ def test_what_takes_most_begins_first_and_results_keep_their_order() -> None:
         return number
 
     items = [1, 3, 2, 5, 4]
-    assert list(in_parallel(solve, items, 2, cost=float)) == items
+    assert list(in_parallel(solve, [items], 2, cost=float)) == [items]
     assert set(begun[:2]) == {5, 4}, "the two that begin together may come in either order"
 
 
@@ -91,5 +96,52 @@ def test_a_failed_solve_ends_the_others_that_wait() -> None:
         raise ValueError(f"solve {number}")
 
     with pytest.raises(ValueError, match="solve 9"):
-        list(in_parallel(solve, [9, *range(8)], 2, cost=float))
+        list(in_parallel(solve, [[9, *range(8)]], 2, cost=float))
     assert len(begun) < 9
+
+
+def test_the_next_group_is_solved_while_the_caller_stores_one() -> None:
+    begun = threading.Event()
+
+    def solve(number: int) -> int:
+        if number == 2:
+            begun.set()
+        return number
+
+    for group in in_parallel(solve, [[0, 1], [2, 3]], 2):
+        assert begun.wait(timeout=30), "the second group waits for the caller"
+        assert len(group) == 2
+
+
+def test_few_groups_are_solved_ahead_of_the_caller() -> None:
+    begun: list[int] = []
+
+    def solve(number: int) -> int:
+        begun.append(number)
+        return number
+
+    each = in_parallel(solve, ([number] for number in range(20)), 2)
+    assert next(each) == [0]
+    time.sleep(0.2)
+    assert len(begun) <= 4
+    each.close()
+    assert len(begun) <= 4
+
+
+def test_a_caller_that_stops_leaves_no_solve_behind() -> None:
+    """As by Ctrl-C while a unit is stored: what has begun ends, what waits never begins."""
+    threads, done = torch.get_num_threads(), list[int]()
+
+    def solve(number: int) -> int:
+        time.sleep(0.05)
+        done.append(number)
+        return number
+
+    each = in_parallel(solve, [[0], [1, 2, 3, 4, 5, 6, 7]], 2)
+    next(each)
+    each.close()
+    ended = len(done)
+    assert ended < 8
+    time.sleep(0.2)
+    assert len(done) == ended
+    assert torch.get_num_threads() == threads

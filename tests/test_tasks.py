@@ -25,9 +25,19 @@ def test_edits_are_levenshteins(wanted: str, given: str, count: int) -> None:
 
 
 def test_an_error_rate_is_over_all_that_was_wanted() -> None:
-    wanted = [speech.words("The cat, sat."), speech.words("It's a dog")]
-    given = [speech.words("the cat sat"), speech.words("It's dog")]
-    assert common.error_rate(wanted, given) == 1 / 6
+    rate = common.ErrorRate([speech.words("The cat, sat."), speech.words("It's a dog")])
+    assert rate.of([speech.words("the cat sat"), speech.words("It's dog")]) == 1 / 6
+
+
+def test_the_standard_error_is_of_the_difference_to_the_first_network() -> None:
+    """Of inputs that differ in how hard they are, but on which the second is worse by one each."""
+    rate = common.ErrorRate(["abc", "def"])
+    rate.of(["abc", "xyf"])
+    rate.of(["axc", "xyz"])
+    assert rate.standard_error() == 0
+    rate.of(["axx", "xyf"])
+    rises = torch.tensor([2.0, 0.0])
+    assert rate.standard_error() == pytest.approx(rises.std().item() * 2**0.5 / 6)
 
 
 def test_articles_are_split_without_a_shared_one() -> None:

@@ -53,33 +53,32 @@ def _partial_pivoting(basis: Tensor) -> Tensor:
 
 def _greedy(basis: Tensor, block: int) -> Tensor | None:
     """(r / block,) int64: repeatedly the block whose rows, less their projection on the rows
-    chosen so far, have the largest Gram determinant; None where all of these vanish."""
+    chosen so far, have the largest Gram determinant; None where all of these vanish.
+
+    That is the Cholesky factor of Q Q^T (m, m), of rank r, with blocks as pivots; neither it nor
+    the remainder is formed. Both arrays lie by columns, which makes the thin products fast.
+    """
     num_blocks, rank = len(basis) // block, basis.shape[1]
-    rows = basis.view(num_blocks, block, rank)
-    grams = rows @ rows.mT
-    span = basis.new_empty(rank, rank)
+    rows, columns = basis.view(num_blocks, block, rank), basis.T.contiguous()
+    left = rows @ rows.mT
+    factor = basis.new_empty(rank, len(basis))
     chosen: list[int] = []
-    for _ in range(rank // block):
-        sign, volume = torch.linalg.slogdet(grams)
+    for start in range(0, rank, block):
+        sign, volume = torch.linalg.slogdet(left)
         volume = torch.where(sign > 0, volume, -torch.inf)
         volume[chosen] = -torch.inf
         best = int(volume.argmax())
-        if not volume[best].isfinite():
+        corner, info = torch.linalg.cholesky_ex(left[best])
+        if not volume[best].isfinite() or info.item() != 0:
             return None
-        width = block * len(chosen)
-        directions = _orthonormalised(rows[best].T, span[:, :width])
-        span[:, width : width + block] = directions
         chosen.append(best)
-        seen = (basis @ directions).view(num_blocks, block, block)
-        grams = grams - seen @ seen.mT
+        own, done = slice(best * block, (best + 1) * block), factor[:start]
+        remainder = columns[:, own].T @ columns - done[:, own].T @ done
+        new = torch.linalg.solve_triangular(corner, remainder, upper=False)
+        factor[start : start + block] = new
+        seen = new.view(block, num_blocks, block).transpose(0, 1)
+        left = left - seen.mT @ seen
     return torch.tensor(chosen, device=basis.device)
-
-
-def _orthonormalised(columns: Tensor, span: Tensor) -> Tensor:
-    """Orthonormal (r, b) spanning `columns` less `span`; twice, as once loses orthogonality."""
-    for _ in range(2):
-        columns, _ = torch.linalg.qr(columns - span @ (span.T @ columns))
-    return columns
 
 
 def _improved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:

@@ -1,7 +1,8 @@
 """What a layer's factors are compared with: the same at every size, so found once.
 
 Plain SVD leaves D = sum over i >= r of u_i (s_i v_i)^T, so its errors at all ranks are tail sums of
-one matrix: tr(F D G D^T) = sum over i, j >= r of (U^T F U)_ij (S V^T G V S)_ij.
+one matrix: tr(F D G D^T) = sum over i, j >= r of (U^T F U)_ij (S V^T G V S)_ij. The second factor
+is W G W^T in a basis of W's range, so its eigenvalues are those of the least output error.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.frobenius import FROBENIUS
+from lrc_cli.engine.linalg import eigenvalues
 from lrc_cli.engine.problem import Errors, Metric, Statistics
 from lrc_cli.engine.svd import svd_directions
 
@@ -41,15 +42,17 @@ def find_references(
     Raises:
         SolveError: an eigenproblem did not converge.
     """
-    if output_spectrum is None:
-        output_spectrum = FROBENIUS.spectrum(weight, statistics)
     u, rows = svd_directions(weight)
-    outputs = metric.times_gram(rows) @ rows.T
-    if metric.fisher is None:  # the u_i are orthonormal
-        form = plain = _tail_sums(outputs.diagonal())
-    else:
-        plain = _tail_sums(outputs.diagonal())
-        form = _tail_sums(outputs * (u.T @ metric.fisher @ u))
+    weighted = metric.times_gram(rows)
+    if output_spectrum is not None and metric.fisher is None:  # the u_i are orthonormal
+        form = plain = _tail_sums(torch.sum(weighted * rows, dim=1))
+        return References(output_spectrum, metric.scale * form, plain)
+    outputs = weighted @ rows.T
+    if output_spectrum is None:
+        output_spectrum = torch.zeros(min(weight.shape)).to(outputs)
+        output_spectrum[: len(outputs)] = eigenvalues(outputs)
+    plain = _tail_sums(outputs.diagonal())
+    form = plain if metric.fisher is None else _tail_sums(outputs * (u.T @ metric.fisher @ u))
     return References(output_spectrum, metric.scale * form, plain)
 
 

@@ -41,11 +41,16 @@ def svd_directions(weight: Tensor) -> Factors:
     weight = weight.double()
     if is_wide(weight):
         values, u = eigenpairs(weight @ weight.T)
-    else:
-        values, v = eigenpairs(weight.T @ weight)
-        u = weight @ (v * torch.where(values > 0, values.rsqrt(), 0.0))
-    u = u[:, : max(int((values > 0).sum()), 1)]
-    return Factors(u, u.T @ weight)
+        u = u[:, : _rank(values)]
+        return Factors(u, u.T @ weight)
+    values, v = eigenpairs(weight.T @ weight)
+    v, singular = v[:, : _rank(values)], values[: _rank(values)].sqrt()
+    return Factors(weight @ (v * torch.where(singular > 0, 1 / singular, 0.0)), (v * singular).T)
+
+
+def _rank(values: Tensor) -> int:
+    """How many eigenvalues are above the numerical floor, at least 1."""
+    return max(int((values > 0).sum()), 1)
 
 
 SVD = Solver(

@@ -160,7 +160,8 @@ def _judge_plain(
     assert bench.written.config is not None
     solve = partial(_group_errors, bench, inputs, gradients)
     with bench.progress.phase("optima", max(len(members), 1)) as phase:
-        for group, found in zip(members, in_parallel(solve, members, workers), strict=True):
+        each = in_parallel(solve, ([group] for group in members), workers)
+        for group, (found,) in zip(members, each, strict=True):
             for checked, errors in zip(group, found, strict=True):
                 _judge(bench, [checked], partial(_raised, errors))
             phase.advance(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from lrc_cli import compress, load
@@ -167,7 +168,25 @@ def edits(wanted: Sequence[Any], given: Sequence[Any]) -> int:
     return row[-1]
 
 
-def error_rate(wanted: Sequence[Sequence[Any]], given: Sequence[Sequence[Any]]) -> float:
-    """Edits of all pairs over the length of all that was wanted."""
-    total = sum(edits(a, b) for a, b in zip(wanted, given, strict=True))
-    return total / sum(map(len, wanted))
+class ErrorRate:
+    """Edits of networks' texts over the length of what was wanted, one network after the other.
+
+    Args:
+        wanted: what each of the inputs says, in characters or in words.
+    """
+
+    def __init__(self, wanted: Sequence[Sequence[Any]]) -> None:
+        self.wanted, self.total = wanted, sum(map(len, wanted))
+        self.counts: list[np.ndarray] = []
+        """By network that was scored: edits of every input."""
+
+    def of(self, given: Sequence[Sequence[Any]]) -> float:
+        """The rate of the next network."""
+        pairs = zip(self.wanted, given, strict=True)
+        self.counts.append(np.array([edits(a, b) for a, b in pairs], np.float64))
+        return float(self.counts[-1].sum() / self.total)
+
+    def standard_error(self) -> float:
+        """Of the last network's rise over the first: both had the same inputs, which differ."""
+        rises = self.counts[-1] - self.counts[0]
+        return float(rises.std(ddof=1) * len(rises) ** 0.5 / self.total)

@@ -8,7 +8,7 @@ from pathlib import Path
 import espeak
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 from tasks.common import (
@@ -18,12 +18,12 @@ from tasks.common import (
     OURS,
     ROOT,
     Check,
+    ErrorRate,
     Results,
     Scores,
     Task,
     beats,
     compare,
-    edits,
     needed,
     sentences,
     split_articles,
@@ -58,8 +58,7 @@ def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
     )
     features = extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
     wanted = [words(text) for text in found]
-    counts: list[Tensor] = []
-    total = sum(map(len, wanted))
+    rate = ErrorRate(wanted)
 
     @torch.no_grad()
     def score(module: nn.Module) -> Scores:
@@ -67,9 +66,7 @@ def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
         for batch in features.split(32):
             tokens = module.generate(input_features=batch, max_new_tokens=64, do_sample=False)
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        pairs = zip(wanted, map(words, texts), strict=True)
-        counts.append(torch.tensor([edits(a, b) for a, b in pairs], dtype=torch.float64))
-        return {RATE_NAME: counts[-1].sum().item() / total}
+        return {RATE_NAME: rate.of(list(map(words, texts)))}
 
     overrides = [
         f"calibration.path={calibration.relative_to(ROOT)}",
@@ -77,10 +74,9 @@ def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
         f"calibration.num_sequences={RECORDINGS}",
     ]
     results = compare("speech.yaml", folder, size, overrides, score, model=model)
-    # The networks hear the same recordings, so it is the difference that varies by sentence.
-    error = (counts[-1] - counts[0]).std().item() * len(found) ** 0.5 / total
     results.notes.append(
-        f"{len(found)} sentences of {total} words; standard error of our rise {error:.4f}."
+        f"{len(found)} sentences of {rate.total} words; standard error of our rise"
+        f" {rate.standard_error():.4f}."
     )
     return results
 
