@@ -188,9 +188,12 @@ def _parts(segment: Segment) -> str:
 def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:
     tensors: Tensors = {}
     for layer in layers:
-        for kind, sums in (("gram", moments.grams), ("fisher", moments.fishers)):
+        for kind, sums, num in (
+            ("gram", moments.grams, None),
+            ("fisher", moments.fishers, moments.num_tokens),
+        ):
             if layer.name in sums:
-                triangle, scale = compress_gram(sums[layer.name].mean())
+                triangle, scale = compress_gram(sums[layer.name].mean(num))
                 tensors[f"{kind}.{layer.name}"] = triangle
                 tensors[f"{kind}-scale.{layer.name}"] = scale
         if moments.center and layer.name in moments.grams:

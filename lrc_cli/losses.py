@@ -38,12 +38,12 @@ class Loss:
 
     @property
     def unit(self) -> str:
-        """What one unit of the summed loss is, per token that reaches a layer."""
+        """What the estimates of layers are in, see `count_tokens`."""
         return {
             "next_token": "nats per token",
             "masked_token": "nats per input token, of which 15 % are scored",
-            "sampled": "nats per token",
-            "output": "half the squared output change per token",
+            "sampled": "nats per token, or per sequence of data without tokens",
+            "output": "half the squared output change per token, or per sequence of data without",
         }[self.kind]
 
     def facts(self) -> dict[str, str]:
@@ -106,6 +106,16 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
 def _scored(batch: Batch) -> tuple[str, str]:
     """Names of the tokens that a language model's logits are about, and of their mask."""
     return (INPUT, MASK) if INPUT in batch else ("input_ids", "attention_mask")
+
+
+def count_tokens(batch: Batch) -> int:
+    """What the loss is divided by, whichever layer it comes from: the tokens that it is about,
+    without padding; sequences (images, recordings, rows) where there are none."""
+    ids_name, mask_name = _scored(batch)
+    if ids_name not in batch:
+        return len(next(iter(batch.values())))
+    mask = batch.get(mask_name)
+    return batch[ids_name].numel() if mask is None else int(mask.bool().sum())
 
 
 def _is_causal(network: Network, batch: Batch) -> bool:

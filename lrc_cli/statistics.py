@@ -1,7 +1,9 @@
 """Streaming second moments: Gram matrices of layer inputs and of output gradients.
 
-G = (1/T) sum x x^T and F = (1/T) sum g g^T over the T tokens that are not padding. A micro-batch is
-multiplied in float32 (products of bfloat16 numbers are exact there) and added to a float64 sum.
+G = (1/N) sum x x^T over the N rows that reach a layer, and F = (1/T) sum g g^T over as many, but
+divided by the T calibration tokens, which is the same T for all layers: an error in F's metric is
+then per token of the data, whichever layer makes it. A micro-batch is multiplied in float32
+(products of bfloat16 numbers are exact there) and added to a float64 sum.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,13 +97,16 @@ class GramSum:
         processes.sum_to(owner, self.total)
         return step
 
-    def mean(self) -> torch.Tensor:
+    def mean(self, num: int | None = None) -> torch.Tensor:
         """The Gram matrix divided by the number of rows: (n, n), float64, symmetric.
 
         With `center` it is that of x - mean(x).
+
+        Args:
+            num: what to divide by in place of the number of rows.
         """
         lower = self.total.tril()
-        return (lower + lower.tril(-1).T) / max(self.num_rows, 1)
+        return (lower + lower.tril(-1).T) / max(self.num_rows if num is None else num, 1)
 
     def mean_row(self) -> torch.Tensor:
         """The mean of the rows (n,), float64; with `center` only."""
@@ -187,6 +192,8 @@ class Moments:
         """By leader; a layer that was never reached has no entry."""
         self.fishers: dict[str, GramSum] = {}
         """By layer; one that the loss does not depend on has no entry."""
+        self.num_tokens = 0
+        """Of the micro-batches that ran backwards, as often as they did."""
         self.center = center
 
     @contextmanager
@@ -222,6 +229,7 @@ class Moments:
         Args:
             owners: ranks by layer.
         """
+        self.num_tokens = sum(processes.gather(self.num_tokens))
         for sums, center in ((self.grams, self.center), (self.fishers, False)):
             widths: dict[str, int] = {}
             for found in processes.gather({name: len(gram.total) for name, gram in sums.items()}):

@@ -22,7 +22,15 @@ import torch
 from lrc_cli.blocks import HEAD, TAIL, WHOLE, Chain, Segment
 from lrc_cli.calibration import Batch
 from lrc_cli.errors import RunError
-from lrc_cli.losses import Loss, backward_scalars, drawing, num_scalars, prepare, unpadded
+from lrc_cli.losses import (
+    Loss,
+    backward_scalars,
+    count_tokens,
+    drawing,
+    num_scalars,
+    prepare,
+    unpadded,
+)
 from lrc_cli.models import Layer, Network
 from lrc_cli.precision import recast_in_backward
 from lrc_cli.statistics import Moments
@@ -245,6 +253,7 @@ class Sweep:
                 if hidden is not None and hidden.grad is not None:
                     below[str(probe)] = hidden.grad
                     hidden.grad = None
+        moments.num_tokens += num_scalars(loss) * count_tokens(self.walk.batches[index])
         return below
 
     def _roots(

@@ -7,6 +7,7 @@ import pico
 import pytest
 import torch
 from hf_helpers import Form, multiply_out, random_factors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lrc_cli
@@ -224,3 +225,33 @@ def test_the_stated_error_is_that_of_the_convolution(
     error = ((first(pixels) - before).norm() / before.norm()).item()
     assert errors["first"]["stored"] == pytest.approx(error, rel=1e-3)
     assert errors["first"]["optimum"] <= errors["first"]["stored"] < errors["first"]["svd"]
+
+
+@pytest.mark.parametrize("name", ["first", "second", "head"])
+def test_the_estimate_of_every_layer_is_of_the_loss_per_image(
+    plain_folder: pico.PlainFolder, tmp_path: Path, name: str
+) -> None:
+    """A convolution has a row for every place; its errors count as often. Of noise, because what
+    the estimate leaves out, products of different places, then nearly cancels."""
+    pixels = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(3))
+    save_file({"pixels": pixels}, tmp_path / "noise.safetensors")
+    changes = plain_folder.model("pictures") | {
+        "calibration.path": str(tmp_path / "noise.safetensors"),
+        "calibration.num_sequences": 64,
+        "compression.include": [name],
+        "compression.loss": "output",
+        "compression.size": 0.9,
+        "compression.rank_multiple": 1,
+        "compression.sequential": False,
+    }
+    output, report = pico.compressed(tmp_path, changes)
+    (layer,) = (x for x in report["layers"] if x["storage"] != "dense")
+    factory = "pico_factories:pictures"
+    with torch.no_grad():
+        before, after = (
+            lrc_cli.load(path, factory=factory)(pixels)
+            for path in (plain_folder.path / "pictures.safetensors", output)
+        )
+    measured = 0.5 * (after - before).square().sum().item() / len(pixels)
+    estimated = layer["errors"]["metric"]["stored"]
+    assert measured / 2 < estimated < measured * 2

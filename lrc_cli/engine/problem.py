@@ -1,8 +1,9 @@
 """What a solver is given, what it returns and in which unit it is judged.
 
 Conventions: a layer is y = W x + b with W of shape (m, n); G = X X^T / T is
-the Gram matrix of its inputs over T tokens, F = sum g g^T / T that of the gradients of the
-summed loss by its outputs. Everything here is float64 and lives on the device of its inputs.
+the Gram matrix of its inputs over T rows, F = sum g g^T / T' that of the gradients of the
+summed loss by its outputs, with T' the same for all layers. Everything here is float64 and lives
+on the device of its inputs.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lrc_cli.losses import Loss, choose_loss
 from lrc_cli.parallel import in_parallel
@@ -16,7 +17,6 @@ from lrc_cli.verify.errors import (
     Form,
     Found,
     correction_problem,
-    damped,
     leading_vectors,
     nuclear_errors,
     paired_errors,
@@ -69,7 +69,7 @@ def measure_layers(bench: Bench) -> None:
     _regroup(plain)
     _regroup(paired)
     with bench.progress.phase("statistics", len(sequences)) as phase:
-        inputs, gradients = measure_inputs(
+        inputs, fishers = measure_inputs(
             bench.before,
             sequences,
             plain,
@@ -79,9 +79,9 @@ def measure_layers(bench: Bench) -> None:
             advance=phase.advance,
         )
     pairs, held = _measure_both(bench, paired) if paired else ({}, {})
-    _judge_plain(bench, plain, inputs, gradients)
+    _judge_plain(bench, plain, inputs, fishers)
     for checked in paired:
-        _judge(bench, [checked], partial(_paired, bench, pairs, held, gradients))
+        _judge(bench, [checked], partial(_paired, bench, pairs, held, fishers))
 
 
 def _behind(checked: Checked, rank: int) -> Behind:
@@ -147,7 +147,7 @@ def _judge_plain(
     bench: Bench,
     layers: list[Checked],
     inputs: Mapping[str, Moments],
-    gradients: Mapping[str, Moments],
+    fishers: Mapping[str, Tensor],
 ) -> None:
     """By group: layers that read one input share the root of its Gram matrix."""
     groups: dict[str, list[Checked]] = {}
@@ -158,7 +158,7 @@ def _judge_plain(
     is_small = bench.before.device.type == "cpu" and widest <= PARALLEL_WIDTH
     workers = torch.get_num_threads() if is_small else 1
     assert bench.written.config is not None
-    solve = partial(_group_errors, bench, inputs, gradients)
+    solve = partial(_group_errors, bench, inputs, fishers)
     with bench.progress.phase("optima", max(len(members), 1)) as phase:
         each = in_parallel(solve, ([group] for group in members), workers)
         for group, (found,) in zip(members, each, strict=True):
@@ -176,7 +176,7 @@ def _raised(errors: Found | Exception, checked: Checked) -> Found:
 def _group_errors(
     bench: Bench,
     inputs: Mapping[str, Moments],
-    gradients: Mapping[str, Moments],
+    fishers: Mapping[str, Tensor],
     group: list[Checked],
 ) -> list[Found | Exception]:
     """The errors of the layers that read one input; what a damaged layer raises is kept for it."""
@@ -193,7 +193,7 @@ def _group_errors(
             if center:
                 weight = checked.weight.double()
                 checked.shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
-            results.append(_plain_errors(bench, checked, plain, moments, gradients))
+            results.append(_plain_errors(bench, checked, plain, moments, fishers))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
     return results
@@ -204,12 +204,12 @@ def _plain_errors(
     checked: Checked,
     plain: Form,
     moments: Moments,
-    gradients: Mapping[str, Moments],
+    fishers: Mapping[str, Tensor],
 ) -> Found:
     row = bench.row(checked)
     weighted = None
     if row["method"] == "curvature":
-        weighted = replace(plain, fisher=damped(gradients[checked.layer.name]))
+        weighted = replace(plain, fisher=fishers[checked.layer.name])
         weighted.__dict__["root"] = plain.root  # the same Gram matrix: one eigenproblem
     found = same_input_errors(checked, row["rank"], plain, weighted)
     if row["method"] == "nuclear":
@@ -226,7 +226,7 @@ def _paired(
     bench: Bench,
     pairs: Mapping[str, PairMoments],
     held: Mapping[str, PairMoments],
-    gradients: Mapping[str, Moments],
+    fishers: Mapping[str, Tensor],
     checked: Checked,
 ) -> Found:
     assert bench.written.config is not None
@@ -237,7 +237,7 @@ def _paired(
         fitted = checked.fitted().to(dense.device)
         checked.shift = checked.weight.double() @ dense - fitted @ compressed
     is_weighted = row["method"] == "curvature"
-    fisher = damped(gradients[checked.layer.name]) if is_weighted else None
+    fisher = fishers[checked.layer.name] if is_weighted else None
     others = held[checked.group].moments(center=compression.center) if held else None
     stated = row["correction"]
     if compression.correction != "auto" or others is None:

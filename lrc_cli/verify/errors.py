@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.verify.moments import Checked, Moments
+from lrc_cli.verify.moments import Checked
 from lrc_cli.verify.pairs import Pair
 
 TOLERANCE = 2e-3
@@ -23,8 +23,6 @@ FLOORS = 8.0
 """Times the numerical floor of a figure: both sides have one."""
 CORRECTION_TOLERANCE = 0.02
 """Absolute, of the share a."""
-DAMPING = 1e-3
-"""Of F, as a share of its mean eigenvalue (docs/theory.md)."""
 
 Found = dict[str, dict[str, float]]
 """{"output" or "metric": {"stored", "optimum", "svd": squared errors per token}}."""
@@ -62,15 +60,6 @@ class Form:
             side = torch.linalg.cholesky(self.fisher).T @ side
         singular = torch.linalg.svdvals(side)
         return self.half * singular[rank:].flip(0).square().sum().item()
-
-
-def damped(gradients: Moments) -> Tensor:
-    """F (m, m) float64 with its damping."""
-    fisher = gradients.gram()
-    mean = fisher.diagonal().mean()
-    return fisher + DAMPING * mean * torch.eye(
-        len(fisher), dtype=fisher.dtype, device=fisher.device
-    )
 
 
 def plain_svd(weight: Tensor, rank: int) -> Tensor:

@@ -19,6 +19,8 @@ from lrc_cli.verify.behind import Behind
 STATISTICS_TOKENS = 2048
 """Tokens run together: as in the run, because labels and probes are drawn batch by batch."""
 PANEL = 256
+DAMPING = 1e-3
+"""Of F, as a share of its mean eigenvalue (docs/theory.md)."""
 HELD_BYTES = 1 << 30
 """Differences W - Z are held in float32 if all of them together take no more."""
 
@@ -164,7 +166,7 @@ def measure_inputs(
     loss: Loss | None,
     seed: int,
     advance: Callable[[int], None],
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
+) -> tuple[dict[str, Moments], dict[str, Tensor]]:
     """One pass of the dense network over the calibration data; errors are added to `layers`.
 
     Args:
@@ -172,10 +174,11 @@ def measure_inputs(
         graded: those whose output gradients are wanted; needs `loss`.
 
     Returns:
-        Moments of inputs by group, and of output gradients by layer.
+        Moments of inputs by group, and F (m, m) float64, damped, by layer.
     """
     inputs: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
+    num_tokens = 0
     by_name = {checked.layer.name: checked for checked in layers}
     wanted = {checked.layer.name for checked in graded}
     mask: Tensor | None = None
@@ -205,8 +208,27 @@ def measure_inputs(
         for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
             mask = batch.get("attention_mask")
             _run(network, batch, loss, masking, drawing(seed, index))
+            num_tokens += _num_tokens(batch) * (1 if loss is None else num_scalars(loss))
             advance(len(next(iter(batch.values()))))
-    return inputs, {name: sums for name, sums in gradients.items() if sums.count}
+    reached = {name: sums for name, sums in gradients.items() if sums.count}
+    return inputs, {name: damped(sums, num_tokens) for name, sums in reached.items()}
+
+
+def damped(gradients: Moments, num_tokens: int) -> Tensor:
+    """F (m, m) float64 with its damping: a sum over a layer's rows, per token of the data."""
+    fisher = gradients.gram() * (gradients.count / num_tokens)
+    identity = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
+    return fisher + DAMPING * fisher.diagonal().mean() * identity
+
+
+def _num_tokens(batch: Batch) -> int:
+    """Tokens of a decoder, else of the input, that are not padding; without any, sequences."""
+    for prefix in ("decoder_", ""):
+        ids = batch.get(f"{prefix}input_ids")
+        if ids is not None:
+            mask = batch.get(f"{prefix}attention_mask", torch.ones_like(ids))
+            return int(mask.count_nonzero())
+    return len(next(iter(batch.values())))
 
 
 def real_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:

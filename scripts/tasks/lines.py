@@ -33,7 +33,7 @@ from tasks.common import (
 
 SHARE = 0.7
 """Of Wikipedia's text, whole articles, whose lines are calibrated on."""
-CALIBRATED, TESTED = 128, 700
+CALIBRATED, TESTED = 128, 2500
 CHARACTERS = 24
 """Of a line, at most."""
 WIDTH = 640

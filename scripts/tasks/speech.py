@@ -32,7 +32,7 @@ from tasks.common import (
 SHARE = 0.7
 """Of Wikipedia's text, whole articles, whose sentences are calibrated on."""
 RATE = 16000
-RECORDINGS, SECONDS = 64, 26
+RECORDINGS, SECONDS = 128, 26
 """To calibrate on: several sentences each, together shorter than SECONDS."""
 VOICES = {"calibration": ("en-us+m1", "en-us+f1"), "test": ("en-us+m3", "en-us+f2")}
 RISE = 0.03
