@@ -36,7 +36,7 @@ def largest_volumes(basis: Tensor, block: int) -> list[int]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spread", [0, -4])
+@pytest.mark.parametrize("spread", [0, -2])
 @pytest.mark.parametrize(("num_rows", "rank", "block"), [(48, 24, 4), (64, 8, 8), (40, 36, 2)])
 def test_the_start_is_greedy_by_volume(
     num_rows: int, rank: int, block: int, spread: float, device: str, monkeypatch: MonkeyPatch
