@@ -161,7 +161,8 @@ class Compression:
     max_layer_error: Fraction | None = None
     """Target: the largest relative error of any layer's output on calibration data."""
     max_loss_increase: Positive | None = None
-    """Target: predicted increase of the loss per token (ranks before rounding); for curvature."""
+    """Target: predicted increase of the loss per token, or per sequence of data without tokens
+    (ranks before rounding); for curvature."""
     threshold: Fraction | None = None
     """Target: singular values to cut, as a share of each layer's largest; for nuclear."""
     size_of: Literal["compressible", "checkpoint"] = "compressible"
