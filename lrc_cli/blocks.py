@@ -72,15 +72,16 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def hidden_output(output: Any) -> torch.Tensor | None:
-    """The hidden states in a block's output; None where it returns other tensors besides."""
-    found = list(_tensors(output))
-    return found[0] if len(found) == 1 and isinstance(output, torch.Tensor | tuple) else None
+    """The hidden states in a block's output: itself, or the first item of a tuple; else None."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, torch.Tensor) else None
 
 
 def with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return hidden
-    return tuple(hidden if isinstance(item, torch.Tensor) else item for item in output)
+    # Whoever reads another tensor of it (attention weights, say) does not get one: see find_chain.
+    return hidden, *(None if list(_tensors(item)) else item for item in output[1:])
 
 
 @contextmanager
@@ -119,7 +120,8 @@ def find_chain(network: Network, batch: Batch) -> Chain:
 
     They do if in one pass each is called once, in order, on exactly what the one before returned;
     if their other inputs do not depend on what the blocks compute; and if nothing but the last
-    block's output reaches the network's output.
+    block's hidden states, which are all or the first item of what it returns, reaches the network's
+    output.
 
     Args:
         batch: a micro-batch to try it on.
@@ -140,8 +142,11 @@ def find_chain(network: Network, batch: Batch) -> Chain:
         return Chain()
     chain = Chain(names=names, shape=called[-1].output)
     entered: dict[str, Call] = {}
-    with patched(network.module, passing(chain, entered, hidden[-1])):
-        again = _run(network, batch)
+    try:
+        with patched(network.module, passing(chain, entered, hidden[-1])):
+            again = _run(network, batch)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return Chain()  # the network reads what blocks return beside the hidden states
     same_inputs = all(
         _equal(call.others(), entered[name].others()) if name in entered else False
         for name, call in calls

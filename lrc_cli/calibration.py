@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lrc_cli.checkpoint.headers import tensor_bytes
+from lrc_cli.data.decoder import told_apart
 from lrc_cli.data.folders import read_folder
 from lrc_cli.data.kinds import (
     KNOWN,
@@ -201,7 +202,7 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
     if not chosen:
         return None
     file.taken += [(start, start + width) for start in chosen]
-    inputs = file.data.take(chosen, width)
+    inputs = told_apart(file.data.take(chosen, width))
     return Sequences(name=purpose.name, inputs=inputs, population=len(starts), sha256=_hash(inputs))
 
 

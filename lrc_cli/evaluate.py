@@ -11,7 +11,16 @@ from torch.nn import functional
 from lrc_cli.blocks import Segment, find_chain
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare, unpadded
+from lrc_cli.losses import (
+    UNSCORED,
+    Loss,
+    Masks,
+    choose_loss,
+    floating_outputs,
+    masks_of,
+    prepare,
+    unpadded,
+)
 from lrc_cli.models import Network
 from lrc_cli.processes import ALONE, Processes
 from lrc_cli.statistics import micro_batch
@@ -89,18 +98,16 @@ def compare(
             inputs, labels = prepared[index]
             outputs = pair.run(segment, index)
             if outputs is not None:
-                _add(sums, *outputs, labels, inputs.get("attention_mask"))
+                _add(sums, *outputs, labels, masks_of(inputs))
             advance(len(sequences) / len(own) / len(names))
     parts = map(astuple, processes.gather(sums))
     total = _Sums(*map(sum, zip(*parts, strict=True)))
     return {"num_sequences": len(sequences), **_result(total, loss)}
 
 
-def _add(
-    sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None, mask: torch.Tensor | None
-) -> None:
+def _add(sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None, masks: Masks) -> None:
     if labels is None:
-        first, second = (unpadded(floating_outputs(x)[0].float(), mask) for x in (old, new))
+        first, second = (unpadded(floating_outputs(x)[0].float(), masks) for x in (old, new))
         sums.difference += (second - first).double().square().sum().item()
         sums.energy += first.double().square().sum().item()
         if getattr(old, "logits", None) is not None and first.shape[-1] > 1:

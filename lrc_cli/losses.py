@@ -24,6 +24,8 @@ MASKED_SHARE = 0.15
 CAUSAL_LEAK = 1e-5
 """A change of earlier logits below this share is rounding, not a look ahead."""
 
+Masks = tuple[torch.Tensor, ...]
+
 UNSCORED = -100
 """The label of a position that is not scored."""
 
@@ -178,7 +180,7 @@ def backward_scalars(
     outputs: Any,
     labels: torch.Tensor | None,
     generator: torch.Generator,
-    mask: torch.Tensor | None = None,
+    masks: Masks = (),
 ) -> Iterator[torch.Tensor]:
     """Scalars whose gradients g have E[g g^T] = the curvature wanted, one per probe.
 
@@ -187,7 +189,7 @@ def backward_scalars(
 
     Args:
         labels: of `prepare`.
-        mask: (sequences, tokens), true where a token is real; None: all are.
+        masks: of `masks_of`.
     """
     if labels is not None:
         # Indexing the scored rows would copy the logits, and their gradient, once more.
@@ -195,12 +197,12 @@ def backward_scalars(
         labels = labels.flatten().to(logits.device)
         yield functional.cross_entropy(logits, labels, reduction="sum", ignore_index=UNSCORED)
     elif loss.kind == "sampled":
-        logits = unpadded(floating_outputs(outputs)[0].float(), mask)
+        logits = unpadded(floating_outputs(outputs)[0].float(), masks)
         flat = logits.reshape(-1, logits.shape[-1])
         drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
         yield functional.cross_entropy(flat, drawn[:, 0].to(flat.device), reduction="sum")
     else:
-        tensors = [unpadded(tensor, mask) for tensor in floating_outputs(outputs)]
+        tensors = [unpadded(tensor, masks) for tensor in floating_outputs(outputs)]
         for _ in range(NUM_PROBES):
             yield sum(
                 ((tensor * _signs(tensor, generator)).sum() for tensor in tensors),
@@ -218,22 +220,25 @@ def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return signs.to(tensor.device, tensor.dtype)
 
 
-def unpadded(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def masks_of(batch: Batch) -> Masks:
+    """Which tokens are real: of the encoder or the only network, and of a decoder."""
+    return tuple(batch[name] for name in ("attention_mask", MASK) if name in batch)
+
+
+def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:
     """The entries of real tokens, (rows, ...), of a tensor that has one for every token.
 
     Any other tensor, with one entry per sequence for instance, is returned as it is.
 
     Args:
         tensor: (sequences, tokens, ...) or, flattened by the model, (sequences * tokens, ...).
-        mask: (sequences, tokens), true where a token is real; None: all are.
+        masks: (sequences, tokens) each, true where a token is real; the first that fits counts.
     """
-    if mask is None:
-        return tensor
-    real = mask.to(tensor.device, torch.bool)
-    if tensor.ndim > 2 and tensor.shape[:2] == mask.shape:
-        return tensor[real]
-    if tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
-        return tensor[real.flatten()]
+    for mask in masks:
+        if tensor.ndim > 2 and tensor.shape[:2] == mask.shape:
+            return tensor[mask.to(tensor.device, torch.bool)]
+        if tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
+            return tensor[mask.to(tensor.device, torch.bool).flatten()]
     return tensor
 
 

@@ -1,6 +1,5 @@
 """Tensors between two segments: in private memory up to a limit, beyond it in files."""
 
-import mmap
 import tempfile
 import weakref
 from pathlib import Path
@@ -46,13 +45,14 @@ class HostMemory:
 
     def _in_file(self, tensor: torch.Tensor) -> torch.Tensor:
         try:
-            with tempfile.TemporaryFile(dir=self.directory) as file:
+            with tempfile.NamedTemporaryFile(dir=self.directory) as file:
                 file.write(tensor_bytes(tensor.cpu()))
                 file.flush()
-                pages = mmap.mmap(file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY)
+                # Python's mmap would keep a descriptor for each, of which there are 1024.
+                mapped = torch.from_file(file.name, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             raise RunError(
                 f"{self.directory}: activations cannot be written ({error.strerror})",
                 "make room on the disk, or raise runtime.memory_limit",
             ) from error
-        return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+        return mapped.view(tensor.shape)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from lrc_cli.calibration import Batch
 from lrc_cli.evaluate import LARGEST_RATIO
-from lrc_cli.losses import UNSCORED, floating_outputs, unpadded
+from lrc_cli.losses import UNSCORED, floating_outputs, masks_of, unpadded
 
 
 def ratio(error: Tensor, energy: Tensor) -> Tensor:
@@ -25,14 +25,17 @@ def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:
         batch: the inputs; `attention_mask` tells which tokens are real.
     """
     num_sequences = len(next(iter(batch.values())))
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if rows.ndim == 1 and tokens is not None and len(rows) == tokens.numel():
-        rows = rows.view(tokens.shape)
+    ids = batch.get("input_ids")
+    for tokens in masks_of(batch) or (() if ids is None else (ids,)):
+        if rows.ndim == 1 and len(rows) == tokens.numel():
+            rows = rows.view(tokens.shape)
     if rows.ndim == 0 or len(rows) != num_sequences:
         return None
-    mask = batch.get("attention_mask")
-    if mask is not None and rows.shape[:2] == mask.shape:
-        rows = rows * mask.to(rows.device).bool().view(*mask.shape, *[1] * (rows.ndim - 2))
+    for mask in masks_of(batch):
+        if rows.shape[:2] == mask.shape:
+            real = mask.to(rows.device).bool().view(*mask.shape, *[1] * (rows.ndim - 2))
+            rows = rows * real
+            break
     return rows.flatten(1).sum(dim=1) if rows.ndim > 1 else rows
 
 
@@ -68,9 +71,8 @@ def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
     found = {"relative_output_error": ratios}
     if getattr(old, "logits", None) is None or first.shape[-1] < 2:
         return found
-    mask = batch.get("attention_mask")
     for index in range(len(ratios)):
-        own = None if mask is None else mask[index : index + 1]
+        own = tuple(mask[index : index + 1] for mask in masks_of(batch))
         sides = (unpadded(x[index : index + 1], own).flatten(0, -2) for x in (first, second))
         for name, value in _predictions(*sides).items():
             found.setdefault(name, []).append(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.applied import not_applied
 from lrc_cli.bias import check_bias, gained_bytes
 from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
@@ -132,7 +133,6 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
     )
     layers, skipped = find_layers(module, source, config.compression)
-    solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
     check_layers(config, layers)
     if config.compression.center:
         check_bias(module, source, layers)
@@ -147,9 +147,17 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     probe(network, sequences)
-    solvers = with_relu_where_followed(
-        solvers, network, layers, next(sequences[CALIBRATION].batches(1))
-    )
+    one = next(sequences[CALIBRATION].batches(1))
+    reasons = not_applied(network, layers, one)
+    skipped += [
+        Skipped(name=x.keys.weight, reason=reasons[x.name], num_bytes=x.num_bytes)
+        for x in layers
+        if x.name in reasons
+    ]
+    layers = [layer for layer in layers if layer.name not in reasons]
+    check_layers(config, layers)
+    solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
+    solvers = with_relu_where_followed(solvers, network, layers, one)
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )

@@ -57,7 +57,7 @@ class Mappings:
             # The list, this name and the argument: a tensor on it would be a fourth reference.
             if sys.getrefcount(pages) == 3:
                 return pages
-        mappings.append(mmap.mmap(-1, num_bytes))
+        mappings.append(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return mappings[-1]
 
 

@@ -18,7 +18,7 @@ from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
 from lrc_cli.errors import InputError
 from lrc_cli.fit import Fitted, Request, fit_layer
-from lrc_cli.losses import floating_outputs, unpadded
+from lrc_cli.losses import Masks, floating_outputs, masks_of, unpadded
 from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.statistics import micro_batch
 
@@ -116,16 +116,16 @@ def read_inputs(
     a view of a file without a name in `directory`, which goes with them: 4 T n bytes on the disk,
     whose pages are read as they are needed.
     """
-    mask: torch.Tensor | None = None
+    masks: Masks = ()
     with tempfile.NamedTemporaryFile(dir=directory, prefix="inputs-") as file:
 
         def take(_: Layer, x: torch.Tensor, __: torch.Tensor) -> None:
-            rows = unpadded(x, mask).reshape(-1, x.shape[-1]).float()
+            rows = unpadded(x, masks).reshape(-1, x.shape[-1]).float()
             file.write(tensor_bytes(rows.cpu()))
 
         with torch.no_grad(), hooked(network, [layer], take):
             for batch in sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)):
-                mask = batch.get("attention_mask")
+                masks = masks_of(batch)
                 network(batch)
         file.flush()
         size = file.tell() // torch.float32.itemsize

@@ -15,7 +15,7 @@ import torch
 
 from lrc_cli.calibration import Sequences
 from lrc_cli.errors import RunError
-from lrc_cli.losses import unpadded
+from lrc_cli.losses import Masks, unpadded
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.processes import Processes
 
@@ -197,25 +197,23 @@ class Moments:
         self.center = center
 
     @contextmanager
-    def watching(
-        self, network: Network, layers: Sequence[Layer], mask: torch.Tensor | None
-    ) -> Iterator[None]:
+    def watching(self, network: Network, layers: Sequence[Layer], masks: Masks) -> Iterator[None]:
         """Within it, what passes through `layers` is added, forwards and backwards.
 
         Args:
-            mask: (sequences, tokens), true where a token is real; None: all are.
+            masks: of the micro-batch that runs.
         """
 
         def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
             if self.leaders.get(layer.name) == layer.name:
-                _add(self.grams, layer.name, x.detach(), mask, center=self.center)
+                _add(self.grams, layer.name, x.detach(), masks, center=self.center)
             if layer.name not in self.graded or not torch.is_grad_enabled():
                 return None
             if not y.requires_grad:
                 # Parameters are frozen, so gradients begin here; a clone, because a leaf may not
                 # be changed in place by what follows.
                 y = y.requires_grad_().clone()
-            y.register_hook(lambda gradient: _add(self.fishers, layer.name, gradient, mask))
+            y.register_hook(lambda gradient: _add(self.fishers, layer.name, gradient, masks))
             return y
 
         with hooked(network, layers, after_layer):
@@ -254,11 +252,11 @@ def _add(
     sums: dict[str, GramSum],
     name: str,
     tensor: torch.Tensor,
-    mask: torch.Tensor | None,
+    masks: Masks,
     *,
     center: bool = False,
 ) -> None:
-    rows = unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
+    rows = unpadded(tensor, masks).reshape(-1, tensor.shape[-1])
     if name not in sums:
         sums[name] = GramSum(tensor.shape[-1], tensor.device, center=center)
     sums[name].add(rows)

@@ -16,7 +16,7 @@ from lrc_cli.errors import RunError
 from lrc_cli.experts import is_expert
 from lrc_cli.layers import TiedHead, replace_modules
 from lrc_cli.layouts import TABLE
-from lrc_cli.losses import unpadded
+from lrc_cli.losses import masks_of, unpadded
 from lrc_cli.models import Layer, Network, make_network, open_module
 from lrc_cli.plan import Plan
 from lrc_cli.precision import DTYPES, cast_on_read
@@ -84,6 +84,7 @@ class Streams(Pair):
         batches: this process's micro-batches of model inputs.
         num_held_back: how many of the last micro-batches nothing is fitted to.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
+        hold: the same of the factors of all layers that are fitted.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Streams(Pair):
         batches: Sequence[Batch],
         num_held_back: int = 0,
         keep: Keep = torch.Tensor.detach,
+        hold: Keep = torch.Tensor.clone,
     ) -> None:
         super().__init__(plan.network, _open_again(plan), chain, batches, keep)
-        self.plan, self.batches = plan, batches
+        self.plan, self.batches, self.hold = plan, batches, hold
         self.num_fitted = len(batches) - num_held_back
 
     def install(self, layer: Layer, tensors: Tensors) -> None:
@@ -104,9 +106,9 @@ class Streams(Pair):
         Args:
             tensors: as written, by their disk names; without the layer's, it stays dense.
         """
-        # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and
-        # a resumed run reads from a file what this one computed.
-        own = {part: tensors[k].clone() for part, k in layer.keys.all.items() if k in tensors}
+        # Copies, each at the start of a page: how a matrix product rounds may depend on where in
+        # memory a tensor begins, and a resumed run reads from a file what this one computed.
+        own = {part: self.hold(tensors[k]) for part, k in layer.keys.all.items() if k in tensors}
         if not own:
             return
         bias = layer.bias(self.plan.source)
@@ -158,9 +160,9 @@ class Streams(Pair):
             counts.add(x[..., 0].numel() / len(next(iter(batch.values()))))
             if len(counts) > 1:
                 break
-            mask = batch.get("attention_mask")
+            masks = masks_of(batch)
             sums = fitted if index < self.num_fitted else held
-            sums.add(*(unpadded(t, mask).reshape(-1, t.shape[-1]) for t in (x, compressed)))
+            sums.add(*(unpadded(t, masks).reshape(-1, t.shape[-1]) for t in (x, compressed)))
             step()
         everywhere = set().union(*self.plan.processes.gather(counts))
         if None in everywhere or len(everywhere) > 1:

@@ -24,9 +24,11 @@ from lrc_cli.calibration import Batch
 from lrc_cli.errors import RunError
 from lrc_cli.losses import (
     Loss,
+    Masks,
     backward_scalars,
     count_tokens,
     drawing,
+    masks_of,
     num_scalars,
     prepare,
     unpadded,
@@ -183,11 +185,11 @@ class Sweep:
         stores = number + 1 in self.forward or number + 1 >= self.first_graded
         moments = self._moments(segment)
         for index in self.own:
-            mask = self.walk.batches[index].get("attention_mask")
-            with moments.watching(self.job.network, segment.layers if measures else [], mask):
+            masks = masks_of(self.walk.batches[index])
+            with moments.watching(self.job.network, segment.layers if measures else [], masks):
                 output = self.walk.run(segment, index)
             if following:
-                _check_output(segment, output, mask)
+                _check_output(segment, output, masks)
             self.walk.pass_on(segment, index, output)
             for reader in following if stores else ():
                 hidden = {"hidden": self.walk.hidden[index]}
@@ -236,11 +238,11 @@ class Sweep:
         loss, network = self.job.loss, self.job.network
         below: Tensors = {}
         assert loss is not None
-        mask = self.walk.batches[index].get("attention_mask")
+        masks = masks_of(self.walk.batches[index])
         with (
             torch.enable_grad(),  # whatever the caller has set
             recast_in_backward(network.casts),
-            moments.watching(network, segment.layers, mask),
+            moments.watching(network, segment.layers, masks),
         ):
             # A clone, because a leaf may not be changed in place.
             given = None if hidden is None else hidden.clone()
@@ -262,9 +264,9 @@ class Sweep:
         """Where the backward passes begin, one for every probe, and the gradient there."""
         assert self.job.loss is not None
         if segment.name in (TAIL, WHOLE):
-            mask, labels = self.walk.batches[index].get("attention_mask"), self.labels[index]
+            masks, labels = masks_of(self.walk.batches[index]), self.labels[index]
             generator = drawing(self.job.seed, index)
-            for scalar in backward_scalars(self.job.loss, output, labels, generator, mask):
+            for scalar in backward_scalars(self.job.loss, output, labels, generator, masks):
                 yield scalar, torch.ones_like(scalar)
             return
         for probe in range(num_scalars(self.job.loss)):
@@ -280,8 +282,8 @@ def _num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_output(segment: Segment, output: torch.Tensor, mask: torch.Tensor | None) -> None:
-    if not bool(torch.isfinite(unpadded(output, mask)).all()):
+def _check_output(segment: Segment, output: torch.Tensor, masks: Masks) -> None:
+    if not bool(torch.isfinite(unpadded(output, masks)).all()):
         raise RunError(
             f"{segment.name}: NaN or infinity in its outputs on the calibration data",
             "set runtime.dtype: float32, or look for a damaged weight in it",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lrc_cli.blocks import (
     HEAD,
@@ -96,7 +96,7 @@ class Walk:
         if segment.name == TAIL:
             with patched(self.network.module, passing(self.chain, {}, hidden)):
                 return self.network(batch)
-        args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
+        args, kwargs = tree_map(self._present, self._calls[index][segment.name].with_hidden(hidden))
         return hidden_output(self.network.module.get_submodule(segment.name)(*args, **kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:
@@ -118,8 +118,40 @@ class Walk:
         first = entered[self.chain.names[0]].hidden
         assert first is not None
         if not torch.is_grad_enabled():
-            self._calls[index] = _reusing(entered, self._calls.get(index - 1, {}))
+            self._calls[index] = self._reusing(entered, self._calls.get(index - 1, {}))
         return first
+
+    def _present(self, value: Any) -> Any:
+        """A tensor that was kept, back on the network's device."""
+        return value.to(self.network.device) if isinstance(value, torch.Tensor) else value
+
+    def _reusing(self, calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:
+        """The calls without their hidden states, kept as these are; equal tensors of `earlier` ones
+        in place of their own.
+
+        Masks and positions are mostly the same in every micro-batch, and then held once.
+        """
+        known: dict[int, torch.Tensor] = {}
+
+        def shared(new: Any, old: Any) -> Any:
+            if not isinstance(new, torch.Tensor):
+                return new
+            if id(new) not in known:
+                # A view that repeats a smaller tensor would be written out by `keep`.
+                repeats = new.untyped_storage().nbytes() < new.nbytes
+                own = new if repeats else self.keep(new)
+                known[id(new)] = old if _is_same(new, old) else own
+            return known[id(new)]
+
+        slim: dict[str, Call] = {}
+        for name, call in calls.items():
+            leaves, form = tree_flatten(call.with_hidden(None))
+            others: list[Any] = [None] * len(leaves)
+            if name in earlier:
+                found, other_form = tree_flatten((earlier[name].args, earlier[name].kwargs))
+                others = found if form == other_form else others
+            slim[name] = Call(*tree_unflatten(list(map(shared, leaves, others)), form))
+        return slim
 
     def advance(self, segment: Segment) -> None:
         """Pass a segment: its outputs become the next one's inputs."""
@@ -168,27 +200,7 @@ class Pair:
         return (outputs[0], outputs[1]) if segment.name in (TAIL, WHOLE) else None
 
 
-def _reusing(calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:
-    """The calls without their hidden states, equal tensors of `earlier` ones in place of their own.
-
-    Masks and positions are mostly the same in every micro-batch, and then held once.
-    """
-    known: dict[int, torch.Tensor] = {}
-
-    def shared(new: Any, old: Any) -> Any:
-        if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
-            return new
-        if id(new) not in known:
-            same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
-            known[id(new)] = old if same else new
-        return known[id(new)]
-
-    slim: dict[str, Call] = {}
-    for name, call in calls.items():
-        leaves, form = tree_flatten(call.with_hidden(None))
-        if name in earlier:
-            others, other_form = tree_flatten((earlier[name].args, earlier[name].kwargs))
-            if form == other_form:
-                leaves = list(map(shared, leaves, others))
-        slim[name] = Call(*tree_unflatten(leaves, form))
-    return slim
+def _is_same(new: torch.Tensor, old: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+        return False
+    return torch.equal(new, old.to(new.device))

@@ -103,25 +103,26 @@ def by_autograd(
     for index, (given, labels) in enumerate(prepared):
         generator = drawing(SEED, index)
         mask = given.get("attention_mask")
+        masks = () if mask is None else (mask,)
         outputs: list[tuple[Layer, Tensor]] = []
 
-        def watch(layer: Layer, mask: Tensor | None, outputs: list[tuple[Layer, Tensor]]) -> Any:
+        def watch(layer: Layer, masks: Any, outputs: list[tuple[Layer, Tensor]]) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
                 x = layer.layout.inputs(arguments[0].detach())
-                rows[layer.name].append(unpadded(x, mask).reshape(-1, x.shape[-1]))
+                rows[layer.name].append(unpadded(x, masks).reshape(-1, x.shape[-1]))
                 outputs.append((layer, output.requires_grad_().clone()))
                 return outputs[-1][1]
 
             return network.module.get_submodule(layer.name).register_forward_hook(hook)
 
-        handles = [watch(layer, mask, outputs) for layer in layers]
+        handles = [watch(layer, masks, outputs) for layer in layers]
         found = network(given)
         for handle in handles:
             handle.remove()
-        for scalar in backward_scalars(loss, found, labels, generator, mask):
+        for scalar in backward_scalars(loss, found, labels, generator, masks):
             wanted = torch.autograd.grad(scalar, [y for _, y in outputs], retain_graph=True)
             for (layer, _), gradient in zip(outputs, wanted, strict=True):
-                g = unpadded(layer.layout.outputs(gradient), mask)
+                g = unpadded(layer.layout.outputs(gradient), masks)
                 gradients[layer.name].append(g.reshape(-1, g.shape[-1]))
     return {n: outer(x) for n, x in rows.items()}, {n: outer(x) for n, x in gradients.items()}
 

@@ -397,7 +397,7 @@ def test_padded_positions_of_the_output_do_not_count() -> None:
     for kind in ("output", "sampled"):
         output = torch.randn(2, 3, 5, requires_grad=True)
         for scalar in backward_scalars(
-            Loss(kind=kind), output, None, torch.Generator().manual_seed(0), mask
+            Loss(kind=kind), output, None, torch.Generator().manual_seed(0), (mask,)
         ):
             scalar.backward(retain_graph=True)
         assert output.grad is not None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc_cli.data.kinds import Batch
+
 INPUT, MASK = "decoder_input_ids", "decoder_attention_mask"
 
 
@@ -44,6 +46,23 @@ class Decoder:
         ids = [row + [self.pad] * (longest - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         return torch.tensor(ids), torch.tensor(mask)
+
+
+def told_apart(inputs: Batch) -> Batch:
+    """An encoder's and a decoder's tokens in different numbers, where their padding differs.
+
+    A layer's rows tell by their number whose tokens they are. So a decoder that has as many as the
+    encoder is given one more, of padding.
+    """
+    ids, own = inputs.get("input_ids"), inputs.get(INPUT)
+    if ids is None or own is None or ids.shape != own.shape:
+        return inputs
+    masks = [inputs.get(name, torch.ones_like(ids)) for name in ("attention_mask", MASK)]
+    if torch.equal(masks[0].bool(), masks[1].bool()):
+        return inputs
+    longer = torch.cat([own, own[:, -1:]], dim=1)
+    mask = torch.cat([masks[1], torch.zeros_like(masks[1][:, :1])], dim=1)
+    return {**inputs, INPUT: longer, MASK: mask}
 
 
 def find_decoder(module: nn.Module) -> Decoder | None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.experts import is_expert
-from lrc_cli.losses import UNSCORED, Loss, floating_outputs, prepare
+from lrc_cli.losses import UNSCORED, Loss, floating_outputs, masks_of, prepare
 from lrc_cli.models import Layer, Network, watched
 from lrc_cli.verify.moments import batch_size
 
@@ -86,14 +86,17 @@ def _scores(old: Any, new: Any, labels: Tensor | None, batch: Batch) -> list[dic
 def _by_sequence(tensor: Tensor, batch: Batch) -> list[Tensor]:
     """The real entries of each sequence; one list entry of everything where it has no such axis."""
     count = len(next(iter(batch.values())))
-    mask = batch.get("attention_mask")
-    if mask is not None and tensor.ndim == 2 and len(tensor) == mask.numel() > count:
-        tensor = tensor.view(*mask.shape, -1)
+    masks = masks_of(batch)
+    for mask in masks:
+        if tensor.ndim == 2 and len(tensor) == mask.numel() > count:
+            tensor = tensor.view(*mask.shape, -1)
     if tensor.ndim == 0 or len(tensor) != count:
         return [tensor]
-    if mask is None or tensor.ndim < 3 or tensor.shape[:2] != mask.shape:
-        return list(tensor)
-    return [row[real.to(row.device).bool()] for row, real in zip(tensor, mask, strict=True)]
+    for mask in masks:
+        if tensor.ndim >= 3 and tensor.shape[:2] == mask.shape:
+            real = mask.to(tensor.device).bool()
+            return [row[own] for row, own in zip(tensor, real, strict=True)]
+    return list(tensor)
 
 
 def _token_sums(old: Tensor, new: Tensor, labels: Tensor) -> dict[str, float]:
@@ -256,7 +259,8 @@ def _called(network: Network, layer: Layer, x: Tensor) -> Tensor:
 
 def _unflattened(rows: Tensor, batch: Batch) -> Tensor:
     """(sequences, tokens, width) of rows that the model keeps as (sequences * tokens, width)."""
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if rows.ndim == 2 and tokens is not None and len(rows) == tokens.numel() > len(tokens):
-        return rows.view(*tokens.shape, -1)
+    ids = batch.get("input_ids")
+    for tokens in masks_of(batch) or (() if ids is None else (ids,)):
+        if rows.ndim == 2 and len(rows) == tokens.numel() > len(tokens):
+            return rows.view(*tokens.shape, -1)
     return rows

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.losses import Loss, backward_scalars, drawing, num_scalars, prepare, unpadded
+from lrc_cli.losses import (
+    Loss,
+    Masks,
+    backward_scalars,
+    drawing,
+    masks_of,
+    num_scalars,
+    prepare,
+    unpadded,
+)
 from lrc_cli.models import Layer, Network, hooked, watched
 from lrc_cli.precision import recast_in_backward
 from lrc_cli.verify.behind import Behind
@@ -181,12 +190,12 @@ def measure_inputs(
     num_tokens = 0
     by_name = {checked.layer.name: checked for checked in layers}
     wanted = {checked.layer.name for checked in graded}
-    mask: Tensor | None = None
+    masks: Masks = ()
 
     def after_layer(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
         if layer.name in by_name:
             checked = by_name[layer.name]
-            rows, outputs = (real_rows(tensor.detach(), mask) for tensor in (x, y))
+            rows, outputs = (real_rows(tensor.detach(), masks) for tensor in (x, y))
             checked.add_error(rows.float() @ checked.difference().T)
             checked.add_energy(rows, outputs)
             if checked.behind is not None:
@@ -199,14 +208,14 @@ def measure_inputs(
         if not y.requires_grad:
             y = y.requires_grad_().clone()
         sums = gradients.setdefault(layer.name, Moments())
-        y.register_hook(lambda gradient: sums.add(real_rows(gradient, mask)))
+        y.register_hook(lambda gradient: sums.add(real_rows(gradient, masks)))
         return y
 
     masking = torch.Generator().manual_seed(seed)
     hooks = {checked.layer.name: checked.layer for checked in (*layers, *graded)}
     with hooked(network, list(hooks.values()), after_layer):
         for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
-            mask = batch.get("attention_mask")
+            masks = masks_of(batch)
             _run(network, batch, loss, masking, drawing(seed, index))
             num_tokens += _num_tokens(batch) * (1 if loss is None else num_scalars(loss))
             advance(len(next(iter(batch.values()))))
@@ -231,9 +240,9 @@ def _num_tokens(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def real_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+def real_rows(tensor: Tensor, masks: Masks) -> Tensor:
     """The entries (t, width) of the tokens that are not padding."""
-    return unpadded(tensor, mask).reshape(-1, tensor.shape[-1])
+    return unpadded(tensor, masks).reshape(-1, tensor.shape[-1])
 
 
 def _run(
@@ -250,8 +259,8 @@ def _run(
     inputs, labels = prepare(loss, batch, masking)
     with torch.enable_grad(), recast_in_backward(network.casts):
         outputs, left = network(inputs), num_scalars(loss)
-        mask = batch.get("attention_mask")
-        for scalar in backward_scalars(loss, outputs, labels, generator, mask):
+        masks = masks_of(batch)
+        for scalar in backward_scalars(loss, outputs, labels, generator, masks):
             left -= 1
             if scalar.requires_grad:
                 scalar.backward(retain_graph=left > 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.calibration import Sequences
+from lrc_cli.losses import Masks, masks_of
 from lrc_cli.models import Layer, Network, hooked
 from lrc_cli.verify.moments import Checked, Moments, batch_size, real_rows
 
@@ -72,17 +73,17 @@ def measure_pairs(
     pairs: dict[str, PairMoments] = {}
     seen: dict[str, Tensor] = {}
     by_name = {checked.layer.name: checked for checked in layers}
-    mask: Tensor | None = None
+    masks: Masks = ()
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        checked, rows = by_name[layer.name], real_rows(x, mask)
+        checked, rows = by_name[layer.name], real_rows(x, masks)
         if checked.group == layer.name:
             seen[layer.name] = rows.clone()
         if errors:
-            checked.add_energy(rows, real_rows(y, mask))
+            checked.add_energy(rows, real_rows(y, masks))
 
     def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
-        checked, compressed = by_name[layer.name], real_rows(x, mask).float()
+        checked, compressed = by_name[layer.name], real_rows(x, masks).float()
         drift = seen[checked.group].float() - compressed
         if errors:
             rows = compressed @ checked.difference().T + drift @ checked.weight.float().T
@@ -93,7 +94,7 @@ def measure_pairs(
     own = [checked.layer for checked in layers]
     with torch.no_grad():
         for batch in sequences.batches(batch_size(sequences, PAIR_TOKENS)):
-            mask = batch.get("attention_mask")
+            masks = masks_of(batch)
             with hooked(before, own, in_dense):
                 before(batch)
             with hooked(after, own, in_compressed):
