@@ -26,6 +26,10 @@ from lrc_cli.options import (
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LESS_MEMORY = (
+    "ask `lrc plan` what it takes, and give shorter sequences, exclude the widest layers, or use a"
+    " device with more memory"
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -288,11 +292,21 @@ def run_command(command: Callable[..., Any]) -> int:
     except LrcError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        # torch's own class, which only those know who have imported it.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
+        return 1
     except OSError as error:
         # A full disk, a vanished file: the cause is the system's, the sentence ours.
         click.echo(f"error: {_describe(error)}", err=True)
         return 1
     return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no more can be had"])[0]
 
 
 def _describe(error: OSError) -> str:

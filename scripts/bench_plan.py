@@ -6,7 +6,8 @@ another size takes after it.
 .venv/bin/python scripts/bench_plan.py configs/demo.yaml --cpu-time
 
 On a machine that others use too, wall time says little: with --cpu-time all times are processor
-time, in the estimate and in the run.
+time, in the estimate and in the run. Exits with 1 if a total is more than 25 % off, or another size
+takes 20 % of the first one's time or more.
 """
 
 import argparse
@@ -25,6 +26,7 @@ CPU_TIME = (
 )
 NOT_COUNTED = ("evaluation", "selection", "certification")
 """Phases that reuse says nothing about."""
+OFF, LARGEST_SHARE = 0.25, 0.2
 
 
 def run(*arguments: str) -> tuple[Any, int]:
@@ -89,7 +91,7 @@ def main() -> None:
         report, memory = run("compress", *first)
         ended.set()
         watcher.join()
-        show(estimate, report["timing"], memory, disk[0], size_of(Path(folder) / "first"))
+        within = show(estimate, report["timing"], memory, disk[0], size_of(Path(folder) / "first"))
         other = [*common, "--set", f"compression.size={options.second}"]
         again, _ = run("compress", *other, "--output", f"{folder}/second")
     print(f"load average after: {os.getloadavg()[0]:.1f}")
@@ -99,6 +101,8 @@ def main() -> None:
         f"size {options.second:g} after it: {seconds[1]:.1f} s of {seconds[0]:.1f} s ({share:.1%})"
     )
     print("  " + ", ".join(f"{name} {value:.1f}" for name, value in again["timing"].items()))
+    if not (within and share < LARGEST_SHARE):
+        sys.exit(1)
 
 
 def counted(timing: dict[str, float]) -> float:
@@ -108,17 +112,22 @@ def counted(timing: dict[str, float]) -> float:
 
 def show(
     estimate: dict[str, Any], timing: dict[str, float], memory: int, disk: int, output: int
-) -> None:
-    """Estimate beside measured, and their ratio."""
+) -> bool:
+    """Estimate beside measured, and their ratio; whether all totals are within OFF."""
     print(f"\n{'':<22}{'estimated':>12}{'measured':>12}{'ratio':>8}")
     seconds = estimate["seconds"]
     for name in dict.fromkeys([*seconds, *timing]):
         row(f"{name}, s", seconds.get(name, 0.0), timing.get(name, 0.0))
-    row("total, s", sum(seconds.values()), sum(timing.values()))
-    row("private memory, MB", estimate["memory"]["peak"] / 1e6, memory / 1e6)
+    totals = [
+        ("total, s", sum(seconds.values()), sum(timing.values())),
+        ("private memory, MB", estimate["memory"]["peak"] / 1e6, memory / 1e6),
+    ]
     for place, measured in zip(estimate["disk"], (disk, output), strict=True):
-        row(f"{place['key']}, MB", place["needed"] / 1e6, measured / 1e6)
+        totals.append((f"{place['key']}, MB", place["needed"] / 1e6, measured / 1e6))
+    for name, estimated, found in totals:
+        row(name, estimated, found)
     sys.stdout.flush()
+    return all(abs(estimated / found - 1) <= OFF for _, estimated, found in totals)
 
 
 def row(name: str, estimated: float, measured: float) -> None:

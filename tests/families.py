@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from lrc_cli.applied import READ
+
 NUM_SEQUENCES = 24
 VOCABULARY = 64
 
@@ -237,6 +239,7 @@ FAMILIES: dict[str, Family] = {
         {
             "A_log": _parameter("MambaMixer"),
             "conv1d.weight": GROUPED,
+            "dt_proj.weight": READ,
         },
         TEXT,
     ),

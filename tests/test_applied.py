@@ -65,7 +65,7 @@ class Fast(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
-        self.head = nn.Linear(24, 8)
+        self.head = nn.Linear(24, 24)
 
     def forward(self, x):
         return self.head(self.layer(x.view(-1, 4, 24)).mean(1))

@@ -760,3 +760,26 @@ def test_what_lrc_did_not_write(command: str, tmp_path: Path, checkpoint: Models
         (tmp_path / "file", ["is not a directory", "give the directory that lrc wrote"]),
     ):
         assert_one_sentence(pico.call(command, place, "-q"), 2, f"error: {place} ", *pieces)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")]
+)
+def test_no_memory_left_is_one_sentence_with_the_lever(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    assert run_command(fails) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (") and said.count("\n") == 1
+    assert "ask `lrc plan` what it takes" in said
+
+
+def test_an_error_of_ours_is_not_taken_for_want_of_memory() -> None:
+    def fails(**_: Any) -> None:
+        raise RuntimeError("a mistake in the code")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run_command(fails)

@@ -124,7 +124,8 @@ def test_saves_the_same_tensors_again(made: Get, name: str, tmp_path: Path) -> N
     assert all(torch.equal(first[key], second[key]) for key in first)
     again = model_class(family).from_pretrained(tmp_path)
     for a, b in zip(outputs(model, family.family), outputs(again, family.family), strict=True):
-        assert torch.equal(a, b)
+        # Not equal: how a product rounds may depend on where in a file its matrix begins.
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,6 +10,7 @@ import pytest
 from conftest import Models
 
 from lrc_cli.forecast import command
+from lrc_cli.forecast.clocks import group_limits
 from lrc_cli.work import WorkDirectory
 
 Changes = dict[str, Any]
@@ -165,3 +166,40 @@ def test_the_disk_is_what_a_run_then_fills(
     monkeypatch.setattr(WorkDirectory, "put", watched)
     assert pico.call("compress", job, "-q").code == 0
     assert 0.8 < needed["runtime.work_dir"] / peak[0] < 1.25
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "limits"),
+    [
+        (["0::/"], {"memory.max": "700"}, [700]),
+        (["0::/job/step"], {"memory.max": "max", "job/memory.max": "500"}, [500]),
+        (
+            ["0::/job/step"],
+            {"job/step/memory.max": "300", "job/memory.max": "500", "memory.max": "900"},
+            [300, 500, 900],
+        ),
+        (
+            ["7:cpu:/a", "4:memory:/slurm/job"],
+            {"memory/slurm/memory.limit_in_bytes": "400", "memory/slurm/job/memory.max": "1"},
+            [400],
+        ),
+        (["0::/elsewhere"], {}, []),
+    ],
+)
+def test_memory_limits_of_control_groups_are_found(
+    lines: list[str], files: dict[str, str], limits: list[int], tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert list(group_limits(lines, tmp_path)) == limits
+
+
+def test_a_network_that_runs_whole_is_said_to(
+    plain_folder: pico.PlainFolder, tmp_path: Path
+) -> None:
+    config = pico.job(tmp_path, plain_folder.model("attention"))
+    ended = pico.call("compress", config, "--dry-run")
+    assert ended.code == 0 and "runs whole, not block by block: " in ended.out
+    ended = pico.call("compress", config, "--dry-run", "--json")
+    assert json.loads(ended.out)["runs_whole"]

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import media_helpers
 import pico
 import pytest
 import torch
 from conftest import Models
 from moments_helpers import SEED, Moments, assert_close, measured, opened, padded_tokens
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -411,3 +413,38 @@ def test_left_padding_is_neither_scored_nor_predicted_from() -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     _, labels = prepare(Loss(kind="next_token"), batch, torch.Generator())
     assert labels is not None and labels.tolist() == [[-100, -100, 6, -100]]
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_a_decoder_leaves_out_its_own_padding(tmp_path: Path, width: int) -> None:
+    """Also where it has as many tokens as the encoder, whose padding is elsewhere."""
+    media_helpers.write_model(tmp_path / "t5", "t5")
+    ids = torch.randint(4, 40, (16, 12), generator=torch.Generator().manual_seed(0))
+    mask, own = torch.ones_like(ids), torch.ones_like(ids[:, :width])
+    mask[:, 4:] = 0
+    own[:, width - 2 :] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    decoder = {"decoder_input_ids": ids[:, :width].clone(), "decoder_attention_mask": own}
+    save_file(inputs | decoder, tmp_path / "ids.safetensors")
+    changes = {
+        "model.path": str(tmp_path / "t5"),
+        "calibration.path": str(tmp_path / "ids.safetensors"),
+        "calibration.num_sequences": 16,
+        "compression.sequential": False,
+        "compression.allocation": "uniform",
+        "evaluation": None,
+        "runtime.work_dir": str(tmp_path / "work"),
+    }
+    output, _ = pico.compressed(tmp_path, changes)
+    tokens: dict[str, int] = {}
+    for file in (tmp_path / "work" / "statistics").rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            facts = json.loads(handle.metadata()["facts"])
+        tokens |= {name: seen["tokens"] for name, seen in facts["layers"].items()}
+    encoder, decoder_tokens = 16 * 4, 16 * (width - 2)
+    assert tokens["encoder.block.1.layer.0.SelfAttention.q"] == encoder
+    assert tokens["decoder.block.1.layer.1.EncDecAttention.k"] == encoder
+    assert tokens["decoder.block.1.layer.1.EncDecAttention.q"] == decoder_tokens
+    assert tokens["decoder.block.0.layer.2.DenseReluDense.wo"] == decoder_tokens
+    ended = pico.call("verify", output, "--against", tmp_path / "t5")
+    assert ended.code == 0, ended.out + ended.err

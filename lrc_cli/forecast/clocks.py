@@ -1,8 +1,9 @@
 """Instruments of the probe: time by step, time and size of files, private memory."""
 
+import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lrc_cli.work import Tensors, WorkDirectory
 
 SAMPLE_SECONDS = 0.005
+CGROUPS = Path("/sys/fs/cgroup")
 NUM_BATCHES = 3
 """Micro-batches that a probe runs; the first one warms up."""
 
@@ -111,10 +113,32 @@ class PrivateMemory:
 def available_bytes() -> int:
     """What this process may take altogether, what it has now included: of the machine's memory and
     its control group's."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    meminfo = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    limits = [private_bytes() + meminfo["MemAvailable"]]
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.exists() and group.read_text().strip() != "max":
-        limits.append(int(group.read_text()))
-    return min(limits)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = meminfo.read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    own = Path("/proc/self/cgroup")
+    groups = own.read_text().splitlines() if own.exists() else []
+    return min([private_bytes() + found["MemAvailable"], *group_limits(groups, CGROUPS)])
+
+
+def group_limits(groups: Sequence[str], root: Path) -> Iterator[int]:
+    """Bytes that a process's control groups allow it, and those that they lie in.
+
+    Args:
+        groups: the lines of /proc/self/cgroup: "0::/a/b", or "4:memory:/a/b" in version 1.
+        root: where control groups are mounted; of version 1 those of memory in `memory`.
+    """
+    for line in groups:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+        place = base / path.strip("/")
+        for folder in (place, *place.parents):
+            file = folder / name
+            if folder.is_relative_to(base) and file.is_file():
+                limit = file.read_text().strip()
+                if limit != "max":
+                    yield int(limit)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         factors, fitted = probe.run_factors(plan, ranks, kinds)
         if decision.used:
             factors += sequential_pieces(probe)
+            _add_streams(probe, granted_share(plan, ranks) * plan.compressible_bytes)
         if quality is None:
             quality, memory = run_quality(plan, fitted)
             probe.memory.append(memory)
@@ -152,6 +154,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     return {
         "checkpoint": str(first.source.path),
         "device": str(first.device),
+        "runs_whole": probe.whole,
         "layers": len(first.layers),
         "blocks": len(first.units),
         "work_dir": str(first.work_dir),
@@ -168,6 +171,16 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         ],
         "jobs": jobs,
     }
+
+
+def _add_streams(probe: Probe, factor_bytes: float) -> None:
+    """What sequential fitting holds: both networks' hidden states, in memory up to the limit, and
+    all factors in files."""
+    hidden, limit = 2 * probe.hidden_bytes, probe.plan.config.runtime.memory_bytes
+    kept = hidden if limit is None else min(hidden, limit)
+    largest = max((m for m in probe.memory if m.phase == "factors"), key=lambda m: m.measured)
+    probe.memory.append(replace(largest, kept=kept))
+    probe.spilled_bytes = max(probe.spilled_bytes, int(factor_bytes) + hidden - kept)
 
 
 def _check_memory(probe: Probe) -> None:

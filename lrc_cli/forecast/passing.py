@@ -31,6 +31,8 @@ def run_statistics(probe: Probe) -> None:
         ran = _Pass(probe, job)
         ran.run(store)
     probe.share = ran.share
+    probe.whole = None if job.chain.names else store.cut.reason
+    probe.hidden_bytes = int(ran.handed[INPUTS])
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
     probe.boundary_bytes = int(sum(ran.handed.values()))

@@ -59,6 +59,10 @@ class Probe:
     """What lies in files without a name while layers are solved, or networks run."""
     statistics_bytes: int = 0
     """Of the statistics that are missing."""
+    hidden_bytes: int = 0
+    """Of it, the hidden states of one network."""
+    whole: str | None = None
+    """Why the network runs whole, not block by block; None: it does not, or nothing was run."""
     share: float = 1.0
     """All micro-batches to those that were run."""
 

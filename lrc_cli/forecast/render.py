@@ -12,6 +12,11 @@ def render(found: Forecast) -> str:
     lines = [
         f"{found['checkpoint']}: {found['layers']} layers in {found['blocks']} units,"
         f" on {found['device']}",
+        *(
+            [f"runs whole, not block by block: {found['runs_whole']}"]
+            if found["runs_whole"]
+            else []
+        ),
         f"work directory: {found['work_dir']}",
         "",
         "estimated from a measured probe:",

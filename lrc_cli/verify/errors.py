@@ -53,11 +53,22 @@ class Form:
         values, vectors = torch.linalg.eigh(self.gram)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
+    @property
+    def _left(self) -> Tensor:
+        """L (m, m) with F = L^T L; F is 0 where no gradient ever came."""
+        assert self.fisher is not None
+        factor, info = torch.linalg.cholesky_ex(self.fisher)
+        if info.item() == 0:
+            lower: Tensor = factor.T
+            return lower
+        values, vectors = torch.linalg.eigh(self.fisher)
+        return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
     def tail(self, matrix: Tensor, rank: int) -> float:
         """The least error of a rank: the squares of the singular values beyond it."""
         side = matrix @ self.root
         if self.fisher is not None:
-            side = torch.linalg.cholesky(self.fisher).T @ side
+            side = self._left @ side
         singular = torch.linalg.svdvals(side)
         return self.half * singular[rank:].flip(0).square().sum().item()
 
