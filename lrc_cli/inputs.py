@@ -63,6 +63,11 @@ def _check_tokens(
             f"{name}: {mask_name} has shape {tuple(mask.shape)}, {ids_name} {tuple(ids.shape)}",
             "give one entry of the mask for every token",
         )
+    if mask is not None and not bool(mask.bool().any(dim=1).all()):
+        empty = int((~mask.bool().any(dim=1)).nonzero()[0])
+        raise InputError(
+            f"{name}: {mask_name} leaves nothing of sequence {empty}", "leave that sequence out"
+        )
     if isinstance(longest, int) and ids.shape[1] > longest:
         raise InputError(
             f"{name}: sequence_length {ids.shape[1]} exceeds the model's {longest} positions",

@@ -37,7 +37,7 @@ from lrc_cli.models import Layer, Network
 from lrc_cli.precision import recast_in_backward
 from lrc_cli.statistics import Moments
 from lrc_cli.walk import Keep, Walk
-from lrc_cli.work import GRADIENTS, INPUTS, Tensors, WorkDirectory
+from lrc_cli.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
 
 BACKWARD_COST = 3.0
 """Of a segment that is run again with gradients, and backwards, in forward runs of it."""
@@ -161,11 +161,12 @@ class Sweep:
         """
         if self.job.chain.names and (not self.forward or self.forward.start):
             self._enter()
-        for number in self.forward:
-            self._walk(number, advance)
-        self.walk.hidden.clear()
-        for number in self.backward:
-            self._return(number, advance)
+        with Background(self.work) as aside:
+            for number in self.forward:
+                self._walk(number, aside, advance)
+            self.walk.hidden.clear()
+            for number in self.backward:
+                self._return(number, aside, advance)
 
     def _enter(self) -> None:
         """Bring the walk to where an earlier run has come."""
@@ -177,7 +178,7 @@ class Sweep:
     def _input(self, segment: Segment, index: int) -> torch.Tensor:
         return self.work.get(f"{INPUTS}/{segment.name}", str(index))[0]["hidden"]
 
-    def _walk(self, number: int, advance: Callable[[float], None]) -> None:
+    def _walk(self, number: int, aside: Background, advance: Callable[[float], None]) -> None:
         """Run a segment forwards; measure it if no gradients are wanted of it."""
         segments, is_before = self.job.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
@@ -193,15 +194,16 @@ class Sweep:
             self.walk.pass_on(segment, index, output)
             for reader in following if stores else ():
                 hidden = {"hidden": self.walk.hidden[index]}
-                self.work.put(f"{INPUTS}/{reader.name}", str(index), hidden, {})
+                aside.put(f"{INPUTS}/{reader.name}", str(index), hidden, {})
             advance(self._cost(number) / len(self.own))
+        aside.flush()
         if measures:
             self.finish(segment, moments)
         if is_before:
             self.work.processes.wait()
             self._remove(INPUTS, segment)
 
-    def _return(self, number: int, advance: Callable[[float], None]) -> None:
+    def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> None:
         """Run a segment again with gradients, and backwards, and measure it."""
         segments, first = self.job.segments, self.first_graded
         segment, above = segments[number], segments[number + 1 : number + 2]
@@ -216,8 +218,9 @@ class Sweep:
                 gradients, _ = self.work.get(f"{GRADIENTS}/{follower.name}", str(index))
             below = self._back(segment, index, hidden, moments, gradients)
             if number > first:
-                self.work.put(f"{GRADIENTS}/{segment.name}", str(index), below, {})
+                aside.put(f"{GRADIENTS}/{segment.name}", str(index), below, {})
             advance(BACKWARD_COST * self._cost(number) / len(self.own))
+        aside.flush()
         if number in self.unfinished:
             self.finish(segment, moments)
         # Nobody's inputs go before the segment is stored: the next run would miss them.

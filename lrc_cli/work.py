@@ -15,7 +15,9 @@ decide what may be reused: *statistics* names the directory, *factors* a folder 
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -37,6 +39,8 @@ PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """On the way to the statistics: see sweep.py and gather.py. Deleted as soon as they are used."""
 SHARED = STATISTICS, SPECTRA, OUTPUT_SPECTRA, REFERENCES
 """What every size uses again."""
+MOST_WAITING = 2
+"""Units that wait to be stored in the background: they take memory."""
 LOG = "run.log"
 """What the runs in this directory have said."""
 
@@ -174,6 +178,40 @@ class WorkDirectory:
         for stage in stages:
             if (self.root / stage).exists():
                 shutil.rmtree(self.root / stage)
+
+
+class Background:
+    """Stores units in a work directory, one after the other, while the caller goes on.
+
+    Use as a context manager. Errors come out of the next call.
+    """
+
+    def __init__(self, work: WorkDirectory) -> None:
+        self.work = work
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+        """As WorkDirectory.put, soon; the tensors must stay as they are."""
+        while len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self.work.put, stage, unit, tensors, facts))
+
+    def flush(self) -> None:
+        """Return once everything is stored."""
+        while self._waiting:
+            self._waiting.popleft().result()
 
 
 def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -300,3 +300,24 @@ def test_two_networks_of_one_structure_share_the_chain(opened: Any, checkpoint: 
         for output, network in zip(outputs, (given.network, other), strict=True):
             assert torch.equal(output, network(given.batches[0]).logits)
     assert not torch.equal(*outputs)
+
+
+def test_what_blocks_are_given_beside_hidden_states_is_kept_as_these_are(opened: Any) -> None:
+    """Masks and positions of every micro-batch count towards runtime.memory_limit too."""
+    given, kept = opened("bert"), list[tuple[int, ...]]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor.detach().clone()
+
+    walk = Walk(given.network, given.chain, given.batches, keep)
+    for segment in given.segments:
+        outputs = [walk.run(segment, index) for index in range(3)]
+        walk.advance(segment)
+    hidden = [shape for shape in kept if len(shape) == 3]
+    assert len(hidden) == 3 * (len(given.segments) - 1)
+    assert len(kept) > len(hidden), "the masks of padded sequences"
+    with torch.no_grad():
+        for batch, output in zip(given.batches, outputs, strict=True):
+            for a, b in zip(*map(floating_outputs, (output, given.network(batch))), strict=True):
+                torch.testing.assert_close(a, b)

@@ -20,7 +20,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf  # noqa: F401 - registers the format
+from lrc_cli.cut import find_cut
+from lrc_cli.keys import Keys
 from lrc_cli.layers import low_rank_layers
+from lrc_cli.models import Layer, make_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +174,31 @@ def test_loading_without_the_plugin_fails(made: Get) -> None:
         [sys.executable, "-c", WITHOUT_PLUGIN, *paths], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:-1] == ["refused"] * len(paths), done.stdout[-2000:]
+
+
+RUN_WHOLE = {"t5", "bart", "whisper", "clip"}
+"""Two lists of blocks, on both of which the loss depends."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_list_of_blocks_is_measured_block_by_block(name: str) -> None:
+    """By the default method, whose gradients must come from block to block too."""
+    family = FAMILIES[name]
+    network = make_network(family.build(), device=torch.device("cpu"), dtype=None)
+    module = network.module
+    layers = [
+        Layer(
+            name=path,
+            kind="Linear",
+            shape=tuple(part.weight.shape),
+            dtype=part.weight.dtype,
+            keys=Keys(f"{path}.weight"),
+            unit="",
+        )
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    ]
+    batch = {key: tensor[:1] for key, tensor in family.inputs.items()}
+    cut = find_cut(network, layers, {layer.name for layer in layers}, batch)
+    assert bool(cut.chain.names) is (name not in RUN_WHOLE), cut.reason
+    assert bool(cut.reason) is (name in RUN_WHOLE)

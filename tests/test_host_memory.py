@@ -1,5 +1,6 @@
 """What lies between two segments: in memory up to a limit, in files beyond it."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,13 @@ def test_what_is_kept_may_be_written_to_and_follows_no_gradient(tmp_path: Path) 
 def test_a_missing_directory_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="activations cannot be written"):
         HostMemory(0, tmp_path / "gone").keep(torch.ones(4))
+
+
+def test_more_tensors_than_files_may_be_open_are_kept(tmp_path: Path) -> None:
+    memory, before = HostMemory(0, tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+    try:
+        kept = [memory.keep(torch.full((4,), i, dtype=torch.bfloat16)) for i in range(150)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [int(tensor[0]) for tensor in kept] == list(range(150))

@@ -21,7 +21,7 @@ from lrc_cli.config import load_config
 from lrc_cli.decision import decide
 from lrc_cli.engine import DENSE, SolveError
 from lrc_cli.errors import RunError
-from lrc_cli.layers import LowRankModule
+from lrc_cli.layers import LowRankModule, low_rank_layers
 from lrc_cli.models import hooked, make_network
 from lrc_cli.plan import Plan, make_plan
 from lrc_cli.streams import DriftSum, Streams
@@ -587,3 +587,25 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> N
     other = plan.layers[1]
     streams.install(other, {layer.keys.weight: weight[:8]})
     assert not isinstance(modules.get_submodule(other.name), LowRankModule)
+
+
+def test_factors_of_finished_layers_are_not_in_private_memory(
+    tmp_path: Path, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a deep network they would take as much as its checkpoint."""
+    streams: list[Streams] = []
+
+    def opened(*arguments: Any) -> Streams:
+        streams.append(Streams(*arguments))
+        return streams[-1]
+
+    monkeypatch.setattr(lrc_cli.sequential, "Streams", opened)
+    pico.compressed(tmp_path, job("llama", size=0.4))
+    modules = dict(low_rank_layers(streams[0].compressed.network.module))
+    tensors = [tensor for part in modules.values() for tensor in part.state_dict().values()]
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    files = [line.split() for line in mapped if str(tmp_path) in line]
+    spans = [tuple(int(x, 16) for x in span.split("-")) for span, *_ in files]
+    assert len(modules) >= 13
+    for tensor in tensors:
+        assert any(first <= tensor.data_ptr() < last for first, last in spans)

@@ -102,7 +102,7 @@ def _kind(record: Record, field: str) -> str:
     place, value = record
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and value and all(type(x) is int for x in value):
+    if isinstance(value, list) and value and all(type(x) is int and abs(x) < 2**63 for x in value):
         return "token ids"
     raise InputError(
         f"{place}: no text under the key {field!r}, nor token ids",
