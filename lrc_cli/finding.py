@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.config import Compression
+from lrc_cli.config import Compression, matches
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import Lookup, layout_of, linear_shape
 from lrc_cli.models import Layer, token_embedding
@@ -58,7 +58,8 @@ def find_layers(
                     unit=_unit(name, module),
                 )
             )
-    reasons = {layer.keys.weight: _left_out(layer, selection) for layer in able}
+    head = _head_name(module)
+    reasons = {layer.keys.weight: _left_out(layer, selection, head) for layer in able}
     layers = [layer for layer in able if reasons[layer.keys.weight] is None]
     taken = {layer.keys.weight for layer in layers}
     skipped = [
@@ -102,12 +103,23 @@ def _tied_to(
     return name if owners[id(part.weight)] == 2 else None
 
 
-def _left_out(layer: Layer, selection: Compression) -> str | None:
+def _head_name(module: nn.Module) -> str | None:
+    """The name of a transformers model's language-model head; None where it has none."""
+    getter = getattr(module, "get_output_embeddings", None)
+    head = None if getter is None else getter()
+    return next((name for name, part in module.named_modules() if part is head), None)
+
+
+def _left_out(layer: Layer, selection: Compression, head: str | None) -> str | None:
     """Why a layer that can be factorised is not to be; None: it is."""
     if (layer.tied_to or isinstance(layer.layout, Lookup)) and not selection.embeddings:
         return "an embedding, and compression.embeddings is false"
     # What is tied goes by the embedding's name, as on the disk.
     chosen = selection.selects(layer.tied_to or layer.name)
+    # A pattern for "lm_head" is one for the head, whatever the model calls it.
+    is_head = layer.name == head and layer.tied_to is None
+    if is_head and any(matches(pattern, "lm_head") for pattern in selection.exclude):
+        chosen = False
     return None if chosen else "left out by include and exclude"
 
 

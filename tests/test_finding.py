@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import save_file
 from torch import nn
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.finding import find_layers
+from lrc_cli.models import open_module
 
 
 class Many(nn.Module):
@@ -54,3 +57,15 @@ def test_every_tensor_that_stays_says_why(tmp_path: Path) -> None:
         "positions": "a parameter of Many, no layer's weight",
     }
     assert "scale" in {x.name for x in skipped if x.reason == "a vector"}
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("gpt-neox", "embed_out")])
+def test_the_head_is_left_out_by_any_name(family: str, head: str, tmp_path: Path) -> None:
+    FAMILIES[family].build().save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    module = open_module(source, factory=None)
+    by_default, skipped = find_layers(module, source, Compression(size=0.5))
+    every, _ = find_layers(module, source, Compression(size=0.5, exclude=()))
+    assert {x.name for x in every} - {x.name for x in by_default} == {head}
+    reasons = {x.name: x.reason for x in skipped}
+    assert reasons[f"{head}.weight"] == "left out by include and exclude"

@@ -85,6 +85,7 @@ def test_conversations_are_rendered_by_the_chat_template(
 RECORDS: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
     "mixed": (".jsonl", ["w1", [1, 2]], {}, r"jsonl:2: 'text' holds token ids, and text before"),
     "numbers": (".jsonl", [1.5], {}, "jsonl:1: no text under the key 'text', nor token ids"),
+    "huge": (".jsonl", [[2**63]], {}, "jsonl:1: no text under the key 'text', nor token ids"),
     "null": (".parquet", ["w1", None], {}, "record 2: no text under the key 'text'"),
     "chats": (".jsonl", CHATS, {}, "nor token ids; .* chat_template: true for conversations"),
     "no chats": (".jsonl", ["w1"], {"chat_template": True}, "no text under the key 'messages'"),

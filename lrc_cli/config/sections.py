@@ -186,7 +186,8 @@ class Compression:
     include: tuple[Pattern, ...] = ("*",)
     """Layers to compress: globs or "re:..." on whole module names."""
     exclude: tuple[Pattern, ...] = ("lm_head",)
-    """Layers to leave as they are, taken from those included."""
+    """Layers to leave as they are, taken from those included; `lm_head` is the language-model head,
+    whatever the model calls it."""
     embeddings: bool = False
     """Whether a transformers model's token embedding is compressed too, and a head tied to it."""
     layers: Mapping[Pattern, LayerOverride] = field(default_factory=dict)
