@@ -1,5 +1,6 @@
 """Which tensors are weights of layers, and the reasons of the others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,12 @@ def test_every_tensor_that_stays_says_why(tmp_path: Path) -> None:
     assert "scale" in {x.name for x in skipped if x.reason == "a vector"}
 
 
-@pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("gpt-neox", "embed_out")])
+@pytest.mark.parametrize(
+    ("family", "head"), [("llama", "lm_head"), ("bert-masked", "cls.predictions.decoder")]
+)
 def test_the_head_is_left_out_by_any_name(family: str, head: str, tmp_path: Path) -> None:
-    FAMILIES[family].build().save_pretrained(tmp_path)
+    untied = {**FAMILIES[family].settings, "tie_word_embeddings": False}
+    replace(FAMILIES[family], settings=untied).build().save_pretrained(tmp_path)
     source = open_source(tmp_path)
     module = open_module(source, factory=None)
     by_default, skipped = find_layers(module, source, Compression(size=0.5))
