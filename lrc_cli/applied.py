@@ -4,6 +4,7 @@ A class that derives from `nn.Linear` may compute something else, and a network 
 weight past the layer. Factors would change what comes out, and no error of the layer's would tell.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from lrc_cli.calibration import Batch
 from lrc_cli.layouts import Lookup
 from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, watched
+from lrc_cli.models import Layer, Network
 
 TOLERANCE = 0.03
 """Of ||y||: a hundred times float32's rounding, several times bfloat16's."""
 OTHER = "computes something else than a product with its weight"
 READ = "the network reads its weight past the layer"
+CALLED = "it is called with something beside its input, or with that by name"
 
 
 def not_applied(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
@@ -31,17 +33,31 @@ def not_applied(network: Network, layers: Sequence[Layer], batch: Batch) -> dict
     able = [x for x in layers if not isinstance(x.layout, Lookup) and x.tied_to is None]
     reasons: dict[str, str] = {}
 
-    def look(layer: Layer, x: Any, y: Any) -> None:
-        part = network.module.get_submodule(layer.name)
-        if not _is_product(layer, part, _weight(part, type(part)), x, y):
-            reasons[layer.name] = OTHER
+    def attach(layer: Layer) -> Any:
+        def look(part: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
+            if len(given) != 1 or named:
+                reasons[layer.name] = CALLED
+            elif not _is_product(layer, part, _weight(part, type(part)), given[0], y):
+                reasons[layer.name] = OTHER
 
-    with torch.no_grad(), watched(network, able, look):
-        outputs = network(batch)
+        part = network.module.get_submodule(layer.name)
+        return part.register_forward_hook(look, with_kwargs=True)
+
+    handles = [attach(layer) for layer in able]
+    try:
+        with torch.no_grad():
+            outputs = network(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     able = [layer for layer in able if layer.name not in reasons]
     if _is_finite(outputs) and _reads_past(network, able, batch):
-        past = [layer for layer in able if _reads_past(network, [layer], batch)]
-        reasons |= dict.fromkeys((layer.name for layer in past), READ)
+        # Those that have one place in blocks that are alike are used alike.
+        groups: dict[str, list[Layer]] = {}
+        for layer in able:
+            groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
+        past = [group for group in groups.values() if _reads_past(network, group, batch)]
+        reasons |= {layer.name: READ for group in past for layer in group}
     return reasons
 
 

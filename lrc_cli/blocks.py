@@ -145,6 +145,8 @@ def find_chain(network: Network, batch: Batch) -> Chain:
     try:
         with patched(network.module, passing(chain, entered, hidden[-1])):
             again = _run(network, batch)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return Chain()  # the network reads what blocks return beside the hidden states
     same_inputs = all(

@@ -293,8 +293,9 @@ def run_command(command: Callable[..., Any]) -> int:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
-        # torch's own class, which only those know who have imported it.
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        # On a GPU torch raises a class of its own, on a CPU none.
+        named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+        if not named and "DefaultCPUAllocator" not in str(error):
             raise
         click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
         return 1

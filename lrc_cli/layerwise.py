@@ -175,12 +175,12 @@ def solve_units(
 ) -> Iterator[tuple[str, dict[str, Result]]]:
     """What `solve` makes of every unit's layers, by layer name, unit by unit.
 
-    Where layers are solved side by side, the next unit's begin before this one's are stored.
+    Where layers are solved side by side, the next unit's begin before this one's are stored. How a
+    unit is solved does not depend on which others are: a resumed run must give the same bytes.
     """
     for workers, alike in groupby(units, key=lambda unit: num_workers(plan, plan.units[unit])):
         names = list(alike)
         groups = [plan.units[unit] for unit in names]
-        workers = max(min(workers, sum(map(len, groups))), 1)
         each = in_parallel(solve, groups, workers, cost=attrgetter("solve_cost"))
         for unit, layers, solved in zip(names, groups, each, strict=True):
             yield unit, {x.name: found for x, found in zip(layers, solved, strict=True)}

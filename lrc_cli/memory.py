@@ -2,12 +2,16 @@
 
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.errors import RunError
+
+ALIGNMENT = 64
+"""Bytes: as torch aligns tensors in memory, on which rounding may depend."""
 
 
 class HostMemory:
@@ -44,15 +48,34 @@ class HostMemory:
         self.held -= num_bytes
 
     def _in_file(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.hold({"": tensor})[""]
+
+    def hold(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same numbers in one file, whatever the limit.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        places: dict[str, int] = {}
         try:
-            with tempfile.NamedTemporaryFile(dir=self.directory) as file:
-                file.write(tensor_bytes(tensor.cpu()))
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                for name, tensor in tensors.items():
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                    places[name] = file.tell()
+                    file.write(tensor_bytes(tensor.cpu()))
                 file.flush()
                 # Python's mmap would keep a descriptor for each, of which there are 1024.
-                mapped = torch.from_file(file.name, size=tensor.numel(), dtype=tensor.dtype)
-        except OSError as error:
+                name, size = f"/dev/fd/{file.fileno()}", file.tell()
+                mapped = torch.from_file(name, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:  # torch's errors are of the second kind
+            why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise RunError(
-                f"{self.directory}: activations cannot be written ({error.strerror})",
+                f"{self.directory}: activations cannot be written ({why})",
                 "make room on the disk, or raise runtime.memory_limit",
             ) from error
-        return mapped.view(tensor.shape)
+        return {
+            name: mapped[start : start + tensors[name].nbytes]
+            .view(tensors[name].dtype)
+            .view(tensors[name].shape)
+            for name, start in places.items()
+        }

@@ -62,7 +62,7 @@ def factorize_sequentially(
     own = plan.processes.share(len(batches))
     own_held = sum(index >= len(batches) - len(held) for index in own)
     factors = HostMemory(0, work.root)  # those of a deep network are as large as its checkpoint
-    streams = Streams(plan, chain, [batches[i] for i in own], own_held, memory.keep, factors.keep)
+    streams = Streams(plan, chain, [batches[i] for i in own], own_held, memory.keep, factors.hold)
     fits = _Fits(plan, work, ranks, stage, streams, missing)
     todo = fits.start(segments)
     cost = sum(_segment_cost(plan, work, segment) for segment in todo)

@@ -76,6 +76,13 @@ class DriftSum:
         )
 
 
+Hold = Callable[[Tensors], Tensors]
+
+
+def _cloned(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 class Streams(Pair):
     """Both networks over the same micro-batches.
 
@@ -84,7 +91,7 @@ class Streams(Pair):
         batches: this process's micro-batches of model inputs.
         num_held_back: how many of the last micro-batches nothing is fitted to.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
-        hold: the same of the factors of all layers that are fitted.
+        hold: what becomes of a layer's factors; see `HostMemory.hold`.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class Streams(Pair):
         batches: Sequence[Batch],
         num_held_back: int = 0,
         keep: Keep = torch.Tensor.detach,
-        hold: Keep = torch.Tensor.clone,
+        hold: Hold = _cloned,
     ) -> None:
         super().__init__(plan.network, _open_again(plan), chain, batches, keep)
         self.plan, self.batches, self.hold = plan, batches, hold
@@ -106,11 +113,12 @@ class Streams(Pair):
         Args:
             tensors: as written, by their disk names; without the layer's, it stays dense.
         """
-        # Copies, each at the start of a page: how a matrix product rounds may depend on where in
-        # memory a tensor begins, and a resumed run reads from a file what this one computed.
-        own = {part: self.hold(tensors[k]) for part, k in layer.keys.all.items() if k in tensors}
+        own = {part: tensors[k] for part, k in layer.keys.all.items() if k in tensors}
         if not own:
             return
+        # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and a
+        # resumed run reads from a file what this one computed.
+        own = self.hold(own)
         bias = layer.bias(self.plan.source)
         if bias is not None and "bias" not in own:
             own["bias"] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lrc_cli.blocks import (
     HEAD,
@@ -96,7 +96,7 @@ class Walk:
         if segment.name == TAIL:
             with patched(self.network.module, passing(self.chain, {}, hidden)):
                 return self.network(batch)
-        args, kwargs = tree_map(self._present, self._calls[index][segment.name].with_hidden(hidden))
+        args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
         return hidden_output(self.network.module.get_submodule(segment.name)(*args, **kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:
@@ -118,12 +118,13 @@ class Walk:
         first = entered[self.chain.names[0]].hidden
         assert first is not None
         if not torch.is_grad_enabled():
-            self._calls[index] = self._reusing(entered, self._calls.get(index - 1, {}))
+            self._calls[index] = self._reusing(entered, next(reversed(self._calls.values()), {}))
         return first
 
-    def _present(self, value: Any) -> Any:
-        """A tensor that was kept, back on the network's device."""
-        return value.to(self.network.device) if isinstance(value, torch.Tensor) else value
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the host, unless it is on a GPU or a view that repeats a smaller tensor."""
+        repeats = tensor.untyped_storage().nbytes() < tensor.nbytes
+        return tensor if repeats or tensor.device.type != "cpu" else self.keep(tensor)
 
     def _reusing(self, calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:
         """The calls without their hidden states, kept as these are; equal tensors of `earlier` ones
@@ -137,10 +138,7 @@ class Walk:
             if not isinstance(new, torch.Tensor):
                 return new
             if id(new) not in known:
-                # A view that repeats a smaller tensor would be written out by `keep`.
-                repeats = new.untyped_storage().nbytes() < new.nbytes
-                own = new if repeats else self.keep(new)
-                known[id(new)] = old if _is_same(new, old) else own
+                known[id(new)] = old if _is_same(new, old) else self._kept(new)
             return known[id(new)]
 
         slim: dict[str, Call] = {}

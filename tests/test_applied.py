@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import lrc_cli
-from lrc_cli.applied import OTHER, READ
+from lrc_cli.applied import CALLED, OTHER, READ
 
 SOURCE = '''
 import torch
@@ -50,11 +50,12 @@ class Mixed(nn.Module):
         super().__init__()
         self.cosine, self.pair, self.same = Cosine(24, 24), Pair(24, 24), Same(24, 24)
         self.standardised = Standardised(1, 16, 5)
-        self.read, self.typed, self.head = (nn.Linear(24, 24) for _ in range(3))
+        self.read, self.typed, self.head, self.named = (nn.Linear(24, 24) for _ in range(4))
 
     def forward(self, x):
         x = self.cosine(x) + self.pair(x)[0] + self.same(x)
         x = x + self.standardised(x[:, None]).mean((1, 2))[:, None]
+        x = self.named(input=x)
         x = self.read(x) + F.linear(x, self.read.weight)
         return self.head(self.typed(x).to(self.typed.weight.dtype))
 
@@ -113,6 +114,7 @@ def test_a_layer_that_is_no_product_stays_dense(tmp_path: Path, job: Any) -> Non
         "pair.weight": OTHER,
         "standardised.weight": OTHER,
         "read.weight": READ,
+        "named.weight": CALLED,
     }
     assert {layer["name"] for layer in report["layers"]} == {"same", "typed", "head"}
     x = torch.randn(8, 24)

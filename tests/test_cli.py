@@ -763,7 +763,14 @@ def test_what_lrc_did_not_write(command: str, tmp_path: Path, checkpoint: Models
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
 )
 def test_no_memory_left_is_one_sentence_with_the_lever(
     error: Exception, capsys: pytest.CaptureFixture[str]

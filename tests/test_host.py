@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pico
 import pytest
 import torch
 
+from lrc_cli.layerwise import solve_units
 from lrc_cli.parallel import in_parallel
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -145,3 +147,19 @@ def test_a_caller_that_stops_leaves_no_solve_behind() -> None:
     time.sleep(0.2)
     assert len(done) == ended
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("units", [["a", "b"], ["b"]])
+def test_how_a_unit_is_solved_does_not_depend_on_what_is_left(units: list[str]) -> None:
+    """An eigenproblem by one thread and by two gives other bits, and a resumed run the same."""
+    layer: Any = SimpleNamespace(name="only", shape=(8, 8), solve_cost=1.0)
+    plan: Any = SimpleNamespace(
+        units={"a": [layer], "b": [layer]}, device=torch.device("cpu"), solvers={"only": None}
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = dict(solve_units(plan, units, lambda _: torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
+    assert found["b"] == {"only": 1}

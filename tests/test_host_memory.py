@@ -61,3 +61,19 @@ def test_more_tensors_than_files_may_be_open_are_kept(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert [int(tensor[0]) for tensor in kept] == list(range(150))
+
+
+def test_tensors_are_held_in_one_file_at_aligned_places(tmp_path: Path) -> None:
+    given = {
+        "weight": torch.randn(3, 5).to(torch.bfloat16),
+        "perm": torch.arange(7, dtype=torch.int32),
+        "bias": torch.randn(4),
+        "none": torch.zeros(0, 3),
+    }
+    memory = HostMemory(None, tmp_path)
+    held = memory.hold(given)
+    assert held.keys() == given.keys() and memory.held == 0
+    for name, tensor in held.items():
+        assert torch.equal(tensor, given[name]) and tensor.dtype == given[name].dtype
+        assert tensor.data_ptr() % 64 == 0
+    assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def told_apart(inputs: Batch) -> Batch:
     """An encoder's and a decoder's tokens in different numbers, where their padding differs.
 
     A layer's rows tell by their number whose tokens they are. So a decoder that has as many as the
-    encoder is given one more, of padding.
+    encoder loses its last column, if that is padding, and is given one of padding if not.
     """
     ids, own = inputs.get("input_ids"), inputs.get(INPUT)
     if ids is None or own is None or ids.shape != own.shape:
@@ -60,6 +60,8 @@ def told_apart(inputs: Batch) -> Batch:
     masks = [inputs.get(name, torch.ones_like(ids)) for name in ("attention_mask", MASK)]
     if torch.equal(masks[0].bool(), masks[1].bool()):
         return inputs
+    if not bool(masks[1][:, -1].any()):
+        return {**inputs, INPUT: own[:, :-1].clone(), MASK: masks[1][:, :-1].clone()}
     longer = torch.cat([own, own[:, -1:]], dim=1)
     mask = torch.cat([masks[1], torch.zeros_like(masks[1][:, :1])], dim=1)
     return {**inputs, INPUT: longer, MASK: mask}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment
+from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment, hidden_output
 from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
@@ -24,15 +24,18 @@ def run_statistics(probe: Probe) -> None:
     """Measure the pass; the statistics of what it ran through stay in the probe's directory."""
     plan = probe.plan
     measured = [layer for layer in plan.layers if is_measured(plan, layer)]
-    if not measured or not probe.missing(STATISTICS):
+    if not measured:
+        return
+    job, store = prepare(plan, probe.work, plan.units, measured, probe.quiet)
+    probe.whole = None if job.chain.names else store.cut.reason
+    hidden = hidden_output(job.chain.shape)  # of one sequence
+    probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
+    if not probe.missing(STATISTICS):
         return
     with PrivateMemory(plan.device) as memory:
-        job, store = prepare(plan, probe.work, plan.units, measured, probe.quiet)
         ran = _Pass(probe, job)
         ran.run(store)
     probe.share = ran.share
-    probe.whole = None if job.chain.names else store.cut.reason
-    probe.hidden_bytes = int(ran.handed[INPUTS])
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
     probe.boundary_bytes = int(sum(ran.handed.values()))

@@ -17,7 +17,7 @@ from lrc_cli.fit import Fitted
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.gather import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.layerwise import fit, keep_references, solve_each
+from lrc_cli.layerwise import fit, keep_references, num_workers, solve_units
 from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
@@ -62,7 +62,7 @@ class Probe:
     hidden_bytes: int = 0
     """Of it, the hidden states of one network."""
     whole: str | None = None
-    """Why the network runs whole, not block by block; None: it does not, or nothing was run."""
+    """Why the network runs whole, not block by block; None: it does not, or no data is needed."""
     share: float = 1.0
     """All micro-batches to those that were run."""
 
@@ -168,14 +168,15 @@ class Probe:
                     assert self.real is not None
                     self.work.put(REFERENCES, unit, *self.real.get(REFERENCES, unit))
                 few, share = _on_few_sequences(plan, layers)
+                # As many layers side by side as there will be, though one unit has fewer.
+                together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
                 clock = Clock(plan.device)
                 solve = partial(fit, few, self.work, ranks)
-                solved = solve_each(plan, layers, solve)
-                fitted = {layer.name: x for layer, x in zip(layers, solved, strict=True)}
+                *_, (_, fitted) = solve_units(plan, [unit] * together, solve)
                 keep_references(self.work, unit, fitted)
                 clock.tick()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
-                times = left * share
+                times = left * share / together
                 pieces.append(Piece(phase="factors", seconds=clock.steps[0], times=times))
                 found |= fitted
                 self.stop.stop.check()
