@@ -16,8 +16,8 @@ from lrc_cli.verify.files import check_origins
 from lrc_cli.verify.statements import Findings
 from lrc_cli.verify.written import Written, gained_biases
 
-FLOORS = 8.0
-"""Times the numerical floor: Gram matrices rounded to float32 are a little indefinite."""
+FLOORS = 64.0
+"""Times the numerical floor: Gram matrices that were summed in float32 are a little indefinite."""
 ROUNDING = 1e-9
 """Relative: figures that are computed in another order differ in their last digits."""
 
