@@ -190,7 +190,7 @@ def test_an_error_below_the_rounding_of_the_outputs_holds(
     shutil.copytree(checkpoint("qwen2"), original)
     for key in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{key}.bias"
-        damage.edit_tensors(original, name, lambda bias: bias + 64)
+        damage.edit_tensors(original, name, lambda bias: bias + 32)
     job = {"model.path": str(original), "calibration.path": str(text)}
     job |= {"certification.part": [0.6, 1.0], "certification.num_sequences": 20}
     job |= {"runtime.dtype": "bfloat16", "compression.size": 0.9}
