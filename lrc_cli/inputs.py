@@ -13,6 +13,7 @@ from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
+from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, check_inputs, vocabulary_of
 
 
@@ -94,7 +95,7 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
     for shapes, (name, batch) in kinds.items():
         try:
             with torch.no_grad():
-                network(batch)
+                found = floating_outputs(network(batch))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -105,3 +106,8 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
                 f"{name}: the network fails on {shapes}: {named(error)}",
                 "check the data against what its forward takes",
             ) from error
+        if not found:
+            raise InputError(
+                f"{name}: the network returns no floating-point tensor on {shapes}",
+                "give a model.factory whose forward returns what it computes",
+            )

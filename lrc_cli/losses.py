@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from lrc_cli.data.decoder import INPUT, MASK
 from lrc_cli.data.kinds import Batch
@@ -243,11 +244,16 @@ def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that a model returns: only the logits where there are any."""
+    """The floating-point tensors that a model returns: only the logits where there are any, and
+    those inside of tuples only where there are no others."""
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     logits = getattr(outputs, "logits", None)
     if logits is not None:
         return [logits]
-    values = outputs.values() if hasattr(outputs, "values") else outputs
-    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    values = list(outputs.values() if hasattr(outputs, "values") else outputs)
+    for found in (values, tree_leaves(values)):
+        tensors = [v for v in found if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if tensors:
+            return tensors
+    return []

@@ -1,5 +1,6 @@
 """Layers whose factors would not do what the layer does are left dense, and said so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,28 @@ class Fast(nn.Module):
         return self.head(self.layer(x.view(-1, 4, 24)).mean(1))
 
 
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(24, 24)
+
+    def forward(self, x):
+        return {"count": 3, "out": (self.head(x),)}
+
+
+class Silent(Wrapped):
+    def forward(self, x):
+        return {"best": self.head(x).argmax(-1)}
+
+
+def wrapped():
+    return Wrapped()
+
+
+def silent():
+    return Silent()
+
+
 def mixed():
     return Mixed()
 
@@ -142,3 +165,17 @@ def test_where_nothing_is_left_it_is_an_error(tmp_path: Path, job: Any) -> None:
     changes = job("mixed", 24) | {"compression.include": ["cosine", "pair"]}
     ended = pico.call("compress", pico.job(tmp_path, changes))
     assert ended.code == 2 and "no layer is selected" in ended.err
+
+
+@pytest.mark.parametrize("name", ["wrapped", "silent"])
+def test_outputs_inside_of_tuples_count_where_there_are_no_others(
+    name: str, tmp_path: Path, job: Any
+) -> None:
+    changes = job(name, 24) | {"compression.loss": "output", "compression.method": "curvature"}
+    ended = pico.call("compress", pico.job(tmp_path, changes))
+    if name == "wrapped":
+        assert ended.code == 0, ended.err
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert {x["name"] for x in report["layers"]} == {"head"}
+    else:
+        assert ended.code == 2 and "returns no floating-point tensor" in ended.err
