@@ -47,6 +47,8 @@ class Group(Processes):
             timeout=FOREVER,
         )
         self._left = threading.Event()
+        self._seen: int | None = None
+        """The exit code of the first that failed, once it was seen."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def gather(self, value: Value) -> list[Value]:
@@ -92,8 +94,8 @@ class Group(Processes):
         mine = f"{self.rank} {code}"
         try:
             first = self.store.compare_set(FAILED, "", mine).decode()
-        except RuntimeError:  # the store is gone with the machine that held it
-            return None
+        except RuntimeError:  # the store is gone with the process that held it, which failed first,
+            return self._seen  # or with its machine
         with suppress(RuntimeError):
             self._outlast()
         return None if first == mine else int(first.split()[1])
@@ -126,6 +128,7 @@ class Group(Processes):
         try:
             if not self._watched.check([FAILED]):
                 return None
-            return int(self._watched.get(FAILED).decode().split()[1])
+            self._seen = int(self._watched.get(FAILED).decode().split()[1])
+            return self._seen
         except RuntimeError:
             return 1
