@@ -14,7 +14,6 @@ from lrc_cli.engine import (
     Approximation,
     Errors,
     Packed,
-    References,
     SolveError,
     Stored,
     dense,
@@ -36,8 +35,6 @@ class Fitted:
     """The new bias (m,), stored dtype; None where the old one stays."""
     facts: dict[str, Any]
     """For the report; see `fit_layer`."""
-    references: References | None = None
-    """What another size may use again."""
 
     def on_host(self) -> "Fitted":
         """The same in CPU memory, to be handed to another process."""
@@ -111,7 +108,7 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
         "errors": _errors(problem, packed, errors),
         **problem.facts,
     }
-    return Fitted(packed=packed, bias=bias, facts=facts, references=problem.reusable)
+    return Fitted(packed=packed, bias=bias, facts=facts)
 
 
 def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stored | None]:

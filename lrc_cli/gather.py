@@ -193,7 +193,7 @@ def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:
             ("fisher", moments.fishers, moments.num_tokens),
         ):
             if layer.name in sums:
-                triangle, scale = compress_gram(sums[layer.name].mean(num))
+                triangle, scale = compress_gram(sums[layer.name].lower(num))
                 tensors[f"{kind}.{layer.name}"] = triangle
                 tensors[f"{kind}-scale.{layer.name}"] = scale
         if moments.center and layer.name in moments.grams:

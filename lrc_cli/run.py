@@ -12,10 +12,9 @@ import torch
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Compression, Config
 from lrc_cli.decision import check_sequential, decide
-from lrc_cli.engine import RELU, SolveError, output_curve
-from lrc_cli.gather import collect_statistics, read_statistics
-from lrc_cli.layerwise import fit, keep_references, solve_cost, solve_units, weight_of
-from lrc_cli.models import Layer
+from lrc_cli.engine import RELU
+from lrc_cli.gather import collect_statistics
+from lrc_cli.layerwise import fit
 from lrc_cli.output import finish_output, write_checkpoint
 from lrc_cli.plan import Plan, make_plan, with_config
 from lrc_cli.processes import ALONE, Processes
@@ -23,7 +22,9 @@ from lrc_cli.progress import Progress
 from lrc_cli.purposes import purposes_of
 from lrc_cli.ranks import allocate_ranks, check_reachable
 from lrc_cli.sequential import factorize_sequentially
-from lrc_cli.work import LOG, OUTPUT_SPECTRA, PASSING, SHARED, SPECTRA, WorkDirectory
+from lrc_cli.solving import solve_cost, solve_units
+from lrc_cli.surveys import read_spectra, survey_layers
+from lrc_cli.work import LOG, PASSING, SHARED, WorkDirectory
 
 
 def compress(
@@ -77,7 +78,7 @@ def compress_each(
         if restart:
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
         collect_statistics(plans[0], work, progress)
-        solve_spectra(plans[0], work, progress)
+        survey_layers(plans[0], work, progress)
         for plan in plans:
             if plan is not plans[0]:
                 progress.seconds.clear()  # what was shared was the first one's
@@ -156,54 +157,6 @@ def _say_unused(compression: Compression, key: str, why: str, progress: Progress
         progress.note(f"compression.{key}: {value} is not used: {why}")
 
 
-def solve_spectra(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
-    """Phase one, eigenvalues: the error of every layer at every rank."""
-    stages = [SPECTRA]
-    if plan.config.compression.max_layer_error is not None:
-        stages.append(OUTPUT_SPECTRA)
-    todo = {stage: work.missing(stage, plan.units) for stage in stages}
-    own = {stage: list(filter(plan.owns, units)) for stage, units in todo.items()}
-    if any(todo.values()):
-        cost = solve_cost(x for units in own.values() for unit in units for x in plan.units[unit])
-        with progress.phase("spectra", cost) as phase:
-            for stage, units in own.items():
-                solve = partial(_spectrum, plan, work, stage)
-                for unit, solved in solve_units(plan, units, solve):
-                    tensors = {name: s for name, (s, _) in solved.items() if s is not None}
-                    reasons = {name: reason for name, (s, reason) in solved.items() if s is None}
-                    work.put(stage, unit, tensors, {"dense": reasons})
-                    phase.advance(solve_cost(plan.units[unit]))
-        plan.processes.wait()
-
-
-def _spectrum(
-    plan: Plan, work: WorkDirectory, stage: str, layer: Layer
-) -> tuple[torch.Tensor | None, str]:
-    """A layer's spectrum; None, with the reason, where it must stay dense."""
-    solver = plan.solvers[layer.name]
-    statistics, reason = read_statistics(plan, work, layer)
-    if statistics is None:
-        return None, reason
-    weight = weight_of(plan, layer)
-    try:
-        if stage == SPECTRA:
-            return solver.spectrum(weight, statistics), ""
-        spectra, facts = work.get(SPECTRA, layer.unit)
-        if layer.name not in spectra:
-            return None, facts["dense"][layer.name]
-        known = spectra[layer.name].to(plan.device)
-        return output_curve(solver, weight, statistics, known), ""
-    except SolveError as error:
-        return None, f"could not be solved: {error}"
-
-
-def read_spectra(plan: Plan, work: WorkDirectory) -> dict[str, torch.Tensor]:
-    """By layer name, the spectra of what the target bounds."""
-    bounds_output = plan.config.compression.max_layer_error is not None
-    stage = OUTPUT_SPECTRA if bounds_output else SPECTRA
-    return {name: s for unit in plan.units for name, s in work.get(stage, unit)[0].items()}
-
-
 def factorize_layers(
     plan: Plan, work: WorkDirectory, ranks: dict[str, int], stage: str, progress: Progress
 ) -> None:
@@ -218,7 +171,6 @@ def factorize_layers(
             tensors: dict[str, torch.Tensor] = {}
             for layer in plan.units[unit]:
                 tensors |= solved[layer.name].tensors(layer)
-            keep_references(work, unit, solved)
             work.put(stage, unit, tensors, {name: fitted.facts for name, fitted in solved.items()})
             phase.advance(solve_cost(plan.units[unit]))
     plan.processes.wait()

@@ -21,21 +21,16 @@ from lrc_cli.decision import TIED, excluded, num_held_back
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.fit import Fitted, fit_layer
 from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
-from lrc_cli.layerwise import (
-    dense_reason,
-    fit,
-    request_of,
-    solve_cost,
-    solve_each,
-    weight_of,
-)
+from lrc_cli.layerwise import fit, request_of
 from lrc_cli.memory import HostMemory
 from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Phase, Progress
 from lrc_cli.purposes import CALIBRATION
+from lrc_cli.solving import solve_cost, solve_each, weight_of
 from lrc_cli.statistics import micro_batch
 from lrc_cli.streams import Streams
+from lrc_cli.surveys import dense_reason
 from lrc_cli.work import STATISTICS, WorkDirectory
 
 Drifts = tuple[Drift, Drift | None]
@@ -150,7 +145,7 @@ class _Fits:
 
     def _reason(self, layer: Layer) -> str | None:
         """Why a layer is not fitted to the compressed network's inputs."""
-        if self.ranks[layer.name] == DENSE or dense_reason(self.plan, self.work, layer):
+        if self.ranks[layer.name] == DENSE or dense_reason(self.work, layer):
             return "it stays dense"
         return excluded(self.plan, self.work, layer)
 

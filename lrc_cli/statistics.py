@@ -105,8 +105,12 @@ class GramSum:
         Args:
             num: what to divide by in place of the number of rows.
         """
-        lower = self.total.tril()
-        return (lower + lower.tril(-1).T) / max(self.num_rows if num is None else num, 1)
+        lower = self.lower(num).tril()
+        return lower + lower.tril(-1).T
+
+    def lower(self, num: int | None = None) -> torch.Tensor:
+        """As `mean`, but of what is above the diagonal nothing counts."""
+        return self.total / max(self.num_rows if num is None else num, 1)
 
     def mean_row(self) -> torch.Tensor:
         """The mean of the rows (n,), float64; with `center` only."""

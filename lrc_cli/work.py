@@ -4,8 +4,8 @@
     <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and gather.py
     <root>/run.log                     what the runs have said, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
-    <root>/spectra/<unit>              eigenvalues of every layer
-    <root>/references/<unit>           by rank, what its layers are compared with in reports
+    <root>/surveys/<unit>              what does not depend on a layer's rank: eigenvalues,
+                                       eigenvectors in float32, what reports compare it with
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
 A killed run leaves whole files or none; the same command finds them and goes on. Two fingerprints
@@ -33,14 +33,15 @@ from lrc_cli.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
-STATISTICS, SPECTRA, OUTPUT_SPECTRA = "statistics", "spectra", "output-spectra"
-REFERENCES = "references"
+STATISTICS, SURVEYS = "statistics", "surveys"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """On the way to the statistics: see sweep.py and gather.py. Deleted as soon as they are used."""
-SHARED = STATISTICS, SPECTRA, OUTPUT_SPECTRA, REFERENCES
+SHARED = STATISTICS, SURVEYS
 """What every size uses again."""
 MOST_WAITING = 2
 """Units that wait to be stored in the background: they take memory."""
+PACKED_ROWS = 256
+"""Rows of a Gram matrix that are scaled at once when it is packed."""
 LOG = "run.log"
 """What the runs in this directory have said."""
 
@@ -221,7 +222,7 @@ def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     2^-24 sqrt(G_ii G_jj), so that outlier channels do not drown the others.
 
     Args:
-        gram: (n, n) symmetric, float64.
+        gram: (n, n) float64, of which only the lower triangle is read.
 
     Returns:
         triangle (n (n + 1) / 2,) float32 and scale (n,) float64, the square root of the diagonal.
@@ -230,23 +231,42 @@ def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     safe = torch.where(scale > 0, scale, 1.0)
     n = len(gram)
     triangle = torch.empty(n * (n + 1) // 2, dtype=torch.float32, device=gram.device)
-    # Row by row: index tensors, or a scaled copy, would be larger than the matrix itself.
-    for i, row in enumerate(_rows(triangle, n)):
-        row.copy_(gram[i, : i + 1] / safe[i] / safe[: i + 1])
+    left, right = _halves(triangle, n)
+    half = left.shape[1]
+    # A few rows at a time: a scaled copy would be as large as the matrix.
+    for rows in torch.arange(n, device=gram.device).split(PACKED_ROWS):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        left[first:last] = gram[first:last, :half] / safe[first:last, None] / safe[:half]
+    lower = gram[half:, half:].tril().div_(safe[half:, None]).div_(safe[half:])
+    right.tril_(-1).add_(lower.T)
     return triangle, scale
 
 
 def expand_gram(triangle: torch.Tensor, scale: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The inverse of `compress_gram`: (n, n) float64 on `device`."""
     n = len(scale)
+    left, right = _halves(triangle.to(device), n)
+    half = left.shape[1]
+    gram = torch.empty(n, n, dtype=torch.float64, device=device)
+    gram[:, :half] = left
+    gram[:half, half:] = left[half:].T
+    for corner, lower in ((gram[:half, :half], left[:half]), (gram[half:, half:], right.T)):
+        corner.copy_(lower.tril())
+        corner += lower.tril(-1).T.contiguous()
     scale = scale.to(device)
-    gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    for i, row in enumerate(_rows(triangle.to(device), n)):
-        gram[i, : i + 1] = row
-    gram += gram.tril(-1).T
     return gram.mul_(scale[:, None]).mul_(scale)
 
 
-def _rows(triangle: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
-    """Views of the rows of an (n, n) lower triangle, of 1 to n entries."""
-    return triangle.split(list(range(1, n + 1)))
+def _halves(triangle: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a packed lower triangle: rectangular full packed format (Gustavson et al. 2010).
+
+    The left half of the columns, ceil(n / 2) of them, and the triangle of the right half, turned
+    over to fill what is free above the diagonal of the left one.
+
+    Returns:
+        (n, ceil(n / 2)), of which only what is on and below the diagonal counts; and the square of
+        the right half, of which only what is on and above its diagonal counts. They overlap.
+    """
+    odd = n % 2
+    rectangle = triangle.view(-1, (n + 1) // 2)
+    return rectangle[1 - odd :], rectangle[: n // 2, odd : odd + n // 2]

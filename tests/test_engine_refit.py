@@ -1,12 +1,14 @@
 """The refit after rounding: its solution is the least, and its differences are those of errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_helpers import SHAPES, case, damped, gaussian
 from torch import Tensor
 
-from lrc_cli.engine import Metric
-from lrc_cli.engine.refit import Refit, conditional_target
+from lrc_cli.engine import Errors, Metric
+from lrc_cli.engine.refit import Refit
 
 RANK = 6
 
@@ -34,9 +36,11 @@ def test_a_change_is_the_difference_of_the_errors_of_the_whole_matrix(
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
     chosen, others = order[:RANK], order[RANK:]
     rows = (weight[chosen] + 0.1 * gaussian(RANK, weight.shape[1], seed=2)).bfloat16().double()
-    aim, fisher = conditional_target(weight, weight[chosen] - rows, chosen, others, metric)
     start = gaussian(len(others), RANK, seed=3)
-    refit = Refit(start, aim, rows, metric, fisher)
+    ordered = metric
+    if metric.fisher is not None:
+        ordered = replace(metric, fisher=metric.fisher[order][:, order])
+    refit = Refit(start, weight[order], rows, ordered)
 
     def error(coefficients: Tensor) -> float:
         return metric.error(weight - placed(chosen, others, rows, coefficients @ rows))
@@ -52,6 +56,25 @@ def test_a_change_is_the_difference_of_the_errors_of_the_whole_matrix(
         other = solution + 10.0 ** -(1 + seed) * gaussian(*start.shape, seed=10 + seed)
         assert least <= error(other) * (1 + 1e-9)
     assert refit.change(solution, solution) == 0
+    zero = Errors(*metric.errors(weight))
+    for coefficients in (start, solution, solution.bfloat16().double()):
+        wanted = metric.errors(weight - placed(chosen, others, rows, coefficients @ rows))
+        for known in (zero, None):
+            assert refit.errors(coefficients, known) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("off", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
+def test_small_errors_keep_their_digits(weighted: bool, off: float) -> None:
+    """Whatever is known of Z = 0: what is left of it is never the difference of two roundings."""
+    weight, metric = metric_of("tall", weighted=weighted)
+    rows = gaussian(RANK, weight.shape[1], seed=2)
+    coefficients = gaussian(len(weight), RANK, seed=3)
+    target = coefficients @ rows + off * gaussian(*weight.shape, seed=4)
+    refit = Refit(coefficients, target, rows, metric)
+    wanted = metric.errors(target - coefficients @ rows)
+    found = refit.errors(coefficients, Errors(*metric.errors(target)))
+    assert found == pytest.approx(wanted, rel=1e-8)
 
 
 def test_where_the_rows_are_singular_the_start_stays() -> None:

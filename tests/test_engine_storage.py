@@ -135,7 +135,7 @@ def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -
     assert stored.packed.block == 1
     assert stored.packed.num_bytes <= storage_bytes("interpolative", *weight.shape, rank, 2, 8)
     assert rank - 4 <= stored.packed.rank <= rank
-    assert dense(stored.packed)[::8].abs().max() < 1e-12
+    assert dense(stored.packed)[::8].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -261,14 +261,14 @@ def test_a_rank_lowered_by_the_cap_keeps_its_blocks(shape: str) -> None:
     assert stored.error < 1e-10 * solver.error(weight, statistics)
 
 
-def trial(decades: float, spectrum_given: bool) -> tuple[Stored, Stored, Stored]:
+def trial(decades: float, surveyed: bool) -> tuple[Stored, Stored, Stored]:
     """(auto, interpolative, factors in the same bytes) of one bf16 layer."""
     weight = gaussian(64, 64, seed=5)
     statistics = Statistics(gram=second_moments(64, 6, decades))
     solver = SOLVERS["frobenius"]
     factors, metric = solver.factorize(weight, statistics, 40), solver.metric(statistics)
-    spectrum = solver.spectrum(weight, statistics) if spectrum_given else None
-    problem = SameInput(weight, statistics, solver, spectrum)
+    survey = solver.survey(weight, statistics) if surveyed else None
+    problem = SameInput(weight, statistics, solver, survey)
     auto = pack_best(problem, 40, torch.bfloat16)
     blocked = STORAGES["interpolative"].pack(factors, weight, metric, torch.bfloat16, 8)
     rank = storage_bytes("interpolative", 64, 64, 40, 2, 8) // storage_bytes(
@@ -278,12 +278,12 @@ def trial(decades: float, spectrum_given: bool) -> tuple[Stored, Stored, Stored]
     return auto, blocked, plain
 
 
-@pytest.mark.parametrize("spectrum_given", [False, True])
+@pytest.mark.parametrize("surveyed", [False, True])
 @pytest.mark.parametrize(("decades", "winner"), [(1.0, "interpolative"), (12.0, "factors")])
 def test_auto_takes_the_lower_stored_error_in_the_same_bytes(
-    decades: float, winner: str, spectrum_given: bool
+    decades: float, winner: str, surveyed: bool
 ) -> None:
-    auto, blocked, plain = trial(decades, spectrum_given)
+    auto, blocked, plain = trial(decades, surveyed)
     assert auto.packed.storage == winner
     assert auto.error == pytest.approx(min(blocked.error, plain.error), rel=1e-9)
     assert auto.packed.num_bytes <= blocked.packed.num_bytes

@@ -14,8 +14,8 @@ import pico
 import pytest
 import torch
 
-from lrc_cli.layerwise import solve_units
 from lrc_cli.parallel import in_parallel
+from lrc_cli.solving import solve_units
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

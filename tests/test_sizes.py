@@ -11,7 +11,7 @@ import pico
 import pytest
 
 from lrc_cli import run
-from lrc_cli.work import REFERENCES, WorkDirectory
+from lrc_cli.work import SURVEYS, WorkDirectory
 
 Changes = dict[str, Any]
 
@@ -102,7 +102,7 @@ def test_restart_forgets_what_sizes_share(tmp_path: Path, job: Path) -> None:
     assert pico.call("compress", job).code == 0
     fingerprint = json.loads((tmp_path / "work" / "fingerprint.json").read_text())
     with WorkDirectory(tmp_path / "work", fingerprint) as work:
-        assert all(work.has(REFERENCES, f"model.layers.{i}") for i in range(2))
+        assert all(work.has(SURVEYS, f"model.layers.{i}") for i in range(2))
     ended = pico.call("compress", job, "--restart", "--force")
     assert ended.code == 0 and "statistics ..." in ended.err
 

@@ -119,7 +119,7 @@ def test_restart_drops_the_stages_it_names(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "fingerprint.json").read_text()) == FIELDS
 
 
-@pytest.mark.parametrize("size", [1, 7, 32])
+@pytest.mark.parametrize("size", [1, 2, 7, 32, 300])
 def test_a_gram_matrix_survives_in_half_the_space(size: int) -> None:
     gram = second_moments(size, seed=size)
     triangle, scale = compress_gram(gram)

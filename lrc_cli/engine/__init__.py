@@ -19,7 +19,7 @@ from lrc_cli.engine.approximation import (
     Approximation,
     SameInput,
     Solution,
-    output_curve,
+    survey,
 )
 from lrc_cli.engine.best import pack_best
 from lrc_cli.engine.bounds import (
@@ -41,7 +41,16 @@ from lrc_cli.engine.choices import (
 from lrc_cli.engine.curvature import CURVATURE
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.nuclear import NUCLEAR, Shrunk, rank_of
-from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError, Solver, Statistics
+from lrc_cli.engine.problem import (
+    Errors,
+    Factors,
+    Metric,
+    References,
+    SolveError,
+    Solver,
+    Statistics,
+    Survey,
+)
 from lrc_cli.engine.recovery import (
     gaussian_noise_bound,
     recovery_bound,
@@ -50,7 +59,6 @@ from lrc_cli.engine.recovery import (
     visible_noise,
 )
 from lrc_cli.engine.rectified import RELU, Rectified, Unpolished
-from lrc_cli.engine.references import References
 from lrc_cli.engine.sequential import Drift, Sequential
 from lrc_cli.engine.storage import (
     PIVOT_BLOCK,
@@ -98,6 +106,7 @@ __all__ = [
     "Statistics",
     "Storage",
     "Stored",
+    "Survey",
     "Unpolished",
     "bernstein_mean_bound",
     "capital",
@@ -105,7 +114,6 @@ __all__ = [
     "dense",
     "gaussian_noise_bound",
     "mean_bound",
-    "output_curve",
     "pack_best",
     "pivot_block",
     "quantile_bound",
@@ -115,6 +123,7 @@ __all__ = [
     "recovery_bound",
     "sequences_needed",
     "storage_bytes",
+    "survey",
     "surviving_noise",
     "tail_norm",
     "tails",

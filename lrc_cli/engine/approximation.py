@@ -6,6 +6,7 @@ through this one interface.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from lrc_cli.engine.choices import tails
 from lrc_cli.engine.problem import Errors as Errors
-from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics
-from lrc_cli.engine.references import References, find_references
+from lrc_cli.engine.problem import Factors, Metric, References, Solver, Statistics, Survey
 from lrc_cli.engine.storage import Stored, dense
 from lrc_cli.engine.svd import SVD
 
@@ -27,6 +27,8 @@ class Solution(NamedTuple):
     aim: Tensor
     """(m, n) float64: what rounded factors are refitted to. The approximated matrix where the
     solution is its best approximation; the solution itself where it is something else."""
+    zero: Errors | None = None
+    """The errors of Z = 0 against `aim` in the problem's metric, where they are known."""
 
 
 class Approximation(ABC):
@@ -57,11 +59,6 @@ class Approximation(ABC):
     def svd_errors(self, rank: int) -> Errors:
         """The errors of plain truncated SVD of W."""
         return self.errors(SVD.factorize(self.weight, Statistics(), rank).dense())
-
-    @property
-    def reusable(self) -> References | None:
-        """What the problem of another rank may be given; None: nothing."""
-        return None
 
     @abstractmethod
     def optimum(self, rank: int) -> float | None:
@@ -109,8 +106,7 @@ class SameInput(Approximation):
 
     Args:
         weight: (m, n), any floating dtype.
-        spectrum: the solver's, where it is known already.
-        references: what was found of this problem before.
+        survey: the solver's, of this problem, where it is known already.
     """
 
     def __init__(
@@ -118,8 +114,7 @@ class SameInput(Approximation):
         weight: Tensor,
         statistics: Statistics,
         solver: Solver,
-        spectrum: Tensor | None = None,
-        references: References | None = None,
+        survey: Survey | None = None,
     ) -> None:
         self.weight = weight.double()
         self.statistics = statistics
@@ -127,15 +122,22 @@ class SameInput(Approximation):
         self.unit = solver.unit
         self.inputs = "white" if statistics.gram is None else "calibration"
         self.metric = solver.metric(statistics)
-        self._spectrum = spectrum
-        self._references = references
+        self._survey = survey
         self._largest: Factors | None = None
 
     def solve(self, rank: int) -> Solution:
         # Solutions are nested: one of the largest rank asked for holds all smaller ones.
         if self._largest is None or self._largest.rank < rank:
-            self._largest = self.solver.factorize(self.weight, self.statistics, rank)
-        return Solution(self._largest.truncated(rank), self.weight)
+            vectors = None if self._survey is None else self._survey.vectors
+            self._largest = self.solver.factorize(self.weight, self.statistics, rank, vectors)
+        return Solution(self._largest.truncated(rank), self.weight, self._zero)
+
+    @property
+    def _zero(self) -> Errors | None:
+        if self._survey is None or self._survey.references is None:
+            return None
+        varying = self._survey.references.output_spectrum.sum().item()
+        return Errors(self.total, varying)
 
     def errors(self, fitted: Tensor) -> Errors:
         return Errors(*self.metric.errors(self.weight - fitted))
@@ -143,26 +145,16 @@ class SameInput(Approximation):
     @cached_property
     def spectrum(self) -> Tensor:
         """The solver's spectrum, (k,) float64."""
-        if self._spectrum is not None:
-            return self._spectrum
+        if self._survey is not None:
+            return self._survey.spectrum
         return self.solver.spectrum(self.weight, self.statistics)
 
     @cached_property
     def references(self) -> References:
         """What the problem's solutions are compared with, at every rank."""
-        if self._references is not None:
-            return self._references
-        if self.statistics.gram is None:  # it is the plain SVD itself, and the inputs are white
-            errors = tails(self.spectrum)
-            return References(self.spectrum, errors, errors.clone())  # stored side by side
-        # A solver that minimises the plain output error has its least value at every rank.
-        minimises_output = self.solver.output_spectrum is self.solver.spectrum
-        least = self.spectrum if minimises_output else None
-        return find_references(self.weight, self.statistics, self.metric, least)
-
-    @property
-    def reusable(self) -> References | None:
-        return self.references
+        known = self._survey or self.solver.survey(self.weight, self.statistics)
+        assert known.references is not None
+        return known.references
 
     def errors_of(self, stored: Stored) -> Errors:
         # It was compared with W, in this metric, when it was packed.
@@ -198,21 +190,17 @@ class SameInput(Approximation):
         return None if mean is None else (self.weight - fitted) @ mean
 
 
-def output_curve(
-    solver: Solver, weight: Tensor, statistics: Statistics, spectrum: Tensor
-) -> Tensor:
-    """`solver.output_spectrum`, with all of ||W X||_F^2 / T as its sum.
+def survey(solver: Solver, weight: Tensor, statistics: Statistics) -> Survey:
+    """`solver.survey`, with all of ||W X||_F^2 / T as the sum of its output curve.
 
     A free bias takes the mean output over at every rank but 0, so that is where it belongs.
-
-    Args:
-        spectrum: the solver's, (k,); of some solvers the two are one.
     """
-    same = solver.output_spectrum is solver.spectrum
-    curve = spectrum.clone() if same else solver.output_spectrum(weight, statistics)
-    if statistics.mean is not None:
-        curve[0] += torch.sum((weight.double() @ statistics.mean) ** 2)
-    return curve
+    found = solver.survey(weight, statistics)
+    if statistics.mean is None:
+        return found
+    curve = found.output_curve.clone()
+    curve[0] += torch.sum((weight.double() @ statistics.mean) ** 2)
+    return replace(found, output_curve=curve)
 
 
 def _tail(spectrum: Tensor, rank: int) -> float:

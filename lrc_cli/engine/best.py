@@ -59,8 +59,8 @@ def pack_best(
 def _packed(
     problem: Approximation, rank: int, storage: str, dtype: torch.dtype, block: int
 ) -> Stored:
-    factors, aim = problem.solve(rank)
-    stored = STORAGES[storage].pack(factors, aim, problem.metric, dtype, block)
+    factors, aim, zero = problem.solve(rank)
+    stored = STORAGES[storage].pack(factors, aim, problem.metric, dtype, block, zero)
     return replace(stored, errors=problem.errors_of(stored))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lrc_cli.engine.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
-from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, Survey, required
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
 """What the programme minimises."""
@@ -80,9 +80,16 @@ def _threshold(s: Tensor, rank: int) -> float:
     return s[rank].item() if rank < len(s) else 0.0
 
 
-def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+def _factorize(
+    weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
+) -> Factors:
     u, s = _directions(weight, statistics)
     return _shrunk(weight.double(), u, s, _threshold(s, rank), rank)
+
+
+def _survey(weight: Tensor, statistics: Statistics) -> Survey:
+    spectrum = _spectrum(weight, statistics)
+    return Survey(spectrum=spectrum, output_curve=spectrum.clone())
 
 
 NUCLEAR = Solver(
@@ -93,6 +100,7 @@ NUCLEAR = Solver(
     spectrum=_spectrum,
     output_spectrum=_spectrum,
     factorize=_factorize,
+    survey=_survey,
 )
 
 
@@ -146,7 +154,6 @@ class Shrunk(SameInput):
     # The penalty belongs to the errors, so they are always measured.
     errors_of = Approximation.errors_of
     svd_errors = Approximation.svd_errors
-    reusable = Approximation.reusable
 
     def errors(self, fitted: Tensor) -> Errors:
         form, plain = self.metric.errors(self.weight - fitted)

@@ -26,11 +26,11 @@ class Pivots:
     """(m / block,) int64: the blocks of rows, the r / block chosen ones first."""
 
     coefficients: Tensor
-    """T (m - r, r) float64: row i of the others is T[i] @ (the chosen rows)."""
+    """T (m - r, r), in the dtype of the basis: row i of the others is T[i] @ (the chosen rows)."""
 
 
 def select(basis: Tensor, block: int) -> Pivots | None:
-    """Pivots for orthonormal columns `basis` (m, r) float64; `block` divides m and r < m.
+    """Pivots for orthonormal columns `basis` (m, r), float64 or float32; `block` divides m and r < m.
 
     None where every choice of whole blocks is badly conditioned (zero rows spread over all
     blocks, say); blocks of 1 always succeed.

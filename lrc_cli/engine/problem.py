@@ -8,7 +8,7 @@ on the device of its inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +104,48 @@ class Factors(NamedTuple):
         return self.outer @ self.inner
 
 
+class References(NamedTuple):
+    """What a layer's solution is compared with, by rank; all float64."""
+
+    output_spectrum: Tensor
+    """(k,): [r:].sum() is the least plain output error of rank r."""
+    svd_metric: Tensor
+    """(j + 1,): Errors.metric of plain SVD of rank r, for r up to the numerical rank j."""
+    svd_output: Tensor
+    """(j + 1,): Errors.output of it."""
+
+    def svd_errors(self, rank: int) -> Errors:
+        """The errors of plain SVD of a rank."""
+        rank = min(rank, len(self.svd_metric) - 1)
+        return Errors(self.svd_metric[rank].item(), self.svd_output[rank].item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is known of a layer (m, n) at every rank, before one is granted; k = min(m, n)."""
+
+    spectrum: Tensor
+    """(k,) float64: Solver.spectrum."""
+    output_curve: Tensor
+    """(k,) float64: Solver.output_spectrum."""
+    vectors: Tensor | None = None
+    """(k, j), eigenvectors of which the first r give the solution of rank r; None where it is made
+    from scratch. Rounded to float32 they span what is off by eps, and the error, at its least
+    there, by eps^2 of the total."""
+    references: References | None = None
+    """None where the outcome is compared by other means."""
+
+
 Spectrum = Callable[[Tensor, Statistics], Tensor]
+
+
+class Factorize(Protocol):
+    """The solution of a rank in 1..min(m, n)."""
+
+    def __call__(
+        self, weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
+    ) -> Factors:
+        """`vectors`: those of the survey, where there was one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +176,12 @@ class Solver:
     """(k,) float64, >= 0, in the order of the solver's directions: [r:].sum() is the plain
     output error tr(D G D^T) (mean squared error per token) of this solver's solution of rank r."""
 
-    factorize: Callable[[Tensor, Statistics, int], Factors]
-    """The solution of a rank in 1..min(m, n). `svd` and `curvature` lower the rank where the
-    spectrum beyond it is below the numerical floor."""
+    factorize: Factorize
+    """`svd` and `curvature` lower the rank where the spectrum beyond it is below the numerical
+    floor."""
+
+    survey: Callable[[Tensor, Statistics], Survey]
+    """All of the above that does not depend on a rank, with no eigenproblem solved twice."""
 
     def error(self, difference: Tensor, statistics: Statistics) -> float:
         """The error of W - Z = difference (m, n), in this solver's unit."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lrc_cli.engine.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import balanced, eigenpairs, is_wide
-from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, Survey, required
 from lrc_cli.engine.rectifier import refined_offset, true_error
 from lrc_cli.engine.relu import Convex, Programme, programme
 from lrc_cli.engine.svd import SVD
@@ -41,7 +41,7 @@ class Rectified(Approximation):
         statistics: `gram` around 0, of the same inputs.
         activations: the inputs (T, n), a row for every token; float32 or float64, in which the
             products with them are taken.
-        spectrum: `frobenius`'s, where it is known already.
+        survey: `frobenius`'s, where it is known already.
         dtype: in which a bias is stored.
         ridge: share of the mean diagonal of the Gram matrix, above 0.
     """
@@ -55,13 +55,13 @@ class Rectified(Approximation):
         bias: Tensor | None,
         statistics: Statistics,
         activations: Tensor,
-        spectrum: Tensor | None = None,
+        survey: Survey | None = None,
         *,
         dtype: torch.dtype = torch.float64,
         ridge: float = 1e-2,
     ) -> None:
         self.weight = weight.double()
-        self.plain = SameInput(weight, statistics, FROBENIUS, spectrum)
+        self.plain = SameInput(weight, statistics, FROBENIUS, survey)
         self.bias = None if bias is None else bias.to(self.weight)
         self.dtype = dtype
         self.mean = activations.mean(dim=0, dtype=torch.float64)

@@ -1,34 +1,60 @@
 """Least squares after rounding: the second factor is fitted against the stored first one."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.problem import Metric
+from lrc_cli.engine.problem import Errors, Metric
+
+RESOLVED = 1e-6
+"""Share of the errors of Z = 0 from which on an error may be taken as what is left of them: that
+costs six of float64's sixteen digits."""
 
 
 class Refit:
-    """The coefficients T (k, r) for which T @ rows (r, n) is closest to target (k, n).
+    """The coefficients T (k, r) for which Z = [rows; T @ rows] (m, n) is closest to the target.
 
-    f(T) = tr(F (target - T rows) G (target - T rows)^T), of which only what depends on T is looked
-    at: N = rows G rows^T and S = (target - start rows) G rows^T, so nothing is as large as (k, n).
+    f(T) = scale * tr(F (target - Z) G (target - Z)^T). All it takes are products with `rows`:
+    N = rows G rows^T and C = target G rows^T, so that nothing as large as G is multiplied again.
 
     Args:
         start: (k, r), what is corrected.
-        fisher: F (k, k), or None for the identity. It changes no solution, but what rounding costs.
+        target: (m, n). Its first m - k rows, r of them or none, are approximated by `rows`
+            themselves.
+        rows: (r, n).
+        metric: its F (m, m) in the order of the target's rows.
     """
 
-    def __init__(
-        self,
-        start: Tensor,
-        target: Tensor,
-        rows: Tensor,
-        metric: Metric,
-        fisher: Tensor | None = None,
-    ) -> None:
+    def __init__(self, start: Tensor, target: Tensor, rows: Tensor, metric: Metric) -> None:
         weighted = metric.times_gram(rows)
-        self.start, self.fisher = start, fisher
+        self.start, self.target, self.rows, self.metric = start, target, rows, metric
+        self.num_fixed = len(target) - len(start)
         self._normal = weighted @ rows.T
-        self._residual = (target - start @ rows) @ weighted.T
+        self._cross = target @ weighted.T
+
+    @cached_property
+    def _own(self) -> Tensor | None:
+        """F of the rows that are fitted, (k, k)."""
+        fisher, fixed = self.metric.fisher, self.num_fixed
+        return None if fisher is None else fisher[fixed:, fixed:]
+
+    @cached_property
+    def _residual(self) -> Tensor:
+        """(k, r): half the steepest descent of f / scale at `start`, times F_RR^-1.
+
+        The error E = target - rows of the fixed rows counts too: curvature lets the others make up
+        for it, as if they aimed at F_RR^-1 F_RJ E more. No solution depends on F otherwise.
+        """
+        fixed = self.num_fixed
+        residual = self._cross[fixed:] - self.start @ self._normal
+        if self.metric.fisher is None or self._own is None or not fixed:
+            return residual
+        factor, info = torch.linalg.cholesky_ex(self._own)
+        if info.item() != 0:
+            return residual
+        coupled = self.metric.fisher[fixed:, :fixed] @ (self._cross[:fixed] - self._normal)
+        return residual + torch.cholesky_solve(coupled, factor)
 
     def solution(self, unit: float) -> Tensor:
         """The least f, with a ridge.
@@ -46,27 +72,37 @@ class Refit:
         return self.start + torch.cholesky_solve(self._residual.T, factor).T
 
     def change(self, old: Tensor, new: Tensor) -> float:
-        """f(new) - f(old): with D = new - old and s = `start`,
-        -tr(F D (2 S - 2 (old - s) N - D N)^T)."""
+        """(f(new) - f(old)) / scale: with D = new - old and s = `start`,
+        -tr(F_RR D (2 S - 2 (old - s) N - D N)^T), S the residual."""
         step = new - old
         slope = 2 * self._residual - (old + new - 2 * self.start) @ self._normal
-        weighted = step if self.fisher is None else self.fisher @ step
+        weighted = step if self._own is None else self._own @ step
         return -torch.sum(weighted * slope).item()
 
+    def errors(self, coefficients: Tensor, zero: Errors | None = None) -> Errors:
+        """f and the plain output error of coefficients T (k, r).
 
-def conditional_target(
-    target: Tensor, error: Tensor, chosen: Tensor, others: Tensor, metric: Metric
-) -> tuple[Tensor, Tensor | None]:
-    """What the rows that are not chosen aim at, given the error of the chosen ones; and F_RR.
+        Args:
+            zero: both errors of Z = 0. Where they are known, and what is left of them is not lost
+                in their rounding, no difference of matrices is multiplied.
+        """
+        if zero is not None:
+            found = self._remaining(coefficients, zero)
+            if all(left > RESOLVED * whole for left, whole in zip(found, zero, strict=True)):
+                return found
+        fitted = torch.cat([self.rows[: self.num_fixed], coefficients @ self.rows])
+        return Errors(*self.metric.errors(self.target - fitted))
 
-    W_R + F_RR^-1 F_RJ E_J with E_J = W_J - Z_J = `error` (r, n), truncation and rounding together:
-    curvature lets the others make up for it. (m - r, n); W_R itself where F is the identity.
-    """
-    if metric.fisher is None:
-        return target[others], None
-    own = metric.fisher[others[:, None], others]
-    factor, info = torch.linalg.cholesky_ex(own)
-    if info.item() != 0:
-        return target[others], own
-    coupled = metric.fisher[others[:, None], chosen] @ error
-    return target[others] + torch.cholesky_solve(coupled, factor), own
+    def _remaining(self, coefficients: Tensor, zero: Errors) -> Errors:
+        """tr(F (C0 - Y (2 C - Y N)^T)) with Y = [I; T], C0 what `zero` is the trace of."""
+        fisher, fixed = self.metric.fisher, self.num_fixed
+        above = torch.eye(fixed, len(self.rows)).to(coefficients)
+        gained = 2 * self._cross - torch.cat([self._normal[:fixed], coefficients @ self._normal])
+        plain = torch.sum(torch.cat([above, coefficients]) * gained).item()
+        if fisher is None:
+            return Errors(zero.metric - self.metric.scale * plain, zero.output - plain)
+        weighted = fisher[:, fixed:] @ coefficients
+        if fixed:
+            weighted = weighted + fisher[:, :fixed]
+        form = torch.sum(weighted * gained).item()
+        return Errors(zero.metric - self.metric.scale * form, zero.output - plain)

@@ -6,13 +6,14 @@ The errors that decide here are those of the stored, rounded tensors in the solv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lrc_cli.engine.pivots import select
 from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
-from lrc_cli.engine.refit import Refit, conditional_target
+from lrc_cli.engine.refit import Refit
 
 PIVOT_BLOCK = 8
 """Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
@@ -74,6 +75,22 @@ class Stored:
         return self.errors.metric
 
 
+class Pack(Protocol):
+    """From factors to what is stored."""
+
+    def __call__(
+        self,
+        factors: Factors,
+        target: Tensor,
+        metric: Metric,
+        dtype: torch.dtype,
+        block: int,
+        zero: Errors | None = None,
+    ) -> Stored:
+        """The rounded tensors, refitted to the target (m, n) in the metric where that lowers the
+        error; `zero`: the errors of Z = 0, where they are known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """One form of storage."""
@@ -81,9 +98,7 @@ class Storage:
     num_bytes: Callable[[int, int, int, int, int], int]
     """(m, n, rank, itemsize, block) -> bytes."""
 
-    pack: Callable[[Factors, Tensor, Metric, torch.dtype, int], Stored]
-    """(factors, target (m, n), metric, stored dtype, block) -> the rounded tensors, refitted
-    to the target in the metric where that lowers the error."""
+    pack: Pack
 
 
 def pivot_block(m: int, rank: int, block: int = PIVOT_BLOCK) -> int:
@@ -112,17 +127,27 @@ def dense(packed: Packed) -> Tensor:
 
 
 def pack_factors(
-    factors: Factors, target: Tensor, metric: Metric, dtype: torch.dtype, block: int
+    factors: Factors,
+    target: Tensor,
+    metric: Metric,
+    dtype: torch.dtype,
+    block: int,
+    zero: Errors | None = None,
 ) -> Stored:
     """Two factors; the outer one is refitted against the rounded inner one (F drops out)."""
-    target, weight = target.double(), factors.inner.to(dtype)
-    refit = Refit(factors.outer, target, weight.double(), metric, metric.fisher)
+    weight = factors.inner.to(dtype)
+    refit = Refit(factors.outer, target.double(), weight.double(), metric)
     packed = Packed(storage="factors", weight=weight, up=_rounded(refit, dtype))
-    return _measured(packed, target, metric)
+    return _measured(packed, refit, zero)
 
 
 def pack_interpolative(
-    factors: Factors, target: Tensor, metric: Metric, dtype: torch.dtype, block: int
+    factors: Factors,
+    target: Tensor,
+    metric: Metric,
+    dtype: torch.dtype,
+    block: int,
+    zero: Errors | None = None,
 ) -> Stored:
     """P [I; T] Z_J with pivots in blocks, T refitted against the rounded Z_J.
 
@@ -132,17 +157,20 @@ def pack_interpolative(
     """
     target = target.double()
     factors = _filled(factors, block)
-    basis, _ = torch.linalg.qr(factors.outer)
+    # Which rows are chosen is no error, and T is fitted again: to the stored digits this will do.
+    basis, _ = torch.linalg.qr(
+        factors.outer.to(torch.float32 if dtype.itemsize < 4 else torch.float64)
+    )
     pivots = select(basis, block)
     if pivots is None:
         rank = _rank_in_the_same_bytes(factors, dtype.itemsize, block)
-        return pack_interpolative(factors.truncated(rank), target, metric, dtype, 1)
+        return pack_interpolative(factors.truncated(rank), target, metric, dtype, 1, zero)
     rows = torch.arange(len(target), device=target.device).view(-1, block)[pivots.order].flatten()
-    chosen, others = rows[: factors.rank], rows[factors.rank :]
-    weight = (factors.outer[chosen] @ factors.inner).to(dtype)
-    error = target[chosen] - weight.double()
-    aim, fisher = conditional_target(target, error, chosen, others, metric)
-    refit = Refit(pivots.coefficients, aim, weight.double(), metric, fisher)
+    weight = (factors.outer[rows[: factors.rank]] @ factors.inner).to(dtype)
+    if metric.fisher is not None:
+        fisher = metric.fisher.index_select(0, rows).index_select(1, rows)
+        metric = replace(metric, fisher=fisher)
+    refit = Refit(pivots.coefficients.double(), target[rows], weight.double(), metric)
     packed = Packed(
         storage="interpolative",
         weight=weight,
@@ -150,7 +178,7 @@ def pack_interpolative(
         perm=pivots.order.argsort().to(torch.int32),
         block=block,
     )
-    return _measured(packed, target, metric)
+    return _measured(packed, refit, zero)
 
 
 def _filled(factors: Factors, block: int) -> Factors:
@@ -179,8 +207,8 @@ def _rounded(refit: Refit, dtype: torch.dtype) -> Tensor:
     return fitted
 
 
-def _measured(packed: Packed, target: Tensor, metric: Metric) -> Stored:
-    errors = Errors(*metric.errors(target - dense(packed)))
+def _measured(packed: Packed, refit: Refit, zero: Errors | None) -> Stored:
+    errors = refit.errors(packed.up.double(), zero)
     if not math.isfinite(errors.metric):
         raise SolveError(f"the factors do not fit {packed.weight.dtype}")
     return Stored(packed=packed, errors=errors, reason=f"{packed.storage} as asked for")

@@ -8,8 +8,10 @@ below what float32 factors resolve.
 import torch
 from torch import Tensor
 
+from lrc_cli.engine.choices import tails
 from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide
-from lrc_cli.engine.problem import Factors, Metric, Solver, Statistics
+from lrc_cli.engine.problem import Factors, Metric, References, Solver, Statistics, Survey
+from lrc_cli.engine.sides import rank_above_floor, side_of
 
 
 def _metric(statistics: Statistics) -> Metric:
@@ -30,27 +32,52 @@ def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     return torch.sum(outputs * directions.inner, dim=1).clamp(min=0.0)
 
 
-def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-    directions = svd_directions(weight).truncated(rank)
+def _factorize(
+    weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
+) -> Factors:
+    if vectors is not None:
+        vectors = vectors[:, :rank].double()
+    directions = svd_directions(weight, vectors).truncated(rank)
     return balanced(directions.outer, directions.inner)
 
 
-def svd_directions(weight: Tensor) -> Factors:
+def _survey(weight: Tensor, statistics: Statistics) -> Survey:
+    values, vectors = _eigenpairs(weight.double())
+    spectrum = torch.nn.functional.pad(values, (0, min(weight.shape) - len(values)))
+    errors = tails(spectrum)
+    if statistics.gram is None:  # the inputs are white
+        references, curve = References(spectrum, errors, errors.clone()), spectrum.clone()
+    else:
+        found = side_of(weight, Metric(gram=statistics.gram.double())).references()
+        references, curve = found._replace(svd_metric=errors), _output_spectrum(weight, statistics)
+    return Survey(spectrum=spectrum, output_curve=curve, vectors=vectors, references=references)
+
+
+def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
     """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
-    directions above the numerical floor, at least one."""
+    directions above the numerical floor, at least one.
+
+    Args:
+        vectors: (min(m, n), j), the singular vectors of the smaller side, where they are known.
+    """
     weight = weight.double()
+    if vectors is None:
+        _, vectors = _eigenpairs(weight)
     if is_wide(weight):
-        values, u = eigenpairs(weight @ weight.T)
-        u = u[:, : _rank(values)]
-        return Factors(u, u.T @ weight)
-    values, v = eigenpairs(weight.T @ weight)
-    v, singular = v[:, : _rank(values)], values[: _rank(values)].sqrt()
-    return Factors(weight @ (v * torch.where(singular > 0, 1 / singular, 0.0)), (v * singular).T)
+        return Factors(vectors, vectors.T @ weight)
+    outer = weight @ vectors
+    singular = torch.linalg.vector_norm(outer, dim=0)
+    return Factors(
+        outer * torch.where(singular > 0, 1 / singular, 0.0), singular[:, None] * vectors.T
+    )
 
 
-def _rank(values: Tensor) -> int:
-    """How many eigenvalues are above the numerical floor, at least 1."""
-    return max(int((values > 0).sum()), 1)
+def _eigenpairs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values (j,) above the numerical floor, and the vectors (k, j) of the smaller
+    side."""
+    values, vectors = eigenpairs(weight @ weight.T if is_wide(weight) else weight.T @ weight)
+    rank = rank_above_floor(values)
+    return values[:rank], vectors[:, :rank]
 
 
 SVD = Solver(
@@ -61,4 +88,5 @@ SVD = Solver(
     spectrum=_spectrum,
     output_spectrum=_output_spectrum,
     factorize=_factorize,
+    survey=_survey,
 )

@@ -29,8 +29,9 @@ from lrc_cli.gather import collect_statistics
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.ranks import allocate_ranks, rest_bytes
-from lrc_cli.run import make_plans, read_spectra, solve_spectra
-from lrc_cli.work import LOG, OUTPUT_SPECTRA, SPECTRA, Tensors, WorkDirectory
+from lrc_cli.run import make_plans
+from lrc_cli.surveys import read_spectra, survey_layers, vectors_bytes
+from lrc_cli.work import LOG, SURVEYS, Tensors, WorkDirectory
 
 SPEED_BYTES = 32 << 20
 """Written once to see how fast the disk is."""
@@ -72,7 +73,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
             progress.logged(work.root / LOG),
         ):
             collect_statistics(first, work, progress)
-            solve_spectra(first, work, progress)
+            survey_layers(first, work, progress)
             spectra = read_spectra(first, work)
     found["spectra"] = "reused" if known else "collected" if spectra is not None else None
     if spectra is not None:
@@ -92,9 +93,7 @@ def _open(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
 
 
 def _has_spectra(plan: Plan, work: WorkDirectory) -> bool:
-    bounds_output = plan.config.compression.max_layer_error is not None
-    stage = OUTPUT_SPECTRA if bounds_output else SPECTRA
-    return all(work.has(stage, unit) for unit in plan.units)
+    return all(work.has(SURVEYS, unit) for unit in plan.units)
 
 
 def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
@@ -110,7 +109,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     probe.spread_facts(kinds)
     spectra = probe.spectra(kinds)
     pieces = [Piece(phase="checks", seconds=checks), *probe.pieces]
-    lasting = probe.statistics_bytes
+    lasting = probe.statistics_bytes + vectors_bytes(first, probe.missing(SURVEYS))
     jobs, outputs = list[dict[str, Any]](), 0
     quality: list[Piece] | None = None
     for plan in plans:

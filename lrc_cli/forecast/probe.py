@@ -17,21 +17,15 @@ from lrc_cli.fit import Fitted
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.gather import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.layerwise import fit, keep_references, num_workers, solve_units
+from lrc_cli.layerwise import fit
 from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
 from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION
-from lrc_cli.run import solve_spectra
+from lrc_cli.solving import num_workers, solve_units
 from lrc_cli.statistics import micro_batch
-from lrc_cli.work import (
-    OUTPUT_SPECTRA,
-    REFERENCES,
-    SPECTRA,
-    STATISTICS,
-    Tensors,
-    WorkDirectory,
-)
+from lrc_cli.surveys import survey_layers, unit_spectra
+from lrc_cli.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
 
 
 @dataclass
@@ -134,23 +128,21 @@ class Probe:
         with PrivateMemory(self.plan.device) as memory:
             for unit, layers in own.items():
                 clock = Clock(self.plan.device)
-                solve_spectra(replace(self.plan, layers=layers), self.work, self.quiet)
+                survey_layers(replace(self.plan, layers=layers), self.work, self.quiet)
                 clock.tick()
-                left = sum(not self.has(SPECTRA, other) for other in kinds[unit])
+                left = sum(not self.has(SURVEYS, other) for other in kinds[unit])
                 self.pieces.append(Piece(phase="spectra", seconds=clock.steps[0], times=left))
         self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
 
     def spectra(self, kinds: dict[str, list[str]]) -> Tensors:
         """The spectra of all layers: the job's own where it has them, else those of its like."""
-        bounds_output = self.plan.config.compression.max_layer_error is not None
-        stage = OUTPUT_SPECTRA if bounds_output else SPECTRA
         found: Tensors = {}
         for representative, units in kinds.items():
-            like, _ = self.work.get(stage, representative)
+            like = unit_spectra(self.plan, self.work, representative)
             for unit in units:
-                if self.has(stage, unit):
+                if self.has(SURVEYS, unit):
                     assert self.real is not None
-                    found |= self.real.get(stage, unit)[0]
+                    found |= unit_spectra(self.plan, self.real, unit)
                     continue
                 pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
                 found |= {x.name: like[y.name] for x, y in pairs if y.name in like}
@@ -164,16 +156,12 @@ class Probe:
         with PrivateMemory(plan.device) as memory:
             for unit, units in kinds.items():
                 layers = plan.units[unit]
-                if self.has(REFERENCES, unit) and not self.work.has(REFERENCES, unit):
-                    assert self.real is not None
-                    self.work.put(REFERENCES, unit, *self.real.get(REFERENCES, unit))
                 few, share = _on_few_sequences(plan, layers)
                 # As many layers side by side as there will be, though one unit has fewer.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
                 clock = Clock(plan.device)
                 solve = partial(fit, few, self.work, ranks)
                 *_, (_, fitted) = solve_units(plan, [unit] * together, solve)
-                keep_references(self.work, unit, fitted)
                 clock.tick()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
                 times = left * share / together

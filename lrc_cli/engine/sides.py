@@ -1,0 +1,251 @@
+"""min over rank(Z) <= r of scale * tr(F D G D^T), D = W - Z, on the smaller side of W (m, n).
+
+Wide (m <= n): with F = L^T L and U the leading eigenvectors of A = L W G W^T L^T, Z has the outer
+factor L^-1 U and the inner one U^T L W. Tall: with G = R R^T and P the leading eigenvectors of
+A = R^T W^T F W R, the outer factor is V = W R P and the inner one (V^T F V)^-1 V^T F W; no root of
+F is needed, and no inverse of G. The error that is left is the sum of A's other eigenvalues
+(Eckart-Young). Where F is the identity its root is left out.
+
+Everything about W is in a few matrices of the smaller side, which its references share: plain SVD
+leaves D = sum over i >= r of u_i (s_i v_i)^T, so its errors at all ranks are tail sums of one
+matrix, and the eigenvalues of W G W^T are those of the least output error.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lrc_cli.engine.linalg import balanced, cholesky, eigenpairs, eigenvalues, is_wide, root
+from lrc_cli.engine.problem import (
+    Factors,
+    Metric,
+    References,
+    SolveError,
+    Statistics,
+    Survey,
+)
+
+INDEPENDENT = 1e-10
+"""Squared lengths of directions, as a share of the largest, from which on they can be told apart
+by their products: a Gram matrix of vectors loses half of their digits."""
+
+
+class Side(ABC):
+    """The eigenproblem of W in a metric with a Gram matrix.
+
+    Args:
+        weight: (m, n) float64.
+    """
+
+    def __init__(self, weight: Tensor, metric: Metric) -> None:
+        assert metric.gram is not None
+        self.weight, self.gram, self.fisher, self.scale = (
+            weight,
+            metric.gram,
+            metric.fisher,
+            metric.scale,
+        )
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """A, (k, k) float64 with k = min(m, n)."""
+
+    @abstractmethod
+    def factors(self, vectors: Tensor) -> Factors:
+        """The solution whose directions are the columns of `vectors` (k, r), A's leading
+        eigenvectors; they may have been rounded to float32. Raises SolveError."""
+
+    @abstractmethod
+    def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
+        """(j,): [r:].sum() is the plain output error of this problem's solution of rank r, from
+        A's eigenvalues (j,) and eigenvectors (k, j)."""
+
+    @abstractmethod
+    def references(self, least: Tensor | None = None) -> References:
+        """What solutions are compared with.
+
+        Args:
+            least: the spectrum of the least output error, where it is known.
+        """
+
+
+class Wide(Side):
+    """m <= n."""
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        """W G W^T, (m, m)."""
+        return self.weight @ self.gram @ self.weight.T
+
+    @cached_property
+    def _left(self) -> Tensor | None:
+        """The upper triangular L (m, m) of F = L^T L; None where F is the identity."""
+        return None if self.fisher is None else cholesky(self.fisher).T
+
+    @property
+    def matrix(self) -> Tensor:
+        left = self._left
+        return self._outputs if left is None else left @ self._outputs @ left.T
+
+    def factors(self, vectors: Tensor) -> Factors:
+        left = self._left
+        if left is None:
+            return balanced(vectors, vectors.T @ self.weight)
+        outer = torch.linalg.solve_triangular(left, vectors, upper=True)
+        return balanced(outer, (vectors.T @ left) @ self.weight)
+
+    def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
+        # D = L^-1 (I - U U^T) L W leaves e_i |L^-1 u_i|^2.
+        if self._left is None:
+            return values
+        lengths = torch.linalg.solve_triangular(self._left, vectors, upper=True)
+        return values * lengths.square().sum(dim=0)
+
+    def references(self, least: Tensor | None = None) -> References:
+        values, u = eigenpairs(self.weight @ self.weight.T)
+        u = u[:, : rank_above_floor(values)]
+        outputs = self._outputs @ u
+        plain = form = _tail_sums(torch.sum(u * outputs, dim=0))
+        if self.fisher is not None:
+            form = _tail_sums((u.T @ outputs) * (u.T @ self.fisher @ u))
+        least = eigenvalues(self._outputs) if least is None else least
+        return References(least, self.scale * form, plain)
+
+
+class Tall(Side):
+    """m > n."""
+
+    @cached_property
+    def _right(self) -> Tensor:
+        """R (n, n) of G = R R^T."""
+        return root(self.gram)
+
+    @cached_property
+    def _squared(self) -> Tensor:
+        """W^T W, (n, n)."""
+        return self.weight.T @ self.weight
+
+    @cached_property
+    def _weighted(self) -> Tensor:
+        """W^T F W, (n, n)."""
+        if self.fisher is None:
+            return self._squared
+        return self.weight.T @ (self.fisher @ self.weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self._right.T @ self._weighted @ self._right
+
+    def factors(self, vectors: Tensor) -> Factors:
+        outer = self.weight @ (self._right @ vectors)
+        weighted = outer if self.fisher is None else self.fisher @ outer
+        normal = outer.T @ weighted
+        squares = normal.diagonal()
+        if self.fisher is None and bool((squares <= INDEPENDENT * squares.amax()).any()):
+            # Also directions that no input excites: they keep what they can of W.
+            u, _ = torch.linalg.qr(outer)
+            return balanced(u, u.T @ self.weight)
+        # Eigenvectors make `normal` diagonal, but rounded ones do not quite.
+        alive = squares > 0
+        scale = torch.where(alive, squares.rsqrt(), 0.0)
+        normal = normal * scale[:, None] * scale
+        normal.diagonal().add_(~alive)
+        factor, info = torch.linalg.cholesky_ex(normal)
+        if info.item() != 0:
+            raise SolveError("its directions cannot be told apart")
+        inner = torch.cholesky_solve(scale[:, None] * (weighted.T @ self.weight), factor)
+        return balanced(outer, scale[:, None] * inner)
+
+    def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
+        # D R = W R (I - P P^T) leaves |W R p_i|^2.
+        if self.fisher is None:
+            return values
+        reduced = self._right @ vectors
+        return torch.where(values > 0, (reduced * (self._squared @ reduced)).sum(dim=0), 0.0)
+
+    def references(self, least: Tensor | None = None) -> References:
+        values, v = eigenpairs(self._squared)
+        rank = rank_above_floor(values)
+        values, v = values[:rank], v[:, :rank]
+        inputs = self.gram @ v
+        plain = form = _tail_sums(values * torch.sum(v * inputs, dim=0))
+        if self.fisher is not None:
+            form = _tail_sums((v.T @ inputs) * (v.T @ self._weighted @ v))
+        if least is None:
+            least = eigenvalues(self._right.T @ self._squared @ self._right)
+        return References(least, self.scale * form, plain)
+
+
+def side_of(weight: Tensor, metric: Metric) -> Side:
+    """The problem of a weight (m, n) of any floating dtype; the metric has a Gram matrix."""
+    return (Wide if is_wide(weight) else Tall)(weight.double(), metric)
+
+
+def rank_above_floor(values: Tensor) -> int:
+    """How many eigenvalues are above the numerical floor, at least 1."""
+    return max(int((values > 0).sum()), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """The functions of a solver (see Solver) that minimises scale * tr(F D G D^T).
+
+    Args:
+        capped: whether a rank is lowered to the number of eigenvalues above the numerical floor.
+    """
+
+    metric: Callable[[Statistics], Metric]
+    capped: bool
+
+    def _side(self, weight: Tensor, statistics: Statistics) -> Side:
+        return side_of(weight, self.metric(statistics))
+
+    def _directions(self, side: Side) -> tuple[Tensor, Tensor]:
+        values, vectors = eigenpairs(side.matrix)
+        return values, vectors[:, : rank_above_floor(values)] if self.capped else vectors
+
+    def spectrum(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """As Solver.spectrum."""
+        side = self._side(weight, statistics)
+        return side.scale * eigenvalues(side.matrix)
+
+    def output_spectrum(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """As Solver.output_spectrum."""
+        side = self._side(weight, statistics)
+        return side.output_curve(*eigenpairs(side.matrix))
+
+    def factorize(
+        self, weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
+    ) -> Factors:
+        """As Solver.factorize."""
+        side = self._side(weight, statistics)
+        if vectors is None:
+            _, vectors = self._directions(side)
+        return side.factors(vectors[:, :rank].double())
+
+    def survey(self, weight: Tensor, statistics: Statistics) -> Survey:
+        """As Solver.survey."""
+        side = self._side(weight, statistics)
+        values, vectors = eigenpairs(side.matrix)
+        kept = rank_above_floor(values) if self.capped else len(values)
+        # Without F it is the least output error that the solver itself minimises.
+        least = values if side.fisher is None else None
+        return Survey(
+            spectrum=side.scale * values,
+            output_curve=side.output_curve(values, vectors),
+            vectors=vectors[:, :kept],
+            references=side.references(least),
+        )
+
+
+def _tail_sums(terms: Tensor) -> Tensor:
+    """(k + 1,): entry r sums the terms (k,) or (k, k) whose indices are all r or more."""
+    sums = terms.flip(0).cumsum(0)
+    if terms.ndim == 2:
+        sums = sums.flip(1).cumsum(1).diagonal()
+    return torch.cat([sums.flip(0).clamp(min=0.0), sums.new_zeros(1)])

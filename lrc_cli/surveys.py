@@ -1,0 +1,105 @@
+"""Phase one, eigenproblems: what is known of every layer at every rank, and where it lies."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+
+from lrc_cli.engine import References, SolveError, Survey, survey
+from lrc_cli.gather import read_statistics
+from lrc_cli.models import Layer
+from lrc_cli.plan import Plan
+from lrc_cli.progress import Progress
+from lrc_cli.solving import solve_cost, solve_units, weight_of
+from lrc_cli.work import SURVEYS, Tensors, WorkDirectory
+
+SPECTRUM, OUTPUT_CURVE, VECTORS = "spectrum", "output_curve", "vectors"
+
+
+def survey_layers(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
+    """The surveys of every unit that has none yet."""
+    todo = work.missing(SURVEYS, plan.units)
+    if not todo:
+        return
+    own = list(filter(plan.owns, todo))
+    cost = solve_cost(x for unit in own for x in plan.units[unit])
+    with progress.phase("spectra", cost) as phase:
+        for unit, solved in solve_units(plan, own, partial(_survey, plan, work)):
+            found = [_tensors(name, s) for name, (s, _) in solved.items() if s is not None]
+            tensors = {key: tensor for each in found for key, tensor in each.items()}
+            reasons = {name: reason for name, (s, reason) in solved.items() if s is None}
+            work.put(SURVEYS, unit, tensors, {"dense": reasons})
+            phase.advance(solve_cost(plan.units[unit]))
+    plan.processes.wait()
+
+
+def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Survey | None, str]:
+    """A layer's survey; None, with the reason, where it must stay dense."""
+    statistics, reason = read_statistics(plan, work, layer)
+    if statistics is None:
+        return None, reason
+    try:
+        return survey(plan.solvers[layer.name], weight_of(plan, layer), statistics), ""
+    except SolveError as error:
+        return None, f"could not be solved: {error}"
+
+
+def _tensors(name: str, found: Survey) -> Tensors:
+    """What is stored of a layer's survey."""
+    tensors = {SPECTRUM: found.spectrum, OUTPUT_CURVE: found.output_curve}
+    if found.vectors is not None:
+        tensors[VECTORS] = found.vectors.float()
+    if found.references is not None:
+        tensors |= found.references._asdict()
+    # Of some solvers two of them are one, and safetensors wants every tensor for itself.
+    return {f"{kind}.{name}": tensor.clone().contiguous() for kind, tensor in tensors.items()}
+
+
+def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
+    """A layer's survey, on the run's device; its vectors are in float32."""
+    stored, _ = work.get(SURVEYS, layer.unit)
+
+    def read(kind: str) -> torch.Tensor | None:
+        tensor = stored.get(f"{kind}.{layer.name}")
+        return None if tensor is None else tensor.to(plan.device)
+
+    spectrum, curve = read(SPECTRUM), read(OUTPUT_CURVE)
+    assert spectrum is not None and curve is not None
+    compared = {kind: tensor for kind in References._fields if (tensor := read(kind)) is not None}
+    return Survey(
+        spectrum=spectrum,
+        output_curve=curve,
+        vectors=read(VECTORS),
+        references=References(**compared) if compared else None,
+    )
+
+
+def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
+    """Why phase one found that the layer must stay dense; None where it need not."""
+    reasons: dict[str, str] = work.get(SURVEYS, layer.unit)[1]["dense"]
+    return reasons.get(layer.name)
+
+
+def read_spectra(plan: Plan, work: WorkDirectory) -> Tensors:
+    """By layer name, the spectra of what the target bounds."""
+    found: Tensors = {}
+    for unit in plan.units:
+        found |= unit_spectra(plan, work, unit)
+    return found
+
+
+def unit_spectra(plan: Plan, work: WorkDirectory, unit: str) -> Tensors:
+    """As `read_spectra`, of one unit's layers."""
+    kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
+    stored, _ = work.get(SURVEYS, unit)
+    return {
+        name.removeprefix(f"{kind}."): tensor
+        for name, tensor in stored.items()
+        if name.startswith(f"{kind}.")
+    }
+
+
+def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:
+    """What the surveys of units take on the disk, but for a few numbers a rank."""
+    layers = [layer for unit in units for layer in plan.units[unit]]
+    return sum(min(layer.shape) ** 2 * torch.float32.itemsize for layer in layers)
