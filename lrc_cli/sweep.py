@@ -8,10 +8,14 @@ one at its input, and is measured in that one run.
     <work>/inputs/<segment>/<micro-batch>      what the segment reads
     <work>/gradients/<segment>/<micro-batch>   the gradients of the loss by it, one a probe
 
+Inputs that the way back needs are always written. Everything else that passes from one segment to
+the next stays in memory, and is written every few seconds only, for the next run to go on from.
+
 Of several processes each runs its share of the micro-batches, and all come to the end of a segment
 together. Nothing depends on how many they are, so others may go on.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +43,8 @@ from lrc_cli.statistics import Moments
 from lrc_cli.walk import Keep, Walk
 from lrc_cli.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
 
+STORE_EVERY = 10.0
+"""Seconds: what a run that goes on may have to run through again, beside the segment it was in."""
 BACKWARD_COST = 3.0
 """Of a segment that is run again with gradients, and backwards, in forward runs of it."""
 
@@ -69,6 +75,7 @@ class Sweep:
         finished: whether a segment was measured before.
         finish: called with a measured segment, once, by all processes.
         keep: what becomes of tensors between two segments; see `HostMemory.keep`.
+        store_every: in place of STORE_EVERY.
     """
 
     def __init__(
@@ -79,8 +86,17 @@ class Sweep:
         finished: Callable[[Segment], bool],
         finish: Callable[[Segment, Moments], None],
         keep: Keep = torch.Tensor.detach,
+        store_every: float | None = None,
     ) -> None:
         self.job, self.work, self.finished, self.finish = job, work, finished, finish
+        self.keep = keep
+        self.store_every = STORE_EVERY if store_every is None else store_every
+        self.gradients: dict[int, Tensors] = {}
+        """By micro-batch, those by the input of the segment that ran backwards last."""
+        self._stored = time.monotonic()
+        """When something to go on from was stored last."""
+        self._passed: list[tuple[str, Segment]] = []
+        """What lies in files and is of no use as soon as something further on does."""
         masking = torch.Generator().manual_seed(job.seed)
         prepared = [
             (batch, None) if job.loss is None else prepare(job.loss, batch, masking)
@@ -132,9 +148,18 @@ class Sweep:
         stage = f"{stage}/{segment.name}"
         return all(self.work.has(stage, str(index)) for index in range(len(self.walk.batches)))
 
-    def _remove(self, stage: str, segment: Segment) -> None:
-        for index in self.own:
-            self.work.remove(f"{stage}/{segment.name}", str(index))
+    def _is_due(self) -> bool:
+        """Whether to store something to go on from: the first process tells all."""
+        due = time.monotonic() - self._stored >= self.store_every
+        return self.work.processes.from_first(lambda: due)
+
+    def _forget_passed(self) -> None:
+        """Delete what a run that goes on would not read any more."""
+        self._stored = time.monotonic()
+        for stage, segment in self._passed:
+            for index in self.own:
+                self.work.remove(f"{stage}/{segment.name}", str(index))
+        self._passed.clear()
 
     @property
     def cost(self) -> float:
@@ -183,7 +208,8 @@ class Sweep:
         segments, is_before = self.job.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
         measures = is_before and number in self.unfinished
-        stores = number + 1 in self.forward or number + 1 >= self.first_graded
+        returns = number + 1 >= self.first_graded
+        stores = returns or (number + 1 in self.forward and self._is_due())
         moments = self._moments(segment)
         for index in self.own:
             masks = masks_of(self.walk.batches[index])
@@ -201,51 +227,59 @@ class Sweep:
             self.finish(segment, moments)
         if is_before:
             self.work.processes.wait()
-            self._remove(INPUTS, segment)
+            self._passed.append((INPUTS, segment))
+            if stores:
+                self._forget_passed()
 
     def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> None:
         """Run a segment again with gradients, and backwards, and measure it."""
         segments, first = self.job.segments, self.first_graded
         segment, above = segments[number], segments[number + 1 : number + 2]
         moments = self._moments(segment)
+        stores = number > first and self._is_due()
         for index in self.own:
             hidden: torch.Tensor | None = None
-            gradients: Tensors = {}
+            gradients = self.gradients.pop(index, None)
             if segment.name not in (HEAD, WHOLE):
                 hidden = self._input(segment, index).to(self.job.network.device, copy=True)
                 hidden.requires_grad_(number > first)
-            for follower in above:
-                gradients, _ = self.work.get(f"{GRADIENTS}/{follower.name}", str(index))
-            below = self._back(segment, index, hidden, moments, gradients)
+            if gradients is None:  # an earlier run has come to here
+                stages = [f"{GRADIENTS}/{follower.name}" for follower in above]
+                gradients = self.work.get(stages[0], str(index))[0] if stages else {}
+            below = self._back(number, index, hidden, moments, gradients)
             if number > first:
-                aside.put(f"{GRADIENTS}/{segment.name}", str(index), below, {})
+                self.gradients[index] = {probe: self.keep(x) for probe, x in below.items()}
+            if stores:
+                stage = f"{GRADIENTS}/{segment.name}"
+                aside.put(stage, str(index), self.gradients[index], {})
             advance(BACKWARD_COST * self._cost(number) / len(self.own))
         aside.flush()
         if number in self.unfinished:
             self.finish(segment, moments)
         # Nobody's inputs go before the segment is stored: the next run would miss them.
         self.work.processes.wait()
-        self._remove(INPUTS, segment)
-        for follower in above:
-            self._remove(GRADIENTS, follower)
+        self._passed += [(INPUTS, segment), *((GRADIENTS, follower) for follower in above)]
+        if stores or number == first:
+            self._forget_passed()
 
     def _back(
         self,
-        segment: Segment,
+        number: int,
         index: int,
         hidden: torch.Tensor | None,
         moments: Moments,
         above: Tensors,
     ) -> Tensors:
         """One micro-batch: from the gradients by its output to those by `hidden`, by probe."""
-        loss, network = self.job.loss, self.job.network
+        loss, network, segment = self.job.loss, self.job.network, self.job.segments[number]
+        layers = segment.layers if number in self.unfinished else []
         below: Tensors = {}
         assert loss is not None
         masks = masks_of(self.walk.batches[index])
         with (
             torch.enable_grad(),  # whatever the caller has set
             recast_in_backward(network.casts),
-            moments.watching(network, segment.layers, masks),
+            moments.watching(network, layers, masks),
         ):
             # A clone, because a leaf may not be changed in place.
             given = None if hidden is None else hidden.clone()

@@ -30,7 +30,7 @@ class Pivots:
 
 
 def select(basis: Tensor, block: int) -> Pivots | None:
-    """Pivots for orthonormal columns `basis` (m, r), float64 or float32; `block` divides m and r < m.
+    """Pivots for orthonormal columns `basis` (m, r), r < m, float64 or float32; `block` divides m.
 
     None where every choice of whole blocks is badly conditioned (zero rows spread over all
     blocks, say); blocks of 1 always succeed.

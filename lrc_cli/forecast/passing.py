@@ -71,7 +71,8 @@ class _Pass:
             storing.tick()
             clock.restart()
 
-        sweep = Sweep(self.few, self.work, finished=lambda _: False, finish=finish)
+        # Everything is stored, to see how large it is.
+        sweep = Sweep(self.few, self.work, finished=lambda _: False, finish=finish, store_every=0.0)
         order = [*((i, False) for i in sweep.forward), *((i, True) for i in sweep.backward)]
         sweep.run(clock.tick)
         each = len(self.few.batches)
