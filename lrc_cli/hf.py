@@ -26,7 +26,6 @@ from lrc_cli.experts import has_experts, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
-    TiedHead,
     damaged,
     dense_weight,
     low_rank_layers,
@@ -40,6 +39,7 @@ from lrc_cli.slots import (
     finish_slots,
     insert_slots,
 )
+from lrc_cli.tied import Tied
 
 METHOD = "lrc"
 """The `quant_method` of a factorised checkpoint's config.json."""
@@ -138,8 +138,8 @@ class LrcQuantizer(HfQuantizer):
             layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)
         }
         replace_modules(model, new)
-        heads = [part for part in model.modules() if isinstance(part, TiedHead)]
-        replace_modules(model, {head: _dense_head(head, new[head.table]) for head in heads})
+        tied = [part for part in model.modules() if isinstance(part, Tied)]
+        replace_modules(model, {part: part.dense(new[part.table]) for part in tied})
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -183,16 +183,6 @@ def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
     return dense.train(layer.training)
-
-
-def _dense_head(head: TiedHead, table: nn.Module) -> nn.Module:
-    """The head with the dense table as its weight."""
-    m, n = head.table.shape
-    dense = nn.Linear(n, m, bias=head.bias is not None, device="meta")
-    dense.weight = table.get_parameter("weight")
-    if head.bias is not None:
-        dense.bias = head.bias
-    return dense.train(head.training)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

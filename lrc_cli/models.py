@@ -16,6 +16,7 @@ from lrc_cli.experts import unfuse
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import load_source
+from lrc_cli.lookups import merge_tables
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
 from lrc_cli.recurrent import unroll
@@ -112,7 +113,7 @@ def open_module(
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
     Fused experts become lists of experts; transformers has copied their parameters. The matrices
-    of LSTM and GRU become layers.
+    of LSTM and GRU become layers, and embeddings with one table one module.
     """
     if source.config is None and factory is None:
         raise InputError(
@@ -122,6 +123,7 @@ def open_module(
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
     unfuse(module)
     unroll(module)
+    merge_tables(module)
     return module
 
 
