@@ -31,7 +31,7 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import are_merged
+from lrc_cli.names import are_merged, module_names
 from lrc_cli.slots import (
     check_table,
     factorised_weights,
@@ -106,7 +106,7 @@ class LrcQuantizer(HfQuantizer):
         if are_merged(model, factorised_weights(headers)):
             unfuse(model)
         factors = find_factors(model, headers)
-        insert_slots(model, factors)
+        insert_slots(model, factors, {*module_names(model, headers).values()})
         check_table(model, self.quantization_config.layers)
         if not factors:
             raise InputError(

@@ -259,6 +259,7 @@ def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.M
     check_table(model, record.get("layers", {}))
     expected = model.state_dict(keep_vars=True)
     _check_keys(expected, source.tensors)
+    _check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
     # Several names of one tied tensor get one object, so that they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
@@ -293,6 +294,38 @@ def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo
                 f"{key} has shape {header.shape} in the files and {tuple(expected[key].shape)} "
                 "in the module",
                 "check that the factory is the right one",
+            )
+
+
+def copies(model: nn.Module, source: Source) -> dict[str, str]:
+    """Keys of which the model ties the tensor to another one, with the key that counts.
+
+    transformers ties no two that differ, whatever the config says.
+    """
+    state = model.state_dict(keep_vars=True)
+    sources = getattr(model, "all_tied_weights_keys", {}).values()
+    found: dict[int, list[tuple[str, str]]] = {}
+    for key, name in module_names(model, source.tensors).items():
+        found.setdefault(id(state[name]), []).append((key, name))
+    counting = (min(same, key=lambda pair: pair[1] not in sources) for same in found.values())
+    kept = {id(state[name]): key for key, name in counting}
+    return {
+        key: kept[identity]
+        for identity, same in found.items()
+        for key, _ in same
+        if key != kept[identity]
+    }
+
+
+def _check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
+    """Raises InputError where the files hold different numbers for one tensor of the module."""
+    first: dict[int, str] = {}
+    for key in source.tensors:
+        other = first.setdefault(id(expected[key]), key)
+        if other != key and not torch.equal(source.read(key), source.read(other)):
+            raise InputError(
+                f"{other} and {key} are one tensor of the module, and differ in the files",
+                "untie them in the factory, or remove the wrong one from the files",
             )
 
 

@@ -15,7 +15,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.experts import unfuse
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
-from lrc_cli.loading import load_source
+from lrc_cli.loading import copies, load_source
 from lrc_cli.lookups import merge_tables
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
@@ -121,6 +121,7 @@ def open_module(
             "set model.factory to the function that builds the module",
         )
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
+    source.keep_once(copies(module, source))
     unfuse(module)
     unroll(module)
     merge_tables(module)

@@ -1,6 +1,6 @@
 """From a checkpoint's headers to slots in a dense module tree, and on to run-time modules."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -111,12 +111,16 @@ def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]
             )
 
 
-def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
+def insert_slots(
+    model: nn.Module, factors: Mapping[str, FactorShapes], stored: Collection[str] = ()
+) -> None:
     """Puts a slot in the place of each named dense layer, on that layer's device and in its dtype.
 
     Args:
         model: the dense module tree, usually on the meta device; changed in place.
         factors: module name -> shapes of its tensors.
+        stored: the model's tensors that the checkpoint holds. A head among them is not tied,
+            whatever the config says.
 
     Raises:
         InputError: where the module is no linear layer, or the shapes do not make its matrix.
@@ -134,18 +138,18 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
             )
         slots[dense] = slot = _slot(dense, shapes, layout, shape)
         if isinstance(layout, Table | Lookup):
-            slots |= {part: _tied(part, slot) for part in _untied(model, name)}
+            slots |= {part: _tied(part, slot) for part in _untied(model, name, stored)}
     replace_modules(model, slots)
 
 
-def _untied(model: nn.Module, table: str) -> list[nn.Module]:
+def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Module]:
     """The modules to whose weight transformers would tie the table's after loading: no more."""
     ties = getattr(model, "all_tied_weights_keys", {})
     source = ties.get(f"{table}.weight", f"{table}.weight")
     group = {source, *(key for key in ties if ties[key] == source)}
     for key in group & {*ties}:
         del ties[key]
-    parts = (model.get_submodule(key.removesuffix(".weight")) for key in sorted(group))
+    parts = (model.get_submodule(key.removesuffix(".weight")) for key in sorted(group - {*stored}))
     return [part for part in parts if part is not model.get_submodule(table)]
 
 

@@ -268,3 +268,39 @@ def test_a_body_loads_from_a_headed_checkpoint_and_not_the_reverse(shared: Share
     if shared.family.architecture == "T5Model":
         with pytest.raises(InputError, match="Linear would use the table of an embedding"):
             shared.load("T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_stored_beside_its_table(same: bool, tmp_path: Path) -> None:
+    """transformers ties the two, as config.json says, only where they are equal."""
+    pico.write_model(tmp_path / "dense", LLAMA)
+    file = tmp_path / "dense" / "model.safetensors"
+    state, head, table = pico.read_state(file), "lm_head.weight", f"{TABLES[LLAMA]}.weight"
+    state[head] = state[table].clone() if same else state[table].flip(0).contiguous()
+    save_file(state, file, {"format": "pt"})
+    (tmp_path / "text.txt").write_text(pico.words(6000))
+    changes = {
+        "model.path": str(tmp_path / "dense"),
+        "calibration.path": str(tmp_path / "text.txt"),
+        "compression.embeddings": True,
+        "compression.exclude": [],
+        "compression.allocation": "uniform",
+        "compression.rank_multiple": 1,
+    }
+    output, report = pico.compressed(tmp_path, changes)
+    assert report["copies"] == ({head: table} if same else {})
+    written = pico.read_state(output)
+    assert (head in written) is (not same)
+    rows = {row["name"]: row for row in report["layers"]}
+    assert rows["lm_head"]["tied_to"] == (TABLES[LLAMA] if same else None)
+    ended = pico.call("verify", output, "--against", tmp_path / "dense")
+    assert ended.code == 0, ended.out + ended.err
+    dense = pico.rebuilt(written)
+    if not same:
+        dense[table] = dense[table].T.contiguous()
+    (tmp_path / "config.json").write_bytes((tmp_path / "dense" / "config.json").read_bytes())
+    save_file(dense, tmp_path / "model.safetensors", {"format": "pt"})
+    kind = transformers.LlamaForCausalLM
+    got = logits(kind.from_pretrained(output, dtype=torch.float32))
+    wanted = logits(kind.from_pretrained(tmp_path, dtype=torch.float32))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())

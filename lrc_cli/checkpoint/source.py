@@ -1,7 +1,8 @@
 """Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Source:
     """Parsed config.json of a transformers directory; None for any other checkpoint."""
     weights: Weights
     """The stored tensors, in whatever format."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Tensors that the files hold a second time, with the key of the one that counts."""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -77,6 +80,12 @@ class Source:
     def read(self, key: str) -> torch.Tensor:
         """The stored tensor `key` on the CPU."""
         return self.weights.read(key)
+
+    def keep_once(self, copies: Mapping[str, str]) -> None:
+        """From now on pass over copies of tied tensors, which the files hold under other keys."""
+        for key in copies:
+            del self.weights.tensors[key]
+        self.copies.update(copies)
 
     def side_files(self) -> list[Path]:
         """Files that the compressed checkpoint carries over unchanged (tokenizer, licence, ...)."""

@@ -74,6 +74,7 @@ def build_report(
             }
             for skipped in plan.skipped
         ],
+        "copies": plan.source.copies,
         "certificate": certificate,
         "worst_case": worst_case,
         "timing": {name: round(value, 3) for name, value in seconds.items()},
