@@ -20,9 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lrc_cli.checkpoint.fused import is_mark
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
-from lrc_cli.experts import has_experts, unfuse, without_merging
+from lrc_cli.experts import has_experts, put_together, take_apart, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
@@ -105,6 +106,7 @@ class LrcQuantizer(HfQuantizer):
         headers = read_headers(checkpoint_files or ())
         if are_merged(model, factorised_weights(headers)):
             unfuse(model)
+        take_apart(model, {key: info for key, info in headers.items() if is_mark(info)})
         factors = find_factors(model, headers)
         insert_slots(model, factors, {*module_names(model, headers).values()})
         check_table(model, self.quantization_config.layers)
@@ -138,6 +140,7 @@ class LrcQuantizer(HfQuantizer):
             layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)
         }
         replace_modules(model, new)
+        put_together(model)
         tied = [part for part in model.modules() if isinstance(part, Tied)]
         replace_modules(model, {part: part.dense(new[part.table]) for part in tied})
         return model

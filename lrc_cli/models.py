@@ -12,7 +12,7 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
-from lrc_cli.experts import unfuse
+from lrc_cli.experts import take_apart, unfuse
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
 from lrc_cli.loading import copies, load_source
@@ -112,7 +112,8 @@ def open_module(
 ) -> nn.Module:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
-    Fused experts become lists of experts; transformers has copied their parameters. The matrices
+    Fused experts become lists of experts; where the checkpoint holds their matrices one by one,
+    transformers has copied them. The matrices
     of LSTM and GRU become layers, and embeddings with one table one module.
     """
     if source.config is None and factory is None:
@@ -123,6 +124,8 @@ def open_module(
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
     source.keep_once(copies(module, source))
     unfuse(module)
+    if factory is None:
+        source.take_apart(take_apart(module, source.weights.tensors))
     unroll(module)
     merge_tables(module)
     return module

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from lrc_cli.applied import READ
+from lrc_cli.applied import OTHER, READ
 
 NUM_SEQUENCES = 24
 VOCABULARY = 64
@@ -109,6 +109,8 @@ MIXTURE = LLAMA_LIKE | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
 }
+GPT_OSS = MIXTURE | {"max_position_embeddings": 4096}
+LLAMA4 = MIXTURE | {"intermediate_size_mlp": 48}
 OPT = LLAMA_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
 EMBEDDING = "an embedding; not in this version"
@@ -123,9 +125,8 @@ def _embeddings(*names: str) -> dict[str, str]:
     return {f"{name}.weight": EMBEDDING for name in names}
 
 
-def _router(kind: str) -> dict[str, str]:
-    reason = f"{kind}TopKRouter; not in this version"
-    return {"gate.weight": reason}
+def _router(kind: str, name: str = "gate") -> dict[str, str]:
+    return {f"{name}.weight": f"{kind}TopKRouter; not in this version"}
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ _LLAMA = LLAMA_LIKE, {}, TEXT
 SCALED = _embeddings("embed_tokens")
 """An embedding of a class of its own, which does more than look rows up."""
 RELATIVE, PLACED = _embeddings("relative_attention_bias"), _embeddings("embed_positions")
+GRANITE_ROUTER = _router("GraniteMoe", "router.layer")
 _BERT_SKIPPED = _embeddings("position_embeddings", "token_type_embeddings")
 _BERT = BERT_LIKE, _BERT_SKIPPED, TEXT
 
@@ -171,6 +173,9 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family("FalconForCausalLM", "falcon", BERT_LIKE, {}, TEXT),
     "mixtral": Family("MixtralForCausalLM", "mixtral", MIXTURE, _router("Mixtral"), TEXT),
     "qwen3-moe": Family("Qwen3MoeForCausalLM", "qwen3_moe", MIXTURE, _router("Qwen3Moe"), TEXT),
+    "gpt-oss": Family("GptOssForCausalLM", "gpt_oss", GPT_OSS, _router("GptOss", "router"), TEXT),
+    "granite-moe": Family("GraniteMoeForCausalLM", "granitemoe", MIXTURE, GRANITE_ROUTER, TEXT),
+    "llama4": Family("Llama4ForCausalLM", "llama4_text", LLAMA4, {"router.weight": OTHER}, TEXT),
     "bert": Family("BertModel", "bert", *_BERT),
     "bert-masked": Family("BertForMaskedLM", "bert", BERT_LIKE | TIED, _BERT_SKIPPED, TEXT),
     "bert-classifier": Family("BertForSequenceClassification", "bert", *_BERT),

@@ -18,7 +18,7 @@ from lrc_cli.names import stored_names
 from lrc_cli.precision import DTYPES
 from lrc_cli.verify.files import is_inside, sha256_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written
+from lrc_cli.verify.written import Written, fused_of
 
 
 def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
@@ -82,6 +82,7 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
     _check_copies(report.get("copies", {}), original, findings)
+    original.take_apart(fused_of(written, original))
     for key, info in original.tensors.items():
         factor = Keys(key).up
         if factor in source.tensors and factor not in original.tensors:
