@@ -15,7 +15,9 @@ from lrc_cli.keys import Keys
 from lrc_cli.layouts import Lookup, layout_of, linear_shape, table_layout
 from lrc_cli.lookups import lookup_scale, only_scales
 from lrc_cli.models import Layer, token_embedding
-from lrc_cli.names import module_names
+from lrc_cli.names import converted, module_names
+
+CONVERTED = "transformers merges or splits it as it loads the model; not in this version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,13 @@ def find_layers(
     reasons = {layer.keys.weight: _left_out(layer, selection, head) for layer in able}
     layers = [layer for layer in able if reasons[layer.keys.weight] is None]
     taken = {layer.keys.weight for layer in layers}
+    without = dict.fromkeys(source.tensors, "the network has no place for it")
+    without |= dict.fromkeys(converted(module, source.tensors), CONVERTED)
     skipped = [
         Skipped(
             name=key,
-            reason=reasons.get(key) or _reason(module, names.get(key), state, owners),
+            reason=reasons.get(key)
+            or (_reason(module, names[key], state, owners) if key in names else without[key]),
             num_bytes=info.num_bytes,
         )
         for key, info in source.tensors.items()
@@ -142,11 +147,9 @@ def _owners(module: nn.Module) -> dict[int, int]:
 
 
 def _reason(
-    module: nn.Module, name: str | None, state: Mapping[str, Tensor], owners: Mapping[int, int]
+    module: nn.Module, name: str, state: Mapping[str, Tensor], owners: Mapping[int, int]
 ) -> str:
     """Why a tensor is no layer's weight, or that of one that cannot be factorised."""
-    if name is None:
-        return "the network has no place for it"
     parent, _, leaf = name.rpartition(".")
     part, tensor = module.get_submodule(parent), state[name]
     if tensor.numel() == max(tensor.shape, default=1):

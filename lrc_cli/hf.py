@@ -32,7 +32,7 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import are_merged, module_names
+from lrc_cli.names import converted, module_names
 from lrc_cli.slots import (
     check_table,
     factorised_weights,
@@ -104,7 +104,7 @@ class LrcQuantizer(HfQuantizer):
     ) -> None:
         """Puts slots in the place of the factorised layers, after checking the headers."""
         headers = read_headers(checkpoint_files or ())
-        if are_merged(model, factorised_weights(headers)):
+        if converted(model, factorised_weights(headers)):
             unfuse(model)
         take_apart(model, {key: info for key, info in headers.items() if is_mark(info)})
         factors = find_factors(model, headers)
