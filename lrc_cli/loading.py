@@ -23,6 +23,9 @@ from lrc_cli.slots import (
     insert_slots,
 )
 
+EXTRA_STATE = "_extra_state"
+"""What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
+
 
 def load(
     path: str | os.PathLike[str],
@@ -102,10 +105,16 @@ def _load_transformers(
     """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.hf  # noqa: F401 - registers the format
 
-    path = source.path
+    path, config = source.path, source.config or {}
+    if not {"model_type", "architectures", "auto_map"} & config.keys():
+        raise InputError(
+            f"{path}/config.json has no model_type: it is not transformers' (but timm's, perhaps)",
+            "set model.factory (--factory) to the function that builds the module, such as one"
+            " around timm.create_model",
+        )
     model: nn.Module
     try:
-        model_class = _model_class(path, source.config or {}, trust_remote_code)
+        model_class = _model_class(path, config, trust_remote_code)
         options = {"dtype": dtype or _stored_dtype(source) or "auto", "output_loading_info": True}
         if source.is_safetensors:
             options |= {"local_files_only": True}
@@ -284,6 +293,12 @@ def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo
         )
     found = {id(expected[key]) for key in headers}
     missing = [key for key, tensor in expected.items() if id(tensor) not in found]
+    extra = [key for key in missing if key.endswith(EXTRA_STATE)]
+    if extra:
+        raise InputError(
+            f"the module's get_extra_state returns {extra[0]}, which no file holds as a tensor",
+            "let the factory build a module without get_extra_state",
+        )
     if missing:
         raise InputError(
             f"the files lack {_some(missing)}", "check that every weight file is there"

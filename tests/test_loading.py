@@ -153,6 +153,17 @@ def test_tied_parameters_that_differ_in_the_files_are_refused(tmp_path: Path) ->
         load(tmp_path, factory=tied)
 
 
+class WithExtra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"scale": 2.0}
+
+
+def test_an_extra_state_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    save_file(nn.Linear(4, 4).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"get_extra_state returns _extra_state.*let the factory"):
+        load(tmp_path, factory=lambda: WithExtra(4, 4))
+
+
 def test_a_recorded_factory_is_not_run_unasked(tmp_path: Path) -> None:
     write(tmp_path, FORMS["factors"])
     with pytest.raises(InputError, match=r"not run unasked.*factory=.*test_loading:Mlp"):
