@@ -19,7 +19,7 @@ from lrc_cli.loading import copies, load_source
 from lrc_cli.lookups import merge_tables
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
-from lrc_cli.recurrent import unroll
+from lrc_cli.recurrent import observed, unroll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,10 @@ class Network:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
         }
-        if not hasattr(self.module, "config") and len(inputs) == 1:
-            return self.module(*inputs.values())
-        return self.module(**inputs)
+        with observed(self.module, batch):
+            if not hasattr(self.module, "config") and len(inputs) == 1:
+                return self.module(*inputs.values())
+            return self.module(**inputs)
 
 
 def token_embedding(module: nn.Module) -> Any:
