@@ -224,7 +224,7 @@ def _stored(module: nn.Module) -> Stored | None:
         if set(module._parameters) != set(FUSED) or activation is None:
             return None
         # Nothing says what it computes: see `_computes_what_it_seems`.
-        return Stored("gate_up_proj", True, False, SortedExperts, _gated(activation), module)
+        return Stored("gate_up_proj", True, False, SortedExperts, _Gated(activation), module)
     if flags.get("has_post_expert_norm") or not hasattr(module, "_apply_gate"):
         return None
     first, bias = "gate_up_proj" if flags["has_gate"] else "up_proj", bool(flags["has_bias"])
@@ -235,12 +235,15 @@ def _stored(module: nn.Module) -> Stored | None:
     return Stored(first, bool(flags["is_transposed"]), bias, Experts, activate, module)
 
 
-def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def activate(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return up * activation(gate)
+@dataclass(frozen=True)
+class _Gated:
+    """up * activation(gate), of both put together; a class, so that models can be pickled."""
 
-    return activate
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * self.activation(gate)
 
 
 def _computes_what_it_seems(stored: Stored) -> bool:
