@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression, matches
 from lrc_cli.keys import Keys
-from lrc_cli.layouts import Lookup, layout_of, linear_shape
+from lrc_cli.layouts import Lookup, layout_of, linear_shape, table_layout
+from lrc_cli.lookups import lookup_scale, only_scales
 from lrc_cli.models import Layer, token_embedding
-from lrc_cli.names import module_names
+from lrc_cli.names import converted, module_names
+
+CONVERTED = "transformers merges or splits it as it loads the model; not in this version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ def find_layers(
         if layout is None or shape is None or key is None:
             continue
         alone = owners[id(part.weight)] == 1 and (part is table or not _is_table(part))
-        tied_to = _tied_to(module, names[key], part, table, owners)
+        tied_to = _tied_to(module, names[key], part, owners)
         if alone or tied_to:
             able.append(
                 Layer(
@@ -62,10 +65,13 @@ def find_layers(
     reasons = {layer.keys.weight: _left_out(layer, selection, head) for layer in able}
     layers = [layer for layer in able if reasons[layer.keys.weight] is None]
     taken = {layer.keys.weight for layer in layers}
+    without = dict.fromkeys(source.tensors, "the network has no place for it")
+    without |= dict.fromkeys(converted(module, source.tensors), CONVERTED)
     skipped = [
         Skipped(
             name=key,
-            reason=reasons.get(key) or _reason(module, names.get(key), state, owners),
+            reason=reasons.get(key)
+            or (_reason(module, names[key], state, owners) if key in names else without[key]),
             num_bytes=info.num_bytes,
         )
         for key, info in source.tensors.items()
@@ -80,7 +86,7 @@ def _token_table(module: nn.Module) -> nn.Module | None:
     A square one would not tell in which way round it was factorised.
     """
     table = token_embedding(module)
-    if table is None or not _is_table(table):
+    if table is None or not _is_table(table) or not _does_as_it_says(table):
         return None
     return None if table.num_embeddings == table.embedding_dim else table
 
@@ -89,18 +95,26 @@ def _is_table(part: nn.Module) -> bool:
     return isinstance(layout_of(part), Lookup)
 
 
+def _does_as_it_says(embedding: nn.Module) -> bool:
+    scale = lookup_scale(embedding)
+    return scale is not None and only_scales(embedding, scale)
+
+
 def _tied_to(
-    module: nn.Module,
-    stored: str,
-    part: nn.Module,
-    table: nn.Module | None,
-    owners: Mapping[int, int],
+    module: nn.Module, stored: str, part: nn.Module, owners: Mapping[int, int]
 ) -> str | None:
-    """The token embedding's name, if it and the layer alone have a weight, stored by that name."""
+    """The embedding's name, if it and the layer alone have a weight, stored by that name.
+
+    Embeddings that do the same with a table are one module here. Only where transformers ties them
+    does a loader know.
+    """
     name = stored.removesuffix(".weight")
-    if table is None or not isinstance(part, nn.Linear) or module.get_submodule(name) is not table:
+    table = module.get_submodule(name)
+    if not hasattr(module, "all_tied_weights_keys") or owners[id(part.weight)] != 2:
         return None
-    return name if owners[id(part.weight)] == 2 else None
+    if not isinstance(part, nn.Linear) or table_layout(table) is None:
+        return None
+    return name if _does_as_it_says(table) else None
 
 
 def _head_name(module: nn.Module) -> str | None:
@@ -133,11 +147,9 @@ def _owners(module: nn.Module) -> dict[int, int]:
 
 
 def _reason(
-    module: nn.Module, name: str | None, state: Mapping[str, Tensor], owners: Mapping[int, int]
+    module: nn.Module, name: str, state: Mapping[str, Tensor], owners: Mapping[int, int]
 ) -> str:
     """Why a tensor is no layer's weight, or that of one that cannot be factorised."""
-    if name is None:
-        return "the network has no place for it"
     parent, _, leaf = name.rpartition(".")
     part, tensor = module.get_submodule(parent), state[name]
     if tensor.numel() == max(tensor.shape, default=1):

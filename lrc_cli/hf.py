@@ -20,19 +20,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lrc_cli.checkpoint.fused import is_mark
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
-from lrc_cli.experts import has_experts, unfuse, without_merging
+from lrc_cli.experts import has_experts, put_together, take_apart, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
-    TiedHead,
     damaged,
     dense_weight,
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import are_merged
+from lrc_cli.names import converted, module_names
 from lrc_cli.slots import (
     check_table,
     factorised_weights,
@@ -40,6 +40,7 @@ from lrc_cli.slots import (
     finish_slots,
     insert_slots,
 )
+from lrc_cli.tied import Tied
 
 METHOD = "lrc"
 """The `quant_method` of a factorised checkpoint's config.json."""
@@ -103,10 +104,11 @@ class LrcQuantizer(HfQuantizer):
     ) -> None:
         """Puts slots in the place of the factorised layers, after checking the headers."""
         headers = read_headers(checkpoint_files or ())
-        if are_merged(model, factorised_weights(headers)):
+        if converted(model, factorised_weights(headers)):
             unfuse(model)
+        take_apart(model, {key: info for key, info in headers.items() if is_mark(info)})
         factors = find_factors(model, headers)
-        insert_slots(model, factors)
+        insert_slots(model, factors, {*module_names(model, headers).values()})
         check_table(model, self.quantization_config.layers)
         if not factors:
             raise InputError(
@@ -138,8 +140,9 @@ class LrcQuantizer(HfQuantizer):
             layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)
         }
         replace_modules(model, new)
-        heads = [part for part in model.modules() if isinstance(part, TiedHead)]
-        replace_modules(model, {head: _dense_head(head, new[head.table]) for head in heads})
+        put_together(model)
+        tied = [part for part in model.modules() if isinstance(part, Tied)]
+        replace_modules(model, {part: part.dense(new[part.table]) for part in tied})
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -183,16 +186,6 @@ def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
     return dense.train(layer.training)
-
-
-def _dense_head(head: TiedHead, table: nn.Module) -> nn.Module:
-    """The head with the dense table as its weight."""
-    m, n = head.table.shape
-    dense = nn.Linear(n, m, bias=head.bias is not None, device="meta")
-    dense.weight = table.get_parameter("weight")
-    if head.bias is not None:
-        dense.bias = head.bias
-    return dense.train(head.training)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

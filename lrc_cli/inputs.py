@@ -10,7 +10,7 @@ from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
-from lrc_cli.data.decoder import takes
+from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.errors import InputError
 from lrc_cli.factories import named
 from lrc_cli.losses import floating_outputs
@@ -68,6 +68,12 @@ def _check_tokens(
         empty = int((~mask.bool().any(dim=1)).nonzero()[0])
         raise InputError(
             f"{name}: {mask_name} leaves nothing of sequence {empty}", "leave that sequence out"
+        )
+    if isinstance(longest, int) and ids.shape[1] == longest + 1 and is_given(inputs, ids_name):
+        raise InputError(
+            f"{name}: encoder and decoder both have {longest} tokens, which is all the model's "
+            "positions, and other padding, so that their layers' rows cannot be told apart",
+            "leave out the last token of either, or give both the same padding",
         )
     if isinstance(longest, int) and ids.shape[1] > longest:
         raise InputError(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
-from lrc_cli.layouts import Layout, layout_of
+from lrc_cli.layouts import Layout, Table, layout_of
 
 
 def damaged(cause: str) -> InputError:
@@ -138,7 +138,8 @@ class LowRankLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps inputs (..., n) to outputs (..., m), in the layer's layout."""
-        return self.rows(x) if self.layout.picks_rows else self.product(x)
+        layout = self.layout
+        return layout.scale(self.rows(x)) if isinstance(layout, Table) else self.product(x)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """The rows (..., n) of the dense weight with these numbers (...)."""
@@ -265,36 +266,6 @@ class LowRankModule(LowRankLayer):
         """Maps inputs (..., n) to (..., r), in the layer's layout."""
         z: Tensor = self.down(x)
         return z
-
-
-class TiedHead(nn.Module):
-    """y = Z x + b with the factors of an embedding's table Z (m, n), which belong to the embedding.
-
-    State dicts have them once, under the embedding's name.
-
-    Args:
-        table: the factorised embedding.
-        bias: (m,) of the head's own, or None.
-    """
-
-    def __init__(self, table: LowRankLayer, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.share(table)
-        self.bias = bias
-
-    @property
-    def table(self) -> LowRankLayer:
-        """The factorised embedding."""
-        return self._table[0]
-
-    def share(self, table: LowRankLayer) -> None:
-        """From now on use this one, which does not become a part of the head."""
-        self._table = (table,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to outputs (..., m)."""
-        y = self.table.product(x)
-        return y if self.bias is None else y + self.bias
 
 
 def _to_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lrc_cli.lookups import PLAIN, Scale, lookup_scale, new_embedding
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -242,10 +244,11 @@ class Columns(nn.Module):
 class Table(Layout):
     """That of an embedding whose table (m, n) is the weight W of a head too.
 
-    The factors are the head's; the embedding picks rows of their product.
+    The factors are the head's; the embedding picks rows of their product, and may scale them.
     """
 
     picks_rows: ClassVar[bool] = True
+    scale: Scale = PLAIN
 
     def visible(self, m: int) -> Mapping[str, Any]:
         """Attributes of the dense module that a model may read, apart from its tensors."""
@@ -253,10 +256,7 @@ class Table(Layout):
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
         """An embedding, uninitialised."""
-        return nn.Embedding(m, n, **place)
-
-
-TABLE = Table()
+        return new_embedding(m, n, self.scale, **place)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -269,9 +269,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     if isinstance(module, nn.Linear):
         return None if isinstance(module, NonDynamicallyQuantizableLinear) else LINEAR
     if isinstance(module, nn.Embedding):
-        # A class with a forward of its own may scale what it looks up.
-        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
-        return Lookup(module.num_embeddings) if plain else None
+        return Lookup(module.num_embeddings) if lookup_scale(module) == PLAIN else None
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, kind):
             # A class with a forward of its own may do something else around the convolution.
@@ -281,6 +279,17 @@ def layout_of(module: nn.Module) -> Layout | None:
     known = nf is not None and nx is not None
     fits = known and tuple(getattr(module, "weight", torch.empty(0)).shape) == (nx, nf)
     return Transposed() if fits else None
+
+
+def table_layout(embedding: nn.Module) -> Table | None:
+    """Of an embedding as the owner of a head's weight; None where it does more than scale rows.
+
+    A square table would not tell in which way round it was factorised.
+    """
+    scale = lookup_scale(embedding)
+    if scale is None or embedding.num_embeddings == embedding.embedding_dim:
+        return None
+    return Table(scale)
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Patches:

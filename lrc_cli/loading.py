@@ -23,6 +23,9 @@ from lrc_cli.slots import (
     insert_slots,
 )
 
+EXTRA_STATE = "_extra_state"
+"""What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
+
 
 def load(
     path: str | os.PathLike[str],
@@ -102,10 +105,16 @@ def _load_transformers(
     """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.hf  # noqa: F401 - registers the format
 
-    path = source.path
+    path, config = source.path, source.config or {}
+    if not {"model_type", "architectures", "auto_map"} & config.keys():
+        raise InputError(
+            f"{path}/config.json has no model_type: it is not transformers' (but timm's, perhaps)",
+            "set model.factory (--factory) to the function that builds the module, such as one"
+            " around timm.create_model",
+        )
     model: nn.Module
     try:
-        model_class = _model_class(path, source.config or {}, trust_remote_code)
+        model_class = _model_class(path, config, trust_remote_code)
         options = {"dtype": dtype or _stored_dtype(source) or "auto", "output_loading_info": True}
         if source.is_safetensors:
             options |= {"local_files_only": True}
@@ -259,6 +268,7 @@ def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.M
     check_table(model, record.get("layers", {}))
     expected = model.state_dict(keep_vars=True)
     _check_keys(expected, source.tensors)
+    _check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
     # Several names of one tied tensor get one object, so that they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
@@ -283,6 +293,12 @@ def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo
         )
     found = {id(expected[key]) for key in headers}
     missing = [key for key, tensor in expected.items() if id(tensor) not in found]
+    extra = [key for key in missing if key.endswith(EXTRA_STATE)]
+    if extra:
+        raise InputError(
+            f"the module's get_extra_state returns {extra[0]}, which no file holds as a tensor",
+            "let the factory build a module without get_extra_state",
+        )
     if missing:
         raise InputError(
             f"the files lack {_some(missing)}", "check that every weight file is there"
@@ -293,6 +309,38 @@ def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo
                 f"{key} has shape {header.shape} in the files and {tuple(expected[key].shape)} "
                 "in the module",
                 "check that the factory is the right one",
+            )
+
+
+def copies(model: nn.Module, source: Source) -> dict[str, str]:
+    """Keys of which the model ties the tensor to another one, with the key that counts.
+
+    transformers ties no two that differ, whatever the config says.
+    """
+    state = model.state_dict(keep_vars=True)
+    sources = getattr(model, "all_tied_weights_keys", {}).values()
+    found: dict[int, list[tuple[str, str]]] = {}
+    for key, name in module_names(model, source.tensors).items():
+        found.setdefault(id(state[name]), []).append((key, name))
+    counting = (min(same, key=lambda pair: pair[1] not in sources) for same in found.values())
+    kept = {id(state[name]): key for key, name in counting}
+    return {
+        key: kept[identity]
+        for identity, same in found.items()
+        for key, _ in same
+        if key != kept[identity]
+    }
+
+
+def _check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
+    """Raises InputError where the files hold different numbers for one tensor of the module."""
+    first: dict[int, str] = {}
+    for key in source.tensors:
+        other = first.setdefault(id(expected[key]), key)
+        if other != key and not torch.equal(source.read(key), source.read(other)):
+            raise InputError(
+                f"{other} and {key} are one tensor of the module, and differ in the files",
+                "untie them in the factory, or remove the wrong one from the files",
             )
 
 

@@ -12,13 +12,14 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
-from lrc_cli.experts import unfuse
+from lrc_cli.experts import take_apart, unfuse
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
-from lrc_cli.loading import load_source
+from lrc_cli.loading import copies, load_source
+from lrc_cli.lookups import merge_tables
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
-from lrc_cli.recurrent import unroll
+from lrc_cli.recurrent import observed, unroll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,10 @@ class Network:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
         }
-        if not hasattr(self.module, "config") and len(inputs) == 1:
-            return self.module(*inputs.values())
-        return self.module(**inputs)
+        with observed(self.module, batch):
+            if not hasattr(self.module, "config") and len(inputs) == 1:
+                return self.module(*inputs.values())
+            return self.module(**inputs)
 
 
 def token_embedding(module: nn.Module) -> Any:
@@ -111,8 +113,9 @@ def open_module(
 ) -> nn.Module:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
-    Fused experts become lists of experts; transformers has copied their parameters. The matrices
-    of LSTM and GRU become layers.
+    Fused experts become lists of experts; where the checkpoint holds their matrices one by one,
+    transformers has copied them. The matrices
+    of LSTM and GRU become layers, and embeddings with one table one module.
     """
     if source.config is None and factory is None:
         raise InputError(
@@ -120,8 +123,12 @@ def open_module(
             "set model.factory to the function that builds the module",
         )
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
+    source.keep_once(copies(module, source))
     unfuse(module)
+    if factory is None:
+        source.take_apart(take_apart(module, source.weights.tensors))
     unroll(module)
+    merge_tables(module)
     return module
 
 

@@ -39,10 +39,10 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[int, str]:
     return {id(state[name]): key for key, name in module_names(model, keys).items()}
 
 
-def are_merged(model: nn.Module, keys: Iterable[str]) -> bool:
-    """Whether a conversion would merge or split some of a checkpoint's tensors for this model."""
+def converted(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Those of a checkpoint's tensors that a conversion merges or splits for this model."""
     rename = _renaming(model)
-    return any(rename(key)[1] for key in sorted(keys))
+    return {key for key in sorted(keys) if rename(key)[1]}
 
 
 def _renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:

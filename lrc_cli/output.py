@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrc_cli import __version__
+from lrc_cli.checkpoint.fused import MARK_DTYPE
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
@@ -99,7 +100,12 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
     owners = {layer.keys.weight: layer for layer in plan.layers}
     owners |= {layer.keys.bias: layer for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
+    apart = _Apart(plan, work, stage)
     for key, info in plan.source.tensors.items():
+        if key in plan.source.parts:
+            yield from apart.whole_before(key)
+            if not apart.is_apart(key):
+                continue
         layer = owners.get(key)
         packed = {} if layer is None else work.get(stage, layer.unit)[0]
         if layer is None or key not in packed:
@@ -118,6 +124,48 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
             if name in packed:
                 tensor, read = packed[name], partial(_packed, work, stage, layer.unit, name)
                 yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)
+
+
+class _Apart:
+    """Which fused experts are written apart: those of which some matrix is factorised."""
+
+    def __init__(self, plan: Plan, work: WorkDirectory, stage: str) -> None:
+        self.source, self.dtype = plan.source, DTYPES.get(plan.config.output.dtype)
+        self.ranks: dict[str, int] = {}
+        """Of the factorised matrices, by key."""
+        for unit, layers in plan.units.items():
+            facts = work.get(stage, unit)[1]
+            for layer in layers:
+                fact, key = facts[layer.name], layer.keys.weight
+                if key in plan.source.parts and fact["storage"] != "dense":
+                    self.ranks[key] = fact["rank"]
+        self.experts = {self._experts(key) for key in self.ranks}
+
+    def _experts(self, key: str) -> str:
+        return self.source.fused[self.source.parts[key][0]].experts
+
+    def is_apart(self, key: str) -> bool:
+        """Whether a part of a fused tensor is written as a tensor of its own."""
+        return self._experts(key) in self.experts
+
+    def whole_before(self, key: str) -> Iterator[Entry]:
+        """What is written under a fused tensor's own key, when the first of its parts comes."""
+        whole, index = self.source.parts[key]
+        fused, info = self.source.fused[whole], self.source.weights.tensors[whole]
+        if index:
+            return
+        if not self.is_apart(key):
+            is_cast = self.dtype is not None and info.dtype in FLOAT_DTYPES
+            dtype = self.dtype if is_cast and self.dtype is not None else info.dtype
+
+            def read() -> torch.Tensor:
+                return self.source.weights.read(whole).to(dtype)
+
+            yield Entry(key=whole, shape=info.shape, dtype=dtype, read=read)
+        elif fused.has_mark:
+            ranks = [self.ranks.get(part, 0) for part in fused.keys(info.shape[0])]
+            mark = torch.tensor(ranks, dtype=MARK_DTYPE)
+            yield Entry(key=whole, shape=(len(ranks),), dtype=MARK_DTYPE, read=lambda: mark)
 
 
 def _converted(source: Source, key: str, dtype: torch.dtype) -> torch.Tensor:

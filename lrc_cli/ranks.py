@@ -226,7 +226,7 @@ def rest_bytes(plan: Plan) -> int:
     """Bytes of all that is written beside the compressible weights."""
     compressible = {layer.keys.weight for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
-    return sum(
+    return plan.source.mark_bytes + sum(
         info.num_elements * (cast if cast and info.dtype in FLOAT_DTYPES else info.dtype).itemsize
         for key, info in plan.source.tensors.items()
         if key not in compressible

@@ -5,7 +5,8 @@ inputs on x_t, those of the hidden states on h_(t-1). So the module gives way to
 the same step by step, and whose matrices are layers. State dicts keep torch's names.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class Recurrent(nn.Module):
         dense: the module whose place it takes; its parameters are shared.
     """
 
+    real: Tensor | None = None
+    """(batch, steps), true where a step is not padding, within `observed`."""
+
     def __init__(self, dense: nn.RNNBase) -> None:
         super().__init__()
         self.input_size, self.hidden_size = dense.input_size, dense.hidden_size
@@ -90,8 +94,14 @@ class Recurrent(nn.Module):
 
     def _padded(self, x: Tensor, states: State | None) -> tuple[Tensor, State]:
         """x (batch, steps, n), whatever the order that the module is given."""
+        real = self.real if self.real is not None and self.real.shape == x.shape[:2] else None
         return self._run(
-            x, states, len(x), split=lambda y: y.unbind(1), join=lambda y: torch.stack(y, dim=1)
+            x,
+            states,
+            len(x),
+            split=lambda y: y.unbind(1),
+            join=lambda y: torch.stack(y, dim=1),
+            real=None if real is None else real.unbind(1),
         )
 
     def _packed(self, packed: PackedSequence, states: State | None) -> tuple[PackedSequence, State]:
@@ -120,12 +130,14 @@ class Recurrent(nn.Module):
         *,
         split: Callable[[Tensor], Sequence[Tensor]],
         join: Callable[[list[Tensor]], Tensor],
+        real: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         """All layers, in both directions.
 
         Args:
             split: rows of all steps -> those of each step, (b, width) with b at most `batch`.
             join: the reverse.
+            real: of each step, which rows (b,) are not padding; None: all.
         """
         directions = ("", "_reverse") if self.bidirectional else ("",)
         last: list[State] = []
@@ -144,21 +156,30 @@ class Recurrent(nn.Module):
                     state: State = (zeros,) * self._num_states
                 else:
                     state = tuple(each[len(last)] for each in states)
-                found, state = self._pass(given, hh, state, backwards=bool(direction))
+                found, state = self._pass(given, hh, state, real, backwards=bool(direction))
                 outputs.append(join(found))
                 last.append(state)
             x = torch.cat(outputs, dim=-1)
         return x, tuple(torch.stack(each) for each in zip(*last, strict=True))
 
     def _pass(
-        self, given: Sequence[Tensor], hh: nn.Module, state: State, *, backwards: bool
+        self,
+        given: Sequence[Tensor],
+        hh: nn.Module,
+        state: State,
+        real: Sequence[Tensor] | None,
+        *,
+        backwards: bool,
     ) -> tuple[list[Tensor], State]:
         """One layer in one direction: the hidden states after every step, and the last states."""
         outputs = []
-        for step in reversed(given) if backwards else given:
+        numbers = range(len(given))
+        for number in reversed(numbers) if backwards else numbers:
+            step = given[number]
             b = len(step)
             now = tuple(each[:b] for each in state)
-            new = self._step(step, hh(now[0]), *now)
+            recalled = hh(now[0]) if real is None else _recalled(hh, now[0], real[number])
+            new = self._step(step, recalled, *now)
             outputs.append(new[0])
             state = tuple(torch.cat([each, old[b:]]) for each, old in zip(new, state, strict=True))
         return outputs[::-1] if backwards else outputs, state
@@ -169,6 +190,28 @@ class Recurrent(nn.Module):
     def extra_repr(self) -> str:
         """The sizes that `print(model)` shows."""
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _recalled(hh: nn.Module, h: Tensor, real: Tensor) -> Tensor:
+    """The product with h (b, n), in which hooks see zeros for the rows of padding.
+
+    These say nothing of the layer, and get no gradient; the states themselves do not change.
+    """
+    kept = real.to(h.device, torch.bool)[:, None]
+    return torch.where(kept, hh(h * kept), type(hh).forward(hh, h))
+
+
+@contextmanager
+def observed(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, whoever looks at the matrices on hidden states sees no padded steps of a batch."""
+    parts = [part for part in module.modules() if isinstance(part, Recurrent)]
+    try:
+        for part in parts:
+            part.real = batch.get("attention_mask")
+        yield
+    finally:
+        for part in parts:
+            part.real = None
 
 
 def unroll(model: nn.Module, holders: Collection[str] | None = None) -> None:

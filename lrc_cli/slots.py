@@ -1,6 +1,6 @@
 """From a checkpoint's headers to slots in a dense module tree, and on to run-time modules."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from lrc_cli.layers import (
     LowRankLayer,
     LowRankModule,
     LowRankSlot,
-    TiedHead,
     damaged,
     is_offloaded,
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.layouts import TABLE, Layout, layout_of, linear_shape
+from lrc_cli.layouts import Layout, Lookup, Table, layout_of, linear_shape, table_layout
+from lrc_cli.lookups import lookup_scale
 from lrc_cli.names import module_names
+from lrc_cli.tied import Tied, TiedEmbedding, TiedHead
 
 
 def factorised_weights(headers: Mapping[str, TensorInfo]) -> list[str]:
@@ -110,12 +111,16 @@ def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]
             )
 
 
-def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
+def insert_slots(
+    model: nn.Module, factors: Mapping[str, FactorShapes], stored: Collection[str] = ()
+) -> None:
     """Puts a slot in the place of each named dense layer, on that layer's device and in its dtype.
 
     Args:
         model: the dense module tree, usually on the meta device; changed in place.
         factors: module name -> shapes of its tensors.
+        stored: the model's tensors that the checkpoint holds. A head among them is not tied,
+            whatever the config says.
 
     Raises:
         InputError: where the module is no linear layer, or the shapes do not make its matrix.
@@ -125,26 +130,39 @@ def insert_slots(model: nn.Module, factors: Mapping[str, FactorShapes]) -> None:
         dense = model.get_submodule(name)
         layout, shape = layout_of(dense), linear_shape(dense)
         if isinstance(dense, nn.Embedding) and shapes.out_features == dense.num_embeddings:
-            layout, shape = TABLE, (dense.num_embeddings, dense.embedding_dim)
+            layout, shape = table_layout(dense), (dense.num_embeddings, dense.embedding_dim)
         if layout is None or shape is None:
             raise InputError(
                 f"layer {shapes.name} is factorised, and {type(dense).__name__} cannot be",
                 UPGRADE,
             )
         slots[dense] = slot = _slot(dense, shapes, layout, shape)
-        if layout is TABLE:
-            slots |= {head: TiedHead(slot, head.bias) for head in _untied_heads(model, name)}
+        if isinstance(layout, Table | Lookup):
+            slots |= {part: _tied(part, slot) for part in _untied(model, name, stored)}
     replace_modules(model, slots)
 
 
-def _untied_heads(model: nn.Module, table: str) -> list[nn.Linear]:
-    """The layers to whose weight transformers would tie the table's after loading: no more."""
+def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Module]:
+    """The modules to whose weight transformers would tie the table's after loading: no more."""
     ties = getattr(model, "all_tied_weights_keys", {})
-    targets = [key for key, source in ties.items() if source == f"{table}.weight"]
-    for key in targets:
+    source = ties.get(f"{table}.weight", f"{table}.weight")
+    group = {source, *(key for key in ties if ties[key] == source)}
+    for key in group & {*ties}:
         del ties[key]
-    parts = [model.get_submodule(key.removesuffix(".weight")) for key in targets]
-    return [part for part in parts if isinstance(part, nn.Linear)]
+    parts = (model.get_submodule(key.removesuffix(".weight")) for key in sorted(group - {*stored}))
+    return [part for part in parts if part is not model.get_submodule(table)]
+
+
+def _tied(part: nn.Module, slot: LowRankSlot) -> Tied:
+    scale = lookup_scale(part)
+    if scale is not None:
+        return TiedEmbedding(slot, scale)
+    if slot.layout.picks_rows and isinstance(part, nn.Linear):
+        return TiedHead(slot, part.bias)
+    raise InputError(
+        f"{type(part).__name__} would use the table of an embedding that was compressed without it",
+        "load the class that was compressed, or compress the checkpoint of this one",
+    )
 
 
 def _slot(
@@ -197,7 +215,7 @@ def finish_slots(model: nn.Module) -> None:
         if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
             layer.check(name)
             finished[layer] = LowRankModule(layer)
-    for head in model.modules():
-        if isinstance(head, TiedHead):
-            head.share(finished.get(head.table, head.table))
+    for part in model.modules():
+        if isinstance(part, Tied):
+            part.share(finished.get(part.table, part.table))
     replace_modules(model, finished)

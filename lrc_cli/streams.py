@@ -14,8 +14,8 @@ from lrc_cli.calibration import Batch
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
 from lrc_cli.experts import is_expert
-from lrc_cli.layers import TiedHead, replace_modules
-from lrc_cli.layouts import TABLE
+from lrc_cli.layers import replace_modules
+from lrc_cli.layouts import table_layout
 from lrc_cli.losses import masks_of, unpadded
 from lrc_cli.models import Layer, Network, make_network, open_module
 from lrc_cli.plan import Plan
@@ -23,6 +23,7 @@ from lrc_cli.precision import DTYPES, cast_on_read
 from lrc_cli.processes import Processes
 from lrc_cli.slots import low_rank_module
 from lrc_cli.statistics import GramSum
+from lrc_cli.tied import TiedHead
 from lrc_cli.walk import Keep, Pair, Walk
 from lrc_cli.work import Tensors
 
@@ -129,7 +130,9 @@ class Streams(Pair):
             new[replaced] = low_rank_module(replaced, own, layer.layout, layer.shape)
         else:
             bias, table = own.pop("bias", None), network.module.get_submodule(layer.tied_to)
-            new[table] = factors = low_rank_module(table, own, TABLE, layer.shape)
+            layout = table_layout(table)
+            assert layout is not None, layer.tied_to
+            new[table] = factors = low_rank_module(table, own, layout, layer.shape)
             new[replaced] = TiedHead(factors, None if bias is None else nn.Parameter(bias))
         for part in new.values():
             network.placement.adopt(part.requires_grad_(False), layer.name)

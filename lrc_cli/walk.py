@@ -23,6 +23,7 @@ from lrc_cli.blocks import (
 from lrc_cli.calibration import Batch
 from lrc_cli.models import Network
 from lrc_cli.readahead import read_ahead
+from lrc_cli.recurrent import observed
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""
@@ -97,7 +98,9 @@ class Walk:
             with patched(self.network.module, passing(self.chain, {}, hidden)):
                 return self.network(batch)
         args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
-        return hidden_output(self.network.module.get_submodule(segment.name)(*args, **kwargs))
+        block = self.network.module.get_submodule(segment.name)
+        with observed(block, batch):
+            return hidden_output(block(*args, **kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:
         """The way goes on to one of them, forwards or backwards; what was read costs nothing."""

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from lrc_cli.applied import READ
+from lrc_cli.applied import OTHER, READ
 
 NUM_SEQUENCES = 24
 VOCABULARY = 64
@@ -101,16 +101,19 @@ MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "s
 RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48], "depths": [1, 1], "num_labels": 5}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5}
 TIED = {"tie_word_embeddings": True}
+UNTIED_T5 = T5_LIKE | {"tie_word_embeddings": False}
+SCALED_BART = BART_LIKE | {"scale_embedding": True}
 MIXTURE = LLAMA_LIKE | {
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
 }
+GPT_OSS = MIXTURE | {"max_position_embeddings": 4096}
+LLAMA4 = MIXTURE | {"intermediate_size_mlp": 48}
 OPT = LLAMA_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
 EMBEDDING = "an embedding; not in this version"
-SHARED = "shared by several modules; not in this version"
 GROUPED = "a grouped convolution: its kernels are small already"
 
 
@@ -122,9 +125,8 @@ def _embeddings(*names: str) -> dict[str, str]:
     return {f"{name}.weight": EMBEDDING for name in names}
 
 
-def _router(kind: str) -> dict[str, str]:
-    reason = f"{kind}TopKRouter; not in this version"
-    return {"gate.weight": reason}
+def _router(kind: str, name: str = "gate") -> dict[str, str]:
+    return {f"{name}.weight": f"{kind}TopKRouter; not in this version"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class Family:
 _LLAMA = LLAMA_LIKE, {}, TEXT
 SCALED = _embeddings("embed_tokens")
 """An embedding of a class of its own, which does more than look rows up."""
+RELATIVE, PLACED = _embeddings("relative_attention_bias"), _embeddings("embed_positions")
+GRANITE_ROUTER = _router("GraniteMoe", "router.layer")
 _BERT_SKIPPED = _embeddings("position_embeddings", "token_type_embeddings")
 _BERT = BERT_LIKE, _BERT_SKIPPED, TEXT
 
@@ -160,6 +164,7 @@ FAMILIES: dict[str, Family] = {
     "llama-tied": Family("LlamaForCausalLM", "llama", LLAMA_LIKE | TIED, {}, TEXT),
     "gemma": Family("GemmaForCausalLM", "gemma", LLAMA_LIKE, SCALED, TEXT),
     "gemma2": Family("Gemma2ForCausalLM", "gemma2", LLAMA_LIKE, SCALED, TEXT),
+    "gemma3-tied": Family("Gemma3ForCausalLM", "gemma3_text", LLAMA_LIKE | TIED, {}, TEXT),
     "phi": Family("PhiForCausalLM", "phi", *_LLAMA),
     "opt": Family("OPTForCausalLM", "opt", OPT, _embeddings("positions"), TEXT),
     "gpt2": Family("GPT2LMHeadModel", "gpt2", GPT_LIKE, _embeddings("wpe"), TEXT),
@@ -168,6 +173,9 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family("FalconForCausalLM", "falcon", BERT_LIKE, {}, TEXT),
     "mixtral": Family("MixtralForCausalLM", "mixtral", MIXTURE, _router("Mixtral"), TEXT),
     "qwen3-moe": Family("Qwen3MoeForCausalLM", "qwen3_moe", MIXTURE, _router("Qwen3Moe"), TEXT),
+    "gpt-oss": Family("GptOssForCausalLM", "gpt_oss", GPT_OSS, _router("GptOss", "router"), TEXT),
+    "granite-moe": Family("GraniteMoeForCausalLM", "granitemoe", MIXTURE, GRANITE_ROUTER, TEXT),
+    "llama4": Family("Llama4ForCausalLM", "llama4_text", LLAMA4, {"router.weight": OTHER}, TEXT),
     "bert": Family("BertModel", "bert", *_BERT),
     "bert-masked": Family("BertForMaskedLM", "bert", BERT_LIKE | TIED, _BERT_SKIPPED, TEXT),
     "bert-classifier": Family("BertForSequenceClassification", "bert", *_BERT),
@@ -186,27 +194,14 @@ FAMILIES: dict[str, Family] = {
         _embeddings("position_embeddings", "relative_attention_bias"),
         TEXT,
     ),
-    "t5": Family(
-        "T5Model",
-        "t5",
-        T5_LIKE,
-        _embeddings("relative_attention_bias") | {"shared.weight": SHARED},
-        TWO_TEXTS,
-    ),
-    "bart": Family(
-        "BartModel",
-        "bart",
-        BART_LIKE,
-        _embeddings("embed_positions") | {"shared.weight": SHARED},
-        TWO_TEXTS,
-    ),
-    "whisper": Family(
-        "WhisperModel",
-        "whisper",
-        WHISPER,
-        _embeddings("embed_positions"),
-        SPEECH,
-    ),
+    "t5": Family("T5Model", "t5", T5_LIKE, RELATIVE, TWO_TEXTS),
+    "t5-headed": Family("T5ForConditionalGeneration", "t5", T5_LIKE, RELATIVE, TWO_TEXTS),
+    "t5-untied": Family("T5ForConditionalGeneration", "t5", UNTIED_T5, RELATIVE, TWO_TEXTS),
+    "bart": Family("BartModel", "bart", BART_LIKE, PLACED, TWO_TEXTS),
+    "bart-headed": Family("BartForConditionalGeneration", "bart", SCALED_BART, PLACED, TWO_TEXTS),
+    "marian": Family("MarianMTModel", "marian", BART_LIKE, {}, TWO_TEXTS),
+    "whisper-headed": Family("WhisperForConditionalGeneration", "whisper", WHISPER, PLACED, SPEECH),
+    "whisper": Family("WhisperModel", "whisper", WHISPER, PLACED, SPEECH),
     "vit": Family(
         "ViTModel",
         "vit",

@@ -252,6 +252,20 @@ class Packed(nn.Module):
         return self.head(last.transpose(0, 1).flatten(1))
 
 
+class Padded(nn.Module):
+    """An LSTM that runs over padding too, and is read at the last step that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(24, 16, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x, attention_mask):
+        y, _ = self.lstm(x)
+        last = attention_mask.sum(1) - 1
+        return self.head(y[torch.arange(len(y), device=y.device), last])
+
+
 def mlp():
     layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)
     return nn.Sequential(*layers)
@@ -275,6 +289,10 @@ def recurrent():
 
 def packed():
     return Packed()
+
+
+def padded():
+    return Padded()
 '''
 
 
@@ -286,7 +304,7 @@ class PlainFolder:
 
     def model(self, name: str) -> dict[str, Any]:
         """Changes that make a config use the checkpoint of the factory `name`."""
-        masked = dict.fromkeys(("attention", "recurrent", "packed"), "masked")
+        masked = dict.fromkeys(("attention", "recurrent", "packed", "padded"), "masked")
         data = {"pictures": "pixels", **masked}.get(name, "rows")
         return {
             "model.path": str(self.path / f"{name}.safetensors"),
@@ -303,7 +321,7 @@ def write_plain(directory: Path) -> PlainFolder:
     namespace: dict[str, Any] = {}
     exec(FACTORY_SOURCE, namespace)
     generator = torch.Generator().manual_seed(5)
-    for name in ("mlp", "attention", "pictures", "with_idle", "recurrent", "packed"):
+    for name in ("mlp", "attention", "pictures", "with_idle", "recurrent", "packed", "padded"):
         model = namespace[name]()
         randomise(model)
         save_file(model.state_dict(), directory / f"{name}.safetensors")

@@ -10,13 +10,16 @@ import pico
 import pytest
 import torch
 import transformers
+from families import FAMILIES, Family
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 import lrc_cli
 import lrc_cli.hf
-from lrc_cli.layers import LowRankLayer, TiedHead, dense_weight
+from lrc_cli.errors import InputError
+from lrc_cli.layers import LowRankLayer, dense_weight
+from lrc_cli.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
 """Of tests/pico.py; the heads of the first and the last are tied."""
@@ -185,3 +188,120 @@ def test_loading_without_the_plugin_fails(made: Made) -> None:
 def test_embeddings_are_left_alone_unless_asked_for(tmp_path: Path) -> None:
     ended = pico.call("inspect", pico.write_model(tmp_path / "dense", LLAMA))
     assert "an embedding, and compression.embeddings is false" in ended.out
+
+
+MANY = ("t5", "t5-headed", "bart-headed", "marian", "gemma3-tied")
+"""Families whose table has several embeddings, or one that scales what it looks up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A family's dense checkpoint and the compressed one."""
+
+    family: Family
+    dense: Path
+    output: Path
+    report: dict[str, Any]
+
+    def load(self, architecture: str = "") -> PreTrainedModel:
+        """The compressed checkpoint as its class, or as another one."""
+        kind = getattr(transformers, architecture or self.family.architecture)
+        model: PreTrainedModel = kind.from_pretrained(self.output)
+        return model.eval()
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """The first floating-point output."""
+        with torch.no_grad():
+            found = model(**{name: x[:2] for name, x in self.family.inputs.items()})
+        return next(x for x in found.values() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+@pytest.fixture(scope="module", params=MANY)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """One output per entry of MANY, by the default method, which needs gradients."""
+    folder, family = tmp_path_factory.mktemp("shared"), FAMILIES[request.param]
+    model = family.build()
+    pico.randomise(model)
+    model.save_pretrained(folder / "dense")
+    save_file(
+        {name: x.contiguous() for name, x in family.inputs.items()}, folder / "data.safetensors"
+    )
+    changes = {
+        "model.path": str(folder / "dense"),
+        "calibration.path": str(folder / "data.safetensors"),
+        "calibration.num_sequences": 16,
+        "evaluation": None,
+        "compression.embeddings": True,
+        "compression.allocation": "uniform",
+        "compression.rank_multiple": 1,
+    }
+    output, report = pico.compressed(folder, changes)
+    return Shared(family=family, dense=folder / "dense", output=output, report=report)
+
+
+def test_a_table_is_factorised_once_for_all_that_use_it(shared: Shared) -> None:
+    keys = pico.factorised_keys(pico.read_state(shared.output))
+    assert len([key for key in keys if "shared" in key or "embed_tokens" in key]) == 1
+    model = shared.load()
+    before = shared.outputs(model)
+    users = [part for part in model.modules() if isinstance(part, Tied)]
+    assert len({part.table for part in users}) == 1
+    model.dequantize()
+    assert not any(isinstance(part, Tied | LowRankLayer) for part in model.modules())
+    scale = before.abs().max().item()
+    torch.testing.assert_close(shared.outputs(model), before, rtol=1e-3, atol=1e-4 * scale)
+    table = model.get_input_embeddings().weight
+    owners = [x for x in model.modules() if getattr(x, "weight", None) is table]
+    assert len(owners) == 1 + len(users)
+
+
+def test_verify_finds_every_statement_of_a_shared_table_true(shared: Shared) -> None:
+    ended = pico.call("verify", shared.output, "--against", shared.dense)
+    assert ended.code == 0, ended.out + ended.err
+
+
+def test_a_body_loads_from_a_headed_checkpoint_and_not_the_reverse(shared: Shared) -> None:
+    bodies = {"bart-headed": "BartModel", "t5-headed": "T5EncoderModel"}
+    names = {FAMILIES[name].architecture: body for name, body in bodies.items()}
+    if shared.family.architecture in names:
+        shared.load(names[shared.family.architecture])
+    if shared.family.architecture == "T5Model":
+        cause = "Linear would use the table of an embedding that was compressed without it; load"
+        with pytest.raises(InputError, match=cause):
+            shared.load("T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_stored_beside_its_table(same: bool, tmp_path: Path) -> None:
+    """transformers ties the two, as config.json says, only where they are equal."""
+    pico.write_model(tmp_path / "dense", LLAMA)
+    file = tmp_path / "dense" / "model.safetensors"
+    state, head, table = pico.read_state(file), "lm_head.weight", f"{TABLES[LLAMA]}.weight"
+    state[head] = state[table].clone() if same else state[table].flip(0).contiguous()
+    save_file(state, file, {"format": "pt"})
+    (tmp_path / "text.txt").write_text(pico.words(6000))
+    changes = {
+        "model.path": str(tmp_path / "dense"),
+        "calibration.path": str(tmp_path / "text.txt"),
+        "compression.embeddings": True,
+        "compression.exclude": [],
+        "compression.allocation": "uniform",
+        "compression.rank_multiple": 1,
+    }
+    output, report = pico.compressed(tmp_path, changes)
+    assert report["copies"] == ({head: table} if same else {})
+    written = pico.read_state(output)
+    assert (head in written) is (not same)
+    rows = {row["name"]: row for row in report["layers"]}
+    assert rows["lm_head"]["tied_to"] == (TABLES[LLAMA] if same else None)
+    ended = pico.call("verify", output, "--against", tmp_path / "dense")
+    assert ended.code == 0, ended.out + ended.err
+    dense = pico.rebuilt(written)
+    if not same:
+        dense[table] = dense[table].T.contiguous()
+    (tmp_path / "config.json").write_bytes((tmp_path / "dense" / "config.json").read_bytes())
+    save_file(dense, tmp_path / "model.safetensors", {"format": "pt"})
+    kind = transformers.LlamaForCausalLM
+    got = logits(kind.from_pretrained(output, dtype=torch.float32))
+    wanted = logits(kind.from_pretrained(tmp_path, dtype=torch.float32))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())

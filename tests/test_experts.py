@@ -1,5 +1,7 @@
 """Mixtures of experts: fused experts taken apart, each fitted to the tokens routed to it."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,15 @@ import pico
 import pytest
 import torch
 from families import FAMILIES
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lrc_cli.hf  # noqa: F401 - registers the format
 from lrc_cli import decision
-from lrc_cli.experts import Experts, has_experts, unfuse
+from lrc_cli.checkpoint.source import open_source
+from lrc_cli.experts import Experts, has_experts, put_together, take_apart, unfuse
 from lrc_cli.layers import low_rank_layers
 from lrc_cli.loading import load
 
@@ -172,3 +176,116 @@ def test_files_have_a_key_for_every_expert_and_load_apart(made: Made) -> None:
 def test_verify_finds_every_statement_of_a_mixture_true(made: Made) -> None:
     ended = pico.call("verify", made.output, "--against", made.dense)
     assert ended.code == 0, ended.out + ended.err
+
+
+STORED = ("gpt-oss", "granite-moe", "llama4")
+"""Families whose checkpoints hold the experts of a layer as one tensor: interleaved, transposed and
+with biases; under another name; transposed, and given all tokens by a module that says nothing."""
+
+
+def read_fused(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model, taken apart as its own checkpoint asks for."""
+    model.save_pretrained(folder)
+    take_apart(model, open_source(folder).tensors)
+    return model
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_experts_stored_as_one_tensor_are_taken_apart_and_put_together(
+    name: str, tmp_path: Path
+) -> None:
+    fused, apart = mixture(name), read_fused(mixture(name), tmp_path)
+    kinds = [type(part) for part in fused.modules()]
+    assert has_experts(apart) and not has_experts(fused)
+    with torch.no_grad():
+        first, second = fused(IDS).logits, apart(IDS).logits
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
+        put_together(apart)
+        assert [type(part) for part in apart.modules()] == kinds
+        assert torch.equal(apart(IDS).logits, first)
+
+
+def test_what_only_looks_like_experts_is_left_alone(tmp_path: Path) -> None:
+    model = mixture("llama4")
+    for layer in model.model.layers:
+        layer.feed_forward.experts.forward = lambda hidden: hidden.tanh()
+    assert not has_experts(read_fused(model, tmp_path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A family's dense checkpoint, and an output of which some experts stay dense."""
+
+    name: str
+    dense: Path
+    output: Path
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=STORED)
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    """The first block's last expert is left out, and all of the second block's."""
+    folder = tmp_path_factory.mktemp("stored")
+    mixture(request.param).save_pretrained(folder / "dense")
+    save_file({"input_ids": IDS}, folder / "ids.safetensors")
+    changes = {
+        "model.path": str(folder / "dense"),
+        "calibration.path": str(folder / "ids.safetensors"),
+        "calibration.num_sequences": len(IDS),
+        "evaluation": None,
+        "compression.size": 0.7,
+        "compression.size_of": "checkpoint",
+        "compression.exclude": ["lm_head", "*layers.0.*.experts.3.*", "*layers.1.*.experts.*"],
+        "compression.rank_multiple": 1,
+    }
+    output, report = pico.compressed(folder, changes)
+    return Kept(name=request.param, dense=folder / "dense", output=output, report=report)
+
+
+def test_experts_of_which_none_is_factorised_stay_one_tensor(kept: Kept) -> None:
+    dense, state = pico.read_state(kept.dense), pico.read_state(kept.output)
+    fused = [key for key, entry in kept.report["fused"].items() if entry["part"].endswith("weight")]
+    assert len(fused) == 4
+    for key in fused:
+        if ".1." in key:
+            assert torch.equal(state[key], dense[key])
+        else:
+            entry = kept.report["fused"][key]
+            keys = [f"{entry['experts']}.{i}.{entry['part']}" for i in range(4)]
+            assert state[key].tolist() == [*(len(state[x]) for x in keys[:3]), 0]
+            last = dense[key][3]
+            assert torch.equal(state[keys[3]], last.T if entry["is_transposed"] else last)
+    assert kept.report["target"]["met"]
+
+
+def test_verify_finds_every_statement_of_stored_experts_true(kept: Kept) -> None:
+    ended = pico.call("verify", kept.output, "--against", kept.dense)
+    assert ended.code == 0, ended.out + ended.err
+
+
+def test_verify_reads_the_marks(kept: Kept, tmp_path: Path) -> None:
+    state = pico.read_state(kept.output)
+    shutil.copytree(kept.output, tmp_path / "out")
+    for key in kept.report["fused"].keys() & state.keys():
+        if state[key].dtype == torch.int32:
+            state[key] += 1
+    file = tmp_path / "out" / "model.safetensors"
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    save_file(state, file, metadata)
+    ended = pico.call("verify", tmp_path / "out")
+    assert ended.code == 3 and "has the ranks of its experts" in ended.out
+
+
+def test_multiplied_out_they_are_an_ordinary_checkpoint(kept: Kept, tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(kept.output)
+    with torch.no_grad():
+        logits = loaded(IDS).logits
+        assert torch.equal(load(kept.output)(IDS).logits, logits)
+        loaded.dequantize()
+        assert not has_experts(loaded)
+        torch.testing.assert_close(loaded(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+        loaded.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+    assert pico.read_state(tmp_path).keys() == pico.read_state(kept.dense).keys()

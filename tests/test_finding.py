@@ -11,7 +11,7 @@ from torch import nn
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.finding import find_layers
+from lrc_cli.finding import CONVERTED, find_layers
 from lrc_cli.models import open_module
 
 
@@ -58,6 +58,19 @@ def test_every_tensor_that_stays_says_why(tmp_path: Path) -> None:
         "positions": "a parameter of Many, no layer's weight",
     }
     assert "scale" in {x.name for x in skipped if x.reason == "a vector"}
+
+
+def test_a_tensor_that_transformers_splits_says_so(tmp_path: Path) -> None:
+    """NomicBert's checkpoints have query, key and value as one."""
+    nomic = replace(FAMILIES["bert"], architecture="NomicBertModel", model_type="nomic_bert")
+    nomic.build().save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    layers, skipped = find_layers(open_module(source, factory=None), source, Compression(size=0.5))
+    reasons = {x.name: x.reason for x in skipped}
+    for block in range(2):
+        assert reasons[f"encoder.layers.{block}.attn.Wqkv.weight"] == CONVERTED
+    found = {x.name.rpartition(".")[2] for x in layers}
+    assert found == {"gate_proj", "up_proj", "down_proj", "o_proj"}
 
 
 @pytest.mark.parametrize(

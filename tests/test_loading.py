@@ -130,15 +130,38 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path, factory=plain)(X), model(X))
 
 
-def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
-    def tied() -> nn.Module:
-        model = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8, False)})
-        model["head"].weight = model["embedding"].weight
-        return model
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8, False)})
+    model["head"].weight = model["embedding"].weight
+    return model
 
-    save_file({"embedding.weight": torch.randn(8, 4)}, tmp_path / "model.safetensors")
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_tied_parameters_stay_tied(twice: bool, tmp_path: Path) -> None:
+    table = torch.randn(8, 4)
+    copy = {"head.weight": table.clone()} if twice else {}
+    save_file({"embedding.weight": table} | copy, tmp_path / "model.safetensors")
     model = load(tmp_path, factory=tied)
     assert model["head"].weight is model["embedding"].weight
+    assert torch.equal(model["head"].weight, table)
+
+
+def test_tied_parameters_that_differ_in_the_files_are_refused(tmp_path: Path) -> None:
+    state = {"embedding.weight": torch.randn(8, 4), "head.weight": torch.randn(8, 4)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"embedding.weight and head.weight are one tensor.*untie"):
+        load(tmp_path, factory=tied)
+
+
+class WithExtra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"scale": 2.0}
+
+
+def test_an_extra_state_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    save_file(nn.Linear(4, 4).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"get_extra_state returns _extra_state.*let the factory"):
+        load(tmp_path, factory=lambda: WithExtra(4, 4))
 
 
 def test_a_recorded_factory_is_not_run_unasked(tmp_path: Path) -> None:

@@ -220,6 +220,42 @@ def test_errors_are_those_of_the_hidden_states(
         assert errors[name] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_padded_steps_do_not_count(
+    method: str, plain_folder: pico.PlainFolder, tmp_path: Path
+) -> None:
+    """What the states become behind a sequence's end is nobody's business."""
+    source, factory = plain_folder.path / "masked.safetensors", "pico_factories:padded"
+    data = pico.read_state(source)
+    mask = data["attention_mask"].bool()
+    checkpoint = plain_folder.path / "padded.safetensors"
+    rows: dict[str, pico.State] = {}
+    for behind in (0.0, 100.0):
+        folder = tmp_path / str(behind)
+        folder.mkdir()
+        x = torch.where(mask[..., None], data["x"], behind)
+        save_file({**data, "x": x}, folder / "masked.safetensors")
+        changes = (
+            plain_folder.model("padded")
+            | EVEN
+            | {
+                "calibration.path": str(folder / "masked.safetensors"),
+                "calibration.num_sequences": 48,
+                "certification.num_sequences": 16,
+                "compression.method": method,
+                "compression.sequential": False,
+            }
+        )
+        output, report = pico.compressed(folder, changes)
+        rows[str(behind)] = pico.read_state(output)
+        assert not report["certificate"]["not_covered"]
+        ended = pico.call("verify", output, "--against", checkpoint, "--factory", factory)
+        assert ended.code == 0, ended.out + ended.err
+    first, second = rows.values()
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_saves_the_same_tensors_again(plain_folder: pico.PlainFolder, tmp_path: Path) -> None:
     factory = "pico_factories:recurrent"
     output, _ = pico.compressed(tmp_path, plain_folder.model("recurrent"))

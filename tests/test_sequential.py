@@ -10,6 +10,7 @@ import pico
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel
@@ -430,8 +431,30 @@ class Twice(nn.Module):
         return self.last(self.again(torch.tanh(self.again(torch.tanh(self.first(x))))))
 
 
+class Branching(nn.Module):
+    """Two branches from one input, of which one goes down, up and past itself: a U."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.aside = nn.Linear(24, 32), nn.Linear(24, 16)
+        self.down, self.bottom = nn.Linear(32, 20), nn.Linear(20, 20)
+        self.up, self.across = nn.Linear(20, 32), nn.Linear(32, 16)
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, x):
+        top = torch.tanh(self.before(x))
+        low = torch.tanh(self.down(top))
+        low = torch.tanh(self.bottom(low)) + low
+        top = torch.tanh(self.up(low)) + top
+        return self.last(torch.cat([torch.tanh(self.across(top)), self.aside(x)], dim=-1))
+
+
 def experts():
     return Experts()
+
+
+def branching():
+    return Branching()
 
 
 def twice():
@@ -481,6 +504,55 @@ def test_a_plain_network_runs_whole(method: str, tmp_path: Path, plain_job: Any)
     assert [layer["sequential"] for layer in report["layers"][:2]] == [True, True]
     assert all(layer["sequential"] for layer in factorised(report))
     assert_errors_as_written(tmp_path, report)
+
+
+def assert_verified(directory: Path, changes: Changes) -> None:
+    factory = changes.get("model.factory")
+    options = ["--factory", factory] if factory else []
+    ended = pico.call("verify", directory / "out", "--against", changes["model.path"], *options)
+    assert ended.code == 0, ended.out + ended.err
+
+
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_branches_that_meet_again(method: str, tmp_path: Path, plain_job: Any) -> None:
+    """What a layer reads comes by several ways, all of them compressed before it."""
+    changes = plain_job("branching", method=method, size=0.5, allocation="uniform")
+    _, report = pico.compressed(tmp_path, changes)
+    assert {x["name"] for x in report["layers"] if x["sequential"]} >= {"up", "across", "last"}
+    assert all(x["storage"] != "dense" for x in report["layers"])
+    assert_errors_as_written(tmp_path, report)
+    assert_verified(tmp_path, changes)
+
+
+@pytest.mark.parametrize("name", ["t5-headed", "bart-headed"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_encoder_and_a_decoder(embeddings: bool, name: str, tmp_path: Path) -> None:
+    """The decoder's layers read what the compressed encoder returns."""
+    model = FAMILIES[name].build()
+    pico.randomise(model)
+    model.save_pretrained(tmp_path / "dense")
+    generator = torch.Generator().manual_seed(6)
+    ids = {
+        "input_ids": torch.randint(4, 64, (96, 12), generator=generator),
+        "decoder_input_ids": torch.randint(4, 64, (96, 10), generator=generator),
+    }
+    save_file(ids, tmp_path / "ids.safetensors")
+    changes = {
+        "model.path": str(tmp_path / "dense"),
+        "calibration.path": str(tmp_path / "ids.safetensors"),
+        "calibration.num_sequences": 96,
+        "evaluation": None,
+        "compression.sequential": True,
+        "compression.embeddings": embeddings,
+        "compression.size": 0.5,
+        "compression.allocation": "uniform",
+        "compression.rank_multiple": 1,
+    }
+    _, report = pico.compressed(tmp_path, changes)
+    done = [layer["name"] for layer in report["layers"] if layer["sequential"]]
+    cross = ("EncDecAttention.k", "encoder_attn.k_proj")
+    assert any(name.endswith(cross) for name in done) and any("encoder." in x for x in done)
+    assert_verified(tmp_path, changes)
 
 
 def test_padding_does_not_count(tmp_path: Path, plain_job: Any) -> None:

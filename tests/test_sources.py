@@ -238,6 +238,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gptq": (tensors({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}), "qweight is quantised"),
     "gguf": (named("model.gguf"), "GGUF files hold quantised weights; dequantise"),
     "gguf folder": (folder_of("model.gguf"), "GGUF files hold quantised weights; dequantise"),
+    "packed": (
+        tensors({"a.weight_packed": torch.zeros(4, 2, dtype=torch.int32)}),
+        "a.weight_packed is quantised: it holds int32 numbers; dequantise",
+    ),
+    "program folder": (
+        lambda file: program(named("folder/notes.txt")(file).with_name("model.pt")).parent,
+        "torch.export program is a graph without layers.*state_dict.*factory",
+    ),
     "onnx": (named("model.onnx"), r"\.onnx files are not read; give .safetensors, .bin"),
     "no weights": (folder_of("notes.txt"), "neither a config.json nor a weight file"),
     "metadata": (folder_of(".metadata"), "metadata.* cannot be read, or names code"),
@@ -254,6 +262,21 @@ def test_what_is_no_dense_checkpoint_is_refused_in_one_sentence(kind: str, tmp_p
     with pytest.raises(InputError, match=cause) as caught:
         open_source(path)
     assert caught.value.remedy and str(path) in str(caught.value)
+
+
+def test_a_generators_state_is_no_state_dict(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    for beside in ({"rng_state": state}, {"rng_state": {"cpu": state}}):
+        torch.save({"model": STATE, "step": torch.tensor(3)} | beside, tmp_path / "all.pt")
+        assert open_source(tmp_path / "all.pt").tensors.keys() == STATE.keys()
+
+
+def test_a_config_of_timm_asks_for_a_factory(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    ended = pico.call("inspect", tmp_path)
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert "has no model_type" in ended.err and "timm.create_model" in ended.err
 
 
 def test_several_files_without_an_index_are_not_guessed_at(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import pico
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES
 from moments_helpers import SEED, Moments, assert_close, measured, opened, padded_tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from lrc_cli.data.decoder import told_apart
 from lrc_cli.errors import InputError
 from lrc_cli.keys import Keys
 from lrc_cli.losses import Loss, backward_scalars, choose_loss, prepare
@@ -413,6 +416,47 @@ def test_left_padding_is_neither_scored_nor_predicted_from() -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     _, labels = prepare(Loss(kind="next_token"), batch, torch.Generator())
     assert labels is not None and labels.tolist() == [[-100, -100, 6, -100]]
+
+
+def test_tokens_of_encoder_and_decoder_are_told_apart_by_their_number() -> None:
+    full, short = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+    short[:, 4:] = 0
+    other = full.clone()
+    other[0, 3:] = 0  # but not in the last column of every sequence
+    for encoder, decoder, widths in (
+        (full, full, (6, 6)),
+        (full, short, (6, 5)),
+        (short, full, (5, 6)),
+        (other, full, (6, 7)),
+    ):
+        batch = {"input_ids": full * 9, "decoder_input_ids": full * 8}
+        masks = {"attention_mask": encoder, "decoder_attention_mask": decoder}
+        found = told_apart(batch | masks)
+        assert (found["input_ids"].shape[1], found["decoder_input_ids"].shape[1]) == widths
+        for name, mask in masks.items():
+            assert found[name].sum() == mask.sum()
+    beside = batch | masks | {"attention_mask": short, "global_attention_mask": full}
+    assert told_apart(beside)["input_ids"].shape[1] == 6
+
+
+def test_no_room_to_tell_them_apart_is_said(tmp_path: Path) -> None:
+    """Both have as many tokens as the model has positions, and none ends with padding alone."""
+    model = FAMILIES["bart"].settings | {"max_position_embeddings": 8}
+    replace(FAMILIES["bart"], settings=model).build().save_pretrained(tmp_path / "dense")
+    ids = torch.randint(4, 64, (8, 8), generator=torch.Generator().manual_seed(0))
+    masks = torch.ones_like(ids), torch.ones_like(ids)
+    masks[0][0, 4:] = 0
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(0).contiguous()}
+    batch |= {"attention_mask": masks[0], "decoder_attention_mask": masks[1]}
+    save_file(batch, tmp_path / "ids.safetensors")
+    changes = {
+        "model.path": str(tmp_path / "dense"),
+        "calibration.path": str(tmp_path / "ids.safetensors"),
+        "calibration.num_sequences": 8,
+        "evaluation": None,
+    }
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert ended.code == 2 and "both have 8 tokens" in ended.err and "last token" in ended.err
 
 
 @pytest.mark.parametrize("width", [8, 12])

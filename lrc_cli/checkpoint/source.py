@@ -1,13 +1,15 @@
 """Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
 from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
 from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, open_weights
 from lrc_cli.errors import InputError
@@ -48,11 +50,18 @@ class Source:
     """Parsed config.json of a transformers directory; None for any other checkpoint."""
     weights: Weights
     """The stored tensors, in whatever format."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Tensors that the files hold a second time, with the key of the one that counts."""
 
-    @property
+    fused: dict[str, Fused] = field(default_factory=dict)
+    """Stored tensors that are seen as the parts they hold."""
+    parts: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Their parts' keys, each with the stored tensor's and the place in it."""
+
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every stored tensor by its disk key, in file order; tied ones once."""
-        return self.weights.tensors
+        """Every stored tensor by its disk key, in file order; tied ones once, fused ones apart."""
+        return dict(self.weights.tensors)
 
     @property
     def files(self) -> list[Path]:
@@ -76,7 +85,35 @@ class Source:
 
     def read(self, key: str) -> torch.Tensor:
         """The stored tensor `key` on the CPU."""
-        return self.weights.read(key)
+        if key not in self.parts:
+            return self.weights.read(key)
+        whole, index = self.parts[key]
+        return self.fused[whole].take(self.weights.read(whole), index)
+
+    def keep_once(self, copies: Mapping[str, str]) -> None:
+        """From now on pass over copies of tied tensors, which the files hold under other keys."""
+        for key in copies:
+            del self.tensors[key]
+        self.copies.update(copies)
+
+    def take_apart(self, fused: Mapping[str, Fused]) -> None:
+        """From now on see the matrices of fused experts as tensors, in the fused tensors' place."""
+        before = dict(self.tensors)
+        self.tensors.clear()
+        for key, whole in before.items():
+            if key not in fused:
+                self.tensors[key] = whole
+                continue
+            keys = fused[key].keys(whole.shape[0])
+            self.tensors.update(dict.fromkeys(keys, fused[key].info(whole)))
+            self.parts.update({part: (key, index) for index, part in enumerate(keys)})
+            self.fused[key] = fused[key]
+
+    @property
+    def mark_bytes(self) -> int:
+        """Bytes of the marks that are written in the place of fused tensors, at most."""
+        marked = sum(self.fused[whole].has_mark for whole, _ in self.parts.values())
+        return marked * MARK_DTYPE.itemsize
 
     def side_files(self) -> list[Path]:
         """Files that the compressed checkpoint carries over unchanged (tokenizer, licence, ...)."""

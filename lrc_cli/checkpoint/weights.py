@@ -26,6 +26,8 @@ from lrc_cli.errors import InputError
 METADATA_NAME = ".metadata"
 """What a directory of torch.distributed.checkpoint has beside its shards."""
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PROGRAM = ".pt2"
+"""What torch.export writes: opened to be refused in one voice."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
 
 
@@ -83,7 +85,7 @@ def open_weights(path: Path) -> Weights:
 def _open_file(file: Path) -> Weights:
     if file.suffix == ".safetensors":
         return SafetensorsFiles([file])
-    if file.suffix in pickles.SUFFIXES or file.suffix == ".pt2":
+    if file.suffix in pickles.SUFFIXES or file.suffix == PROGRAM:
         return PickledFiles([file])
     if file.suffix == ".gguf":
         _refuse_gguf(file)
@@ -105,6 +107,9 @@ def _open_directory(path: Path) -> Weights:
     files = weight_files(path, single=OLD_SINGLE, index=OLD_INDEX, suffixes=pickles.SUFFIXES)
     if files:
         return PickledFiles(files)
+    programs = sorted(path.glob(f"*{PROGRAM}"))
+    if programs:
+        return _open_file(programs[0])
     gguf = sorted(path.glob("*.gguf"))
     if gguf:
         _refuse_gguf(gguf[0])
@@ -128,5 +133,7 @@ def _check_dense(key: str, info: TensorInfo) -> None:
         cause = f"{info.file}: tensor {key} has dtype {name}, which is not a dense weight's"
         raise InputError(cause, DEQUANTISE)
     # Masks and tables of positions are whole numbers too; a matrix of weights never is.
-    if key.endswith("weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+    # Packed ones have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
+    is_weight = "weight" in key.rpartition(".")[2] and len(info.shape) > 1
+    if is_weight and not info.dtype.is_floating_point:
         raise InputError(f"{info.file}: {key} is quantised: it holds {name} numbers", DEQUANTISE)

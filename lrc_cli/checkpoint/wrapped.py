@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lrc_cli.errors import InputError
 
 PREFIXES = ("module.", "_orig_mod.")
@@ -53,10 +55,15 @@ def _mappings(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]
 
 
 def _is_state(tree: Mapping[Any, Any], leaf: type) -> bool:
-    """Whether all entries are named tensors, of which one is more than a number."""
+    """Whether all entries are named tensors, of which one is more than a number or mere bytes."""
     return all(isinstance(k, str) and isinstance(v, leaf) for k, v in tree.items()) and any(
-        len(value.shape) for value in tree.values()
+        len(value.shape) and not _is_generator(value) for value in tree.values()
     )
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether it looks like the state of a random number generator: a vector of bytes."""
+    return getattr(value, "dtype", None) == torch.uint8 and len(value.shape) == 1
 
 
 def without_prefixes(state: Mapping[str, T]) -> dict[str, T]:

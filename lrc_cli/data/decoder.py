@@ -11,6 +11,7 @@ from torch import nn
 from lrc_cli.data.kinds import Batch
 
 INPUT, MASK = "decoder_input_ids", "decoder_attention_mask"
+ENCODER_MASK = "attention_mask"
 
 
 def takes(module: nn.Module) -> frozenset[str]:
@@ -52,19 +53,34 @@ def told_apart(inputs: Batch) -> Batch:
     """An encoder's and a decoder's tokens in different numbers, where their padding differs.
 
     A layer's rows tell by their number whose tokens they are. So a decoder that has as many as the
-    encoder loses its last column, if that is padding, and is given one of padding if not.
+    encoder loses its last column, if that is padding. If not, the encoder does; and if that has
+    none to lose either, the decoder is given a column of padding.
     """
     ids, own = inputs.get("input_ids"), inputs.get(INPUT)
     if ids is None or own is None or ids.shape != own.shape:
         return inputs
-    masks = [inputs.get(name, torch.ones_like(ids)) for name in ("attention_mask", MASK)]
+    masks = [inputs.get(name, torch.ones_like(ids)) for name in (ENCODER_MASK, MASK)]
     if torch.equal(masks[0].bool(), masks[1].bool()):
         return inputs
-    if not bool(masks[1][:, -1].any()):
-        return {**inputs, INPUT: own[:, :-1].clone(), MASK: masks[1][:, :-1].clone()}
+    names = [(INPUT, MASK), ("input_ids", ENCODER_MASK)]
+    others = inputs.keys() - {name for pair in names for name in pair}
+    if any(inputs[name].shape[:2] == ids.shape for name in others):
+        names.pop()  # what else the encoder reads of every token would not fit
+    for (name, mask_name), mask in zip(names, reversed(masks), strict=False):
+        if not bool(mask[:, -1].any()):
+            shorter = {name: inputs[name][:, :-1].clone(), mask_name: mask[:, :-1].clone()}
+            return {**inputs, **shorter}
     longer = torch.cat([own, own[:, -1:]], dim=1)
     mask = torch.cat([masks[1], torch.zeros_like(masks[1][:, :1])], dim=1)
     return {**inputs, INPUT: longer, MASK: mask}
+
+
+def is_given(inputs: Batch, name: str) -> bool:
+    """Whether the input is a decoder's, which `told_apart` gave a column of padding."""
+    ids, own, mask = (inputs.get(x) for x in ("input_ids", INPUT, MASK))
+    if name != INPUT or ids is None or own is None or mask is None:
+        return False
+    return own.shape[1] == ids.shape[1] + 1 and not bool(mask[:, -1].any())
 
 
 def find_decoder(module: nn.Module) -> Decoder | None:

@@ -74,6 +74,8 @@ def build_report(
             }
             for skipped in plan.skipped
         ],
+        "copies": plan.source.copies,
+        "fused": {key: fused.record() for key, fused in plan.source.fused.items()},
         "certificate": certificate,
         "worst_case": worst_case,
         "timing": {name: round(value, 3) for name, value in seconds.items()},
@@ -113,6 +115,8 @@ def _size(plan: Plan, written: Source) -> dict[str, Any]:
     rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
     # Tensors that are not compressible keep their bytes unless output.dtype converts them.
     kept = {k for k in plan.source.tensors if k not in compressible}
+    # So do marks, which are for loaders.
+    kept |= {key for key in plan.source.fused if key in written.tensors}
     after = written.num_bytes - sum(written.tensors[key].num_bytes for key in kept)
     parameters = sum(info.num_elements for info in plan.source.tensors.values())
     parameters_after = sum(

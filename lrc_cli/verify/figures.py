@@ -14,7 +14,7 @@ from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.verify.files import check_origins
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, gained_biases
+from lrc_cli.verify.written import Written, gained_biases, marks_of
 
 FLOORS = 64.0
 """Times the numerical floor: Gram matrices that were summed in float32 are a little indefinite."""
@@ -105,7 +105,9 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
     problem = f"not there: {', '.join(missing[:3])}" if missing else None
     findings.judge("tensors.kept", "every tensor that was not compressible is there", problem)
     known = {key for keys in written.keys.values() for key in keys.factors.values()}
-    unknown = sorted(set(source.tensors) - known - set(kept) - set(gained_biases(written)))
+    marks = marks_of(written)
+    known |= {*marks, *gained_biases(written)}
+    unknown = sorted(set(source.tensors) - known - set(kept))
     what = "every tensor belongs to a layer or is listed as kept"
     if len(written.keys) == len(layers):
         problem = f"not so: {', '.join(unknown[:3])}" if unknown else None
@@ -117,7 +119,7 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
     before = sum(layer["bytes_before"] for layer in layers)
     whole = before + sum(kept.values())
     after = sum(info.num_bytes for info in source.tensors.values())
-    rest = sum(source.tensors[key].num_bytes for key in kept)
+    rest = sum(source.tensors[key].num_bytes for key in (*kept, *marks))
     parameters = sum(math.prod(layer["shape"]) for layer in layers)
     parameters += sum(source.tensors[key].num_elements for key in kept)
     left = sum(i.num_elements for key, i in source.tensors.items() if not key.endswith(f".{PERM}"))

@@ -18,7 +18,7 @@ from lrc_cli.names import stored_names
 from lrc_cli.precision import DTYPES
 from lrc_cli.verify.files import is_inside, sha256_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written
+from lrc_cli.verify.written import Written, fused_of
 
 
 def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
@@ -81,6 +81,8 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
         return
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
+    _check_copies(report.get("copies", {}), original, findings)
+    original.take_apart(fused_of(written, original))
     for key, info in original.tensors.items():
         factor = Keys(key).up
         if factor in source.tensors and factor not in original.tensors:
@@ -100,6 +102,16 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     infos: list[TensorInfo] = list(original.tensors.values())
     found = [sum(i.num_bytes for i in infos), sum(i.num_elements for i in infos)]
     findings.equal("original.bytes", what, stated_sizes, found)
+
+
+def _check_copies(copies: dict[str, str], original: Source, findings: Findings) -> None:
+    """What the output leaves out is in it by another name; from now on the original has it once."""
+    found = {key: of for key, of in copies.items() if {key, of} <= original.tensors.keys()}
+    for key, of in found.items():
+        what = f"the original's {key} is a copy of {of}"
+        same = torch.equal(original.read(key), original.read(of))
+        findings.judge("original.tensors", what, None if same else "they differ")
+    original.keep_once(found)
 
 
 def _may_change(written: Written, key: str) -> bool:

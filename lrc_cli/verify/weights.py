@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.checkpoint.fused import Fused
 from lrc_cli.checkpoint.headers import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -17,7 +18,7 @@ from lrc_cli.checkpoint.headers import (
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.keys import PERM, UP, WEIGHT, Keys
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, gained_biases
+from lrc_cli.verify.written import Written, gained_biases, marks_of
 
 CHUNK = 1 << 22
 """Entries looked at together."""
@@ -38,6 +39,8 @@ def check_weights(written: Written, findings: Findings) -> None:
         _check_metadata(written, source, findings)
     with findings.guard("table", "the layer table is right"):
         _check_table(written, source, findings)
+    with findings.guard("table", "the marks of experts are right"):
+        _check_marks(written, source, findings)
     with findings.guard("layers.shape", "the report's layers are those of the files"):
         _check_layers(written, source, findings)
 
@@ -128,6 +131,16 @@ def _check_table(written: Written, source: Source, findings: Findings) -> None:
         if problem is None and shapes[PERM]:
             problem = _perm_problem(source.read(keys.perm))
         findings.judge("table", what, problem)
+
+
+def _check_marks(written: Written, source: Source, findings: Findings) -> None:
+    """What stands in the place of experts' fused tensors is the ranks of their matrices."""
+    fused = (written.report or {}).get("fused", {})
+    for key in marks_of(written):
+        ranks = source.read(key).tolist()
+        layers = [Keys(x).layer for x in Fused(**fused[key]).keys(len(ranks))]
+        found = [written.table.get(layer, {}).get("rank", 0) for layer in layers]
+        findings.equal("table", f"{key} has the ranks of its experts", ranks, found)
 
 
 def _shape(source: Source, key: str) -> tuple[int, ...] | None:

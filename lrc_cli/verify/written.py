@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.checkpoint.fused import Fused, is_mark
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, load_config
@@ -82,9 +83,30 @@ def open_written(directory: Path, findings: Findings) -> Written:
     with findings.guard("weights.open", what):
         written.source = open_source(directory, factorised=True)
         findings.judge("weights.open", what, None)
+    what = "the tensors of fused experts are found as the report says"
+    with findings.guard("weights.fused", what):
+        if written.source is not None:
+            written.source.take_apart(fused_of(written, written.source))
     with findings.guard("layers.names", "the report's layers are named like tensors"):
         written.keys = _disk_names(written)
     return written
+
+
+def fused_of(written: Written, source: Source) -> dict[str, Fused]:
+    """How to see the fused tensors that a checkpoint holds as they are: not those with marks."""
+    stated = (written.report or {}).get("fused", {})
+    found = {key: Fused(**entry) for key, entry in stated.items()}
+    there = source.tensors
+    return {key: x for key, x in found.items() if key in there and not is_mark(there[key])}
+
+
+def marks_of(written: Written) -> list[str]:
+    """The keys under which the ranks of experts stand that are stored apart."""
+    if written.source is None:
+        return []
+    stated = (written.report or {}).get("fused", {})
+    tensors = written.source.tensors
+    return [key for key in stated if key in tensors and is_mark(tensors[key])]
 
 
 def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

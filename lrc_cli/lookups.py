@@ -1,0 +1,91 @@
+"""What an embedding does with the rows of its table: nothing, or it scales them.
+
+A class of transformers' own (Bart's, Gemma's) multiplies what it looks up by its `embed_scale`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplies rows by a number."""
+
+    value: float = 1.0
+    is_rounded: bool = False
+    """Whether the number is rounded to the rows' dtype first."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The rows, scaled."""
+        if self.value == 1.0:
+            return rows
+        if self.is_rounded:
+            return rows * torch.tensor(self.value, dtype=rows.dtype, device=rows.device)
+        return rows * self.value
+
+
+PLAIN = Scale()
+"""Of an embedding that only looks rows up."""
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that scales what it looks up."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: Scale, **place: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, **place)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Looks rows up."""
+        return self.scale(super().forward(input))
+
+
+def new_embedding(num: int, width: int, scale: Scale, **place: Any) -> nn.Embedding:
+    """An embedding of as plain a class as the scale allows, uninitialised."""
+    if scale == PLAIN:
+        return nn.Embedding(num, width, **place)
+    return ScaledEmbedding(num, width, scale, **place)
+
+
+def lookup_scale(module: nn.Module) -> Scale | None:
+    """How an embedding scales its rows, as it says itself; None: it says nothing, or is none.
+
+    On the meta device too. What a class of its own computes is seen by `only_scales`.
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return PLAIN
+    if isinstance(module, ScaledEmbedding):
+        return module.scale
+    scale, is_rounded = getattr(module, "embed_scale", None), False
+    if isinstance(scale, Tensor):  # which has no value on the meta device
+        scale, is_rounded = getattr(module, "scalar_embed_scale", None), True
+    return Scale(float(scale), is_rounded) if isinstance(scale, int | float) else None
+
+
+def only_scales(module: nn.Module, scale: Scale) -> bool:
+    """Whether an embedding, whose table has values, scales its rows so and does nothing else."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    table = module.get_parameter("weight").detach()
+    numbers = torch.arange(min(len(table), 8), device=table.device)
+    with torch.no_grad():
+        return torch.allclose(module(numbers), scale(table[numbers]))
+
+
+def merge_tables(model: nn.Module) -> None:
+    """Puts one module in the place of all embeddings that have one table and do the same with it.
+
+    An encoder and a decoder then look rows up in one module, whose statistics are those of both.
+    """
+    first: dict[tuple[Any, ...], nn.Module] = {}
+    for parent in model.modules():
+        for name, part in list(parent._modules.items()):
+            scale = None if part is None else lookup_scale(part)
+            if part is not None and scale is not None:
+                same = type(part), id(part.weight), scale
+                setattr(parent, name, first.setdefault(same, part))

@@ -1,0 +1,100 @@
+"""Modules that use an embedding's factors, which belong to the embedding.
+
+State dicts have the factors once, under the embedding's name.
+"""
+
+from torch import Tensor, nn
+
+from lrc_cli.layers import LowRankLayer
+from lrc_cli.lookups import Scale, new_embedding
+
+
+class Tied(nn.Module):
+    """What a head and a second embedding with the same table share.
+
+    Args:
+        table: the factorised embedding.
+    """
+
+    def __init__(self, table: LowRankLayer) -> None:
+        super().__init__()
+        self.share(table)
+
+    @property
+    def table(self) -> LowRankLayer:
+        """The factorised embedding."""
+        return self._table[0]
+
+    def share(self, table: LowRankLayer) -> None:
+        """From now on use this one, which does not become a part of this module."""
+        self._table = (table,)
+
+    def dense(self, table: nn.Module) -> nn.Module:
+        """The dense module, with the weight of the dense table."""
+        raise NotImplementedError
+
+
+class TiedHead(Tied):
+    """y = Z x + b with an embedding's table Z (m, n).
+
+    Args:
+        table: the factorised embedding.
+        bias: (m,) of the head's own, or None.
+    """
+
+    def __init__(self, table: LowRankLayer, bias: nn.Parameter | None) -> None:
+        super().__init__(table)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to outputs (..., m)."""
+        y = self.table.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self, table: nn.Module) -> nn.Module:
+        """The dense head, with the weight of the dense table."""
+        m, n = self.table.shape
+        dense = nn.Linear(n, m, bias=self.bias is not None, device="meta")
+        dense.weight = table.get_parameter("weight")
+        if self.bias is not None:
+            dense.bias = self.bias
+        return dense.train(self.training)
+
+
+class TiedEmbedding(Tied):
+    """Another embedding with the same table.
+
+    Args:
+        table: the factorised embedding.
+        scale: of its own.
+    """
+
+    def __init__(self, table: LowRankLayer, scale: Scale) -> None:
+        super().__init__(table)
+        self.scale = scale
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table."""
+        m, n = self.table.shape
+        return m if self.table.layout.picks_rows else n
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's inner factor: some models read the dtype or the device of a weight."""
+        return self.table.factors()[0]
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Maps numbers (...) to vectors."""
+        table = self.table
+        return self.scale(
+            table.rows(numbers) if table.layout.picks_rows else table.product(numbers)
+        )
+
+    def dense(self, table: nn.Module) -> nn.Module:
+        """The dense embedding, with the weight of the dense table."""
+        weight = table.get_parameter("weight")
+        num, width = weight.shape
+        dense = new_embedding(num, width, self.scale, device="meta")
+        dense.weight = weight
+        return dense.train(self.training)
