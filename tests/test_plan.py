@@ -9,6 +9,7 @@ import pico
 import pytest
 from conftest import Models
 
+from lrc_cli import sweep
 from lrc_cli.forecast import command
 from lrc_cli.forecast.clocks import group_limits
 from lrc_cli.work import WorkDirectory
@@ -145,10 +146,16 @@ def test_checks_come_first(tmp_path: Path, llama_job: Changes) -> None:
 
 
 @pytest.mark.parametrize("method", ["frobenius", "curvature"])
+@pytest.mark.parametrize("store_every", [0.0, sweep.STORE_EVERY])
 def test_the_disk_is_what_a_run_then_fills(
-    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path,
+    llama_job: Changes,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    store_every: float,
 ) -> None:
     """What passes between blocks goes as statistics come: the peak is less than their sum."""
+    monkeypatch.setattr(sweep, "STORE_EVERY", store_every)
     work = tmp_path / "work"
     changes = {"compression.method": method, "runtime.work_dir": str(work), "evaluation": []}
     job = pico.job(tmp_path, llama_job | changes | {"calibration.num_sequences": 60})

@@ -139,9 +139,10 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             }
         )
     _check_memory(probe)
-    # The first unit is stored at the turn of the pass, when all that passes is still there; the
+    # The first units are stored at the turn of the pass, when all that passes is still there; the
     # last one when little of it is left. Factors come after that.
-    turn = probe.passing_bytes + probe.statistics_bytes // max(len(first.units), 1)
+    share = min(probe.lag / max(len(first.units), 1), 1.0)
+    turn = probe.passing_bytes + int(probe.statistics_bytes * share)
     end = probe.statistics_bytes + min(probe.passing_bytes, 2 * probe.boundary_bytes)
     work = max(lasting + probe.spilled_bytes, turn, end)
     spaces = [

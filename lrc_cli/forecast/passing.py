@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lrc_cli import sweep
 from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment, hidden_output
 from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
@@ -38,7 +39,8 @@ def run_statistics(probe: Probe) -> None:
     probe.share = ran.share
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
-    probe.boundary_bytes = int(sum(ran.handed.values()))
+    probe.lag = ran.lag
+    probe.boundary_bytes = int(ran.lag * ran.handed[INPUTS] + ran.handed[GRADIENTS])
     probe.spilled_bytes = ran.spilled_bytes
     probe.statistics_bytes = ran.statistics_bytes
     held = Memory(phase=PHASE, measured=memory.peak, kept=ran.kept_bytes, gpu=memory.gpu)
@@ -106,6 +108,17 @@ class _Pass:
         }
 
     @property
+    def lag(self) -> int:
+        """Segments that run until what passes is stored, and what came before it deleted; all of
+        them where the whole way takes less time than that."""
+        back = any(x.name in self.whole.graded for s in self.whole.segments for x in s.layers)
+        names = [self.kinds[segment.name] for segment in self.whole.segments]
+        seconds = [self.steps[name, back] for name in names if (name, back) in self.steps]
+        total = sum(seconds) * len(self.whole.batches)
+        number = len(self.whole.segments)
+        return max(int(number * min(sweep.STORE_EVERY / max(total, 1e-9), 1.0)), 1)
+
+    @property
     def passing_bytes(self) -> int:
         """Files at the turn of the pass: the inputs of all segments that will be run backwards and
         the gradients of one, or of one segment less and two; where none will, two inputs."""
@@ -114,6 +127,8 @@ class _Pass:
         first = before.index(False) if False in before else len(segments)
         back = len(segments) - max(first, 1)
         inputs, gradients = self.handed[INPUTS], self.handed[GRADIENTS]
+        if self.lag == len(segments):  # it is over before anything else is stored
+            return int(back * inputs)
         turn = back * inputs + gradients + max(gradients - inputs, 0)
         return int(max(turn, min(2, len(segments) - 1) * inputs))
 

@@ -48,7 +48,9 @@ class Probe:
     passing_bytes: int = 0
     """What the whole pass writes to the work directory and deletes again."""
     boundary_bytes: int = 0
-    """Of it, what lies between two blocks."""
+    """Of it, what is deleted at once, near the end too."""
+    lag: int = 1
+    """Units that are measured before what they were measured on is deleted."""
     spilled_bytes: int = 0
     """What lies in files without a name while layers are solved, or networks run."""
     statistics_bytes: int = 0
