@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from lrc_cli.engine import References, SolveError, Survey, survey
+from lrc_cli.engine import Errors, References, SolveError, Survey, survey
 from lrc_cli.gather import read_statistics
 from lrc_cli.models import Layer
 from lrc_cli.plan import Plan
@@ -13,7 +13,7 @@ from lrc_cli.progress import Progress
 from lrc_cli.solving import solve_cost, solve_units, weight_of
 from lrc_cli.work import SURVEYS, Tensors, WorkDirectory
 
-SPECTRUM, OUTPUT_CURVE, VECTORS = "spectrum", "output_curve", "vectors"
+SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "zero"
 
 
 def survey_layers(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
@@ -25,34 +25,36 @@ def survey_layers(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
     cost = solve_cost(x for unit in own for x in plan.units[unit])
     with progress.phase("spectra", cost) as phase:
         for unit, solved in solve_units(plan, own, partial(_survey, plan, work)):
-            found = [_tensors(name, s) for name, (s, _) in solved.items() if s is not None]
-            tensors = {key: tensor for each in found for key, tensor in each.items()}
-            reasons = {name: reason for name, (s, reason) in solved.items() if s is None}
+            tensors = {key: tensor for found, _ in solved.values() for key, tensor in found.items()}
+            reasons = {name: reason for name, (_, reason) in solved.items() if reason}
             work.put(SURVEYS, unit, tensors, {"dense": reasons})
             phase.advance(solve_cost(plan.units[unit]))
     plan.processes.wait()
 
 
-def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Survey | None, str]:
-    """A layer's survey; None, with the reason, where it must stay dense."""
+def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str]:
+    """What is stored of a layer's survey; or the reason why the layer must stay dense."""
     statistics, reason = read_statistics(plan, work, layer)
     if statistics is None:
-        return None, reason
+        return {}, reason
     try:
-        return survey(plan.solvers[layer.name], weight_of(plan, layer), statistics), ""
+        found = survey(plan.solvers[layer.name], weight_of(plan, layer), statistics)
     except SolveError as error:
-        return None, f"could not be solved: {error}"
-
-
-def _tensors(name: str, found: Survey) -> Tensors:
-    """What is stored of a layer's survey."""
+        return {}, f"could not be solved: {error}"
     tensors = {SPECTRUM: found.spectrum, OUTPUT_CURVE: found.output_curve}
     if found.vectors is not None:
         tensors[VECTORS] = found.vectors.float()
     if found.references is not None:
         tensors |= found.references._asdict()
+    if found.zero is not None:
+        tensors[ZERO] = torch.tensor(found.zero, dtype=torch.float64)
     # Of some solvers two of them are one, and safetensors wants every tensor for itself.
-    return {f"{kind}.{name}": tensor.clone().contiguous() for kind, tensor in tensors.items()}
+    return {
+        f"{kind}.{layer.name}": tensor.cpu().contiguous()
+        if kind == VECTORS
+        else tensor.cpu().clone()
+        for kind, tensor in tensors.items()
+    }, ""
 
 
 def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
@@ -66,11 +68,13 @@ def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
     spectrum, curve = read(SPECTRUM), read(OUTPUT_CURVE)
     assert spectrum is not None and curve is not None
     compared = {kind: tensor for kind in References._fields if (tensor := read(kind)) is not None}
+    zero = read(ZERO)
     return Survey(
         spectrum=spectrum,
         output_curve=curve,
         vectors=read(VECTORS),
         references=References(**compared) if compared else None,
+        zero=None if zero is None else Errors(*zero.tolist()),
     )
 
 
@@ -101,5 +105,10 @@ def unit_spectra(plan: Plan, work: WorkDirectory, unit: str) -> Tensors:
 
 def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:
     """What the surveys of units take on the disk, but for a few numbers a rank."""
-    layers = [layer for unit in units for layer in plan.units[unit]]
+    layers = [
+        layer
+        for unit in units
+        for layer in plan.units[unit]
+        if plan.solvers[layer.name].spanned is not None
+    ]
     return sum(min(layer.shape) ** 2 * torch.float32.itemsize for layer in layers)

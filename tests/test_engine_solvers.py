@@ -110,7 +110,7 @@ def test_spectrum_tail_is_the_error_at_every_rank(method: str, name: str) -> Non
 @pytest.mark.parametrize("method", BEST)
 def test_output_spectrum_tail_is_the_plain_output_error(method: str, name: str) -> None:
     weight, statistics = case(name)
-    terms = SOLVERS[method].output_spectrum(weight, statistics)
+    terms = SOLVERS[method].survey(weight, statistics).output_curve
     scale = reference_error("frobenius", weight, statistics)
     for rank in ranks(weight):
         difference = weight - SOLVERS[method].factorize(weight, statistics, rank).dense()
@@ -122,7 +122,7 @@ def test_output_spectrum_of_svd_without_data_is_its_weight_error() -> None:
     weight, _ = case("tall")
     solver, nothing = SOLVERS["svd"], Statistics()
     torch.testing.assert_close(
-        solver.output_spectrum(weight, nothing), solver.spectrum(weight, nothing)
+        solver.survey(weight, nothing).output_curve, solver.spectrum(weight, nothing)
     )
 
 

@@ -22,6 +22,7 @@ from lrc_cli.engine import (
     pivot_block,
     storage_bytes,
 )
+from lrc_cli.work import compress_gram, expand_gram
 
 LOW = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -135,6 +136,7 @@ def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -
     assert stored.packed.block == 1
     assert stored.packed.num_bytes <= storage_bytes("interpolative", *weight.shape, rank, 2, 8)
     assert rank - 4 <= stored.packed.rank <= rank
+    # The basis from which blocks are chosen is in float32 where bfloat16 is stored.
     assert dense(stored.packed)[::8].abs().max() < 1e-9
 
 
@@ -288,3 +290,24 @@ def test_auto_takes_the_lower_stored_error_in_the_same_bytes(
     assert auto.error == pytest.approx(min(blocked.error, plain.error), rel=1e-9)
     assert auto.packed.num_bytes <= blocked.packed.num_bytes
     assert auto.reason.startswith(winner)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+@pytest.mark.parametrize(("m", "n", "tokens"), [(160, 96, 40), (96, 160, 40), (96, 96, 400)])
+def test_errors_of_what_is_stored_are_those_of_the_matrix(
+    m: int, n: int, tokens: int, method: str, dtype: torch.dtype
+) -> None:
+    """Gram matrices that were stored in float32 have negative eigenvalues where tokens are few:
+    what phase one knows of Z = 0 must not leave them out."""
+    inputs = gaussian(tokens, n, seed=1) + 5
+    packed = compress_gram(inputs.T @ inputs / tokens)
+    fisher = second_moments(m, 2, 3.0)
+    statistics = Statistics(gram=expand_gram(*packed, torch.device("cpu")), fisher=fisher)
+    weight, solver = gaussian(m, n, seed=3), SOLVERS[method]
+    problem = SameInput(weight, statistics, solver, solver.survey(weight, statistics))
+    for rank in (8, 24, 32, 40, 64):
+        for storage in STORAGES:
+            stored = pack_best(problem, rank, dtype, storage=storage)
+            wanted = problem.errors(dense(stored.packed))
+            assert stored.errors == pytest.approx(wanted, rel=1e-6, abs=1e-9 * problem.total)

@@ -50,7 +50,7 @@ class Approximation(ABC):
 
     @abstractmethod
     def errors(self, fitted: Tensor) -> Errors:
-        """The errors of a matrix Z (m, n), from differences, not from differences of sums."""
+        """The errors of a matrix Z (m, n), multiplied out from the difference."""
 
     def errors_of(self, stored: Stored) -> Errors:
         """The errors of a solution that was packed."""
@@ -128,16 +128,15 @@ class SameInput(Approximation):
     def solve(self, rank: int) -> Solution:
         # Solutions are nested: one of the largest rank asked for holds all smaller ones.
         if self._largest is None or self._largest.rank < rank:
-            vectors = None if self._survey is None else self._survey.vectors
-            self._largest = self.solver.factorize(self.weight, self.statistics, rank, vectors)
-        return Solution(self._largest.truncated(rank), self.weight, self._zero)
+            self._largest = self._factorize(rank)
+        zero = None if self._survey is None else self._survey.zero
+        return Solution(self._largest.truncated(rank), self.weight, zero)
 
-    @property
-    def _zero(self) -> Errors | None:
-        if self._survey is None or self._survey.references is None:
-            return None
-        varying = self._survey.references.output_spectrum.sum().item()
-        return Errors(self.total, varying)
+    def _factorize(self, rank: int) -> Factors:
+        vectors = None if self._survey is None else self._survey.vectors
+        if vectors is None or self.solver.spanned is None:
+            return self.solver.factorize(self.weight, self.statistics, rank)
+        return self.solver.spanned(self.weight, self.metric, vectors[:, :rank])
 
     def errors(self, fitted: Tensor) -> Errors:
         return Errors(*self.metric.errors(self.weight - fitted))

@@ -10,7 +10,7 @@ The eigenproblem is in sides.py.
 import torch
 
 from lrc_cli.engine.problem import Metric, Solver, Statistics, required
-from lrc_cli.engine.sides import Weighted
+from lrc_cli.engine.sides import Weighted, spanned
 
 DAMPING = 1e-3
 """Added to F's eigenvalues, as a share of their mean."""
@@ -37,7 +37,7 @@ CURVATURE = Solver(
     needs=frozenset({"gram", "fisher"}),
     metric=_metric,
     spectrum=_WEIGHTED.spectrum,
-    output_spectrum=_WEIGHTED.output_spectrum,
     factorize=_WEIGHTED.factorize,
     survey=_WEIGHTED.survey,
+    spanned=spanned,
 )

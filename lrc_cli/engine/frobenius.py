@@ -5,7 +5,7 @@ eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input s
 """
 
 from lrc_cli.engine.problem import Metric, Solver, Statistics, required
-from lrc_cli.engine.sides import Weighted
+from lrc_cli.engine.sides import Weighted, spanned
 
 
 def _metric(statistics: Statistics) -> Metric:
@@ -22,7 +22,7 @@ FROBENIUS = Solver(
     needs=frozenset({"gram"}),
     metric=_metric,
     spectrum=_WEIGHTED.spectrum,
-    output_spectrum=_WEIGHTED.spectrum,
     factorize=_WEIGHTED.factorize,
     survey=_WEIGHTED.survey,
+    spanned=spanned,
 )

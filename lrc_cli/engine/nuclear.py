@@ -80,9 +80,7 @@ def _threshold(s: Tensor, rank: int) -> float:
     return s[rank].item() if rank < len(s) else 0.0
 
 
-def _factorize(
-    weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
-) -> Factors:
+def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
     u, s = _directions(weight, statistics)
     return _shrunk(weight.double(), u, s, _threshold(s, rank), rank)
 
@@ -98,7 +96,6 @@ NUCLEAR = Solver(
     needs=frozenset({"gram"}),
     metric=_metric,
     spectrum=_spectrum,
-    output_spectrum=_spectrum,
     factorize=_factorize,
     survey=_survey,
 )

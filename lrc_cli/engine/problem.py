@@ -8,7 +8,7 @@ on the device of its inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,25 +127,20 @@ class Survey:
     spectrum: Tensor
     """(k,) float64: Solver.spectrum."""
     output_curve: Tensor
-    """(k,) float64: Solver.output_spectrum."""
+    """(k,) float64, >= 0, in the order of the solver's directions: [r:].sum() is the plain output
+    error tr(D G D^T) (mean squared error per token) of this solver's solution of rank r."""
     vectors: Tensor | None = None
     """(k, j), eigenvectors of which the first r give the solution of rank r; None where it is made
     from scratch. Rounded to float32 they span what is off by eps, and the error, at its least
     there, by eps^2 of the total."""
     references: References | None = None
     """None where the outcome is compared by other means."""
+    zero: Errors | None = None
+    """The errors of Z = 0, in the solver's metric: traces, of which no eigenvalue is left out (a
+    Gram matrix that was rounded has negative ones)."""
 
 
 Spectrum = Callable[[Tensor, Statistics], Tensor]
-
-
-class Factorize(Protocol):
-    """The solution of a rank in 1..min(m, n)."""
-
-    def __call__(
-        self, weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
-    ) -> Factors:
-        """`vectors`: those of the survey, where there was one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +167,16 @@ class Solver:
     """(k,) float64, descending, >= 0: the least error of rank r is spectrum[r:].sum(), in the
     unit of `metric`. Eigenvalues only. 0 stands for "below the numerical floor"."""
 
-    output_spectrum: Spectrum
-    """(k,) float64, >= 0, in the order of the solver's directions: [r:].sum() is the plain
-    output error tr(D G D^T) (mean squared error per token) of this solver's solution of rank r."""
-
-    factorize: Factorize
-    """`svd` and `curvature` lower the rank where the spectrum beyond it is below the numerical
-    floor."""
+    factorize: Callable[[Tensor, Statistics, int], Factors]
+    """The solution of a rank in 1..min(m, n). `svd` and `curvature` lower the rank where the
+    spectrum beyond it is below the numerical floor."""
 
     survey: Callable[[Tensor, Statistics], Survey]
     """All of the above that does not depend on a rank, with no eigenproblem solved twice."""
+
+    spanned: Callable[[Tensor, Metric, Tensor], Factors] | None = None
+    """(weight, metric, vectors (k, r)) -> the solution from the first r of a survey's vectors; None
+    where surveys have none."""
 
     def error(self, difference: Tensor, statistics: Statistics) -> float:
         """The error of W - Z = difference (m, n), in this solver's unit."""

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from lrc_cli.engine.problem import Errors, Metric
 
+COARSE_EPS = 1e-3
+"""Rounding from which on float32 decides as well as float64: bfloat16's. Its square, which is the
+ridge, must be above what a Cholesky factor in float32 loses."""
+
 RESOLVED = 1e-6
 """Share of the errors of Z = 0 from which on an error may be taken as what is left of them: that
 costs six of float64's sixteen digits."""
@@ -24,20 +28,33 @@ class Refit:
             themselves.
         rows: (r, n).
         metric: its F (m, m) in the order of the target's rows.
+        dtype: in which T is found and compared. Errors are always float64.
     """
 
-    def __init__(self, start: Tensor, target: Tensor, rows: Tensor, metric: Metric) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        metric: Metric,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         weighted = metric.times_gram(rows)
-        self.start, self.target, self.rows, self.metric = start, target, rows, metric
+        self.target, self.rows, self.metric = target, rows, metric
         self.num_fixed = len(target) - len(start)
         self._normal = weighted @ rows.T
         self._cross = target @ weighted.T
+        self.start = start.to(dtype)
 
     @cached_property
     def _own(self) -> Tensor | None:
         """F of the rows that are fitted, (k, k)."""
         fisher, fixed = self.metric.fisher, self.num_fixed
-        return None if fisher is None else fisher[fixed:, fixed:]
+        return None if fisher is None else fisher[fixed:, fixed:].to(self.start.dtype)
+
+    @cached_property
+    def _coarse_normal(self) -> Tensor:
+        return self._normal.to(self.start.dtype)
 
     @cached_property
     def _residual(self) -> Tensor:
@@ -46,14 +63,15 @@ class Refit:
         The error E = target - rows of the fixed rows counts too: curvature lets the others make up
         for it, as if they aimed at F_RR^-1 F_RJ E more. No solution depends on F otherwise.
         """
-        fixed = self.num_fixed
-        residual = self._cross[fixed:] - self.start @ self._normal
+        fixed, dtype = self.num_fixed, self.start.dtype
+        residual = self._cross[fixed:].to(dtype) - self.start @ self._coarse_normal
         if self.metric.fisher is None or self._own is None or not fixed:
             return residual
         factor, info = torch.linalg.cholesky_ex(self._own)
         if info.item() != 0:
             return residual
-        coupled = self.metric.fisher[fixed:, :fixed] @ (self._cross[:fixed] - self._normal)
+        error = (self._cross[:fixed] - self._normal).to(dtype)
+        coupled = self.metric.fisher[fixed:, :fixed].to(dtype) @ error
         return residual + torch.cholesky_solve(coupled, factor)
 
     def solution(self, unit: float) -> Tensor:
@@ -64,9 +82,9 @@ class Refit:
         relative `unit` costs: below it a smaller residual is not worth larger entries. Returns
         `start` where even that system is singular.
         """
-        diagonal = self._normal.diagonal()
+        diagonal = self._coarse_normal.diagonal()
         ridge = diagonal * max(unit**2, 1e-12) + diagonal.mean() * 1e-14
-        factor, info = torch.linalg.cholesky_ex(self._normal + torch.diag(ridge))
+        factor, info = torch.linalg.cholesky_ex(self._coarse_normal + torch.diag(ridge))
         if info.item() != 0:
             return self.start
         return self.start + torch.cholesky_solve(self._residual.T, factor).T
@@ -74,8 +92,9 @@ class Refit:
     def change(self, old: Tensor, new: Tensor) -> float:
         """(f(new) - f(old)) / scale: with D = new - old and s = `start`,
         -tr(F_RR D (2 S - 2 (old - s) N - D N)^T), S the residual."""
+        old, new = old.to(self.start), new.to(self.start)
         step = new - old
-        slope = 2 * self._residual - (old + new - 2 * self.start) @ self._normal
+        slope = 2 * self._residual - (old + new - 2 * self.start) @ self._coarse_normal
         weighted = step if self._own is None else self._own @ step
         return -torch.sum(weighted * slope).item()
 
@@ -106,3 +125,8 @@ class Refit:
             weighted = weighted + fisher[:, :fixed]
         form = torch.sum(weighted * gained).item()
         return Errors(zero.metric - self.metric.scale * form, zero.output - plain)
+
+
+def deciding_dtype(stored: torch.dtype) -> torch.dtype:
+    """In which dtype to find what is then rounded to the stored one."""
+    return torch.float32 if torch.finfo(stored).eps >= COARSE_EPS else torch.float64

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, cholesky, eigenpairs, eigenvalues, is_wide, root
 from lrc_cli.engine.problem import (
+    Errors,
     Factors,
     Metric,
     References,
@@ -65,6 +66,11 @@ class Side(ABC):
         """(j,): [r:].sum() is the plain output error of this problem's solution of rank r, from
         A's eigenvalues (j,) and eigenvectors (k, j)."""
 
+    @property
+    @abstractmethod
+    def zero(self) -> Errors:
+        """The errors of Z = 0."""
+
     @abstractmethod
     def references(self, least: Tensor | None = None) -> References:
         """What solutions are compared with.
@@ -105,6 +111,13 @@ class Wide(Side):
             return values
         lengths = torch.linalg.solve_triangular(self._left, vectors, upper=True)
         return values * lengths.square().sum(dim=0)
+
+    @property
+    def zero(self) -> Errors:
+        outputs = self._outputs
+        plain = outputs.diagonal().sum().item()
+        form = plain if self.fisher is None else torch.sum(self.fisher * outputs).item()
+        return Errors(self.scale * form, plain)
 
     def references(self, least: Tensor | None = None) -> References:
         values, u = eigenpairs(self.weight @ self.weight.T)
@@ -168,6 +181,11 @@ class Tall(Side):
         reduced = self._right @ vectors
         return torch.where(values > 0, (reduced * (self._squared @ reduced)).sum(dim=0), 0.0)
 
+    @property
+    def zero(self) -> Errors:
+        form, plain = (torch.sum(self.gram * of).item() for of in (self._weighted, self._squared))
+        return Errors(self.scale * form, plain)
+
     def references(self, least: Tensor | None = None) -> References:
         values, v = eigenpairs(self._squared)
         rank = rank_above_floor(values)
@@ -205,7 +223,8 @@ class Weighted:
     def _side(self, weight: Tensor, statistics: Statistics) -> Side:
         return side_of(weight, self.metric(statistics))
 
-    def _directions(self, side: Side) -> tuple[Tensor, Tensor]:
+    def _eigenpairs(self, side: Side) -> tuple[Tensor, Tensor]:
+        """All values (k,), and the vectors (k, j) that solutions may use."""
         values, vectors = eigenpairs(side.matrix)
         return values, vectors[:, : rank_above_floor(values)] if self.capped else vectors
 
@@ -214,33 +233,34 @@ class Weighted:
         side = self._side(weight, statistics)
         return side.scale * eigenvalues(side.matrix)
 
-    def output_spectrum(self, weight: Tensor, statistics: Statistics) -> Tensor:
-        """As Solver.output_spectrum."""
-        side = self._side(weight, statistics)
-        return side.output_curve(*eigenpairs(side.matrix))
-
-    def factorize(
-        self, weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
-    ) -> Factors:
+    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
         """As Solver.factorize."""
         side = self._side(weight, statistics)
-        if vectors is None:
-            _, vectors = self._directions(side)
-        return side.factors(vectors[:, :rank].double())
+        _, vectors = self._eigenpairs(side)
+        return side.factors(vectors[:, :rank])
 
     def survey(self, weight: Tensor, statistics: Statistics) -> Survey:
         """As Solver.survey."""
         side = self._side(weight, statistics)
-        values, vectors = eigenpairs(side.matrix)
-        kept = rank_above_floor(values) if self.capped else len(values)
+        values, vectors = self._eigenpairs(side)
         # Without F it is the least output error that the solver itself minimises.
         least = values if side.fisher is None else None
         return Survey(
             spectrum=side.scale * values,
-            output_curve=side.output_curve(values, vectors),
-            vectors=vectors[:, :kept],
+            output_curve=_padded(side.output_curve(values[: vectors.shape[1]], vectors), values),
+            vectors=vectors,
             references=side.references(least),
+            zero=side.zero,
         )
+
+
+def spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
+    """As Solver.spanned."""
+    return side_of(weight, metric).factors(vectors.double())
+
+
+def _padded(values: Tensor, like: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (0, len(like) - len(values)))
 
 
 def _tail_sums(terms: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc_cli.engine.pivots import select
 from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
-from lrc_cli.engine.refit import Refit
+from lrc_cli.engine.refit import Refit, deciding_dtype
 
 PIVOT_BLOCK = 8
 """Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
@@ -136,7 +136,7 @@ def pack_factors(
 ) -> Stored:
     """Two factors; the outer one is refitted against the rounded inner one (F drops out)."""
     weight = factors.inner.to(dtype)
-    refit = Refit(factors.outer, target.double(), weight.double(), metric)
+    refit = Refit(factors.outer, target.double(), weight.double(), metric, deciding_dtype(dtype))
     packed = Packed(storage="factors", weight=weight, up=_rounded(refit, dtype))
     return _measured(packed, refit, zero)
 
@@ -157,10 +157,9 @@ def pack_interpolative(
     """
     target = target.double()
     factors = _filled(factors, block)
-    # Which rows are chosen is no error, and T is fitted again: to the stored digits this will do.
-    basis, _ = torch.linalg.qr(
-        factors.outer.to(torch.float32 if dtype.itemsize < 4 else torch.float64)
-    )
+    # Which rows are chosen, and what T starts from, is no part of the error.
+    coarse = deciding_dtype(dtype)
+    basis, _ = torch.linalg.qr(factors.outer.to(coarse))
     pivots = select(basis, block)
     if pivots is None:
         rank = _rank_in_the_same_bytes(factors, dtype.itemsize, block)
@@ -170,7 +169,7 @@ def pack_interpolative(
     if metric.fisher is not None:
         fisher = metric.fisher.index_select(0, rows).index_select(1, rows)
         metric = replace(metric, fisher=fisher)
-    refit = Refit(pivots.coefficients.double(), target[rows], weight.double(), metric)
+    refit = Refit(pivots.coefficients, target[rows], weight.double(), metric, coarse)
     packed = Packed(
         storage="interpolative",
         weight=weight,
@@ -202,7 +201,7 @@ def _rank_in_the_same_bytes(factors: Factors, itemsize: int, block: int) -> int:
 def _rounded(refit: Refit, dtype: torch.dtype) -> Tensor:
     """The coefficients in the stored dtype: the refitted ones, unless rounding undoes the gain."""
     start, fitted = refit.start.to(dtype), refit.solution(torch.finfo(dtype).eps).to(dtype)
-    if not fitted.isfinite().all() or refit.change(start.double(), fitted.double()) >= 0:
+    if not fitted.isfinite().all() or refit.change(start, fitted) >= 0:
         return start
     return fitted
 

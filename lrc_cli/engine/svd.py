@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrc_cli.engine.choices import tails
 from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide
-from lrc_cli.engine.problem import Factors, Metric, References, Solver, Statistics, Survey
+from lrc_cli.engine.problem import Errors, Factors, Metric, References, Solver, Statistics, Survey
 from lrc_cli.engine.sides import rank_above_floor, side_of
 
 
@@ -23,34 +23,37 @@ def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
     return eigenvalues(weight @ weight.T if is_wide(weight) else weight.T @ weight)
 
 
-def _output_spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
-    """u_i^T W G W^T u_i = s_i^2 v_i^T G v_i: D = sum of s_i u_i v_i^T over i >= r with orthonormal
-    u_i, so the output errors of the directions add up. Without a Gram matrix: s_i^2 (G = I)."""
-    directions = svd_directions(weight)
-    gram = statistics.gram
-    outputs = directions.inner if gram is None else directions.inner @ gram.double()
-    return torch.sum(outputs * directions.inner, dim=1).clamp(min=0.0)
+def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+    directions = svd_directions(weight).truncated(rank)
+    return balanced(directions.outer, directions.inner)
 
 
-def _factorize(
-    weight: Tensor, statistics: Statistics, rank: int, vectors: Tensor | None = None
-) -> Factors:
-    if vectors is not None:
-        vectors = vectors[:, :rank].double()
-    directions = svd_directions(weight, vectors).truncated(rank)
+def _spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
+    directions = svd_directions(weight, vectors.double())
     return balanced(directions.outer, directions.inner)
 
 
 def _survey(weight: Tensor, statistics: Statistics) -> Survey:
-    values, vectors = _eigenpairs(weight.double())
+    weight = weight.double()
+    values, vectors = _eigenpairs(weight)
     spectrum = torch.nn.functional.pad(values, (0, min(weight.shape) - len(values)))
-    errors = tails(spectrum)
+    errors, total = tails(spectrum), weight.square().sum().item()
     if statistics.gram is None:  # the inputs are white
-        references, curve = References(spectrum, errors, errors.clone()), spectrum.clone()
-    else:
-        found = side_of(weight, Metric(gram=statistics.gram.double())).references()
-        references, curve = found._replace(svd_metric=errors), _output_spectrum(weight, statistics)
-    return Survey(spectrum=spectrum, output_curve=curve, vectors=vectors, references=references)
+        references = References(spectrum, errors, errors.clone())
+        zero, curve = Errors(total, total), spectrum.clone()
+        return Survey(
+            spectrum=spectrum, output_curve=curve, vectors=vectors, references=references, zero=zero
+        )
+    # D = sum of u_i (s_i v_i)^T over i >= r with orthonormal u_i: its output errors add up.
+    rows = svd_directions(weight, vectors).inner
+    curve = torch.sum((rows @ statistics.gram.double()) * rows, dim=1).clamp(min=0.0)
+    found = side_of(weight, Metric(gram=statistics.gram.double())).references()
+    return Survey(
+        spectrum=spectrum,
+        output_curve=curve,
+        vectors=vectors,
+        references=found._replace(svd_metric=errors),
+    )
 
 
 def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
@@ -86,7 +89,7 @@ SVD = Solver(
     needs=frozenset(),
     metric=_metric,
     spectrum=_spectrum,
-    output_spectrum=_output_spectrum,
     factorize=_factorize,
     survey=_survey,
+    spanned=_spanned,
 )
