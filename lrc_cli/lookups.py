@@ -86,6 +86,12 @@ def merge_tables(model: nn.Module) -> None:
     for parent in model.modules():
         for name, part in list(parent._modules.items()):
             scale = None if part is None else lookup_scale(part)
-            if part is not None and scale is not None:
+            if part is not None and scale is not None and _is_plain(part, scale):
                 same = type(part), id(part.weight), scale
                 setattr(parent, name, first.setdefault(same, part))
+
+
+def _is_plain(module: nn.Module, scale: Scale) -> bool:
+    """Whether the module does nothing that another one with its class, table and scale does not."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return not any(hooks) and only_scales(module, scale)

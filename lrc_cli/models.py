@@ -114,8 +114,8 @@ def open_module(
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
     Fused experts become lists of experts; where the checkpoint holds their matrices one by one,
-    transformers has copied them. The matrices
-    of LSTM and GRU become layers, and embeddings with one table one module.
+    transformers has copied them. The matrices of LSTM and GRU become layers, and embeddings with
+    one table, which do the same with it, one module.
     """
     if source.config is None and factory is None:
         raise InputError(

@@ -198,7 +198,7 @@ def _recalled(hh: nn.Module, h: Tensor, real: Tensor) -> Tensor:
     These say nothing of the layer, and get no gradient; the states themselves do not change.
     """
     kept = real.to(h.device, torch.bool)[:, None]
-    return torch.where(kept, hh(h * kept), type(hh).forward(hh, h))
+    return torch.where(kept, hh(torch.where(kept, h, 0.0)), type(hh).forward(hh, h))
 
 
 @contextmanager

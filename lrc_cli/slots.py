@@ -149,7 +149,8 @@ def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Mo
     group = {source, *(key for key in ties if ties[key] == source)}
     for key in group & {*ties}:
         del ties[key]
-    parts = (model.get_submodule(key.removesuffix(".weight")) for key in sorted(group - {*stored}))
+    names = (key.rpartition(".") for key in sorted(group - {*stored}))
+    parts = (model.get_submodule(name) for name, _, parameter in names if parameter == "weight")
     return [part for part in parts if part is not model.get_submodule(table)]
 
 

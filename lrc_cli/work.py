@@ -47,7 +47,7 @@ LOG = "run.log"
 
 
 class WorkDirectory:
-    """Finished units of one run, by stage ("statistics", "spectra", "factors/<fingerprint>").
+    """Finished units of one run, by stage ("statistics", "surveys", "factors/<fingerprint>").
 
     Use as a context manager: it holds a lock, so that two runs never share a directory. Entering
     it raises RunError where another run does, or where fingerprint.json is damaged, and InputError

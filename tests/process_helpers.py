@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from lrc_cli import sweep
 from lrc_cli.cli import lrc, run_command
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -73,6 +74,7 @@ def start(
     *,
     largest_file: int | None = None,
     environment: Mapping[str, str] | None = None,
+    store_every: float | None = None,
 ) -> Running:
     """Starts `lrc` with arguments.
 
@@ -80,9 +82,11 @@ def start(
         log: file for its standard output and error.
         largest_file: bytes beyond which writing to a file fails, as on a full disk.
         environment: variables to set.
+        store_every: seconds, see `sweep.STORE_EVERY`.
     """
     strings = [str(argument) for argument in arguments]
-    process = _FORKS.Process(target=_main, args=(strings, str(log), largest_file, environment))
+    given = strings, str(log), largest_file, environment, store_every
+    process = _FORKS.Process(target=_main, args=given)
     process.start()
     return Running(process=process, log=log)
 
@@ -93,12 +97,14 @@ def start_many(
     size: int,
     *,
     full_disk: tuple[int, int] | None = None,
+    store_every: float | None = None,
 ) -> list[Running]:
     """Starts `lrc` as torchrun starts it, in `size` processes.
 
     Args:
         folder: for a log of each, `log-<rank>`.
         full_disk: a rank and its `largest_file`.
+        store_every: as for `start`.
     """
     limits = dict([full_disk]) if full_disk else {}
     return [
@@ -107,6 +113,7 @@ def start_many(
             folder / f"log-{environment['RANK']}",
             largest_file=limits.get(int(environment["RANK"])),
             environment=environment,
+            store_every=store_every,
         )
         for environment in environments(size)
     ]
@@ -126,7 +133,10 @@ def _main(
     log: str,
     largest_file: int | None,
     environment: Mapping[str, str] | None,
+    store_every: float | None,
 ) -> None:
+    if store_every is not None:
+        sweep.STORE_EVERY = store_every
     os.environ.update(environment or {})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

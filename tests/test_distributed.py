@@ -267,11 +267,16 @@ def statistics_of(folder: Path) -> dict[Path, int]:
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
     tmp_path: Path, checkpoint: Models, text: Path
 ) -> None:
+    """What it goes on from are units, and gradients that lie between two blocks."""
     changes = llama(checkpoint, text, "llama-long") | {"calibration.num_sequences": 150}
+    units, gradients = (reached(tmp_path, stage) for stage in ("statistics", "gradients"))
+
+    def on_the_way_back() -> bool:
+        return units() and gradients()
+
     command = ["compress", pico.job(tmp_path, changes)]
-    first, other = start_many(command, tmp_path, 2)
-    some_units = reached(tmp_path, "statistics")
-    assert other.stop_when(some_units, signal.SIGKILL) == 128 + signal.SIGKILL
+    first, other = start_many(command, tmp_path, 2, store_every=0.0)
+    assert other.stop_when(on_the_way_back, signal.SIGKILL) == 128 + signal.SIGKILL
     since = time.monotonic()
     assert first.wait() == 1 and time.monotonic() - since < 60
     assert first.err.endswith(
@@ -280,6 +285,7 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
     )
     assert not list(tmp_path.glob("out*"))
     kept = statistics_of(tmp_path)
+    assert gradients()
     running = start_many(command, tmp_path, 3)
     assert ended(running) == [0, 0, 0], [process.err for process in running]
     assert kept.items() <= statistics_of(tmp_path).items(), "finished units were computed again"

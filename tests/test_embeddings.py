@@ -19,6 +19,7 @@ import lrc_cli
 import lrc_cli.hf
 from lrc_cli.errors import InputError
 from lrc_cli.layers import LowRankLayer, dense_weight
+from lrc_cli.lookups import merge_tables
 from lrc_cli.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
@@ -305,3 +306,27 @@ def test_a_head_that_is_stored_beside_its_table(same: bool, tmp_path: Path) -> N
     got = logits(kind.from_pretrained(output, dtype=torch.float32))
     wanted = logits(kind.from_pretrained(tmp_path, dtype=torch.float32))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+class Shifted(nn.Embedding):
+    """An embedding with a state of its own."""
+
+    embed_scale = 1.0
+    shift = 0.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.shift
+
+
+def test_only_embeddings_that_do_the_same_become_one_module() -> None:
+    parts = nn.ModuleList([nn.Embedding(8, 4), nn.Embedding(8, 4), nn.Embedding(8, 4)])
+    parts.extend([Shifted(8, 4), Shifted(8, 4)])
+    for part in parts:
+        part.weight = parts[0].weight
+    parts[2].register_forward_hook(lambda *_: None)
+    parts[4].shift = 1.0
+    wanted = [part(torch.arange(8)) for part in parts]
+    merge_tables(parts)
+    assert parts[1] is parts[0] and len({id(part) for part in parts}) == 4
+    for part, output in zip(parts, wanted, strict=True):
+        assert torch.equal(part(torch.arange(8)), output)

@@ -29,6 +29,8 @@ OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROGRAM = ".pt2"
 """What torch.export writes: opened to be refused in one voice."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
+QUANTISED = ("weight", "qweight", "weight_packed")
+"""Last names of matrices that hold whole numbers only where a weight was quantised."""
 
 
 class Weights(Protocol):
@@ -134,6 +136,6 @@ def _check_dense(key: str, info: TensorInfo) -> None:
         raise InputError(cause, DEQUANTISE)
     # Masks and tables of positions are whole numbers too; a matrix of weights never is.
     # Packed ones have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
-    is_weight = "weight" in key.rpartition(".")[2] and len(info.shape) > 1
+    is_weight = key.rpartition(".")[2] in QUANTISED and len(info.shape) > 1
     if is_weight and not info.dtype.is_floating_point:
         raise InputError(f"{info.file}: {key} is quantised: it holds {name} numbers", DEQUANTISE)
