@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc_cli.checkpoint.fused import is_mark
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
-from lrc_cli.experts import has_experts, put_together, take_apart, unfuse, without_merging
+from lrc_cli.experts import has_experts, unfuse, without_merging
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
@@ -40,6 +40,7 @@ from lrc_cli.slots import (
     finish_slots,
     insert_slots,
 )
+from lrc_cli.stored_experts import put_together, take_apart
 from lrc_cli.tied import Tied
 
 METHOD = "lrc"

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError, LrcError
 from lrc_cli.factories import Factory, named, resolve_factory
+from lrc_cli.matching import check_copies, check_keys, some_of
 from lrc_cli.names import module_names
 from lrc_cli.recurrent import unroll
 from lrc_cli.slots import (
@@ -22,9 +23,6 @@ from lrc_cli.slots import (
     finish_slots,
     insert_slots,
 )
-
-EXTRA_STATE = "_extra_state"
-"""What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
 
 
 def load(
@@ -133,7 +131,7 @@ def _load_transformers(
         ) from error
     if info["missing_keys"]:
         raise InputError(
-            f"{path} lacks {_some(info['missing_keys'])} of {type(model).__name__}",
+            f"{path} lacks {some_of(info['missing_keys'])} of {type(model).__name__}",
             _remedy_for_missing(model, info["missing_keys"]),
         )
     return model
@@ -267,8 +265,8 @@ def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.M
     insert_slots(model, find_factors(model, source.tensors))
     check_table(model, record.get("layers", {}))
     expected = model.state_dict(keep_vars=True)
-    _check_keys(expected, source.tensors)
-    _check_copies(expected, source)
+    check_keys(expected, source.tensors)
+    check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
     # Several names of one tied tensor get one object, so that they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
@@ -281,70 +279,3 @@ def _like(expected: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(expected, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=expected.requires_grad and tensor.is_floating_point())
-
-
-def _check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> None:
-    """Raises InputError where the files' tensors are not exactly the module's."""
-    unexpected = [key for key in headers if key not in expected]
-    if unexpected:
-        raise InputError(
-            f"the module has no place for {_some(unexpected)}",
-            "check that the factory is the right one",
-        )
-    found = {id(expected[key]) for key in headers}
-    missing = [key for key, tensor in expected.items() if id(tensor) not in found]
-    extra = [key for key in missing if key.endswith(EXTRA_STATE)]
-    if extra:
-        raise InputError(
-            f"the module's get_extra_state returns {extra[0]}, which no file holds as a tensor",
-            "let the factory build a module without get_extra_state",
-        )
-    if missing:
-        raise InputError(
-            f"the files lack {_some(missing)}", "check that every weight file is there"
-        )
-    for key, header in headers.items():
-        if header.shape != tuple(expected[key].shape):
-            raise InputError(
-                f"{key} has shape {header.shape} in the files and {tuple(expected[key].shape)} "
-                "in the module",
-                "check that the factory is the right one",
-            )
-
-
-def copies(model: nn.Module, source: Source) -> dict[str, str]:
-    """Keys of which the model ties the tensor to another one, with the key that counts.
-
-    transformers ties no two that differ, whatever the config says.
-    """
-    state = model.state_dict(keep_vars=True)
-    sources = getattr(model, "all_tied_weights_keys", {}).values()
-    found: dict[int, list[tuple[str, str]]] = {}
-    for key, name in module_names(model, source.tensors).items():
-        found.setdefault(id(state[name]), []).append((key, name))
-    counting = (min(same, key=lambda pair: pair[1] not in sources) for same in found.values())
-    kept = {id(state[name]): key for key, name in counting}
-    return {
-        key: kept[identity]
-        for identity, same in found.items()
-        for key, _ in same
-        if key != kept[identity]
-    }
-
-
-def _check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
-    """Raises InputError where the files hold different numbers for one tensor of the module."""
-    first: dict[int, str] = {}
-    for key in source.tensors:
-        other = first.setdefault(id(expected[key]), key)
-        if other != key and not torch.equal(source.read(key), source.read(other)):
-            raise InputError(
-                f"{other} and {key} are one tensor of the module, and differ in the files",
-                "untie them in the factory, or remove the wrong one from the files",
-            )
-
-
-def _some(keys: Any) -> str:
-    """The first few of many names."""
-    names = sorted(keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,14 +12,16 @@ from torch import nn
 from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
-from lrc_cli.experts import take_apart, unfuse
+from lrc_cli.experts import unfuse
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import LINEAR, Layout
-from lrc_cli.loading import copies, load_source
+from lrc_cli.loading import load_source
 from lrc_cli.lookups import merge_tables
+from lrc_cli.matching import copies
 from lrc_cli.placement import Placement
 from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
 from lrc_cli.recurrent import observed, unroll
+from lrc_cli.stored_experts import take_apart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lrc_cli.hf  # noqa: F401 - registers the format
 from lrc_cli import decision
 from lrc_cli.checkpoint.source import open_source
-from lrc_cli.experts import Experts, has_experts, put_together, take_apart, unfuse
+from lrc_cli.experts import Experts, has_experts, unfuse
 from lrc_cli.layers import low_rank_layers
 from lrc_cli.loading import load
+from lrc_cli.stored_experts import put_together, take_apart
 
 IDS = torch.randint(4, 64, (48, 12), generator=torch.Generator().manual_seed(4))
 MIXTURES = ("mixtral", "qwen3-moe")

@@ -1,0 +1,82 @@
+"""Whether the tensors in the files are those of a module, and which of them are one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.errors import InputError
+from lrc_cli.names import module_names
+
+EXTRA_STATE = "_extra_state"
+"""What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
+
+
+def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> None:
+    """Raises InputError where the files' tensors are not exactly the module's."""
+    unexpected = [key for key in headers if key not in expected]
+    if unexpected:
+        raise InputError(
+            f"the module has no place for {some_of(unexpected)}",
+            "check that the factory is the right one",
+        )
+    found = {id(expected[key]) for key in headers}
+    missing = [key for key, tensor in expected.items() if id(tensor) not in found]
+    extra = [key for key in missing if key.endswith(EXTRA_STATE)]
+    if extra:
+        raise InputError(
+            f"the module's get_extra_state returns {extra[0]}, which no file holds as a tensor",
+            "let the factory build a module without get_extra_state",
+        )
+    if missing:
+        raise InputError(
+            f"the files lack {some_of(missing)}", "check that every weight file is there"
+        )
+    for key, header in headers.items():
+        if header.shape != tuple(expected[key].shape):
+            raise InputError(
+                f"{key} has shape {header.shape} in the files and {tuple(expected[key].shape)} "
+                "in the module",
+                "check that the factory is the right one",
+            )
+
+
+def copies(model: nn.Module, source: Source) -> dict[str, str]:
+    """Keys of which the model ties the tensor to another one, with the key that counts.
+
+    transformers ties no two that differ, whatever the config says.
+    """
+    state = model.state_dict(keep_vars=True)
+    sources = getattr(model, "all_tied_weights_keys", {}).values()
+    found: dict[int, list[tuple[str, str]]] = {}
+    for key, name in module_names(model, source.tensors).items():
+        found.setdefault(id(state[name]), []).append((key, name))
+    counting = (min(same, key=lambda pair: pair[1] not in sources) for same in found.values())
+    kept = {id(state[name]): key for key, name in counting}
+    return {
+        key: kept[identity]
+        for identity, same in found.items()
+        for key, _ in same
+        if key != kept[identity]
+    }
+
+
+def check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
+    """Raises InputError where the files hold different numbers for one tensor of the module."""
+    first: dict[int, str] = {}
+    for key in source.tensors:
+        other = first.setdefault(id(expected[key]), key)
+        if other != key and not torch.equal(source.read(key), source.read(other)):
+            raise InputError(
+                f"{other} and {key} are one tensor of the module, and differ in the files",
+                "untie them in the factory, or remove the wrong one from the files",
+            )
+
+
+def some_of(keys: Any) -> str:
+    """The first few of many names."""
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
