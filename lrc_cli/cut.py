@@ -21,7 +21,7 @@ from lrc_cli.blocks import (
 )
 from lrc_cli.calibration import Batch
 from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, input_groups, watched
+from lrc_cli.models import Layer, Network, grouping, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ def find_cut(
         graded: names of the layers whose output gradients are wanted.
     """
     chain = find_chain(network, batch)
-    found = places(network, chain, layers, batch)
+    with grouping(network, layers) as groups:
+        found = places(network, chain, layers, batch)
     reason = "its blocks are no chain" if not chain.names else ""
     for layer in layers:
         inside = next((x for x in chain.names if f"{layer.name}.".startswith(f"{x}.")), None)
@@ -63,7 +64,6 @@ def find_cut(
         chain = Chain()
         found = {layer.name: [*chain.segments] for layer in layers}
     segments = arrange(chain, layers, found)
-    groups = input_groups(network, layers, batch)
     first: dict[tuple[str, str], str] = {}
     leaders = {
         layer.name: first.setdefault((segment.name, groups.get(layer.name, layer.name)), layer.name)

@@ -194,13 +194,15 @@ def hooked(
         yield
 
 
-def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """Which layers read the very same rows of one input tensor, seen in one forward pass.
+@contextmanager
+def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, str]]:
+    """Sees, in what runs within it, which layers read the very same rows of one input tensor.
 
-    Returns:
-        {layer name: name of the first layer with the same input}; layers that were not reached
-        are absent.
+    Yields:
+        Filled at the end: {layer name: name of the first layer with the same input}; layers that
+        were not reached are absent.
     """
+    groups: dict[str, str] = {}
     seen: dict[str, list[tuple[Any, ...]]] = {}
     alive = []  # a tensor that was freed could lend its address to another one
 
@@ -211,11 +213,18 @@ def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dic
         identity = (x.data_ptr(), x._version, *x.shape, *x.stride(), layer.layout)
         seen.setdefault(layer.name, []).append(identity)
 
-    with torch.no_grad(), watched(network, layers, look):
-        network(batch)
+    with watched(network, layers, look):
+        yield groups
     # A layer may be called several times: only the same inputs in every call are one group.
     first: dict[tuple[tuple[Any, ...], ...], str] = {}
-    return {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
+    groups |= {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
+
+
+def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
+    """As `grouping`, of one forward pass."""
+    with torch.no_grad(), grouping(network, layers) as groups:
+        network(batch)
+    return groups
 
 
 def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:

@@ -49,12 +49,13 @@ class Shape:
     @property
     def block_bytes(self) -> float:
         """Of disk per block: weights, factors twice (work directory and output), block inputs for
-        the backward sweep, and float32 triangles of the Gram matrices."""
+        the backward sweep, float32 triangles of the Gram matrices, and eigenvectors."""
         weights = 2.0 * (4 * self.width**2 + 3 * self.width * self.inner)
         inputs = 2.0 * self.num_sequences * self.length * self.width
         # Inputs of q, o, gate and down; output gradients of all seven.
         triangles = 2.0 * (8 * self.width**2 + 3 * self.inner**2)
-        return weights * (1 + 2 * SIZE) + inputs + triangles
+        vectors = 4.0 * 7 * self.width**2
+        return weights * (1 + 2 * SIZE) + inputs + triangles + vectors
 
     @property
     def table_bytes(self) -> float:

@@ -59,7 +59,7 @@ class Side(ABC):
     @abstractmethod
     def factors(self, vectors: Tensor) -> Factors:
         """The solution whose directions are the columns of `vectors` (k, r), A's leading
-        eigenvectors; they may have been rounded to float32. Raises SolveError."""
+        eigenvectors, found in their dtype: float64 or float32. Raises SolveError."""
 
     @abstractmethod
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
@@ -99,11 +99,12 @@ class Wide(Side):
         return self._outputs if left is None else left @ self._outputs @ left.T
 
     def factors(self, vectors: Tensor) -> Factors:
-        left = self._left
-        if left is None:
-            return balanced(vectors, vectors.T @ self.weight)
+        weight = self.weight.to(vectors.dtype)
+        if self._left is None:
+            return balanced(vectors, vectors.T @ weight)
+        left = self._left.to(vectors.dtype)
         outer = torch.linalg.solve_triangular(left, vectors, upper=True)
-        return balanced(outer, (vectors.T @ left) @ self.weight)
+        return balanced(outer, (vectors.T @ left) @ weight)
 
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
         # D = L^-1 (I - U U^T) L W leaves e_i |L^-1 u_i|^2.
@@ -155,14 +156,15 @@ class Tall(Side):
         return self._right.T @ self._weighted @ self._right
 
     def factors(self, vectors: Tensor) -> Factors:
-        outer = self.weight @ (self._right @ vectors)
-        weighted = outer if self.fisher is None else self.fisher @ outer
+        weight = self.weight.to(vectors.dtype)
+        outer = weight @ (self._right.to(vectors.dtype) @ vectors)
+        weighted = outer if self.fisher is None else self.fisher.to(vectors.dtype) @ outer
         normal = outer.T @ weighted
         squares = normal.diagonal()
         if self.fisher is None and bool((squares <= INDEPENDENT * squares.amax()).any()):
             # Also directions that no input excites: they keep what they can of W.
             u, _ = torch.linalg.qr(outer)
-            return balanced(u, u.T @ self.weight)
+            return balanced(u, u.T @ weight)
         # Eigenvectors make `normal` diagonal, but rounded ones do not quite.
         alive = squares > 0
         scale = torch.where(alive, squares.rsqrt(), 0.0)
@@ -171,7 +173,7 @@ class Tall(Side):
         factor, info = torch.linalg.cholesky_ex(normal)
         if info.item() != 0:
             raise SolveError("its directions cannot be told apart")
-        inner = torch.cholesky_solve(scale[:, None] * (weighted.T @ self.weight), factor)
+        inner = torch.cholesky_solve(scale[:, None] * (weighted.T @ weight), factor)
         return balanced(outer, scale[:, None] * inner)
 
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
@@ -255,8 +257,13 @@ class Weighted:
 
 
 def spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
-    """As Solver.spanned."""
-    return side_of(weight, metric).factors(vectors.double())
+    """As Solver.spanned, in the dtype of the vectors.
+
+    In float32 the directions are off by eps of the largest one, whatever theirs is, so the error,
+    at its least, by eps^2 of that of Z = 0: less than what any stored dtype costs.
+    """
+    outer, inner = side_of(weight, metric).factors(vectors)
+    return Factors(outer.double(), inner.double())
 
 
 def _padded(values: Tensor, like: Tensor) -> Tensor:
