@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
 from lrc_cli.layouts import Layout, Table, layout_of
+from lrc_cli.ordering import in_order
 
 
 def damaged(cause: str) -> InputError:
@@ -166,10 +167,7 @@ class LowRankLayer(nn.Module):
         """
         if self.perm is None:
             return y
-        rows = torch.cat([z, y], dim=channels)
-        # Not -1 for the number of blocks: an expert may be called with no rows at all.
-        blocks = rows.unflatten(channels, (self.out_features // self.block, self.block))
-        return blocks.index_select(channels - 1, self.perm).flatten(channels - 1, channels)
+        return in_order(torch.cat([z, y], dim=channels), self.perm, self.block, channels)
 
     def extra_repr(self) -> str:
         """The sizes that `print(model)` shows."""
