@@ -94,4 +94,9 @@ def merge_tables(model: nn.Module) -> None:
 def _is_plain(module: nn.Module, scale: Scale) -> bool:
     """Whether the module does nothing that another one with its class, table and scale does not."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    return not any(hooks) and only_scales(module, scale)
+    if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
+        return False
+    try:
+        return only_scales(module, scale)
+    except (RuntimeError, TypeError, ValueError):  # it takes something else
+        return False

@@ -24,6 +24,10 @@ def in_order(rows: Tensor, perm: Tensor, block: int, channels: int = -1) -> Tens
 
 def _has_cells(rows: Tensor, block: int) -> bool:
     """Whether blocks can be moved as numbers of 16 bytes, which have no gradient, and it pays."""
+    # Tracers, and tensors that carry a derivative forwards, see none of this.
+    plain = type(rows) is Tensor and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not plain or torch.autograd.forward_ad._current_level >= 0:
+        return False
     return (
         rows.numel() >= MANY
         and rows.device.type == "cpu"
@@ -36,5 +40,5 @@ def _has_cells(rows: Tensor, block: int) -> bool:
 def _gathered(rows: Tensor, perm: Tensor, block: int) -> Tensor:
     cells = rows.view(CELL)
     each = block * rows.itemsize // CELL.itemsize
-    places = (perm.long()[:, None] * each + torch.arange(each)).flatten()
+    places = (perm.long()[:, None] * each + torch.arange(each, device=rows.device)).flatten()
     return cells.gather(-1, places.expand(cells.shape)).view(rows.dtype)

@@ -38,3 +38,17 @@ def test_gradients_go_back_through_the_order() -> None:
     (in_order(rows, perm, 8) * weights).sum().backward()
     assert rows.grad is not None
     assert torch.equal(in_order(rows.grad, perm, 8), weights)
+
+
+def test_derivatives_go_forwards_through_the_order() -> None:
+    rows, perm, _ = made(torch.float32, 8, num_rows=2 * MANY // WIDTH)
+    rows, tangent = torch.zeros_like(rows), torch.randn_like(rows.nan_to_num())
+    _, found = torch.func.jvp(lambda x: in_order(x, perm, 8), (rows,), (tangent,))
+    assert torch.equal(found, in_order(tangent, perm, 8))
+
+
+def test_a_trace_goes_through_the_order() -> None:
+    rows, perm, _ = made(torch.float32, 8, num_rows=2 * MANY // WIDTH)
+    rows = torch.ones_like(rows)
+    traced = torch.jit.trace(lambda x: in_order(x, perm, 8), (rows,))
+    assert torch.equal(traced(rows), rows)

@@ -201,7 +201,7 @@ def _rank_in_the_same_bytes(factors: Factors, itemsize: int, block: int) -> int:
 def _rounded(refit: Refit, dtype: torch.dtype) -> Tensor:
     """The coefficients in the stored dtype: the refitted ones, unless rounding undoes the gain."""
     start, fitted = refit.start.to(dtype), refit.solution(torch.finfo(dtype).eps).to(dtype)
-    if not fitted.isfinite().all() or refit.change(start, fitted) >= 0:
+    if not (fitted.isfinite().all() and refit.change(start, fitted) < 0):
         return start
     return fitted
 
