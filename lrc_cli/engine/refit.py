@@ -9,7 +9,7 @@ from lrc_cli.engine.problem import Errors, Metric
 
 COARSE_EPS = 1e-3
 """Rounding from which on float32 decides as well as float64: bfloat16's. Its square, which is the
-ridge, must be above what a Cholesky factor in float32 loses."""
+ridge, is mostly above what a Cholesky factor in float32 loses; where it is not, float64 is used."""
 
 RESOLVED = 1e-6
 """Share of the errors of Z = 0 from which on an error may be taken as what is left of them: that
@@ -82,12 +82,14 @@ class Refit:
         relative `unit` costs: below it a smaller residual is not worth larger entries. Returns
         `start` where even that system is singular.
         """
-        diagonal = self._coarse_normal.diagonal()
-        ridge = diagonal * max(unit**2, 1e-12) + diagonal.mean() * 1e-14
-        factor, info = torch.linalg.cholesky_ex(self._coarse_normal + torch.diag(ridge))
-        if info.item() != 0:
-            return self.start
-        return self.start + torch.cholesky_solve(self._residual.T, factor).T
+        for normal in (self._coarse_normal, self._normal):  # float32 fails first
+            diagonal = normal.diagonal()
+            ridge = diagonal * max(unit**2, 1e-12) + diagonal.mean() * 1e-14
+            factor, info = torch.linalg.cholesky_ex(normal + torch.diag(ridge))
+            if info.item() == 0:
+                step = torch.cholesky_solve(self._residual.T.to(normal), factor).T
+                return self.start + step.to(self.start)
+        return self.start
 
     def change(self, old: Tensor, new: Tensor) -> float:
         """(f(new) - f(old)) / scale: with D = new - old and s = `start`,
