@@ -19,96 +19,124 @@ from lrc_cli.models import Layer, Network
 
 TOLERANCE = 0.03
 """Of ||y||: a hundred times float32's rounding, several times bfloat16's."""
+DIRECTIONS = 16
+"""On which outputs are compared: the norm of a difference is told to about a quarter."""
 OTHER = "computes something else than a product with its weight"
 READ = "the network reads its weight past the layer"
 CALLED = "it is called with something beside its input, or with that by name"
 
 
-def not_applied(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """By name the layers that are no product y = W x + b, or not only, with the reason.
+class Uses:
+    """Runs a network, and sees which of its layers are used as products with their weight."""
 
-    Args:
-        batch: one sequence. A layer that it does not reach is not judged by the first rule.
-    """
-    able = [x for x in layers if not isinstance(x.layout, Lookup) and x.tied_to is None]
-    reasons: dict[str, str] = {}
+    def __init__(self, network: Network, layers: Sequence[Layer]) -> None:
+        self.network = network
+        self._layers = [x for x in layers if not isinstance(x.layout, Lookup) and not x.tied_to]
+        self._wrong: dict[str, str] = {}
+        self._suspect: list[Batch] = []
+        """What the network computes on them depends on a weight that a layer does not hand out."""
 
-    def attach(layer: Layer) -> Any:
-        def look(part: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
+    def __call__(self, batch: Batch) -> Any:
+        """What the network returns, and raises."""
+        try:
+            with self._hidden(self._layers):
+                outputs = self.network(batch)
+            if _is_finite(outputs):
+                return outputs
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError):
+            outputs = None  # it may have stumbled over what it read
+        outputs = self.network(batch)
+        if _is_finite(outputs):
+            self._suspect.append(batch)
+        return outputs
+
+    def reasons(self) -> dict[str, str]:
+        """By name the layers that are no product y = W x + b, or not only, with the reason.
+
+        A layer that was never reached is not judged by what it computes.
+        """
+        reasons, wrong = dict(self._wrong), set(self._wrong)
+        able = [layer for layer in self._layers if layer.name not in wrong]
+        for batch in self._suspect:
+            if not self._reads_past(able, batch):
+                continue
+            # Those that have one place in blocks that are alike are used alike.
+            groups: dict[str, list[Layer]] = {}
+            for layer in able:
+                groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
+            past = [group for group in groups.values() if self._reads_past(group, batch)]
+            reasons |= {layer.name: READ for group in past for layer in group}
+        return reasons
+
+    def _reads_past(self, layers: Sequence[Layer], batch: Batch) -> bool:
+        """Whether outputs depend on what anyone but the layers finds in their weights."""
+        try:
+            with torch.no_grad(), self._hidden(layers):
+                return not _is_finite(self.network(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError):
+            return True
+
+    @contextmanager
+    def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Within it the layers are judged as they run, and whoever reads their weight finds NaN."""
+        before = {}
+        try:
+            for layer in layers:
+                part = self.network.module.get_submodule(layer.name)
+                before[part] = type(part)
+                part.__class__ = self._disguised(layer, type(part))
+            yield
+        finally:
+            for part, kind in before.items():
+                part.__class__ = kind
+
+    def _disguised(self, layer: Layer, kind: type[nn.Module]) -> type[nn.Module]:
+        computing: list[bool] = []
+
+        def forward(part: nn.Module, *given: Any, **named: Any) -> Any:
+            computing.append(True)
+            try:
+                y = kind.forward(part, *given, **named)
+            finally:
+                computing.pop()
             if len(given) != 1 or named:
-                reasons[layer.name] = CALLED
-            elif not _is_product(layer, part, _weight(part, type(part)), given[0], y):
-                reasons[layer.name] = OTHER
+                self._wrong[layer.name] = CALLED
+            elif not _is_product(layer, part, _weight(part, kind), given[0], y):
+                self._wrong[layer.name] = OTHER
+            return y
 
-        part = network.module.get_submodule(layer.name)
-        return part.register_forward_hook(look, with_kwargs=True)
+        def weight(part: nn.Module) -> Tensor:
+            true = _weight(part, kind)
+            return true if computing else true.new_full((), torch.nan).expand(true.shape)
 
-    handles = [attach(layer) for layer in able]
-    try:
-        with torch.no_grad():
-            outputs = network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    able = [layer for layer in able if layer.name not in reasons]
-    if _is_finite(outputs) and _reads_past(network, able, batch):
-        # Those that have one place in blocks that are alike are used alike.
-        groups: dict[str, list[Layer]] = {}
-        for layer in able:
-            groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
-        past = [group for group in groups.values() if _reads_past(network, group, batch)]
-        reasons |= {layer.name: READ for group in past for layer in group}
-    return reasons
+        return type(kind.__name__, (kind,), {"forward": forward, "weight": property(weight)})
 
 
 def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -> bool:
+    """Compared on a few random directions of the outputs (Freivalds 1977): a product with all of W
+    would take as long as the layer itself."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
-    wanted = _product(layer, part, weight, x)
-    if wanted.shape != y.shape:
+    layout, matrix = layer.layout, layer.layout.matrix(weight).float()
+    if y.ndim < -layout.channels or y.shape[layout.channels] != len(matrix):
         return False
-    off, size = (torch.linalg.vector_norm(t.float()) for t in (y - wanted, wanted))
+    directions = torch.randn(
+        len(matrix), DIRECTIONS, generator=torch.Generator().manual_seed(0)
+    ).to(matrix)
+    bias = getattr(part, "bias", None)
+    wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
+    found = layout.outputs(y).float() @ directions
+    if bias is not None:
+        wanted = wanted + bias.float() @ directions
+    if wanted.shape != found.shape:
+        return False
+    off, size = (torch.linalg.vector_norm(t) for t in (found - wanted, wanted))
     # Where numbers are not finite, others say so.
     return not bool(off > TOLERANCE * size)
-
-
-def _product(layer: Layer, part: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    layout = layer.layout
-    y = layout.apply(x, layout.inner(layout.matrix(weight)))
-    bias = getattr(part, "bias", None)
-    return y if bias is None else y + bias.view(-1, *(1,) * (-1 - layout.channels))
-
-
-def _reads_past(network: Network, layers: Sequence[Layer], batch: Batch) -> bool:
-    """Whether outputs depend on what anyone but the layers themselves finds in their weights."""
-    with torch.no_grad(), _hidden(network, layers):
-        return not _is_finite(network(batch))
-
-
-@contextmanager
-def _hidden(network: Network, layers: Sequence[Layer]) -> Iterator[None]:
-    """Within it, the layers compute what they did, and whoever reads their weight finds NaN."""
-    before = {}
-    try:
-        for layer in layers:
-            part = network.module.get_submodule(layer.name)
-            before[part] = type(part)
-            part.__class__ = _disguised(layer, type(part))
-        yield
-    finally:
-        for part, kind in before.items():
-            part.__class__ = kind
-
-
-def _disguised(layer: Layer, kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return _product(layer, self, _weight(self, kind), x)
-
-    def weight(self: nn.Module) -> Tensor:
-        true = _weight(self, kind)
-        return true.new_full((), torch.nan).expand(true.shape)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "weight": property(weight)})
 
 
 def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:

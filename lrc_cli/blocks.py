@@ -6,7 +6,7 @@ without one is a single segment, which runs whole.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,9 @@ class Chain:
         return (HEAD, *self.names, TAIL) if self.names else (WHOLE,)
 
 
-def find_chain(network: Network, batch: Batch) -> Chain:
+def find_chain(
+    network: Network, batch: Batch, watching: AbstractContextManager[Any] | None = None
+) -> Chain:
     """The blocks of the module list with the most parameters, if they form a chain.
 
     They do if in one pass each is called once, in order, on exactly what the one before returned;
@@ -125,13 +127,16 @@ def find_chain(network: Network, batch: Batch) -> Chain:
 
     Args:
         batch: a micro-batch to try it on.
+        watching: what to enter around one whole pass, which is then made in any case.
     """
     names = block_names(network.module)
+    calls: list[tuple[str, Call]] = []
+    if len(names) < 2 and watching is None:
+        return Chain()
+    with watching or nullcontext(), _recording(network, names, calls):
+        outputs = _run(network, batch)
     if len(names) < 2:
         return Chain()
-    calls: list[tuple[str, Call]] = []
-    with _recording(network, names, calls):
-        outputs = _run(network, batch)
     called = [call for _, call in calls]
     hidden = [hidden_output(call.output) for call in called]
     linked = all(
@@ -222,8 +227,18 @@ def places(
 
     Layers that `batch` does not reach are absent.
     """
+    with placing(network, chain.names, layers) as found:
+        _run(network, batch)
+    return found
+
+
+@contextmanager
+def placing(
+    network: Network, names: Sequence[str], layers: Sequence[Layer]
+) -> Iterator[dict[str, list[str]]]:
+    """Fills in `places`, for the chain of the blocks with these names, as one pass runs."""
     found: dict[str, list[str]] = {}
-    now = [HEAD if chain.names else WHOLE]
+    now = [HEAD if names else WHOLE]
 
     def look(layer: Layer, _: torch.Tensor, __: torch.Tensor) -> None:
         seen = found.setdefault(layer.name, [])
@@ -236,17 +251,16 @@ def places(
 
         return move
 
-    blocks = [(name, network.module.get_submodule(name)) for name in chain.names]
+    blocks = [(name, network.module.get_submodule(name)) for name in names]
     handles = [part.register_forward_pre_hook(move_to(name)) for name, part in blocks]
     try:
         # A block may be a layer itself: its own hook comes before the one that leaves it.
         with watched(network, layers, look):
             handles += [part.register_forward_hook(move_to(TAIL)) for _, part in blocks]
-            _run(network, batch)
+            yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def segments_of(

@@ -1,7 +1,7 @@
 """Where a network is cut into segments to be measured, and which layers run in which."""
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,12 @@ from lrc_cli.blocks import (
     hidden_output,
     passing,
     patched,
-    places,
+    placing,
 )
 from lrc_cli.calibration import Batch
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network, grouping, watched
+from lrc_cli.placement import block_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,10 @@ def find_cut(
     Args:
         graded: names of the layers whose output gradients are wanted.
     """
-    chain = find_chain(network, batch)
-    with grouping(network, layers) as groups:
-        found = places(network, chain, layers, batch)
+    with ExitStack() as watching:  # one pass tells everything
+        groups = watching.enter_context(grouping(network, layers))
+        found = watching.enter_context(placing(network, block_names(network.module), layers))
+        chain = find_chain(network, batch, watching)
     reason = "its blocks are no chain" if not chain.names else ""
     for layer in layers:
         inside = next((x for x in chain.names if f"{layer.name}.".startswith(f"{x}.")), None)

@@ -148,5 +148,5 @@ def _is_short(plan: Plan, work: WorkDirectory, layer: Layer) -> bool:
 
 def _tokens(plan: Plan, work: WorkDirectory, layer: Layer) -> int:
     """Calibration tokens that the layer would be fitted to."""
-    tokens: int = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
+    tokens: int = work.facts(STATISTICS, layer.unit)["layers"][layer.name]["tokens"]
     return tokens - tokens * num_held_back(plan) // len(plan.sequences[CALIBRATION])

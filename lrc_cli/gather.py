@@ -206,20 +206,21 @@ def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Stat
     needs = plan.solvers[layer.name].needs
     if not needs:
         return Statistics(), ""
-    tensors, facts = work.get(STATISTICS, layer.unit)
-    seen = facts["layers"][layer.name]
+    seen = work.facts(STATISTICS, layer.unit)["layers"][layer.name]
     if not seen["tokens"]:
         return None, "no calibration input reached it"
     if "fisher" in needs and not seen["has_gradient"]:
         return None, "the loss does not depend on it"
 
-    def expand(kind: str, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        return expand_gram(stored[f"{kind}.{name}"], stored[f"{kind}-scale.{name}"], plan.device)
+    def read(unit: str, kind: str, name: str) -> torch.Tensor:
+        triangle, scale = f"{kind}.{name}", f"{kind}-scale.{name}"
+        stored, _ = work.get(STATISTICS, unit, (triangle, scale))
+        return expand_gram(stored[triangle], stored[scale], plan.device)
 
-    leader = (
-        tensors if seen["group_unit"] == layer.unit else work.get(STATISTICS, seen["group_unit"])[0]
-    )
-    fisher = expand("fisher", layer.name, tensors) if "fisher" in needs else None
-    gram, mean = expand("gram", seen["group"], leader), leader.get(f"mean.{seen['group']}")
-    mean = None if mean is None else mean.to(plan.device)
-    return Statistics(gram=gram, fisher=fisher, mean=mean), ""
+    leader, key = seen["group"], f"mean.{seen['group']}"
+    means, _ = work.get(STATISTICS, seen["group_unit"], [key])
+    return Statistics(
+        gram=read(seen["group_unit"], "gram", leader),
+        fisher=read(layer.unit, "fisher", layer.name) if "fisher" in needs else None,
+        mean=means[key].to(plan.device) if key in means else None,
+    ), ""

@@ -1,5 +1,6 @@
 """Whether a network can take the blocks that were drawn for it: checked before the work begins."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,8 +88,13 @@ def _check_tokens(
         raise InputError(f"{name}: token {wrong} {why}", "give the checkpoint its own tokenizer")
 
 
-def probe(network: Network, sequences: dict[str, Sequences]) -> None:
+def probe(
+    network: Network, sequences: dict[str, Sequences], run: Callable[[Batch], Any] | None = None
+) -> None:
     """Run the first sequence of every kind of inputs: they are the user's, and so may the code be.
+
+    Args:
+        run: in place of the network itself.
 
     Raises:
         InputError: the forward pass fails; names the shapes.
@@ -101,7 +107,7 @@ def probe(network: Network, sequences: dict[str, Sequences]) -> None:
     for shapes, (name, batch) in kinds.items():
         try:
             with torch.no_grad():
-                found = floating_outputs(network(batch))
+                found = floating_outputs((run or network)(batch))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:

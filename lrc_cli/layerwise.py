@@ -92,7 +92,7 @@ def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fit
 
     No inverse is taken, so the factors are finite; directions that no token excited are not kept.
     """
-    tokens = work.get(STATISTICS, layer.unit)[1]["layers"][layer.name]["tokens"]
+    tokens = work.facts(STATISTICS, layer.unit)["layers"][layer.name]["tokens"]
     # Without any it was fitted to its weight alone.
     if fitted.packed is None or not 0 < tokens < layer.shape[1]:
         return fitted

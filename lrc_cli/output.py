@@ -71,7 +71,7 @@ def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[s
     """Disk name -> storage, rank and, with a permutation, its block; factorised layers only."""
     table = {}
     for unit, layers in plan.units.items():
-        _, facts = work.get(stage, unit)
+        facts = work.facts(stage, unit)
         for layer in layers:
             fact = facts[layer.name]
             if fact["storage"] != "dense":
@@ -134,7 +134,7 @@ class _Apart:
         self.ranks: dict[str, int] = {}
         """Of the factorised matrices, by key."""
         for unit, layers in plan.units.items():
-            facts = work.get(stage, unit)[1]
+            facts = work.facts(stage, unit)
             for layer in layers:
                 fact, key = facts[layer.name], layer.keys.weight
                 if key in plan.source.parts and fact["storage"] != "dense":
@@ -173,7 +173,7 @@ def _converted(source: Source, key: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _packed(work: WorkDirectory, stage: str, unit: str, name: str) -> torch.Tensor:
-    return work.get(stage, unit)[0][name]
+    return work.get(stage, unit, [name])[0][name]
 
 
 def finish_output(
@@ -198,7 +198,7 @@ def finish_output(
         _check_forward(network, plan)
     memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
     quality = _measure(plan, network, memory, progress)
-    facts = {name: fact for unit in plan.units for name, fact in work.get(stage, unit)[1].items()}
+    facts = {name: fact for unit in plan.units for name, fact in work.facts(stage, unit).items()}
     certificate = certify(plan, network, facts, memory.keep, progress)
     report = build_report(
         plan,
@@ -227,7 +227,7 @@ def _write_report(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss(plan: Plan, work: WorkDirectory) -> dict[str, Any] | None:
-    losses = [work.get(STATISTICS, unit)[1]["loss"] for unit in plan.units]
+    losses = [work.facts(STATISTICS, unit)["loss"] for unit in plan.units]
     return next((loss for loss in losses if loss is not None), None)
 
 

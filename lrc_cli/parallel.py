@@ -1,6 +1,7 @@
 """Independent solves side by side: on a CPU a small eigenproblem hardly uses a second core."""
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,10 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+TRIM_EVERY = 2.0
+"""Seconds between two calls of malloc_trim, which takes some 20 ms, and as long for what is needed
+again."""
 
 
 def in_parallel(
@@ -33,9 +38,12 @@ def in_parallel(
         each: Iterable[list[Result]] = (list(map(function, group)) for group in groups)
     else:
         each = _by_threads(function, groups, num_workers, cost)
+    trimmed = time.monotonic()
     for results in each:
         yield results
-        _trim()
+        if time.monotonic() - trimmed >= TRIM_EVERY:
+            _trim()
+            trimmed = time.monotonic()
 
 
 def _by_threads(

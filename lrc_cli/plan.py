@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.applied import not_applied
+from lrc_cli.applied import Uses
 from lrc_cli.bias import check_bias, gained_bytes
 from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
@@ -146,9 +146,9 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     check_sequences(sequences, module, source)
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
-    probe(network, sequences)
-    one = next(sequences[CALIBRATION].batches(1))
-    reasons = not_applied(network, layers, one)
+    uses = Uses(network, layers)
+    probe(network, sequences, uses)
+    reasons = uses.reasons()
     skipped += [
         Skipped(name=x.keys.weight, reason=reasons[x.name], num_bytes=x.num_bytes)
         for x in layers
@@ -157,6 +157,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     layers = [layer for layer in layers if layer.name not in reasons]
     check_layers(config, layers)
     solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
+    one = next(sequences[CALIBRATION].batches(1))
     solvers = with_relu_where_followed(solvers, network, layers, one)
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer

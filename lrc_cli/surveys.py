@@ -59,7 +59,8 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
 
 def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
     """A layer's survey, on the run's device; its vectors are in float32."""
-    stored, _ = work.get(SURVEYS, layer.unit)
+    kinds = (SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO, *References._fields)
+    stored, _ = work.get(SURVEYS, layer.unit, [f"{kind}.{layer.name}" for kind in kinds])
 
     def read(kind: str) -> torch.Tensor | None:
         tensor = stored.get(f"{kind}.{layer.name}")
@@ -80,7 +81,7 @@ def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
 
 def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
     """Why phase one found that the layer must stay dense; None where it need not."""
-    reasons: dict[str, str] = work.get(SURVEYS, layer.unit)[1]["dense"]
+    reasons: dict[str, str] = work.facts(SURVEYS, layer.unit)["dense"]
     return reasons.get(layer.name)
 
 
@@ -95,12 +96,8 @@ def read_spectra(plan: Plan, work: WorkDirectory) -> Tensors:
 def unit_spectra(plan: Plan, work: WorkDirectory, unit: str) -> Tensors:
     """As `read_spectra`, of one unit's layers."""
     kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
-    stored, _ = work.get(SURVEYS, unit)
-    return {
-        name.removeprefix(f"{kind}."): tensor
-        for name, tensor in stored.items()
-        if name.startswith(f"{kind}.")
-    }
+    stored, _ = work.get(SURVEYS, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
+    return {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items()}
 
 
 def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -151,8 +151,17 @@ class WorkDirectory:
         aside.rename(file)
         sync_directory(file.parent)
 
-    def get(self, stage: str, unit: str) -> tuple[Tensors, dict[str, Any]]:
+    def facts(self, stage: str, unit: str) -> dict[str, Any]:
+        """A unit's facts alone; raises as `get`."""
+        return self.get(stage, unit, ())[1]
+
+    def get(
+        self, stage: str, unit: str, wanted: Collection[str] | None = None
+    ) -> tuple[Tensors, dict[str, Any]]:
         """A unit's tensors, as views of the mapped file, and its facts.
+
+        Args:
+            wanted: names of tensors, those of them that the unit has; None: all it has.
 
         Raises:
             RunError: the file is damaged.
@@ -160,7 +169,7 @@ class WorkDirectory:
         file = self._file(stage, unit)
         try:
             with safe_open(file, framework="pt") as handle:
-                names = list(handle.keys())
+                names = handle.keys() if wanted is None else set(handle.keys()) & set(wanted)
                 tensors = {name: handle.get_tensor(name) for name in names}
                 return tensors, json.loads(handle.metadata()["facts"])
         except SafetensorError as error:

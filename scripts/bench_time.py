@@ -11,7 +11,8 @@ Everything runs in one process, in turn, on one device:
 * The floor: the bare passes over the same micro-batches in the same dtype (frobenius: forward,
   without logits; curvature: forward and backward, parameters frozen), and the bare Gram products in
   the dtypes of lrc, one lower triangle per distinct input and, for curvature, one per layer's
-  output gradients. Nothing is added up, stored or solved.
+  output gradients: micro-batches multiplied in float32 and added up in float64. Nothing is watched,
+  stored or solved.
 * The reference, what SVD-LLM does: a float32 forward pass with a hook on every linear layer, each
   of which multiplies its own Gram matrix (q, k and v three times the same) into a float32 sum; then
   for every layer the Cholesky factor S in float64 (with jitter where that fails), the full SVD of
@@ -86,11 +87,8 @@ class Took:
 
     phases: Mapping[str, float]
     eigensolver: float
-
-    @property
-    def total(self) -> float:
-        """All phases."""
-        return sum(self.phases.values())
+    total: float
+    """From the config to the finished output, what lies between the phases included."""
 
 
 class Timed(Progress):
@@ -219,9 +217,12 @@ def warm_up(plan: Plan) -> None:
 def run(config: Config, clock: Clock) -> Took:
     """`lrc compress`, with its phases timed."""
     progress = Timed(clock)
+    start = clock()
     with eigensolver_timed(clock) as spent:
         compress(config, progress=progress)
-    return Took(phases=dict(progress.seconds), eigensolver=sum(spent))
+    total = clock() - start
+    phases = {**progress.seconds, "between the phases": total - sum(progress.seconds.values())}
+    return Took(phases=phases, eigensolver=sum(spent), total=total)
 
 
 @contextmanager
@@ -289,7 +290,7 @@ def backward_passes(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
 
 
 def products(widths: list[int], num_rows: int, plan: Plan) -> None:
-    """The lower triangle of x^T x for a random x (num_rows, width) of every width."""
+    """The lower triangle of x^T x for a random x (num_rows, width) of every width, added to a sum."""
     made = {
         width: torch.randn(num_rows, width, device=plan.device).to(plan.network.dtype)
         for width in set(widths)
@@ -298,18 +299,24 @@ def products(widths: list[int], num_rows: int, plan: Plan) -> None:
     settings: Any = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if plan.network.dtype == torch.bfloat16 else "ieee"
+    sums = {
+        width: torch.zeros(width, width, dtype=torch.float64, device=plan.device) for width in made
+    }
     for width in widths:
-        lower_triangle(made[width])
+        add_lower_triangle(sums[width], made[width])
     settings.fp32_precision = before
 
 
-def lower_triangle(rows: Tensor) -> None:
-    """x^T x in float32, panel by panel."""
+def add_lower_triangle(total: Tensor, rows: Tensor) -> None:
+    """x^T x in float32, panel by panel, added to the float64 sum."""
     fused = rows.is_cuda and rows.dtype == torch.bfloat16
     rows = rows if fused else rows.float()
     for first in range(0, rows.shape[1], PANEL):
-        panel, left = rows[:, first : first + PANEL].T, rows[:, : first + PANEL]
-        torch.mm(panel, left, out_dtype=torch.float32) if fused else panel @ left
+        last = min(first + PANEL, rows.shape[1])
+        panel, left = rows[:, first:last].T, rows[:, :last]
+        total[first:last, :last] += (
+            torch.mm(panel, left, out_dtype=torch.float32) if fused else panel @ left
+        )
 
 
 def reference(plan: Plan, clock: Clock) -> dict[str, float]:

@@ -14,6 +14,7 @@ import pico
 import pytest
 import torch
 
+from lrc_cli import parallel
 from lrc_cli.parallel import in_parallel
 from lrc_cli.solving import solve_units
 
@@ -66,6 +67,7 @@ def test_solves_go_on_where_memory_cannot_be_trimmed(
 
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(parallel, "TRIM_EVERY", 0.0)
     threads = torch.get_num_threads()
     assert list(in_parallel(square, [range(3), [], [3, 4]], num_workers)) == [
         [0, 1, 4],

@@ -28,7 +28,7 @@ def sequential_pieces(probe: Probe) -> list[Piece]:
     walk, pieces = _walk(probe, size), list[Piece]()
     groups: Counter[int] = Counter()
     for unit, layers in plan.units.items():
-        seen = probe.work.get(STATISTICS, unit)[1]["layers"]
+        seen = probe.work.facts(STATISTICS, unit)["layers"]
         leaders = {seen[x.name]["group"] or x.name: x.shape[1] for x in layers}
         groups.update(leaders.values())
     share = 2.0 + sum(groups.values()) / max(len(plan.units), 1)
