@@ -290,7 +290,7 @@ def backward_passes(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
 
 
 def products(widths: list[int], num_rows: int, plan: Plan) -> None:
-    """The lower triangle of x^T x for a random x (num_rows, width) of every width, added to a sum."""
+    """The lower triangles of x^T x, for a random x (num_rows, width) of every width, summed."""
     made = {
         width: torch.randn(num_rows, width, device=plan.device).to(plan.network.dtype)
         for width in set(widths)

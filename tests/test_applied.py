@@ -1,8 +1,10 @@
 """Layers whose factors would not do what the layer does are left dense, and said so."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pico
 import pytest
@@ -10,7 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 import lrc_cli
-from lrc_cli.applied import CALLED, OTHER, READ
+from lrc_cli.applied import CALLED, OTHER, READ, Uses, _is_product
+from lrc_cli.config import load_config
+from lrc_cli.cut import find_cut
+from lrc_cli.inputs import probe
+from lrc_cli.keys import Keys
+from lrc_cli.layouts import layout_of
+from lrc_cli.models import Layer, make_network
+from lrc_cli.placement import block_names
+from lrc_cli.plan import make_plan
 
 SOURCE = '''
 import torch
@@ -179,3 +189,71 @@ def test_outputs_inside_of_tuples_count_where_there_are_no_others(
         assert {x["name"] for x in report["layers"]} == {"head"}
     else:
         assert ended.code == 2 and "returns no floating-point tensor" in ended.err
+
+
+def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any]) -> None:
+    """What the checks find out is found in one run of the network, and the blocks in one more."""
+    plan = make_plan(load_config(pico.job(tmp_path, llama_job)))
+    network, blocks = plan.network, block_names(plan.network.module)
+    (one,) = plan.sequences["calibration"].split(1)[0].batches(1)
+    calls: Counter[str] = Counter()
+    handles = [
+        network.module.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: calls.update([name])
+        )
+        for name in blocks
+    ]
+    uses = Uses(network, plan.layers)
+    with torch.no_grad():
+        probe(network, {"calibration": plan.sequences["calibration"]}, uses)
+    assert uses.reasons() == {}
+    assert calls == dict.fromkeys(blocks, 1)
+    calls.clear()
+    assert find_cut(network, plan.layers, (), one).chain.names == blocks
+    # Handing hidden states on, without computing anything, is the second call.
+    assert calls == dict.fromkeys(blocks, 2)
+    for handle in handles:
+        handle.remove()
+
+
+class Stumbling(torch.nn.Module):
+    """Refuses to run where a weight that it reads itself is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = (torch.nn.Linear(24, 24) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.first.weight.isfinite().all():
+            raise ValueError("a damaged weight")
+        y: torch.Tensor = self.head(self.first(x))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_small_difference_from_the_product_is_seen(kind: str) -> None:
+    """Outputs are compared on random directions: a tenth off is told, rounding is not."""
+    torch.manual_seed(0)
+    linear = kind == "linear"
+    part = torch.nn.Linear(48, 96) if linear else torch.nn.Conv1d(6, 96, 8)
+    x = torch.randn(5, 48) if linear else torch.randn(2, 6, 30)
+    layer = cast(Layer, SimpleNamespace(layout=layout_of(part), name="part"))
+    y = part(x).detach()
+    for off, held in ((0.0, True), (2**-9, True), (0.1, False)):
+        found = y + off * y.norm() / y.numel() ** 0.5 * torch.randn_like(y)
+        assert _is_product(layer, part, part.weight.detach(), x, found) is held
+    assert not _is_product(layer, part, part.weight.detach(), x, y[..., :-1].contiguous())
+    assert not _is_product(layer, part, part.weight.detach(), x, (y, y))
+
+
+def test_a_network_that_stumbles_over_a_hidden_weight_reads_it() -> None:
+    network = make_network(Stumbling(), device=torch.device("cpu"), dtype=torch.float32)
+    keys = {name: Keys(f"{name}.weight") for name in ("first", "head")}
+    layers = [
+        Layer(name=n, keys=k, kind="Linear", shape=(24, 24), dtype=torch.float32, unit="")
+        for n, k in keys.items()
+    ]
+    uses = Uses(network, layers)
+    with torch.no_grad():
+        assert uses({"x": torch.randn(2, 24)}).isfinite().all()
+    assert uses.reasons() == {"first": READ}

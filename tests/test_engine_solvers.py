@@ -201,3 +201,25 @@ def test_a_solve_that_fails_is_a_solve_error(method: str, shape: str) -> None:
         SOLVERS[method].spectrum(weight, statistics)
     with pytest.raises(SolveError):
         SOLVERS[method].factorize(weight, statistics, 3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", DATA_DRIVEN)
+@pytest.mark.parametrize("sizes", [(1e25, 1.0), (1e-25, 1.0), (1.0, 1e25), (1.0, 1e-25)])
+def test_directions_in_float32_do_for_layers_of_any_size(
+    sizes: tuple[float, float], method: str, shape: str
+) -> None:
+    """Squares of such numbers are beyond float32."""
+    solver = SOLVERS[method]
+    weight, statistics = case(shape)
+    assert statistics.gram is not None and statistics.fisher is not None
+    weight = weight * sizes[0]
+    statistics = Statistics(gram=statistics.gram * sizes[1], fisher=statistics.fisher * sizes[1])
+    found = solver.survey(weight, statistics)
+    assert found.vectors is not None and solver.spanned is not None
+    for rank in (1, 8, 16):
+        directions = found.vectors.float()[:, :rank]
+        factors = solver.spanned(weight, solver.metric(statistics), directions)
+        error = solver.error(weight - factors.dense(), statistics)
+        least, total = found.spectrum[rank:].sum().item(), found.spectrum.sum().item()
+        assert least * (1 - 1e-9) <= error <= least * (1 + 1e-6) + 1e-10 * total

@@ -242,6 +242,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         tensors({"a.weight_packed": torch.zeros(4, 2, dtype=torch.int32)}),
         "a.weight_packed is quantised: it holds int32 numbers; dequantise",
     ),
+    "int8 beside": (
+        tensors({"a.weight_int8": torch.zeros(4, 4, dtype=torch.int8)}),
+        "a.weight_int8 is quantised: it holds int8 numbers; dequantise",
+    ),
+    "int8 attention": (
+        tensors({"in_proj_weight": torch.zeros(4, 4, dtype=torch.int8)}),
+        "in_proj_weight is quantised",
+    ),
+    "int8 recurrent": (
+        tensors({"weight_ih_l0": torch.zeros(4, 4, dtype=torch.int8)}),
+        "weight_ih_l0 is quantised",
+    ),
     "program folder": (
         lambda file: program(named("folder/notes.txt")(file).with_name("model.pt")).parent,
         "torch.export program is a graph without layers.*state_dict.*factory",

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, whatever files they lie in: one interface, one class a format."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +30,9 @@ OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROGRAM = ".pt2"
 """What torch.export writes: opened to be refused in one voice."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
-QUANTISED = ("weight", "qweight", "weight_packed")
-"""Last names of matrices that hold whole numbers only where a weight was quantised."""
+WEIGHT = re.compile(r"(^|_)q?weight(_|$)")
+"""Last names of matrices that hold whole numbers only where a weight was quantised, but for masks
+(`weight`, `qweight`, `weight_packed`, `weight_int8`, `in_proj_weight`, `weight_ih_l0`)."""
 
 
 class Weights(Protocol):
@@ -136,6 +138,7 @@ def _check_dense(key: str, info: TensorInfo) -> None:
         raise InputError(cause, DEQUANTISE)
     # Masks and tables of positions are whole numbers too; a matrix of weights never is.
     # Packed ones have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
-    is_weight = key.rpartition(".")[2] in QUANTISED and len(info.shape) > 1
+    last = key.rpartition(".")[2]
+    is_weight = WEIGHT.search(last) and "mask" not in last and len(info.shape) > 1
     if is_weight and not info.dtype.is_floating_point:
         raise InputError(f"{info.file}: {key} is quantised: it holds {name} numbers", DEQUANTISE)

@@ -109,7 +109,7 @@ class Refit:
         """
         if zero is not None:
             found = self._remaining(coefficients, zero)
-            if all(left > RESOLVED * whole for left, whole in zip(found, zero, strict=True)):
+            if all(left > RESOLVED * whole > 0 for left, whole in zip(found, zero, strict=True)):
                 return found
         fitted = torch.cat([self.rows[: self.num_fixed], coefficients @ self.rows])
         return Errors(*self.metric.errors(self.target - fitted))

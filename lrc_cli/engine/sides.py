@@ -99,12 +99,12 @@ class Wide(Side):
         return self._outputs if left is None else left @ self._outputs @ left.T
 
     def factors(self, vectors: Tensor) -> Factors:
-        weight = self.weight.to(vectors.dtype)
+        weight, size = _scaled(self.weight, vectors.dtype)
         if self._left is None:
-            return balanced(vectors, vectors.T @ weight)
-        left = self._left.to(vectors.dtype)
+            return _balanced(vectors, vectors.T @ weight, size)
+        left, _ = _scaled(self._left, vectors.dtype)  # its size leaves one factor for the other
         outer = torch.linalg.solve_triangular(left, vectors, upper=True)
-        return balanced(outer, (vectors.T @ left) @ weight)
+        return _balanced(outer, (vectors.T @ left) @ weight, size)
 
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
         # D = L^-1 (I - U U^T) L W leaves e_i |L^-1 u_i|^2.
@@ -156,15 +156,18 @@ class Tall(Side):
         return self._right.T @ self._weighted @ self._right
 
     def factors(self, vectors: Tensor) -> Factors:
-        weight = self.weight.to(vectors.dtype)
-        outer = weight @ (self._right.to(vectors.dtype) @ vectors)
-        weighted = outer if self.fisher is None else self.fisher.to(vectors.dtype) @ outer
+        weight, size = _scaled(self.weight, vectors.dtype)
+        right, _ = _scaled(self._right, vectors.dtype)  # the inner factor undoes its size, and F's
+        outer = weight @ (right @ vectors)
+        weighted = outer
+        if self.fisher is not None:
+            weighted = _scaled(self.fisher, vectors.dtype)[0] @ outer
         normal = outer.T @ weighted
         squares = normal.diagonal()
         if self.fisher is None and bool((squares <= INDEPENDENT * squares.amax()).any()):
             # Also directions that no input excites: they keep what they can of W.
             u, _ = torch.linalg.qr(outer)
-            return balanced(u, u.T @ weight)
+            return _balanced(u, u.T @ weight, size)
         # Eigenvectors make `normal` diagonal, but rounded ones do not quite.
         alive = squares > 0
         scale = torch.where(alive, squares.rsqrt(), 0.0)
@@ -174,7 +177,7 @@ class Tall(Side):
         if info.item() != 0:
             raise SolveError("its directions cannot be told apart")
         inner = torch.cholesky_solve(scale[:, None] * (weighted.T @ weight), factor)
-        return balanced(outer, scale[:, None] * inner)
+        return _balanced(outer, scale[:, None] * inner, size)
 
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
         # D R = W R (I - P P^T) leaves |W R p_i|^2.
@@ -259,11 +262,24 @@ class Weighted:
 def spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
     """As Solver.spanned, in the dtype of the vectors.
 
-    In float32 the directions are off by eps of the largest one, whatever theirs is, so the error,
-    at its least, by eps^2 of that of Z = 0: less than what any stored dtype costs.
+    In float32 the directions are off by eps of the largest one, whatever theirs is, times the
+    condition of F's root where there is F, so the error, at its least, by the square of that share
+    of that of Z = 0.
     """
-    outer, inner = side_of(weight, metric).factors(vectors)
-    return Factors(outer.double(), inner.double())
+    return side_of(weight, metric).factors(vectors)
+
+
+def _scaled(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The matrix over a power of four, which fits float32 whatever its size, and that power."""
+    _, exponent = torch.frexp(matrix.abs().amax())
+    size = 4.0 ** (int(exponent) // 2)
+    return (matrix / size).to(dtype), size
+
+
+def _balanced(outer: Tensor, inner: Tensor, size: float) -> Factors:
+    """`balanced` factors of size * outer @ inner, in float64."""
+    outer, inner = balanced(outer, inner)
+    return Factors(outer.double() * size**0.5, inner.double() * size**0.5)
 
 
 def _padded(values: Tensor, like: Tensor) -> Tensor:
