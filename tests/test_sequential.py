@@ -164,8 +164,8 @@ class Known:
     plan: Plan
     tokens: int
 
-    def get(self, stage: str, unit: str) -> tuple[dict[str, Tensor], Any]:
-        return {}, {"layers": {x.name: {"tokens": self.tokens} for x in self.plan.layers}}
+    def facts(self, stage: str, unit: str) -> dict[str, Any]:
+        return {"layers": {x.name: {"tokens": self.tokens} for x in self.plan.layers}}
 
 
 AUTO: dict[str, tuple[Changes, int, int, bool, str]] = {
