@@ -38,15 +38,9 @@ class Uses:
 
     def __call__(self, batch: Batch) -> Any:
         """What the network returns, and raises."""
-        try:
-            with self._hidden(self._layers):
-                outputs = self.network(batch)
-            if _is_finite(outputs):
-                return outputs
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError):
-            outputs = None  # it may have stumbled over what it read
+        outputs = self._run_hidden(self._layers, batch)
+        if outputs is not None:
+            return outputs
         outputs = self.network(batch)
         if _is_finite(outputs):
             self._suspect.append(batch)
@@ -72,13 +66,19 @@ class Uses:
 
     def _reads_past(self, layers: Sequence[Layer], batch: Batch) -> bool:
         """Whether outputs depend on what anyone but the layers finds in their weights."""
+        with torch.no_grad():
+            return self._run_hidden(layers, batch) is None
+
+    def _run_hidden(self, layers: Sequence[Layer], batch: Batch) -> Any:
+        """What the network returns; None where that is not finite, or it stumbles over NaN."""
         try:
-            with torch.no_grad(), self._hidden(layers):
-                return not _is_finite(self.network(batch))
+            with self._hidden(layers):
+                outputs = self.network(batch)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError):
-            return True
+            return None
+        return outputs if _is_finite(outputs) else None
 
     @contextmanager
     def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:

@@ -130,9 +130,9 @@ def find_chain(
         watching: what to enter around one whole pass, which is then made in any case.
     """
     names = block_names(network.module)
-    calls: list[tuple[str, Call]] = []
     if len(names) < 2 and watching is None:
         return Chain()
+    calls: list[tuple[str, Call]] = []
     with watching or nullcontext(), _recording(network, names, calls):
         outputs = _run(network, batch)
     if len(names) < 2:
