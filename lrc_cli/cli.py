@@ -1,17 +1,15 @@
 """The commands. Nothing heavy is imported before a command needs it: `lrc --help` is instant."""
 
-import errno
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lrc_cli import __version__
-from lrc_cli.errors import LrcError
+from lrc_cli.exits import run_command
 from lrc_cli.options import (
     config_argument,
     directory_argument,
@@ -23,12 +21,6 @@ from lrc_cli.options import (
     sizes_option,
     trust_option,
     verbose_option,
-)
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LESS_MEMORY = (
-    "ask `lrc plan` what it takes, and give shorter sequences, exclude the widest layers, or use a"
-    " device with more memory"
 )
 
 
@@ -275,46 +267,3 @@ def calm_transformers() -> None:
 def main() -> None:
     """Run `lrc`, mapping errors to exit codes: never a traceback for a user's mistake."""
     sys.exit(run_command(lrc))
-
-
-def run_command(command: Callable[..., Any]) -> int:
-    """Run a click command and return its exit code."""
-    try:
-        command(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        return int(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command goes on where it stopped", err=True)
-        return 130
-    except LrcError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        # On a GPU torch raises a class of its own, on a CPU none.
-        named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-        if not named and "DefaultCPUAllocator" not in str(error):
-            raise
-        click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
-        return 1
-    except OSError as error:
-        # A full disk, a vanished file: the cause is the system's, the sentence ours.
-        click.echo(f"error: {_describe(error)}", err=True)
-        return 1
-    return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no more can be had"])[0]
-
-
-def _describe(error: OSError) -> str:
-    name = f"{error.filename}: " if error.filename else ""
-    remedy = (
-        "make room on the disk; the same command goes on where it stopped"
-        if error.errno in FULL
-        else "check that it is there and may be used, and run the command again"
-    )
-    return f"{name}{error.strerror or error}; {remedy}"

@@ -24,10 +24,10 @@ from lrc_cli.checkpoint.fused import is_mark
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
 from lrc_cli.experts import has_experts, unfuse, without_merging
+from lrc_cli.factor_shapes import damaged
 from lrc_cli.layers import (
     LowRankLayer,
     LowRankSlot,
-    damaged,
     dense_weight,
     low_rank_layers,
     replace_modules,

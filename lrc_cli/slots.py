@@ -8,13 +8,12 @@ from torch import nn
 
 from lrc_cli.checkpoint.headers import UPGRADE, TensorInfo
 from lrc_cli.errors import InputError
+from lrc_cli.factor_shapes import FactorShapes, damaged
 from lrc_cli.keys import BIAS, PERM, UP, WEIGHT, Keys
 from lrc_cli.layers import (
-    FactorShapes,
     LowRankLayer,
     LowRankModule,
     LowRankSlot,
-    damaged,
     is_offloaded,
     low_rank_layers,
     replace_modules,

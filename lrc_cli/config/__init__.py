@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrc_cli.config.canonical import config_hash, to_dict, to_yaml
+from lrc_cli.config.compression import Compression, LayerOverride
 from lrc_cli.config.constraints import FieldError, matches, parse_bytes
 from lrc_cli.config.reader import read
 from lrc_cli.config.schema import json_schema
 from lrc_cli.config.sections import (
     Calibration,
     Certification,
-    Compression,
     Config,
     EvaluationText,
     Gates,
-    LayerOverride,
     Model,
     Output,
     Recover,

@@ -3,10 +3,10 @@
 The reader, the JSON Schema and the messages are all derived from the annotations here.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal
 
+from lrc_cli.config.compression import Compression
 from lrc_cli.config.constraints import (
     ByteSize,
     Count,
@@ -15,39 +15,19 @@ from lrc_cli.config.constraints import (
     FieldError,
     FilePart,
     Fraction,
-    Pattern,
-    Portion,
     Positive,
     Seed,
     SequenceLength,
-    Share,
     Text,
-    matches,
     parse_bytes,
 )
 
-Method = Literal["svd", "frobenius", "nuclear", "relu", "curvature"]
-Loss = Literal["auto", "nll", "sampled", "output"]
-Allocation = Literal["global", "relative", "uniform"]
-Storage = Literal["auto", "interpolative", "factors"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-
-TARGETS = ("size", "max_layer_error", "max_loss_increase", "threshold")
 
 
 def hidden_flag() -> Any:
     """A field that is no key of the config: only the reader sets it."""
     return field(default=False, compare=False, metadata={"hidden": True})
-
-
-def _given(**values: object) -> list[str]:
-    """Names of the values that are not None."""
-    return [name for name, value in values.items() if value is not None]
-
-
-def _not_null(key: str) -> dict[str, Any]:
-    """JSON Schema: the key is there and not null."""
-    return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,114 +104,6 @@ class EvaluationText:
     """As calibration's."""
     num_sequences_is_default: bool = hidden_flag()
     """Whether num_sequences was left out of the config."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerOverride:
-    """What some layers do differently from the rest; null: as the rest."""
-
-    SCHEMA: ClassVar = {"not": {"allOf": [_not_null("size"), _not_null("rank")]}}
-
-    size: Share | None = None
-    """Share of the layer's weight bytes to keep; 1: stays dense."""
-    rank: Count | None = None
-    """Rank, in place of a size."""
-    method: Method | None = None
-    """Method for these layers."""
-    storage: Storage | None = None
-    """Storage for these layers."""
-
-    def __post_init__(self) -> None:
-        if len(_given(size=self.size, rank=self.rank)) > 1:
-            raise FieldError("rank", "at most one of size, rank may be given; leave one out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """How much is compressed, and how; exactly one of the four targets is given."""
-
-    SCHEMA: ClassVar = {"oneOf": [_not_null(target) for target in TARGETS]}
-
-    method: Method = "curvature"
-    """The metric in which factors are best."""
-    loss: Loss = "auto"
-    """The loss whose curvature is taken, for method curvature."""
-    size: Share | None = None
-    """Target: share of the bytes to keep."""
-    max_layer_error: Fraction | None = None
-    """Target: the largest relative error of any layer's output on calibration data."""
-    max_loss_increase: Positive | None = None
-    """Target: predicted increase of the loss per token, or per sequence of data without tokens
-    (ranks before rounding); for curvature."""
-    threshold: Fraction | None = None
-    """Target: singular values to cut, as a share of each layer's largest; for nuclear."""
-    size_of: Literal["compressible", "checkpoint"] = "compressible"
-    """What size is a share of: the layers that can be compressed, or all tensors."""
-    allocation: Allocation = field(default=cast(Allocation, None), metadata={"derived": True})
-    """How ranks are shared out; left out: global for method curvature, relative for others."""
-    sequential: Literal["auto"] | bool = "auto"
-    """Whether each layer is fitted to the inputs that the compressed layers before it give."""
-    ridge: Positive = 0.01
-    """Ridge of sequential fitting and of relu, relative to the Gram matrix's mean diagonal."""
-    correction: Literal["auto"] | Portion = "auto"
-    """How much of the drift of its inputs a sequential layer makes up for; auto: what pays on an
-    eighth of the calibration sequences, which is then held back from these fits."""
-    center: bool = False
-    """Whether the bias is fitted too, so that factors only approximate what varies."""
-    storage: Storage = "auto"
-    """How factors are stored; auto: what has the lower error, as stored, in the same bytes."""
-    rank_multiple: Literal["auto"] | Count = "auto"
-    """What ranks are multiples of; auto: 32 where both sides are 1024 or more, else 8, where the
-    sides divide by it, else 1."""
-    include: tuple[Pattern, ...] = ("*",)
-    """Layers to compress: globs or "re:..." on whole module names."""
-    exclude: tuple[Pattern, ...] = ("lm_head",)
-    """Layers to leave as they are, taken from those included; `lm_head` is the language-model head,
-    whatever the model calls it."""
-    embeddings: bool = False
-    """Whether a transformers model's token embedding is compressed too, and a head tied to it."""
-    layers: Mapping[Pattern, LayerOverride] = field(default_factory=dict)
-    """Differences for some layers, by pattern; of several that match, the last one counts."""
-
-    def __post_init__(self) -> None:
-        given = _given(**{target: getattr(self, target) for target in TARGETS})
-        if len(given) != 1:
-            remedy = f"set all but one of {', '.join(given)} to null" if given else "none is"
-            message = f"exactly one of {', '.join(TARGETS)} must be given; {remedy}"
-            raise FieldError(given[1] if given else "", message)
-        if self.max_loss_increase is not None and self.method != "curvature":
-            message = f"needs method curvature, not {self.method}; set size instead"
-            raise FieldError("max_loss_increase", message)
-        if self.threshold is not None and self.method != "nuclear":
-            message = f"needs method nuclear, not {self.method}; set size instead"
-            raise FieldError("threshold", message)
-        if self.threshold is not None and self.rank_multiple != "auto":
-            message = "must be auto with threshold, which alone decides the ranks"
-            raise FieldError("rank_multiple", message)
-        if self.allocation is None:
-            allocation = "global" if self.method == "curvature" else "relative"
-            object.__setattr__(self, "allocation", allocation)
-
-    @property
-    def target(self) -> tuple[str, float]:
-        """The one target that is given: its key and its value."""
-        (name,) = _given(**{target: getattr(self, target) for target in TARGETS})
-        return name, getattr(self, name)
-
-    def num_held_back(self, num_sequences: int) -> int:
-        """How many of the last calibration sequences no sequential layer is fitted to."""
-        alone = self.correction != "auto" or num_sequences < 2
-        return 0 if alone else max(1, num_sequences // 8)
-
-    def override(self, name: str) -> LayerOverride:
-        """What is set for the layer of this module name by the last pattern that matches it."""
-        found = [layer for pattern, layer in self.layers.items() if matches(pattern, name)]
-        return found[-1] if found else LayerOverride()
-
-    def selects(self, name: str) -> bool:
-        """Whether include and exclude together choose the layer of this module name."""
-        included = any(matches(pattern, name) for pattern in self.include)
-        return included and not any(matches(pattern, name) for pattern in self.exclude)
 
 
 @dataclass(frozen=True, kw_only=True)
