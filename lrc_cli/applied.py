@@ -5,7 +5,7 @@ weight past the layer. Factors would change what comes out, and no error of the 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc_cli.calibration import Batch
+from lrc_cli.errors import LrcError
 from lrc_cli.layouts import Lookup
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network
@@ -41,8 +42,9 @@ class Uses:
         outputs = self._run_hidden(self._layers, batch)
         if outputs is not None:
             return outputs
-        outputs = self.network(batch)
-        if _is_finite(outputs):
+        with _kept(self.network.module):
+            outputs = self.network(batch)
+        if not _has_nan(outputs):
             self._suspect.append(batch)
         return outputs
 
@@ -51,8 +53,8 @@ class Uses:
 
         A layer that was never reached is not judged by what it computes.
         """
-        reasons, wrong = dict(self._wrong), set(self._wrong)
-        able = [layer for layer in self._layers if layer.name not in wrong]
+        reasons: dict[str, str] = {}
+        able = [layer for layer in self._layers if layer.name not in self._wrong]
         for batch in self._suspect:
             if not self._reads_past(able, batch):
                 continue
@@ -62,7 +64,8 @@ class Uses:
                 groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
             past = [group for group in groups.values() if self._reads_past(group, batch)]
             reasons |= {layer.name: READ for group in past for layer in group}
-        return reasons
+        # What comes after such a layer was only judged where that layer was not hidden.
+        return reasons | self._wrong
 
     def _reads_past(self, layers: Sequence[Layer], batch: Batch) -> bool:
         """Whether outputs depend on what anyone but the layers finds in their weights."""
@@ -70,15 +73,15 @@ class Uses:
             return self._run_hidden(layers, batch) is None
 
     def _run_hidden(self, layers: Sequence[Layer], batch: Batch) -> Any:
-        """What the network returns; None where that is not finite, or it stumbles over NaN."""
+        """What the network returns; None where that has NaN, or the network stumbles over one."""
         try:
-            with self._hidden(layers):
+            with _kept(self.network.module), self._hidden(layers):
                 outputs = self.network(batch)
-        except torch.OutOfMemoryError:
+        except (LrcError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError):
+        except Exception:  # whatever it is, a run in which nothing is hidden raises it too, or not
             return None
-        return outputs if _is_finite(outputs) else None
+        return None if _has_nan(outputs) else outputs
 
     @contextmanager
     def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:
@@ -97,23 +100,60 @@ class Uses:
     def _disguised(self, layer: Layer, kind: type[nn.Module]) -> type[nn.Module]:
         computing: list[bool] = []
 
-        def forward(part: nn.Module, *given: Any, **named: Any) -> Any:
-            computing.append(True)
-            try:
-                y = kind.forward(part, *given, **named)
-            finally:
-                computing.pop()
-            if len(given) != 1 or named:
-                self._wrong[layer.name] = CALLED
-            elif not _is_product(layer, part, _weight(part, kind), given[0], y):
-                self._wrong[layer.name] = OTHER
-            return y
+        def judged(run: Callable[..., Any]) -> Callable[..., Any]:
+            def call(part: nn.Module, *given: Any, **named: Any) -> Any:
+                is_called = not computing  # and not from within: hooks are a part of the layer
+                computing.append(True)
+                try:
+                    y = run(part, *given, **named)
+                finally:
+                    computing.pop()
+                if is_called:
+                    self._judge(layer, part, _weight(part, kind), given, named, y)
+                return y
+
+            return call
 
         def weight(part: nn.Module) -> Tensor:
             true = _weight(part, kind)
             return true if computing else true.new_full((), torch.nan).expand(true.shape)
 
-        return type(kind.__name__, (kind,), {"forward": forward, "weight": property(weight)})
+        calls = {"__call__": judged(kind.__call__), "forward": judged(kind.forward)}
+        return type(kind.__name__, (kind,), {**calls, "weight": property(weight)})
+
+    def _judge(
+        self,
+        layer: Layer,
+        part: nn.Module,
+        weight: Tensor,
+        given: Sequence[Any],
+        named: Mapping[str, Any],
+        y: Any,
+    ) -> None:
+        if len(given) != 1 or named:
+            self._wrong[layer.name] = CALLED
+        elif not _is_product(layer, part, weight, given[0], y):
+            self._wrong[layer.name] = OTHER
+
+
+@contextmanager
+def _kept(network: nn.Module) -> Iterator[None]:
+    """What modules put into their attributes and buffers within it is gone afterwards.
+
+    A network may keep what it derives from its weights, when it runs for the first time.
+    """
+    own = {"_parameters", "_modules"}  # they are moved, but not made, as a network runs
+    kept: list[tuple[Any, Any]] = []
+    for module in network.modules():
+        attributes = vars(module)
+        holders = [value for name, value in attributes.items() if name not in own]
+        kept += [(x, x.copy()) for x in (attributes, *holders) if type(x) in (dict, list, set)]
+    try:
+        yield
+    finally:
+        for holder, before in kept:
+            holder.clear()
+            holder.extend(before) if isinstance(holder, list) else holder.update(before)
 
 
 def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -> bool:
@@ -128,15 +168,19 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
         len(matrix), DIRECTIONS, generator=torch.Generator().manual_seed(0)
     ).to(matrix)
     bias = getattr(part, "bias", None)
-    wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
+    try:
+        wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
+    except RuntimeError:  # the layer takes what a product with its weight does not
+        return False
     found = layout.outputs(y).float() @ directions
     if bias is not None:
         wanted = wanted + bias.float() @ directions
     if wanted.shape != found.shape:
         return False
-    off, size = (torch.linalg.vector_norm(t) for t in (found - wanted, wanted))
+    size = max(t.abs().amax().item() if t.numel() else 0.0 for t in (wanted, found))
+    off, whole = (torch.linalg.vector_norm(t / size) for t in (found - wanted, wanted))
     # Where numbers are not finite, others say so.
-    return not bool(off > TOLERANCE * size)
+    return not bool(off > TOLERANCE * whole)
 
 
 def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:
@@ -151,5 +195,6 @@ def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:
     return weight
 
 
-def _is_finite(outputs: Any) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in floating_outputs(outputs))
+def _has_nan(outputs: Any) -> bool:
+    """Infinity may be meant: a score that counts for nothing."""
+    return any(bool(torch.isnan(tensor).any()) for tensor in floating_outputs(outputs))

@@ -12,7 +12,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, LrcError
 from lrc_cli.factories import named
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, check_inputs, vocabulary_of
@@ -108,9 +108,9 @@ def probe(
         try:
             with torch.no_grad():
                 found = floating_outputs((run or network)(batch))
-        except torch.OutOfMemoryError:
+        except (LrcError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # the code may be the user's
             for needed in _other_inputs(network.module):
                 if not {needed, "inputs_embeds"} & set(batch):
                     raise _lacks(name, needed, batch) from error

@@ -23,8 +23,9 @@ from lrc_cli.checkpoint.writer import (
     write_weights,
 )
 from lrc_cli.config import config_hash, to_yaml
-from lrc_cli.errors import RunError
+from lrc_cli.errors import LrcError, RunError
 from lrc_cli.evaluate import compare, scoring
+from lrc_cli.factories import named
 from lrc_cli.feedforward import worst_case
 from lrc_cli.gates import check_gates
 from lrc_cli.guarantee import certify
@@ -241,8 +242,16 @@ def _check_written(written: Source, dtype: str) -> None:
 
 
 def _check_forward(network: Network, plan: Plan) -> None:
-    with torch.no_grad():
-        outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
+    try:
+        with torch.no_grad():
+            outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
+    except (LrcError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code may be the user's
+        raise RunError(
+            f"the compressed network fails: {named(error)}",
+            "exclude the layers whose weight its code reads, with compression.exclude",
+        ) from error
     for tensor in floating_outputs(outputs):
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(

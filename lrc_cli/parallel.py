@@ -1,6 +1,7 @@
 """Independent solves side by side: on a CPU a small eigenproblem hardly uses a second core."""
 
 import ctypes
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ Result = TypeVar("Result")
 TRIM_EVERY = 2.0
 """Seconds between two calls of malloc_trim, which takes some 20 ms, and as long for what is needed
 again."""
+_trimmed = -math.inf
+"""When it was called last, by time.monotonic()."""
 
 
 def in_parallel(
@@ -38,12 +41,10 @@ def in_parallel(
         each: Iterable[list[Result]] = (list(map(function, group)) for group in groups)
     else:
         each = _by_threads(function, groups, num_workers, cost)
-    trimmed = time.monotonic()
+    _trim()
     for results in each:
         yield results
-        if time.monotonic() - trimmed >= TRIM_EVERY:
-            _trim()
-            trimmed = time.monotonic()
+        _trim()
 
 
 def _by_threads(
@@ -85,5 +86,8 @@ def _trim() -> None:
     glibc keeps it, scattered among what is still used; other allocators have no such call. Not
     after every solve: getting memory back costs as much as a fifth of one.
     """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    global _trimmed
+    if time.monotonic() - _trimmed >= TRIM_EVERY:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _trimmed = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pico
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import lrc_cli
@@ -216,20 +217,6 @@ def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any])
         handle.remove()
 
 
-class Stumbling(torch.nn.Module):
-    """Refuses to run where a weight that it reads itself is not finite."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = (torch.nn.Linear(24, 24) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.first.weight.isfinite().all():
-            raise ValueError("a damaged weight")
-        y: torch.Tensor = self.head(self.first(x))
-        return y
-
-
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_a_small_difference_from_the_product_is_seen(kind: str) -> None:
     """Outputs are compared on random directions: a tenth off is told, rounding is not."""
@@ -246,14 +233,136 @@ def test_a_small_difference_from_the_product_is_seen(kind: str) -> None:
     assert not _is_product(layer, part, part.weight.detach(), x, (y, y))
 
 
-def test_a_network_that_stumbles_over_a_hidden_weight_reads_it() -> None:
-    network = make_network(Stumbling(), device=torch.device("cpu"), dtype=torch.float32)
-    keys = {name: Keys(f"{name}.weight") for name in ("first", "head")}
+class Cosine(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 5 * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1), self.bias)
+
+
+class Padding(torch.nn.Linear):
+    """Takes shorter rows than a product with its weight does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (0, 4)))
+
+
+class Network(torch.nn.Module):
+    """A network that `compute` says what it does."""
+
+    def __init__(self, compute: Any, **kinds: type[torch.nn.Linear]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.fused: Any = None
+        self.by_length: dict[int, torch.Tensor] = {}
+        for name in ("first", "second", "head"):
+            setattr(self, name, kinds.get(name, torch.nn.Linear)(24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.compute(self, x)
+        return y
+
+
+def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str], torch.Tensor]:
+    """The reasons for each layer, and what the network returned as it was judged."""
+    network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
     layers = [
-        Layer(name=n, keys=k, kind="Linear", shape=(24, 24), dtype=torch.float32, unit="")
-        for n, k in keys.items()
+        Layer(
+            name=name,
+            keys=Keys(f"{name}.weight"),
+            kind="Linear",
+            shape=(24, 24),
+            dtype=torch.float32,
+            unit="",
+        )
+        for name in ("first", "second", "head")
     ]
-    uses = Uses(network, layers)
     with torch.no_grad():
-        assert uses({"x": torch.randn(2, 24)}).isfinite().all()
-    assert uses.reasons() == {"first": READ}
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+        uses = Uses(network, layers)
+        outputs: torch.Tensor = uses({"x": torch.randn(3, 24)})
+    return uses.reasons(), outputs
+
+
+def in_turn(net: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = net.head(net.second(net.first(x)))
+    return y
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError, ValueError, ZeroDivisionError, type("Own", (Exception,), {})]
+)
+def test_a_network_that_stumbles_over_a_hidden_weight_reads_it(error: type[Exception]) -> None:
+    def compute(net: Any, x: torch.Tensor) -> torch.Tensor:
+        if not net.first.weight.isfinite().all():
+            raise error("a damaged weight")
+        return in_turn(net, x)
+
+    reasons, outputs = judged(Network(compute))
+    assert reasons == {"first": READ} and outputs.isfinite().all()
+
+
+def test_what_comes_behind_a_weight_that_is_read_is_judged_too() -> None:
+    def compute(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.head(net.second(net.first(x) + F.linear(x, net.first.weight)))
+
+    reasons, _ = judged(Network(compute, second=Cosine))
+    assert reasons == {"first": READ, "second": OTHER}
+
+
+@pytest.mark.parametrize("how", ["after", "before", "instance"])
+def test_what_hooks_do_to_a_layer_counts(how: str) -> None:
+    """No hook comes along into the output."""
+    module = Network(in_turn)
+    if how == "after":
+        module.second.register_forward_hook(lambda _, __, y: 2 * y.relu())
+    elif how == "before":
+        module.second.register_forward_pre_hook(lambda _, args: (-3 * args[0].relu(),))
+    else:
+        weight = module.second.weight
+        module.second.forward = lambda x: F.linear(x, weight.sign())
+    assert judged(module)[0] == {"second": OTHER}
+    module = Network(in_turn)
+    module.second.register_forward_hook(lambda *_: None)
+    assert judged(module)[0] == {}
+
+
+def test_what_a_network_keeps_of_hidden_weights_is_forgotten() -> None:
+    def fuse(net: Any, x: torch.Tensor) -> torch.Tensor:
+        if net.fused is None:
+            net.fused = net.by_length[len(x)] = net.first.weight + net.second.weight
+            net.register_buffer("table", net.fused.sum(0), persistent=False)
+        return net.head(F.linear(x, net.by_length[len(x)])) + net.table
+
+    module = Network(fuse)
+    reasons, outputs = judged(module)
+    assert reasons == {"first": READ, "second": READ} and outputs.isfinite().all()
+    with torch.no_grad():
+        assert module(torch.randn(3, 24)).isfinite().all()
+
+
+def test_outputs_may_be_infinite_where_that_is_meant() -> None:
+    def masked(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.head(net.second(x) + F.linear(x, net.second.weight))
+        return y.masked_fill(torch.arange(24) < 3, -torch.inf)
+
+    assert judged(Network(masked))[0] == {"second": READ}
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_products_are_told_at_any_size(scale: float) -> None:
+    class Positive(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight.abs(), self.bias)
+
+    def each(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.first(x) + net.second(x) + net.head(x)
+
+    assert judged(Network(each, second=Positive), scale)[0] == {"second": OTHER}
+
+
+def test_a_layer_that_takes_what_no_product_takes_is_none() -> None:
+    def compute(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.head(net.second(net.first(x)[..., :20]))
+
+    reasons, _ = judged(Network(compute, second=Padding, head=Cosine))
+    assert reasons == {"second": OTHER, "head": OTHER}

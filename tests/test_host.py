@@ -74,8 +74,26 @@ def test_solves_go_on_where_memory_cannot_be_trimmed(
         [],
         [9, 16],
     ]
-    assert asked == ["libc.so.6"] * 3, "once after every group"
+    assert asked == ["libc.so.6"] * 4, "before the first group, and after every one"
     assert torch.get_num_threads() == threads
+
+
+def test_memory_is_trimmed_at_intervals_however_short_the_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sequential fitting solves one group of layers a call."""
+    now, trimmed = [0.0], []
+    library = SimpleNamespace(malloc_trim=lambda _: trimmed.append(now[0]))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(parallel, "_trimmed", -float("inf"))
+
+    def solve(_: int) -> None:
+        now[0] += 0.5
+
+    for _ in range(12):
+        list(in_parallel(solve, [[0]], 1))
+    assert trimmed == [0.0, 2.0, 4.0, 6.0]
 
 
 def test_what_takes_most_begins_first_and_results_keep_their_order() -> None:
