@@ -170,6 +170,8 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
     bias = getattr(part, "bias", None)
     try:
         wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # the layer takes what a product with its weight does not
         return False
     found = layout.outputs(y).float() @ directions

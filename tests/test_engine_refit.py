@@ -82,3 +82,21 @@ def test_where_the_rows_are_singular_the_start_stays() -> None:
     start = gaussian(len(weight), RANK, seed=3)
     refit = Refit(start, weight, torch.zeros(RANK, weight.shape[1]).double(), metric)
     assert torch.equal(refit.solution(unit=0.0), start)
+
+
+def test_a_metric_that_float32_cannot_factorise_is_factorised_in_float64() -> None:
+    """What the fixed rows are off by is made up for all the same."""
+    weight, metric = metric_of("tall", weighted=False)
+    m = len(weight)
+    q, _ = torch.linalg.qr(gaussian(m, m, seed=6))
+    fisher = (q * torch.logspace(0, -11, m, dtype=torch.float64)) @ q.T
+    metric = Metric(gram=metric.gram, fisher=(fisher + fisher.T) / 2)
+    assert torch.linalg.cholesky_ex(fisher[RANK:, RANK:].float())[1].item() != 0
+    rows = weight[:RANK] + gaussian(RANK, weight.shape[1], seed=2)
+    start = gaussian(m - RANK, RANK, seed=3)
+    found = [
+        metric.error(weight - torch.cat([rows, solution.double() @ rows]))
+        for dtype in (torch.float32, torch.float64)
+        for solution in [Refit(start, weight, rows, metric, dtype).solution(unit=0.0)]
+    ]
+    assert found[0] <= (1 + 1e-6) * found[1]

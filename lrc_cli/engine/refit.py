@@ -63,16 +63,17 @@ class Refit:
         The error E = target - rows of the fixed rows counts too: curvature lets the others make up
         for it, as if they aimed at F_RR^-1 F_RJ E more. No solution depends on F otherwise.
         """
-        fixed, dtype = self.num_fixed, self.start.dtype
-        residual = self._cross[fixed:].to(dtype) - self.start @ self._coarse_normal
-        if self.metric.fisher is None or self._own is None or not fixed:
+        fixed, fisher = self.num_fixed, self.metric.fisher
+        residual = self._cross[fixed:].to(self.start) - self.start @ self._coarse_normal
+        if fisher is None or self._own is None or not fixed:
             return residual
-        factor, info = torch.linalg.cholesky_ex(self._own)
-        if info.item() != 0:
-            return residual
-        error = (self._cross[:fixed] - self._normal).to(dtype)
-        coupled = self.metric.fisher[fixed:, :fixed].to(dtype) @ error
-        return residual + torch.cholesky_solve(coupled, factor)
+        for own in (self._own, fisher[fixed:, fixed:]):  # float32 fails first
+            factor, info = torch.linalg.cholesky_ex(own)
+            if info.item() == 0:
+                error = (self._cross[:fixed] - self._normal).to(own)
+                coupled = torch.cholesky_solve(fisher[fixed:, :fixed].to(own) @ error, factor)
+                return residual + coupled.to(residual)
+        return residual
 
     def solution(self, unit: float) -> Tensor:
         """The least f, with a ridge.
