@@ -24,6 +24,8 @@ from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network, grouping, watched
 from lrc_cli.placement import block_names
 
+NO_CHAIN = "its blocks are no chain"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -53,7 +55,7 @@ def find_cut(
         groups = watching.enter_context(grouping(network, layers))
         found = watching.enter_context(placing(network, block_names(network.module), layers))
         chain = find_chain(network, batch, watching)
-    reason = "its blocks are no chain" if not chain.names else ""
+    reason = NO_CHAIN if not chain.names else ""
     for layer in layers:
         inside = next((x for x in chain.names if f"{layer.name}.".startswith(f"{x}.")), None)
         # One that this batch does not reach, such as an expert, may be reached by another.

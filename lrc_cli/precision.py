@@ -6,6 +6,7 @@ when a module reads it, and again (not kept) when the backward pass needs it.
 """
 
 import mmap
+import platform
 import sys
 import weakref
 from collections.abc import Iterator
@@ -26,12 +27,21 @@ def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32
     if device.type == "cpu":
-        native = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return stored if native else torch.float32
+        return stored if stored == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
     if device.type == "cuda" and stored == torch.bfloat16:
         with torch.cuda.device(device):  # the question is asked of the current one
             return stored if torch.cuda.is_bf16_supported(False) else torch.float32
     return stored
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU does: with AVX-512 alone oneDNN emulates it, slower than float32."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 class Mappings:

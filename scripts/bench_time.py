@@ -408,7 +408,9 @@ def verdicts(
         print(f"{'met   ' if holds else 'MISSED'} {what}: {found:.2f}")
     if compared:
         most = sum(compared.values()) / floors["frobenius"].total
-        print(f"       SVD-LLM's way / floor, which nothing that does this work exceeds: {most:.2f}")
+        print(
+            f"       SVD-LLM's way / floor: {most:.2f}, which nothing that does this work exceeds"
+        )
     return all(holds for *_, holds in checks)
 
 

@@ -6,6 +6,7 @@
 #
 # PYTHON: the interpreter; .venv's where there is one. TESTS: what pytest runs; "" for none.
 # Further arguments go to gpu_check.py. Without a GPU the same is run on the CPU, in a small shape.
+# A failed test does not keep the 7B-shaped run from being made; both count for the exit code.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then
@@ -27,7 +28,8 @@ fi
 tests="${TESTS-tests --ignore=tests/test_real.py --ignore=tests/test_fetch.py}"
 if [ -n "$tests" ]; then
   # shellcheck disable=SC2086  # several words
-  "$PYTHON" -m pytest -q $tests
+  "$PYTHON" -m pytest -q $tests || failed=$?
 fi
 
 "$PYTHON" scripts/gpu_check.py "$@"
+exit "${failed:-0}"

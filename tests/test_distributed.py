@@ -49,8 +49,12 @@ def job(checkpoint: Models, text: Path) -> Changes:
     return llama(checkpoint, text)
 
 
+PLACE = {"runtime.device": "auto" if torch.cuda.device_count() >= max(SIZES) else "cpu"}
+"""Every process needs a GPU of its own."""
+
+
 def llama(checkpoint: Models, text: Path, name: str = "llama") -> Changes:
-    return {
+    return PLACE | {
         "model.path": str(checkpoint(name)),
         "calibration.path": str(text),
         "calibration.num_sequences": 300,
@@ -204,7 +208,7 @@ def test_a_network_that_runs_whole_is_shared_out_too(
 ) -> None:
     """40: one micro-batch, so that one process has none; random probes; a layer out of reach."""
     changes = plain_folder.model(name) | {"output.dtype": "float32", "compression.size": 0.9}
-    changes |= {"calibration.num_sequences": number}
+    changes |= {"calibration.num_sequences": number, **PLACE}
     monkeypatch.syspath_prepend(str(plain_folder.path))
     assert_same(*(compressed(tmp_path / str(size), changes, size) for size in (1, 2)))
 
@@ -229,6 +233,7 @@ def test_experts_and_convolutions_are_shared_out_too(name: str, tmp_path: Path) 
         "compression.sequential": True,
         "output.dtype": "float32",
         "evaluation": None,
+        **PLACE,
     }
     assert_same(*(compressed(tmp_path / str(size), changes, size) for size in (1, 2)))
 
@@ -300,7 +305,8 @@ def test_the_same_number_of_processes_writes_the_same_bytes_killed_or_not(
     command = ["compress", pico.job(tmp_path, changes)]
     first, other = start_many(command, tmp_path, 2)
     first.stop_when(reached(tmp_path, "factors"), signal.SIGKILL)
-    assert other.wait() == 1
+    since = time.monotonic()  # the first is where all of them meet
+    assert other.wait() == 1 and time.monotonic() - since < 60
     assert ended(start_many(command, tmp_path, 2)) == [0, 0]
     names = ("model.safetensors", "config.json")
     assert [(calm / x).read_bytes() for x in names] == [
@@ -311,7 +317,9 @@ def test_the_same_number_of_processes_writes_the_same_bytes_killed_or_not(
 def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path, job: Changes) -> None:
     command = ["compress", pico.job(tmp_path, job), "-q"]
     first, other = start_many(command, tmp_path, 2, full_disk=(1, 20_000))
-    assert [first.wait(), other.wait()] == [1, 1]
+    assert other.wait() == 1
+    since = time.monotonic()
+    assert first.wait() == 1 and time.monotonic() - since < 60
     assert first.err == "" and other.err.startswith("error: ") and other.err.count("\n") == 1
     assert "File too large" in other.err and not list(tmp_path.glob("out*"))
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pico
 import pytest
+import torch
 from conftest import Models
 
 from lrc_cli import sweep
+from lrc_cli.errors import InputError
 from lrc_cli.forecast import command
 from lrc_cli.forecast.clocks import group_limits
+from lrc_cli.forecast.estimate import Memory, check_memory
 from lrc_cli.work import WorkDirectory
 
 Changes = dict[str, Any]
@@ -130,6 +133,40 @@ def test_what_does_not_fit_in_memory(
     assert ended.err.startswith("error: statistics would take") and "; " in ended.err
 
 
+def test_a_block_that_does_not_fit_on_the_gpu(
+    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(command, "run_statistics", full)
+    ended = pico.call("plan", pico.job(tmp_path, llama_job), "-q")
+    assert ended.code == 2 and "does not hold one block at work; give shorter" in ended.err
+    assert not (tmp_path / ".lrc-work").exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "measured", "kept", "lever"),
+    [
+        ("statistics", 900, 500, "set runtime.memory_limit to 100 B or less"),
+        ("statistics", 1200, 0, "give shorter sequences"),
+        ("factors", 1200, 0, "exclude the widest layers"),
+        ("factors", 1000, 0, None),
+    ],
+)
+def test_the_lever_is_one_that_helps(
+    phase: str, measured: int, kept: int, lever: str | None
+) -> None:
+    peak = Memory(phase=phase, measured=measured, kept=kept)
+    if lever is None:
+        check_memory(peak, 1000)
+        return
+    with pytest.raises(InputError) as caught:
+        check_memory(peak, 1000)
+    assert caught.value.message.startswith(f"{phase} would take")
+    assert caught.value.remedy is not None and caught.value.remedy.startswith(lever)
+
+
 def test_a_busy_work_directory_is_said(tmp_path: Path, llama_job: Changes) -> None:
     job = pico.job(tmp_path, llama_job | {"runtime.work_dir": str(tmp_path / "work")})
     planned(job)
@@ -202,10 +239,15 @@ def test_memory_limits_of_control_groups_are_found(
     assert list(group_limits(lines, tmp_path)) == limits
 
 
+@pytest.mark.parametrize("method", ["curvature", "svd"])
 def test_a_network_that_runs_whole_is_said_to(
-    plain_folder: pico.PlainFolder, tmp_path: Path
+    method: str,
+    plain_folder: pico.PlainFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = pico.job(tmp_path, plain_folder.model("attention"))
+    monkeypatch.syspath_prepend(str(plain_folder.path))
+    config = pico.job(tmp_path, plain_folder.model("attention") | {"compression.method": method})
     ended = pico.call("compress", config, "--dry-run")
     assert ended.code == 0 and "runs whole, not block by block: " in ended.out
     ended = pico.call("compress", config, "--dry-run", "--json")

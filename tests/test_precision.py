@@ -1,13 +1,15 @@
 """Running in another dtype than stored: the same numbers, and no second copy of large tables."""
 
+import platform
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrc_cli.precision import cast_on_read
+from lrc_cli.precision import cast_on_read, fast_dtype
 
 VOCABULARY, WIDTH = 50, 8
 IDS = torch.tensor([[3, 49, 0]])
@@ -78,3 +80,31 @@ def test_an_embedding_with_its_own_forward_computes_in_the_dtype() -> None:
     wanted = embedding.weight.float()[IDS] * 3.3
     cast_on_read(embedding, torch.float32)
     assert torch.equal(embedding(IDS), wanted)
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "instructions", "matrices", "fast"),
+    [
+        ("x86_64", True, True, False, True),  # Zen 4
+        ("x86_64", True, False, True, True),
+        ("AMD64", True, False, False, False),  # Cascade Lake: AVX-512, bfloat16 emulated
+        ("x86_64", False, False, False, False),  # AVX2
+        ("aarch64", True, False, False, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    machine: str,
+    onednn: bool,
+    instructions: bool,
+    matrices: bool,
+    fast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
+    cpu = torch.device("cpu")
+    assert fast_dtype(cpu, torch.bfloat16) == (torch.bfloat16 if fast else torch.float32)
+    assert fast_dtype(cpu, torch.float16) == fast_dtype(cpu, torch.float32) == torch.float32

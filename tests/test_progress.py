@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrc_cli import progress
-from lrc_cli.progress import LINE_SECONDS, Progress
+from lrc_cli.progress import LINE_SECONDS, Interrupted, Progress, stop_on_signals
 
 LINE = re.compile(r"^(?P<phase>[\w ]+): (?P<share>\d+)%, about (?P<left>\d+) s left$", re.MULTILINE)
 """Digits only: neither a sign nor "nan" nor "inf" fits."""
@@ -154,3 +156,26 @@ def test_standard_output_stays_machine_readable(tmp_path: Any, llama_job: dict[s
     assert json.loads(ended.out)["schema_version"] == 1 and LINE.search(ended.err)
     quiet = pico.call("compress", tmp_path / "job.yaml", "--force", "--restart", "-q", "--json")
     assert json.loads(quiet.out)["schema_version"] == 1 and quiet.err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_after_a_step_and_the_second_at_once(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    done = []
+    with pytest.raises(Interrupted) as caught, stop_on_signals() as stop:
+        os.kill(os.getpid(), number)
+        done.append("the step")
+        assert stop.number == number and "once more to stop now" in capsys.readouterr().err
+        os.kill(os.getpid(), number)
+        done.append("never")
+    assert done == ["the step"] and caught.value.exit_code == 128 + number
+    with pytest.raises(Interrupted), stop_on_signals() as stop:
+        with Progress(stop=stop, quiet=True).phase("work", 2) as phase:
+            os.kill(os.getpid(), number)
+            done.append("another step")
+            phase.advance(1)
+            done.append("never")
+    assert done == ["the step", "another step"]
+    assert signal.getsignal(number) is before

@@ -17,6 +17,9 @@ from typing import Any
 import pico
 import pytest
 import torch
+from engine_helpers import gaussian
+
+from lrc_cli.engine import SOLVERS, Statistics
 
 VALUES, VECTORS = "eigvalsh", "eigh"
 OTHERS = ("eig", "eigvals", "svd", "svdvals", "lobpcg")
@@ -83,3 +86,35 @@ def test_bounded_layer_errors_need_no_second_spectrum(
     changes = {"compression.method": method, "compression.max_layer_error": 0.4}
     _, report = pico.compressed(tmp_path, llama_job | changes | {"compression.center": center})
     assert solved == times(NEEDED[method], len(report["layers"]))
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (24, 24)])
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_nothing_is_solved_or_factorised_on_the_larger_side(
+    method: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With m > n no root of F, with m <= n no root of G: those would be of the larger side."""
+    m, n = shape
+    weight, x, g = gaussian(m, n, seed=0), gaussian(200, n, seed=1), gaussian(200, m, seed=2)
+    statistics = Statistics(gram=x.T @ x / 200, fisher=g.T @ g / 200)
+    seen: list[tuple[str, torch.Size]] = []
+
+    def noting(name: str, function: Any) -> Any:
+        def call(matrix: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            seen.append((name, matrix.shape))
+            return function(matrix, *rest, **options)
+
+        return call
+
+    names = (VALUES, VECTORS, *OTHERS[:-1], "cholesky", "cholesky_ex", "qr", "inv")
+    for name in names:
+        monkeypatch.setattr(torch.linalg, name, noting(name, getattr(torch.linalg, name)))
+    solver = SOLVERS[method]
+    found = solver.survey(weight, statistics)
+    solver.factorize(weight, statistics, 6)
+    assert found.vectors is not None and solver.spanned is not None
+    solver.spanned(weight, solver.metric(statistics), found.vectors[:, :6].float())
+    assert VECTORS in {name for name, _ in seen}
+    assert all(max(size) <= min(m, n) for _, size in seen), seen
+    roots = [size for name, size in seen if name.startswith("cholesky") and max(size) > 6]
+    assert bool(roots) == (m > n or method == "curvature")

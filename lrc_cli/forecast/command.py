@@ -65,7 +65,13 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         known = real is not None and _has_spectra(first, real)
         with progress.phase("probe", 1):
             probe = Probe(first, real, probe_directory(first, stack), progress)
-            found = _estimates(plans, probe, progress.seconds["checks"])
+            try:
+                found = _estimates(plans, probe, progress.seconds["checks"])
+            except torch.OutOfMemoryError as error:  # of a GPU: the probe takes as much as the job
+                raise InputError(
+                    f"the memory of {first.device} does not hold one block at work",
+                    "give shorter sequences, exclude the widest layers, or set runtime.device: cpu",
+                ) from error
         spectra = read_spectra(first, real) if known and real is not None else None
     if spectra is None and collect:
         with (

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli import sweep
-from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment, hidden_output
+from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
+from lrc_cli.cut import NO_CHAIN
 from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
@@ -25,7 +26,9 @@ def run_statistics(probe: Probe) -> None:
     """Measure the pass; the statistics of what it ran through stay in the probe's directory."""
     plan = probe.plan
     measured = [layer for layer in plan.layers if is_measured(plan, layer)]
-    if not measured:
+    if not measured:  # quality is, and the check of what was written
+        chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
+        probe.whole = None if chain.names else NO_CHAIN
         return
     job, store = prepare(plan, probe.work, plan.units, measured, probe.quiet)
     probe.whole = None if job.chain.names else store.cut.reason
