@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrc_cli import sweep
-from lrc_cli.cli import lrc, run_command
+from lrc_cli.cli import lrc
+from lrc_cli.exits import run_command
+from lrc_cli.work import WorkDirectory
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -75,6 +78,7 @@ def start(
     largest_file: int | None = None,
     environment: Mapping[str, str] | None = None,
     store_every: float | None = None,
+    puts: Path | None = None,
 ) -> Running:
     """Starts `lrc` with arguments.
 
@@ -83,9 +87,10 @@ def start(
         largest_file: bytes beyond which writing to a file fails, as on a full disk.
         environment: variables to set.
         store_every: seconds, see `sweep.STORE_EVERY`.
+        puts: file for "<stage>/<unit>" of all that it puts into the work directory, a line each.
     """
     strings = [str(argument) for argument in arguments]
-    given = strings, str(log), largest_file, environment, store_every
+    given = strings, str(log), largest_file, environment, store_every, puts
     process = _FORKS.Process(target=_main, args=given)
     process.start()
     return Running(process=process, log=log)
@@ -102,7 +107,7 @@ def start_many(
     """Starts `lrc` as torchrun starts it, in `size` processes.
 
     Args:
-        folder: for a log of each, `log-<rank>`.
+        folder: for a log of each, `log-<rank>`, and what each puts, `puts-<rank>`.
         full_disk: a rank and its `largest_file`.
         store_every: as for `start`.
     """
@@ -114,6 +119,7 @@ def start_many(
             largest_file=limits.get(int(environment["RANK"])),
             environment=environment,
             store_every=store_every,
+            puts=folder / f"puts-{environment['RANK']}",
         )
         for environment in environments(size)
     ]
@@ -134,9 +140,12 @@ def _main(
     largest_file: int | None,
     environment: Mapping[str, str] | None,
     store_every: float | None,
+    puts: Path | None,
 ) -> None:
     if store_every is not None:
         sweep.STORE_EVERY = store_every
+    if puts is not None:
+        _note_puts(puts)
     os.environ.update(environment or {})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -146,3 +155,14 @@ def _main(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.exit(run_command(functools.partial(lrc, args=arguments)))
+
+
+def _note_puts(file: Path) -> None:
+    put = WorkDirectory.put
+
+    def noted(work: WorkDirectory, stage: str, unit: str, *rest: Any) -> None:
+        put(work, stage, unit, *rest)
+        with file.open("a") as lines:
+            lines.write(f"{stage}/{unit}\n")
+
+    WorkDirectory.put = noted  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from torch import Tensor
 from lrc_cli.cut import find_cut
 from lrc_cli.losses import Loss
 from lrc_cli.models import make_network
-from lrc_cli.processes import joined
+from lrc_cli.processes import Processes, joined
 from lrc_cli.statistics import Moments
 from lrc_cli.sweep import Job, Sweep
 from lrc_cli.work import WorkDirectory
@@ -194,6 +194,31 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(
     decision = json.loads((outputs[0] / "report.json").read_text())["sequential"]
     if changes.get("compression.sequential"):
         assert decision["used"] and decision["held_back"] > 0
+
+
+def test_each_process_solves_and_writes_its_own_units(
+    tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    changes = llama(checkpoint, text, "llama-long") | {"compression.sequential": False}
+    compressed(tmp_path, changes, 2)
+    puts = [(tmp_path / f"puts-{rank}").read_text().splitlines() for rank in range(2)]
+    for stage in ("statistics/", "surveys/", "factors/"):
+        one, other = ({line for line in lines if line.startswith(stage)} for lines in puts)
+        assert not one & other, "nothing is done twice"
+        assert len(one) == len(other) == 6, "twelve blocks of one shape"
+
+
+def test_owners_have_about_as_much_to_do() -> None:
+    """The most that one has is at most 4/3 of the least possible (Graham 1969)."""
+
+    class Three(Processes):
+        size = 3
+
+    costs = {str(number): float(number**3) for number in range(1, 12)}
+    load = [0.0] * 3
+    for name, owner in Three().owners(costs).items():
+        load[owner] += costs[name]
+    assert max(load) <= 4 / 3 * max(sum(costs.values()) / 3, *costs.values())
 
 
 @pytest.mark.parametrize(

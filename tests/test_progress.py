@@ -171,11 +171,14 @@ def test_the_first_signal_stops_after_a_step_and_the_second_at_once(
         os.kill(os.getpid(), number)
         done.append("never")
     assert done == ["the step"] and caught.value.exit_code == 128 + number
-    with pytest.raises(Interrupted), stop_on_signals() as stop:
-        with Progress(stop=stop, quiet=True).phase("work", 2) as phase:
-            os.kill(os.getpid(), number)
-            done.append("another step")
-            phase.advance(1)
-            done.append("never")
+    with (
+        pytest.raises(Interrupted),
+        stop_on_signals() as stop,
+        Progress(stop=stop, quiet=True).phase("work", 2) as phase,
+    ):
+        os.kill(os.getpid(), number)
+        done.append("another step")
+        phase.advance(1)
+        done.append("never")
     assert done == ["the step", "another step"]
     assert signal.getsignal(number) is before

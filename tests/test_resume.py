@@ -1,5 +1,6 @@
 """The same bytes whatever happened on the way: other processes, kills, signals, reuse."""
 
+import itertools
 import json
 import os
 import random
@@ -13,12 +14,20 @@ from typing import Any
 
 import pico
 import pytest
+import torch
 from conftest import Models
-from process_helpers import start
+from process_helpers import Running, start
 
+from lrc_cli.blocks import HEAD, TAIL, Segment
+from lrc_cli.memory import HostMemory
+from lrc_cli.progress import Progress
+from lrc_cli.walk import Walk
 from lrc_cli.work import PASSING
 
 Changes = dict[str, Any]
+
+SEQUENTIAL: Changes = {"compression.sequential": True, "calibration.num_sequences": 100}
+"""With as many tokens as it takes."""
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -145,18 +154,104 @@ def test_kills_at_random_moments_of_the_statistics_change_nothing(
     assert not {path.name for path in work.iterdir()} & set(PASSING), "what was on the way is left"
 
 
+def test_kills_at_random_moments_of_a_whole_run_change_nothing(
+    tmp_path: Path, long_job: Changes
+) -> None:
+    """Sequential fits, evaluation, certification and the last rename included."""
+    seed = time.time_ns()
+    print(f"seed {seed}")  # shown where the test fails
+    chance = random.Random(seed)
+    changes = long_job | SEQUENTIAL | {"certification.part": [0.6, 1.0], "evaluation": None}
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    output, report = pico.compressed(calm, changes)
+    assert report["sequential"]["used"]
+    command = ["compress", pico.job(tmp_path, changes)]
+    for number in range(4):
+        log = tmp_path / f"log-{number}"
+        log.touch()
+        running = start(command, log)
+        running.wait_until(lambda r=running: "checks: " in r.err)
+        moment = time.monotonic() + chance.uniform(0, sum(report["timing"].values()) / 2)
+
+        def is_time(running: Running = running, moment: float = moment) -> bool:
+            return time.monotonic() > moment or not running.process.is_alive()
+
+        while not is_time():
+            time.sleep(0.001)
+        running.process.kill()
+        if running.wait() == 0:  # it was faster
+            break
+        assert not (tmp_path / "out").exists()
+    running = start(command, tmp_path / "log")
+    assert running.wait() == 0, running.err
+    assert contents(tmp_path / "out") == contents(output)
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("limit", ["0B", "20KB"])
 @pytest.mark.parametrize("method", ["curvature", "frobenius"])
 def test_what_does_not_fit_the_memory_limit_goes_to_disk_and_comes_back_the_same(
-    method: str, limit: str, tmp_path: Path, llama_job: Changes
+    method: str, limit: str, tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    keep, in_file = HostMemory.keep, HostMemory._in_file
+    spilled: set[str] = set()
+    phases = noted_phases(monkeypatch)
+
+    def watched(memory: HostMemory, tensor: torch.Tensor) -> torch.Tensor:
+        kept = keep(memory, tensor)
+        assert memory.limit is None or memory.held <= memory.limit
+        return kept
+
+    def noted(memory: HostMemory, tensor: torch.Tensor) -> torch.Tensor:
+        spilled.add(phases[-1])
+        return in_file(memory, tensor)
+
+    monkeypatch.setattr(HostMemory, "keep", watched)
+    monkeypatch.setattr(HostMemory, "_in_file", noted)
     written = []
     for name, memory in (("all", None), ("limited", limit)):
         (tmp_path / name).mkdir()
-        changes = {"compression.method": method, "compression.sequential": True}
-        changes |= {"runtime.memory_limit": memory}
-        written.append(contents(pico.compressed(tmp_path / name, llama_job | changes)[0]))
+        changes = {"compression.method": method, "runtime.memory_limit": memory, **SEQUENTIAL}
+        spilled.clear()
+        output, report = pico.compressed(tmp_path / name, llama_job | changes)
+        assert report["sequential"]["used"]
+        written.append(contents(output))
     assert written[0] == written[1]
+    assert spilled >= {"statistics", "factors", "evaluation"}
+
+
+def test_both_networks_are_compared_block_by_block(
+    tmp_path: Path, long_job: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All micro-batches pass a segment before any comes to the next one."""
+    phases, run = noted_phases(monkeypatch), Walk.run
+    calls: dict[str, list[tuple[str, int]]] = {}
+
+    def noted(walk: Walk, segment: Segment, index: int, *rest: Any, **options: Any) -> Any:
+        calls.setdefault(phases[-1], []).append((segment.name, index))
+        return run(walk, segment, index, *rest, **options)
+
+    monkeypatch.setattr(Walk, "run", noted)
+    changes = long_job | {"evaluation": None, "certification.part": [0.6, 1.0]}
+    pico.compressed(tmp_path, changes)
+    blocks = [f"model.layers.{number}" for number in range(12)]
+    for phase in ("evaluation", "certification"):
+        order = [name for name, _ in itertools.groupby(name for name, _ in calls[phase])]
+        assert order == [HEAD, *blocks, TAIL], phase
+        assert len({index for _, index in calls[phase]}) > 1, "one micro-batch shows nothing"
+
+
+def noted_phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the phases that were begun, in order."""
+    begun, phase = [""], Progress.phase
+
+    def noted(progress: Progress, name: str, cost: float) -> Any:
+        begun.append(name)
+        return phase(progress, name, cost)
+
+    monkeypatch.setattr(Progress, "phase", noted)
+    return begun
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
