@@ -5,6 +5,7 @@ weight past the layer. Factors would change what comes out, and no error of the 
 """
 
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc_cli.calibration import Batch
-from lrc_cli.errors import LrcError
+from lrc_cli.errors import is_networks
 from lrc_cli.layouts import Lookup
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network
@@ -22,6 +23,8 @@ TOLERANCE = 0.03
 """Of ||y||: a hundred times float32's rounding, several times bfloat16's."""
 DIRECTIONS = 16
 """On which outputs are compared: the norm of a difference is told to about a quarter."""
+HOLDERS = (dict, list, set, OrderedDict, defaultdict)
+"""Kinds of attributes in which a module may keep something."""
 OTHER = "computes something else than a product with its weight"
 READ = "the network reads its weight past the layer"
 CALLED = "it is called with something beside its input, or with that by name"
@@ -38,13 +41,13 @@ class Uses:
         """What the network computes on them depends on a weight that a layer does not hand out."""
 
     def __call__(self, batch: Batch) -> Any:
-        """What the network returns, and raises."""
+        """What the network returns, and raises. Not finite: it is so without a hidden weight."""
         outputs = self._run_hidden(self._layers, batch)
         if outputs is not None:
             return outputs
         with _kept(self.network.module):
             outputs = self.network(batch)
-        if not _has_nan(outputs):
+        if _is_finite(outputs):
             self._suspect.append(batch)
         return outputs
 
@@ -73,15 +76,15 @@ class Uses:
             return self._run_hidden(layers, batch) is None
 
     def _run_hidden(self, layers: Sequence[Layer], batch: Batch) -> Any:
-        """What the network returns; None where that has NaN, or the network stumbles over one."""
+        """What the network returns; None where it is not finite, or the network stumbles."""
         try:
             with _kept(self.network.module), self._hidden(layers):
                 outputs = self.network(batch)
-        except (LrcError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # whatever it is, a run in which nothing is hidden raises it too, or not
-            return None
-        return None if _has_nan(outputs) else outputs
+        except Exception as error:
+            if not is_networks(error):
+                raise
+            return None  # a run in which nothing is hidden raises it too, or not
+        return outputs if _is_finite(outputs) else None
 
     @contextmanager
     def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:
@@ -140,14 +143,15 @@ class Uses:
 def _kept(network: nn.Module) -> Iterator[None]:
     """What modules put into their attributes and buffers within it is gone afterwards.
 
-    A network may keep what it derives from its weights, when it runs for the first time.
+    A network may keep what it derives from its weights, when it runs for the first time. (Where it
+    keeps that elsewhere, in an object of its own, its outputs stay NaN, and `probe` says so.)
     """
     own = {"_parameters", "_modules"}  # they are moved, but not made, as a network runs
     kept: list[tuple[Any, Any]] = []
     for module in network.modules():
         attributes = vars(module)
         holders = [value for name, value in attributes.items() if name not in own]
-        kept += [(x, x.copy()) for x in (attributes, *holders) if type(x) in (dict, list, set)]
+        kept += [(x, x.copy()) for x in (attributes, *holders) if type(x) in HOLDERS]
     try:
         yield
     finally:
@@ -170,10 +174,10 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
     bias = getattr(part, "bias", None)
     try:
         wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # the layer takes what a product with its weight does not
-        return False
+    except RuntimeError as error:
+        if not is_networks(error):
+            raise
+        return False  # the layer takes what a product with its weight does not
     found = layout.outputs(y).float() @ directions
     if bias is not None:
         wanted = wanted + bias.float() @ directions
@@ -197,6 +201,5 @@ def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:
     return weight
 
 
-def _has_nan(outputs: Any) -> bool:
-    """Infinity may be meant: a score that counts for nothing."""
-    return any(bool(torch.isnan(tensor).any()) for tensor in floating_outputs(outputs))
+def _is_finite(outputs: Any) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating_outputs(outputs))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lrc_cli.calibration import Batch
+from lrc_cli.errors import is_networks
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Layer, Network, watched
 from lrc_cli.placement import block_names
@@ -150,9 +151,9 @@ def find_chain(
     try:
         with patched(network.module, passing(chain, entered, hidden[-1])):
             again = _run(network, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except Exception as error:
+        if not is_networks(error):
+            raise
         return Chain()  # the network reads what blocks return beside the hidden states
     same_inputs = all(
         _equal(call.others(), entered[name].others()) if name in entered else False

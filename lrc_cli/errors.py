@@ -39,3 +39,14 @@ class StrictFallback(LrcError):
     """`--strict` was given and at least one layer fell back."""
 
     exit_code = 4
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU torch raises a class of its own, on a CPU none."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "DefaultCPUAllocator" in str(error)
+
+
+def is_networks(error: Exception) -> bool:
+    """Whether a network's own code failed, which may be the user's: not lrc, memory or a disk."""
+    return not isinstance(error, LrcError | OSError) and not is_out_of_memory(error)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lrc_cli.errors import LrcError
+from lrc_cli.errors import LrcError, is_out_of_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LESS_MEMORY = (
@@ -31,9 +31,7 @@ def run_command(command: Callable[..., Any]) -> int:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
-        # On a GPU torch raises a class of its own, on a CPU none.
-        named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-        if not named and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
         return 1

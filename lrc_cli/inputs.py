@@ -12,7 +12,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
-from lrc_cli.errors import InputError, LrcError
+from lrc_cli.errors import InputError, is_networks
 from lrc_cli.factories import named
 from lrc_cli.losses import floating_outputs
 from lrc_cli.models import Network, check_inputs, vocabulary_of
@@ -97,7 +97,7 @@ def probe(
         run: in place of the network itself.
 
     Raises:
-        InputError: the forward pass fails; names the shapes.
+        InputError: the forward pass fails, or what it returns is not finite; names the shapes.
     """
     kinds: dict[str, tuple[str, Batch]] = {}
     for name, blocks in sequences.items():
@@ -108,9 +108,9 @@ def probe(
         try:
             with torch.no_grad():
                 found = floating_outputs((run or network)(batch))
-        except (LrcError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the code may be the user's
+        except Exception as error:
+            if not is_networks(error):
+                raise
             for needed in _other_inputs(network.module):
                 if not {needed, "inputs_embeds"} & set(batch):
                     raise _lacks(name, needed, batch) from error
@@ -122,4 +122,10 @@ def probe(
             raise InputError(
                 f"{name}: the network returns no floating-point tensor on {shapes}",
                 "give a model.factory whose forward returns what it computes",
+            )
+        if not all(bool(tensor.isfinite().all()) for tensor in found):
+            raise InputError(
+                f"{name}: the network's outputs are NaN or infinite on {shapes}",
+                "set runtime.dtype: float32, look for a damaged weight, or exclude the layers from"
+                " whose weights the network makes something that it keeps",
             )

@@ -23,9 +23,8 @@ from lrc_cli.checkpoint.writer import (
     write_weights,
 )
 from lrc_cli.config import config_hash, to_yaml
-from lrc_cli.errors import LrcError, RunError
+from lrc_cli.errors import RunError, is_networks
 from lrc_cli.evaluate import compare, scoring
-from lrc_cli.factories import named
 from lrc_cli.feedforward import worst_case
 from lrc_cli.gates import check_gates
 from lrc_cli.guarantee import certify
@@ -38,6 +37,7 @@ from lrc_cli.progress import Progress
 from lrc_cli.purposes import CALIBRATION
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.build import build_report
+from lrc_cli.walk import compressed_failure
 from lrc_cli.work import STATISTICS, WorkDirectory
 
 
@@ -245,13 +245,8 @@ def _check_forward(network: Network, plan: Plan) -> None:
     try:
         with torch.no_grad():
             outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
-    except (LrcError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # the code may be the user's
-        raise RunError(
-            f"the compressed network fails: {named(error)}",
-            "exclude the layers whose weight its code reads, with compression.exclude",
-        ) from error
+    except Exception as error:
+        raise (compressed_failure(error) if is_networks(error) else error) from error
     for tensor in floating_outputs(outputs):
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(

@@ -21,6 +21,8 @@ from lrc_cli.blocks import (
     patched,
 )
 from lrc_cli.calibration import Batch
+from lrc_cli.errors import RunError, is_networks
+from lrc_cli.factories import named
 from lrc_cli.models import Network
 from lrc_cli.readahead import read_ahead
 from lrc_cli.recurrent import observed
@@ -50,6 +52,8 @@ class Walk:
     chain: Chain
     batches: Sequence[Batch]
     keep: Keep = torch.Tensor.detach
+    is_compressed: bool = False
+    """Whether it is the network with factors in it, in which its code may stumble over them."""
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch, the input of the segment that the walk has come to."""
     _calls: dict[int, dict[str, Call]] = field(default_factory=dict)
@@ -83,6 +87,10 @@ class Walk:
                 return self._run(segment, index, hidden)
             except StopForward:
                 return None
+            except Exception as error:
+                if self.is_compressed and is_networks(error):
+                    raise compressed_failure(error) from error
+                raise
 
     def _run(self, segment: Segment, index: int, hidden: torch.Tensor | None) -> Any:
         batch = self.batches[index]
@@ -177,7 +185,7 @@ class Pair:
         keep: Keep = torch.Tensor.detach,
     ) -> None:
         self.dense = Walk(dense, chain, batches, keep)
-        self.compressed = Walk(compressed, chain, batches, keep)
+        self.compressed = Walk(compressed, chain, batches, keep, is_compressed=True)
 
     def run(
         self,
@@ -199,6 +207,14 @@ class Pair:
                 outputs.append(walk.run(segment, index))
             walk.pass_on(segment, index, outputs[-1])
         return (outputs[0], outputs[1]) if segment.name in (TAIL, WHOLE) else None
+
+
+def compressed_failure(error: Exception) -> RunError:
+    """What to say where a network's code fails on factors in the place of its weights."""
+    return RunError(
+        f"the compressed network fails: {named(error)}",
+        "exclude the layers whose weight its code reads, with compression.exclude",
+    )
 
 
 def _is_same(new: torch.Tensor, old: Any) -> bool:

@@ -1,7 +1,7 @@
 """Layers whose factors would not do what the layer does are left dense, and said so."""
 
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 
 import lrc_cli
 from lrc_cli.applied import CALLED, OTHER, READ, Uses, _is_product
+from lrc_cli.calibration import Sequences
 from lrc_cli.config import load_config
 from lrc_cli.cut import find_cut
+from lrc_cli.errors import InputError
 from lrc_cli.inputs import probe
 from lrc_cli.keys import Keys
 from lrc_cli.layouts import layout_of
@@ -96,6 +98,19 @@ class Wrapped(nn.Module):
 class Silent(Wrapped):
     def forward(self, x):
         return {"best": self.head(x).argmax(-1)}
+
+
+class Shaped(Wrapped):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.head(self.first(x)[:, : self.first.weight.shape[0]])
+
+
+def shaped():
+    return Shaped()
 
 
 def wrapped():
@@ -252,7 +267,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self.compute = compute
         self.fused: Any = None
-        self.by_length: dict[int, torch.Tensor] = {}
+        self.by_length: dict[int, torch.Tensor] = OrderedDict()
         for name in ("first", "second", "head"):
             setattr(self, name, kinds.get(name, torch.nn.Linear)(24, 24))
 
@@ -261,10 +276,8 @@ class Network(torch.nn.Module):
         return y
 
 
-def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str], torch.Tensor]:
-    """The reasons for each layer, and what the network returned as it was judged."""
-    network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
-    layers = [
+def layers_of(*names: str) -> list[Layer]:
+    return [
         Layer(
             name=name,
             keys=Keys(f"{name}.weight"),
@@ -273,8 +286,14 @@ def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str],
             dtype=torch.float32,
             unit="",
         )
-        for name in ("first", "second", "head")
+        for name in names
     ]
+
+
+def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str], torch.Tensor]:
+    """The reasons for each layer, and what the network returned as it was judged."""
+    network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
+    layers = layers_of("first", "second", "head")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(scale)
@@ -340,12 +359,59 @@ def test_what_a_network_keeps_of_hidden_weights_is_forgotten() -> None:
         assert module(torch.randn(3, 24)).isfinite().all()
 
 
-def test_outputs_may_be_infinite_where_that_is_meant() -> None:
+def test_a_hidden_weight_may_show_as_infinity() -> None:
     def masked(net: Any, x: torch.Tensor) -> torch.Tensor:
-        y = net.head(net.second(x) + F.linear(x, net.second.weight))
+        y: torch.Tensor = in_turn(net, x)
+        return y.masked_fill(~(net.first.weight.norm() > 0), -torch.inf)
+
+    reasons, outputs = judged(Network(masked))
+    assert reasons == {"first": READ} and outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("why", ["mask", "kept elsewhere"])
+def test_a_network_whose_outputs_are_not_finite_is_refused(why: str) -> None:
+    """Where it keeps what it makes of weights in a place of its own, that is NaN from then on."""
+    elsewhere = SimpleNamespace(fused=None)
+
+    def masked(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = in_turn(net, x)
         return y.masked_fill(torch.arange(24) < 3, -torch.inf)
 
-    assert judged(Network(masked))[0] == {"second": READ}
+    def keeping(net: Any, x: torch.Tensor) -> torch.Tensor:
+        if elsewhere.fused is None:
+            elsewhere.fused = net.first.weight + net.second.weight
+        y: torch.Tensor = net.head(F.linear(x, elsewhere.fused))
+        return y
+
+    module = Network(masked if why == "mask" else keeping)
+    network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
+    data = Sequences(name="calibration", inputs={"x": torch.randn(3, 24)}, sha256="", population=3)
+    with pytest.raises(InputError, match="outputs are NaN or infinite on x"):
+        probe(network, {"calibration": data}, Uses(network, layers_of("first", "second", "head")))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_is_not_the_networks_fault_is_not_taken_for_it(error: Exception) -> None:
+    def compute(net: Any, x: torch.Tensor) -> torch.Tensor:
+        if not net.first.weight.isfinite().all():
+            raise error
+        return in_turn(net, x)
+
+    with pytest.raises(type(error)):
+        judged(Network(compute))
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--set", "compression.sequential=true"], []])
+def test_code_that_fails_on_factors_is_said_in_a_sentence(
+    options: list[str], tmp_path: Path, job: Any
+) -> None:
+    """Its width is read off a weight, whose values nobody reads past the layer."""
+    changes = job("shaped", 24) | {"calibration.num_sequences": 500}
+    save_file({"x": torch.randn(800, 24)}, tmp_path / "rows.safetensors")
+    ended = pico.call("compress", pico.job(tmp_path, changes), *options)
+    assert ended.code == 1 and "error: the compressed network fails: RuntimeError" in ended.err
+    assert "; exclude the layers whose weight its code reads" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])

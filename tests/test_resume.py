@@ -157,7 +157,7 @@ def test_kills_at_random_moments_of_the_statistics_change_nothing(
 def test_kills_at_random_moments_of_a_whole_run_change_nothing(
     tmp_path: Path, long_job: Changes
 ) -> None:
-    """Sequential fits, evaluation, certification and the last rename included."""
+    """They may fall into sequential fits, evaluation, certification or the writing."""
     seed = time.time_ns()
     print(f"seed {seed}")  # shown where the test fails
     chance = random.Random(seed)
@@ -182,7 +182,8 @@ def test_kills_at_random_moments_of_a_whole_run_change_nothing(
         running.process.kill()
         if running.wait() == 0:  # it was faster
             break
-        assert not (tmp_path / "out").exists()
+        if (tmp_path / "out").exists():  # between the rename and the end
+            break
     running = start(command, tmp_path / "log")
     assert running.wait() == 0, running.err
     assert contents(tmp_path / "out") == contents(output)

@@ -67,7 +67,8 @@ class Refit:
         residual = self._cross[fixed:].to(self.start) - self.start @ self._coarse_normal
         if fisher is None or self._own is None or not fixed:
             return residual
-        for own in (self._own, fisher[fixed:, fixed:]):  # float32 fails first
+        wider = [] if self._own.dtype == fisher.dtype else [fisher[fixed:, fixed:]]
+        for own in (self._own, *wider):  # float32 fails first
             factor, info = torch.linalg.cholesky_ex(own)
             if info.item() == 0:
                 error = (self._cross[:fixed] - self._normal).to(own)

@@ -1,8 +1,8 @@
 """`lrc plan` and `compress --dry-run`: the checks, the estimates, the size/error curve."""
 
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         InputError: a job cannot be done, or does not fit in memory or on the disk.
         RunError: the probe failed, or another run uses the work directory.
     """
-    with progress.phase("checks", 1):
+    with progress.phase("checks", 1), _fitting(configs[0]):
         plans = make_plans(configs, force=True)
     for plan in plans:
         if plan.output.exists():
@@ -63,15 +63,9 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
     with ExitStack() as stack:
         real = _open(first, stack)
         known = real is not None and _has_spectra(first, real)
-        with progress.phase("probe", 1):
+        with progress.phase("probe", 1), _fitting(configs[0]):
             probe = Probe(first, real, probe_directory(first, stack), progress)
-            try:
-                found = _estimates(plans, probe, progress.seconds["checks"])
-            except torch.OutOfMemoryError as error:  # of a GPU: the probe takes as much as the job
-                raise InputError(
-                    f"the memory of {first.device} does not hold one block at work",
-                    "give shorter sequences, exclude the widest layers, or set runtime.device: cpu",
-                ) from error
+            found = _estimates(plans, probe, progress.seconds["checks"])
         spectra = read_spectra(first, real) if known and real is not None else None
     if spectra is None and collect:
         with (
@@ -88,6 +82,19 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
             ranks = allocate_ranks(plan, spectra)
             job |= {**point_of(plan, ranks, spectra), "ranks": ranks}
     return found
+
+
+@contextmanager
+def _fitting(config: Config) -> Iterator[None]:
+    """Within it, running out of a GPU's memory is a refusal: a probe takes as much as the job."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"runtime.device: {config.runtime.device}: the GPU's memory does not hold one block at"
+            " work",
+            "give shorter sequences, exclude the widest layers, or set runtime.device: cpu",
+        ) from error
 
 
 def _open(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
