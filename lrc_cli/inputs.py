@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lrc_cli.calibration import Batch, Sequences
@@ -42,6 +44,34 @@ def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
         f"{name}: the model needs the input {needed!r}, and the data offers {', '.join(inputs)}",
         "give data of the kind that the model takes: see docs/inputs.md",
     )
+
+
+def _are_finite(tensors: Any) -> bool:
+    """Whether all floating-point tensors in a nested structure are."""
+    leaves = [x for x in tree_leaves(tensors) if isinstance(x, torch.Tensor)]
+    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())
+
+
+@torch.no_grad()
+def _first_not_finite(network: Network, batch: Batch) -> str | None:
+    """Name of the first module without parts that makes NaN or infinity of finite inputs."""
+    found: list[str] = []
+
+    def watch(name: str, part: nn.Module) -> RemovableHandle:
+        def look(_: nn.Module, args: Any, named: Any, output: Any) -> None:
+            if not found and _are_finite((args, named)) and not _are_finite(output):
+                found.append(name)
+
+        return part.register_forward_hook(look, with_kwargs=True)
+
+    parts = network.module.named_modules()
+    handles = [watch(name, part) for name, part in parts if not list(part.children())]
+    try:
+        network(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def _other_inputs(module: nn.Module) -> list[str]:
@@ -123,9 +153,11 @@ def probe(
                 f"{name}: the network returns no floating-point tensor on {shapes}",
                 "give a model.factory whose forward returns what it computes",
             )
-        if not all(bool(tensor.isfinite().all()) for tensor in found):
+        if not _are_finite(found):
+            part = _first_not_finite(network, batch)
+            first = f", first behind {part}" if part else ""
             raise InputError(
-                f"{name}: the network's outputs are NaN or infinite on {shapes}",
+                f"{name}: the network's outputs are NaN or infinite on {shapes}{first}",
                 "set runtime.dtype: float32, look for a damaged weight, or exclude the layers from"
                 " whose weights the network makes something that it keeps",
             )
