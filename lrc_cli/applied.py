@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrc_cli.calibration import Batch
 from lrc_cli.errors import is_networks
 from lrc_cli.layouts import Lookup
-from lrc_cli.losses import floating_outputs
+from lrc_cli.losses import all_finite, floating_outputs
 from lrc_cli.models import Layer, Network
 
 TOLERANCE = 0.03
@@ -47,7 +47,7 @@ class Uses:
             return outputs
         with _kept(self.network.module):
             outputs = self.network(batch)
-        if _is_finite(outputs):
+        if all_finite(floating_outputs(outputs)):
             self._suspect.append(batch)
         return outputs
 
@@ -84,7 +84,7 @@ class Uses:
             if not is_networks(error):
                 raise
             return None  # a run in which nothing is hidden raises it too, or not
-        return outputs if _is_finite(outputs) else None
+        return outputs if all_finite(floating_outputs(outputs)) else None
 
     @contextmanager
     def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:
@@ -199,7 +199,3 @@ def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:
         weight = part._parameters["weight"]
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _is_finite(outputs: Any) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in floating_outputs(outputs))

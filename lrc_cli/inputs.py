@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -16,7 +15,7 @@ from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.errors import InputError, is_networks
 from lrc_cli.factories import named
-from lrc_cli.losses import floating_outputs
+from lrc_cli.losses import all_finite, floating_outputs
 from lrc_cli.models import Network, check_inputs, vocabulary_of
 
 
@@ -46,12 +45,6 @@ def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
     )
 
 
-def _are_finite(tensors: Any) -> bool:
-    """Whether all floating-point tensors in a nested structure are."""
-    leaves = [x for x in tree_leaves(tensors) if isinstance(x, torch.Tensor)]
-    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())
-
-
 @torch.no_grad()
 def _first_not_finite(network: Network, batch: Batch) -> str | None:
     """Name of the first module without parts that makes NaN or infinity of finite inputs."""
@@ -59,7 +52,7 @@ def _first_not_finite(network: Network, batch: Batch) -> str | None:
 
     def watch(name: str, part: nn.Module) -> RemovableHandle:
         def look(_: nn.Module, args: Any, named: Any, output: Any) -> None:
-            if not found and _are_finite((args, named)) and not _are_finite(output):
+            if not found and all_finite((args, named)) and not all_finite(output):
                 found.append(name)
 
         return part.register_forward_hook(look, with_kwargs=True)
@@ -153,7 +146,7 @@ def probe(
                 f"{name}: the network returns no floating-point tensor on {shapes}",
                 "give a model.factory whose forward returns what it computes",
             )
-        if not _are_finite(found):
+        if not all_finite(found):
             part = _first_not_finite(network, batch)
             first = f", first behind {part}" if part else ""
             raise InputError(

@@ -257,3 +257,9 @@ def floating_outputs(outputs: Any) -> list[torch.Tensor]:
         if tensors:
             return tensors
     return []
+
+
+def all_finite(tensors: Any) -> bool:
+    """Whether the floating-point tensors in a nested structure are neither NaN nor infinite."""
+    leaves = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
+    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())

@@ -28,7 +28,7 @@ from lrc_cli.evaluate import compare, scoring
 from lrc_cli.feedforward import worst_case
 from lrc_cli.gates import check_gates
 from lrc_cli.guarantee import certify
-from lrc_cli.losses import floating_outputs
+from lrc_cli.losses import all_finite, floating_outputs
 from lrc_cli.memory import HostMemory
 from lrc_cli.models import Network, make_network, open_module
 from lrc_cli.plan import Plan
@@ -246,13 +246,14 @@ def _check_forward(network: Network, plan: Plan) -> None:
         with torch.no_grad():
             outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
     except Exception as error:
-        raise (compressed_failure(error) if is_networks(error) else error) from error
-    for tensor in floating_outputs(outputs):
-        if not bool(torch.isfinite(tensor).all()):
-            raise RunError(
-                "the compressed network's outputs are not finite",
-                "ask for less compression, or set output.dtype: float32",
-            )
+        if not is_networks(error):
+            raise
+        raise compressed_failure(error) from error
+    if not all_finite(floating_outputs(outputs)):
+        raise RunError(
+            "the compressed network's outputs are not finite",
+            "ask for less compression, or set output.dtype: float32",
+        )
 
 
 def _measure(

@@ -35,7 +35,7 @@ def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU does: with AVX-512 alone oneDNN emulates it, slower than float32."""
+    """Whether the CPU does: with AVX-512 alone oneDNN emulates it."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from random_llama import llama_config, write_llama, write_tokens
+from random_llama import smollm2_config, write_llama, write_tokens
 
 VOCABULARY = 4096
 TOKENS = "tokens.safetensors"
@@ -50,15 +50,7 @@ def main() -> None:
 
 def write(directory: Path, arguments: argparse.Namespace) -> None:
     """The checkpoint and the data."""
-    config = llama_config(
-        width=576,
-        inner=1536,
-        blocks=arguments.blocks,
-        heads=9,
-        kv_heads=3,
-        vocabulary=VOCABULARY,
-        tied=True,
-    )
+    config = smollm2_config(arguments.blocks, VOCABULARY)
     write_llama(directory / "model", config)
     write_tokens(directory / TOKENS, VOCABULARY, 4 * arguments.sequences, arguments.length)
 

@@ -38,7 +38,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from random_llama import llama_config, write_job, write_llama
+from random_llama import smollm2_config, write_job, write_llama
 from torch import Tensor, nn
 
 from lrc_cli.config import Config, load_config
@@ -176,15 +176,7 @@ def job_of(directory: Path, arguments: argparse.Namespace) -> Callable[[str], Co
 
 def write_shape(directory: Path, arguments: argparse.Namespace) -> Path:
     """A random checkpoint of SmolLM2-135M's shape, and tokens; returns its config."""
-    config = llama_config(
-        width=576,
-        inner=1536,
-        blocks=arguments.blocks,
-        heads=9,
-        kv_heads=3,
-        vocabulary=VOCABULARY,
-        tied=True,
-    )
+    config = smollm2_config(arguments.blocks, VOCABULARY)
     write_llama(directory, config)
     return write_job(
         directory,

@@ -98,6 +98,19 @@ def llama_config(
     )
 
 
+def smollm2_config(blocks: int, vocabulary: int) -> LlamaConfig:
+    """The configuration of a Llama whose blocks have SmolLM2-135M's shape."""
+    return llama_config(
+        width=576,
+        inner=1536,
+        blocks=blocks,
+        heads=9,
+        kv_heads=3,
+        vocabulary=vocabulary,
+        tied=True,
+    )
+
+
 def write_llama(
     directory: Path,
     config: LlamaConfig,
