@@ -1,0 +1,1 @@
+"""One budget, shared between layers."""

@@ -1,0 +1,1 @@
+"""The solvers: one method a file, with the problem that it solves."""

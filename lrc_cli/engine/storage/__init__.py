@@ -1,0 +1,1 @@
+"""Forms in which a layer is stored: one form a file."""

@@ -1,0 +1,1 @@
+"""A network run block by block."""

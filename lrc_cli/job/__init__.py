@@ -1,0 +1,1 @@
+"""The main job: plan, statistics, spectra, factors, output."""

@@ -1,0 +1,1 @@
+"""Phase two: the factors of every layer."""

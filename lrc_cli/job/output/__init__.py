@@ -1,0 +1,1 @@
+"""From packed factors to a finished directory."""

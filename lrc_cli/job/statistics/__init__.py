@@ -1,0 +1,1 @@
+"""Phase one, data: Gram matrices of every layer."""

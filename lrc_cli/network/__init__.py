@@ -1,0 +1,1 @@
+"""A checkpoint as a module, and what its layers are."""

@@ -1,0 +1,1 @@
+"""Which layers may be factorised, and why the others may not."""

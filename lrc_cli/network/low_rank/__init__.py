@@ -1,0 +1,1 @@
+"""The low-rank modules, and how a loader puts them in place."""

@@ -1,0 +1,1 @@
+"""Two networks compared, and what may be said of the difference."""

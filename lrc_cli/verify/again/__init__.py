@@ -1,0 +1,1 @@
+"""Level three of `lrc verify`: everything measured is measured again."""

@@ -1,0 +1,1 @@
+"""Level one of `lrc verify`: the written files alone."""

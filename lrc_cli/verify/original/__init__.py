@@ -1,0 +1,1 @@
+"""Level two of `lrc verify`: the original checkpoint beside the output."""
