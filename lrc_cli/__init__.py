@@ -9,11 +9,11 @@ __all__ = ["__version__", "compress", "load"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `lrc --help` does not import torch.
     if name == "load":
-        from lrc_cli.loading import load
+        from lrc_cli.network.loading import load
 
         return load
     if name == "compress":
-        from lrc_cli.run import compress
+        from lrc_cli.job.run import compress
 
         return compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from lrc_cli import __version__
-from lrc_cli.exits import run_command
-from lrc_cli.options import (
+from lrc_cli.commands.exits import run_command
+from lrc_cli.commands.options import (
     config_argument,
     directory_argument,
     factory_option,
@@ -35,7 +35,7 @@ def lrc(context: click.Context) -> None:
     """
     command = context.invoked_subcommand
     if command is not None and command != "compress":
-        from lrc_cli.processes import check_alone, joined
+        from lrc_cli.runtime.processes import check_alone, joined
 
         with joined() as processes:
             check_alone(command, processes)
@@ -79,7 +79,7 @@ def compress(
     Interrupted or killed, the same command goes on where it stopped. Several processes share the
     work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
     """
-    from lrc_cli.processes import check_alone, joined
+    from lrc_cli.runtime.processes import check_alone, joined
 
     bound_caches()
     with joined() as processes:
@@ -87,8 +87,8 @@ def compress(
 
         configs = load_configs(config, overrides, output=output, sizes=sizes)
         calm_transformers()
-        from lrc_cli.jobs import check_jobs, conclude, run_jobs, summary
-        from lrc_cli.progress import Progress, stop_on_signals
+        from lrc_cli.commands.compress import check_jobs, conclude, run_jobs, summary
+        from lrc_cli.runtime.progress import Progress, stop_on_signals
 
         check_jobs(configs, junit)
         if dry_run:
@@ -142,7 +142,7 @@ def show_forecast(
 ) -> None:
     """Print what jobs will take."""
     from lrc_cli.forecast import forecast, render
-    from lrc_cli.progress import Progress, stop_on_signals
+    from lrc_cli.runtime.progress import Progress, stop_on_signals
 
     with stop_on_signals() as stop:
         progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
@@ -158,7 +158,7 @@ def show_forecast(
 def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show what of CHECKPOINT would be compressed, and what not and why."""
     calm_transformers()
-    from lrc_cli.inspection import inspect_checkpoint, render_inspection
+    from lrc_cli.commands.inspect import inspect_checkpoint, render_inspection
 
     found = inspect_checkpoint(checkpoint, factory=factory, trust_remote_code=trust_remote_code)
     click.echo(json.dumps(found, indent=2) if as_json else render_inspection(found))
@@ -191,8 +191,8 @@ def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     Without --data the texts of the output's own config are scored.
     """
     calm_transformers()
-    from lrc_cli.progress import Progress, stop_on_signals
-    from lrc_cli.scoring import render_scores, score_directory
+    from lrc_cli.commands.evaluate import render_scores, score_directory
+    from lrc_cli.runtime.progress import Progress, stop_on_signals
 
     with stop_on_signals() as stop:
         found = score_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
@@ -224,7 +224,7 @@ def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     Exit code 3 if a statement fails. What could not be looked at is said to be not checked.
     """
     calm_transformers()
-    from lrc_cli.progress import Progress, stop_on_signals
+    from lrc_cli.runtime.progress import Progress, stop_on_signals
     from lrc_cli.verify import render, verify_directory
     from lrc_cli.verify.statements import StatementFailed
 

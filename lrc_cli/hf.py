@@ -23,25 +23,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc_cli.checkpoint.fused import is_mark
 from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
 from lrc_cli.errors import InputError
-from lrc_cli.experts import has_experts, unfuse, without_merging
-from lrc_cli.factor_shapes import damaged
-from lrc_cli.layers import (
+from lrc_cli.network.disk_names import converted, module_names
+from lrc_cli.network.experts import has_experts, unfuse, without_merging
+from lrc_cli.network.fused_experts import put_together, take_apart
+from lrc_cli.network.low_rank.modules import (
     LowRankLayer,
     LowRankSlot,
     dense_weight,
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.names import converted, module_names
-from lrc_cli.slots import (
+from lrc_cli.network.low_rank.shapes import damaged
+from lrc_cli.network.low_rank.slots import (
     check_table,
     factorised_weights,
     find_factors,
     finish_slots,
     insert_slots,
 )
-from lrc_cli.stored_experts import put_together, take_apart
-from lrc_cli.tied import Tied
+from lrc_cli.network.low_rank.tied import Tied
 
 METHOD = "lrc"
 """The `quant_method` of a factorised checkpoint's config.json."""

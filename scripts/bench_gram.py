@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from lrc_cli import statistics
+from lrc_cli.job.statistics import moments
 
 WIDTHS = (576, 1536, 4096)
 NUM_ROWS, REPEATS = 2048, 7
@@ -22,9 +22,9 @@ def measure(rows: torch.Tensor, panel: int) -> tuple[float, float]:
     """Milliseconds of the fastest addition, and the error of the lower triangle."""
     exact = (rows.double().T @ rows.double()).tril()
     best = float("inf")
-    with mock.patch.object(statistics, "PANEL", panel):
+    with mock.patch.object(moments, "PANEL", panel):
         for _ in range(REPEATS):
-            gram = statistics.GramSum(rows.shape[1], rows.device)
+            gram = moments.GramSum(rows.shape[1], rows.device)
             start = time.process_time()
             gram.add(rows)
             best = min(best, time.process_time() - start)
@@ -39,8 +39,8 @@ def main() -> None:
     for width in WIDTHS:
         generator = torch.Generator().manual_seed(width)
         rows = torch.randn(NUM_ROWS, width, generator=generator).bfloat16()
-        exact, error = measure(rows.float(), statistics.PANEL)
-        fast, fast_error = measure(rows, statistics.PANEL)
+        exact, error = measure(rows.float(), moments.PANEL)
+        fast, fast_error = measure(rows, moments.PANEL)
         whole, _ = measure(rows, width)
         cells = f"{exact:.1f} | {error:.1e} | {fast:.1f} | {fast_error:.1e} | {whole:.1f}"
         print(f"| {width} | {cells} |", flush=True)

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.engine.choices import default_rank_multiple
-from lrc_cli.engine.storage import pivot_block, storage_bytes
-from lrc_cli.layouts import LINEAR
-from lrc_cli.slots import low_rank_module
+from lrc_cli.engine.budget.choices import default_rank_multiple
+from lrc_cli.engine.storage.forms import pivot_block, storage_bytes
+from lrc_cli.network.layouts import LINEAR
+from lrc_cli.network.low_rank.slots import low_rank_module
 
 SHAPES = (
     (576, 576),

@@ -24,8 +24,8 @@ from random_llama import llama_config, write_job, write_llama
 
 from lrc_cli import load
 from lrc_cli.config import load_config
-from lrc_cli.layers import low_rank_layers
-from lrc_cli.output import read_report
+from lrc_cli.job.output.write import read_report
+from lrc_cli.network.low_rank.modules import low_rank_layers
 
 FULL_BLOCKS, FULL_SECONDS = 32, 300.0
 MEMORY_LIMIT = 24e9

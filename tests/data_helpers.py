@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from lrc_cli.applied import OTHER, READ
+from lrc_cli.execution.weight_use import OTHER, READ
 
 NUM_SEQUENCES = 24
 VOCABULARY = 64

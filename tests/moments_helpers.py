@@ -8,17 +8,17 @@ import pico
 import torch
 from torch import Tensor, nn
 
-from lrc_cli import statistics
-from lrc_cli.blocks import WHOLE, Chain, Segment
-from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.cut import find_cut
-from lrc_cli.finding import find_layers
-from lrc_cli.losses import Loss, backward_scalars, drawing, prepare, unpadded
-from lrc_cli.models import Layer, Network, open_module
-from lrc_cli.sweep import Job, Sweep
-from lrc_cli.work import PASSING, WorkDirectory
+from lrc_cli.data.draw import Sequences
+from lrc_cli.execution.chain import WHOLE, Chain, Segment
+from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare, unpadded
+from lrc_cli.execution.segments import find_cut
+from lrc_cli.job.statistics import moments
+from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.work import PASSING, WorkDirectory
+from lrc_cli.network.candidates.find import find_layers
+from lrc_cli.network.opening import Layer, Network, open_module
 
 SEED = 4
 Moments = dict[str, Tensor]
@@ -77,10 +77,10 @@ def measured(
         seed=SEED,
         center=False,
     )
-    found: dict[str, statistics.Moments] = {}
+    found: dict[str, moments.Moments] = {}
 
-    def finish(segment: Segment, moments: statistics.Moments) -> None:
-        found[segment.name] = moments
+    def finish(segment: Segment, measured: moments.Moments) -> None:
+        found[segment.name] = measured
 
     with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
         sweep = Sweep(job, work, finished=lambda s: s.name in found, finish=finish)

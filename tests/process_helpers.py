@@ -16,14 +16,19 @@ from typing import Any
 
 import torch
 
-from lrc_cli import sweep
 from lrc_cli.cli import lrc
-from lrc_cli.exits import run_command
-from lrc_cli.work import WorkDirectory
+from lrc_cli.commands.exits import run_command
+from lrc_cli.job.statistics import sweep
+from lrc_cli.job.work import WorkDirectory
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["lrc_cli.run", "lrc_cli.hf", "lrc_cli.distributed", "transformers.models.llama.modeling_llama"]
+    [
+        "lrc_cli.job.run",
+        "lrc_cli.hf",
+        "lrc_cli.runtime.torchrun",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 PATIENCE = 300.0
 """Seconds to wait for anything."""

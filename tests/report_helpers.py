@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lrc_cli.certificate import NOT_ASKED, make_certificate, no_certificate
+from lrc_cli.quality.certificate import NOT_ASKED, make_certificate, no_certificate
 
 VOID = {"meta"}
 

@@ -11,7 +11,10 @@ from conftest import Models
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lrc_cli.blocks import (
+from lrc_cli.checkpoint.source import open_source
+from lrc_cli.config import Compression
+from lrc_cli.data.draw import Batch
+from lrc_cli.execution.chain import (
     HEAD,
     TAIL,
     WHOLE,
@@ -21,13 +24,10 @@ from lrc_cli.blocks import (
     find_chain,
     segments_of,
 )
-from lrc_cli.calibration import Batch
-from lrc_cli.checkpoint.source import open_source
-from lrc_cli.config import Compression
-from lrc_cli.finding import find_layers
-from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, hooked, make_network, open_module
-from lrc_cli.walk import Walk
+from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.walk import Walk
+from lrc_cli.network.candidates.find import find_layers
+from lrc_cli.network.opening import Layer, Network, hooked, make_network, open_module
 
 NAMES = ["llama", "qwen2", "gpt2", "bert", "bert-mlm", "bert-classifier"]
 PREFIXES = {"llama": "model.layers", "qwen2": "model.layers", "gpt2": "transformer.h"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
 from lrc_cli.errors import InputError
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lrc_cli.certificate import (
+from lrc_cli.engine.bounds import mean_bound, sequences_needed
+from lrc_cli.quality.certificate import (
     LEAST_TOLERANCE,
     clips_of,
     make_certificate,
     tolerances_of,
 )
-from lrc_cli.engine.bounds import mean_bound, sequences_needed
-from lrc_cli.report.sentences import (
+from lrc_cli.quality.sentences import (
     assumptions,
     main_statements,
     not_promised,

@@ -18,17 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lrc_cli
-from lrc_cli import certify
-from lrc_cli.calibration import Purpose, Sequences, draw
-from lrc_cli.certify import ERRORS, Measured, measure
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import load_config
+from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
 from lrc_cli.errors import RunError
-from lrc_cli.evaluate import scoring
-from lrc_cli.models import Layer, Network, make_network, open_module
-from lrc_cli.per_sequence import ratio
-from lrc_cli.plan import Plan, make_plan
+from lrc_cli.job.plan import Plan, make_plan
+from lrc_cli.network.opening import Layer, Network, make_network, open_module
+from lrc_cli.quality import held_out
+from lrc_cli.quality.compare import scoring
+from lrc_cli.quality.held_out import ERRORS, Measured, measure
+from lrc_cli.quality.per_sequence import ratio
 
 NUMBER = 9
 """Certification sequences of the jobs below."""
@@ -253,7 +253,7 @@ def test_an_unchanged_network_has_no_error_at_all(outcome: Outcome) -> None:
 
 def test_the_micro_batch_does_not_matter(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     together = outcome.measured()
-    monkeypatch.setattr(certify, "MICRO_BATCH_TOKENS", 1)
+    monkeypatch.setattr(held_out, "MICRO_BATCH_TOKENS", 1)
     alone = outcome.measured()
     for quantity, values in together.values.items():
         assert alone.values[quantity] == pytest.approx(values, rel=1e-3, abs=1e-5)

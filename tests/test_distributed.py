@@ -22,13 +22,13 @@ from process_helpers import PATIENCE, Running, environments, start, start_many
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrc_cli.cut import find_cut
-from lrc_cli.losses import Loss
-from lrc_cli.models import make_network
-from lrc_cli.processes import Processes, joined
-from lrc_cli.statistics import Moments
-from lrc_cli.sweep import Job, Sweep
-from lrc_cli.work import WorkDirectory
+from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.segments import find_cut
+from lrc_cli.job.statistics.moments import Moments
+from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.work import WorkDirectory
+from lrc_cli.network.opening import make_network
+from lrc_cli.runtime.processes import Processes, joined
 
 Changes = dict[str, Any]
 SIZES = (1, 2, 4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrc_cli.config import load_config
-from lrc_cli.plan import make_plan
+from lrc_cli.job.plan import make_plan
 
 STORED = {"llama": torch.bfloat16, "llama-fp16": torch.float16, "llama-long": torch.float32}
 """By pico model: one architecture, saved in three dtypes."""

@@ -18,9 +18,9 @@ from transformers import AutoModel, PreTrainedModel
 import lrc_cli
 import lrc_cli.hf
 from lrc_cli.errors import InputError
-from lrc_cli.layers import LowRankLayer, dense_weight
-from lrc_cli.lookups import merge_tables
-from lrc_cli.tied import Tied, TiedHead
+from lrc_cli.network.embeddings import merge_tables
+from lrc_cli.network.low_rank.modules import LowRankLayer, dense_weight
+from lrc_cli.network.low_rank.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
 """Of tests/pico.py; the heads of the first and the last are tied."""

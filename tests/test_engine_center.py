@@ -8,8 +8,8 @@ from engine_helpers import gaussian
 from torch import Tensor
 
 from lrc_cli.engine import NUCLEAR, SOLVERS, SVD, SameInput, Shrunk, Statistics, dense, pack_best
-from lrc_cli.fit import Request, fit_layer
-from lrc_cli.statistics import GramSum
+from lrc_cli.job.factors.fit import Request, fit_layer
+from lrc_cli.job.statistics.moments import GramSum
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from lrc_cli.engine import (
     rank_of,
     tails,
 )
-from lrc_cli.engine.nuclear import energies_of
+from lrc_cli.engine.solvers.nuclear import energies_of
 
 Solve = Callable[[Tensor, Statistics, int], Factors]
 

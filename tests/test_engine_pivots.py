@@ -6,8 +6,8 @@ from engine_helpers import DEVICES
 from pytest import MonkeyPatch
 from torch import Tensor
 
-from lrc_cli.engine import pivots
-from lrc_cli.engine.pivots import select
+from lrc_cli.engine.storage.forms import pivots
+from lrc_cli.engine.storage.pivots import select
 
 
 def basis_of(rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from engine_helpers import gaussian
 from torch import Tensor
 
-from lrc_cli.engine.rectifier import (
+from lrc_cli.engine.solvers.relu_errors import (
     best_offset,
     majorant,
     majorant_slope,

@@ -8,7 +8,7 @@ from engine_helpers import SHAPES, case, damped, gaussian
 from torch import Tensor
 
 from lrc_cli.engine import Errors, Metric
-from lrc_cli.engine.refit import Refit
+from lrc_cli.engine.storage.refit import Refit
 
 RANK = 6
 

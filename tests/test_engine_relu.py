@@ -17,10 +17,10 @@ from lrc_cli.engine import (
     dense,
     pack_best,
 )
-from lrc_cli.engine.rectifier import best_offset
-from lrc_cli.engine.relu import Programme, programme
-from lrc_cli.fit import Request
-from lrc_cli.rectified import fit_rectified
+from lrc_cli.engine.solvers.relu_errors import best_offset
+from lrc_cli.engine.solvers.relu_programme import Programme, programme
+from lrc_cli.execution.followed_by_relu import fit_rectified
+from lrc_cli.job.factors.fit import Request
 
 Layer = tuple[Tensor, Tensor | None, Tensor]
 """W (m, n), b (m,) and X^T (T, n)."""

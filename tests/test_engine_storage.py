@@ -22,7 +22,7 @@ from lrc_cli.engine import (
     pivot_block,
     storage_bytes,
 )
-from lrc_cli.work import compress_gram, expand_gram
+from lrc_cli.job.work import compress_gram, expand_gram
 
 LOW = [torch.bfloat16, torch.float16, torch.float32]
 

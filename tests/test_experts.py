@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lrc_cli.hf  # noqa: F401 - registers the format
-from lrc_cli import decision
 from lrc_cli.checkpoint.source import open_source
-from lrc_cli.experts import Experts, has_experts, unfuse
-from lrc_cli.layers import low_rank_layers
-from lrc_cli.loading import load
-from lrc_cli.stored_experts import put_together, take_apart
+from lrc_cli.job.factors import decide_sequential
+from lrc_cli.network.experts import Experts, has_experts, unfuse
+from lrc_cli.network.fused_experts import put_together, take_apart
+from lrc_cli.network.loading import load
+from lrc_cli.network.low_rank.modules import low_rank_layers
 
 IDS = torch.randint(4, 64, (48, 12), generator=torch.Generator().manual_seed(4))
 MIXTURES = ("mixtral", "qwen3-moe")
@@ -90,7 +90,7 @@ class Made:
         }
         with pytest.MonkeyPatch.context() as patch:
             # So few tokens would rule sequential fitting out altogether.
-            patch.setattr(decision, "MOST_SHORT", 1.0)
+            patch.setattr(decide_sequential, "MOST_SHORT", 1.0)
             self.output, self.report = pico.compressed(folder, changes | settings)
         self.layers = {layer["name"]: layer for layer in self.report["layers"]}
 

@@ -10,10 +10,10 @@ from pico import compressed as compress
 from pico import write_model, write_plain
 from torch import Tensor, nn
 
-from lrc_cli.feedforward import LIPSCHITZ, worst_case
-from lrc_cli.layers import LowRankModule, replace_modules
-from lrc_cli.layouts import LINEAR
-from lrc_cli.slots import low_rank_module
+from lrc_cli.network.layouts import LINEAR
+from lrc_cli.network.low_rank.modules import LowRankModule, replace_modules
+from lrc_cli.network.low_rank.slots import low_rank_module
+from lrc_cli.quality.worst_case import LIPSCHITZ, worst_case
 
 
 def randomised(module: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import nn
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.finding import CONVERTED, find_layers
-from lrc_cli.models import open_module
+from lrc_cli.network.candidates.find import CONVERTED, find_layers
+from lrc_cli.network.opening import open_module
 
 
 class Many(nn.Module):

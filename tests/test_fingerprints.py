@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import Models
 
-from lrc_cli import fingerprints
 from lrc_cli.config import load_config
-from lrc_cli.fingerprints import digest, statistics_fingerprint
-from lrc_cli.plan import Plan, make_plan
-from lrc_cli.purposes import CALIBRATION
+from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.job import fingerprints
+from lrc_cli.job.fingerprints import digest, statistics_fingerprint
+from lrc_cli.job.plan import Plan, make_plan
 
 
 @pytest.fixture(scope="module")

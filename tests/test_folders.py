@@ -19,8 +19,8 @@ from lrc_cli.checkpoint.source import hash_path, open_source
 from lrc_cli.data.folders import read_audio
 from lrc_cli.data.processors import Processors, open_processors
 from lrc_cli.errors import InputError
-from lrc_cli.loading import load
-from lrc_cli.verify.files import data_sha256
+from lrc_cli.network.loading import load
+from lrc_cli.verify.files.manifest import data_sha256
 
 
 @pytest.fixture(scope="module")

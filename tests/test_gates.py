@@ -15,8 +15,8 @@ from conftest import Models
 from lrc_cli.checkpoint.manifest import matches_manifest
 from lrc_cli.config import Gates
 from lrc_cli.errors import GateMissed
-from lrc_cli.gates import check_gates, fail_if_missed
 from lrc_cli.report import render_card, render_html
+from lrc_cli.report.gates import check_gates, fail_if_missed
 from lrc_cli.report.junit import render_junit
 
 Changes = dict[str, Any]

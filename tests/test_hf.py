@@ -34,9 +34,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf
 from lrc_cli.errors import InputError
-from lrc_cli.layers import LowRankModule, dense_weight, low_rank_layers
-from lrc_cli.loading import load
-from lrc_cli.names import module_names
+from lrc_cli.network.disk_names import module_names
+from lrc_cli.network.loading import load
+from lrc_cli.network.low_rank.modules import LowRankModule, dense_weight, low_rank_layers
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = torch.arange(3, 23).view(2, 10)

@@ -14,9 +14,9 @@ import pico
 import pytest
 import torch
 
-from lrc_cli import parallel
-from lrc_cli.parallel import in_parallel
-from lrc_cli.solving import solve_units
+from lrc_cli.job.spectra.solve import solve_units
+from lrc_cli.runtime import threads
+from lrc_cli.runtime.threads import in_parallel
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -67,15 +67,15 @@ def test_solves_go_on_where_memory_cannot_be_trimmed(
 
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", library)
-    monkeypatch.setattr(parallel, "TRIM_EVERY", 0.0)
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(threads, "TRIM_EVERY", 0.0)
+    number = torch.get_num_threads()
     assert list(in_parallel(square, [range(3), [], [3, 4]], num_workers)) == [
         [0, 1, 4],
         [],
         [9, 16],
     ]
     assert asked == ["libc.so.6"] * 4, "before the first group, and after every one"
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == number
 
 
 def test_memory_is_trimmed_at_intervals_however_short_the_calls(
@@ -85,8 +85,8 @@ def test_memory_is_trimmed_at_intervals_however_short_the_calls(
     now, trimmed = [0.0], []
     library = SimpleNamespace(malloc_trim=lambda _: trimmed.append(now[0]))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(parallel, "_trimmed", -float("inf"))
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(threads, "_trimmed", -float("inf"))
 
     def solve(_: int) -> None:
         now[0] += 0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrc_cli.errors import RunError
-from lrc_cli.memory import HostMemory
+from lrc_cli.runtime.spill import HostMemory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrc_cli.errors import InputError
-from lrc_cli.layers import LowRankModule, dense_weight, low_rank_layers
-from lrc_cli.layouts import linear_shape
-from lrc_cli.loading import load
+from lrc_cli.network.layouts import linear_shape
+from lrc_cli.network.loading import load
+from lrc_cli.network.low_rank.modules import LowRankModule, dense_weight, low_rank_layers
 
 X = torch.linspace(-1, 1, 24 * 5).view(5, 24)
 

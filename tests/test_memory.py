@@ -23,7 +23,7 @@ WIDTH, FEED_FORWARD, BYTES = 512, 1536, 1_080_000_000
 COMPRESSED = tuple(f"model.layers.{i}.self_attn" for i in (0, 20, 40, 60))
 SAMPLE_SECONDS = 0.005
 IDLE = """
-import time, torch, transformers, lrc_cli.run, lrc_cli.hf
+import time, torch, transformers, lrc_cli.job.run, lrc_cli.hf
 from transformers.models.llama import modeling_llama
 torch.ones(64, 64) @ torch.ones(64, 64)
 print("ready", flush=True)

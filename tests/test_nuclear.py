@@ -8,8 +8,8 @@ import pytest
 
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
-from lrc_cli.progress import Progress
-from lrc_cli.run import compress
+from lrc_cli.job.run import compress
+from lrc_cli.runtime.progress import Progress
 
 NUCLEAR = {"compression.method": "nuclear", "evaluation": [], "output.dtype": "float32"}
 THRESHOLD = {**NUCLEAR, "compression.size": None, "compression.storage": "factors"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc_cli.ordering import MANY, in_order
+from lrc_cli.network.low_rank.row_order import MANY, in_order
 
 WIDTH = 256
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import Models
 
-from lrc_cli import sweep
 from lrc_cli.errors import InputError
 from lrc_cli.forecast import command
 from lrc_cli.forecast.clocks import group_limits
 from lrc_cli.forecast.estimate import Memory, check_memory
-from lrc_cli.work import WorkDirectory
+from lrc_cli.job.statistics import sweep
+from lrc_cli.job.work import WorkDirectory
 
 Changes = dict[str, Any]
 SHARED = {"checks", "statistics", "spectra", "factors", "writing", "verification", "evaluation"}

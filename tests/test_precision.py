@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrc_cli.precision import cast_on_read, fast_dtype
+from lrc_cli.execution.precision import cast_on_read, fast_dtype
 
 VOCABULARY, WIDTH = 50, 8
 IDS = torch.tensor([[3, 49, 0]])

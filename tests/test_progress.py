@@ -15,8 +15,8 @@ import tqdm.std
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lrc_cli import progress
-from lrc_cli.progress import LINE_SECONDS, Interrupted, Progress, stop_on_signals
+from lrc_cli.runtime import progress
+from lrc_cli.runtime.progress import LINE_SECONDS, Interrupted, Progress, stop_on_signals
 
 LINE = re.compile(r"^(?P<phase>[\w ]+): (?P<share>\d+)%, about (?P<left>\d+) s left$", re.MULTILINE)
 """Digits only: neither a sign nor "nan" nor "inf" fits."""

@@ -9,8 +9,8 @@ from conftest import Models
 
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError
-from lrc_cli.progress import Progress
-from lrc_cli.run import compress
+from lrc_cli.job.run import compress
+from lrc_cli.runtime.progress import Progress
 
 ALL = "model.layers.*"
 

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lrc_cli import readahead
-from lrc_cli.blocks import find_chain, segments_of
 from lrc_cli.checkpoint.source import open_source
-from lrc_cli.models import make_network, open_module
-from lrc_cli.readahead import read_ahead
-from lrc_cli.walk import Walk
+from lrc_cli.execution import readahead
+from lrc_cli.execution.chain import find_chain, segments_of
+from lrc_cli.execution.readahead import read_ahead
+from lrc_cli.execution.walk import Walk
+from lrc_cli.network.opening import make_network, open_module
 
 MB = 1 << 20
 
@@ -85,7 +85,7 @@ def test_a_block_asks_for_those_beside_it_once(
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
     chain = find_chain(network, batch)
     asked: list[Any] = []
-    monkeypatch.setattr("lrc_cli.walk.read_ahead", asked.append)
+    monkeypatch.setattr("lrc_cli.execution.walk.read_ahead", asked.append)
     walk = Walk(network, chain, [batch, batch])
     for segment in segments_of(network, chain, [], batch):
         walk.advance(segment)

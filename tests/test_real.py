@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 from lrc_cli.config import load_config
-from lrc_cli.progress import Progress
-from lrc_cli.run import compress
+from lrc_cli.job.run import compress
+from lrc_cli.runtime.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS, DATA = ROOT / ".cache" / "models", ROOT / ".cache" / "data"

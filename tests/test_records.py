@@ -14,7 +14,7 @@ from data_helpers import drawn, write_records
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from lrc_cli.calibration import Purpose, draw
+from lrc_cli.data.draw import Purpose, draw
 from lrc_cli.data.processors import Processors
 from lrc_cli.errors import InputError
 

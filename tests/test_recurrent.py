@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lrc_cli
-from lrc_cli.layers import low_rank_layers
-from lrc_cli.recurrent import Recurrent, RecurrentMatrix, unroll
+from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.network.recurrent import Recurrent, RecurrentMatrix, unroll
 
 KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),

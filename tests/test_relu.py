@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import lrc_cli
 from lrc_cli.config import load_config
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import InputError
-from lrc_cli.keys import Keys
-from lrc_cli.layers import dense_weight
-from lrc_cli.models import Layer, Network, make_network
-from lrc_cli.plan import Plan, make_plan
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.rectified import NOT_FOLLOWED, followed_by_relu, read_inputs
+from lrc_cli.execution.followed_by_relu import NOT_FOLLOWED, followed_by_relu, read_inputs
+from lrc_cli.job.plan import Plan, make_plan
+from lrc_cli.network.keys import Keys
+from lrc_cli.network.low_rank.modules import dense_weight
+from lrc_cli.network.opening import Layer, Network, make_network
 
 FC1 = [f"model.decoder.layers.{i}.fc1" for i in range(2)]
 

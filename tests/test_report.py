@@ -11,7 +11,8 @@ import yaml
 from report_helpers import Page, certify, dense_layer, factorised_layer, small_report, text_row
 
 from lrc_cli.report.card import render_card
-from lrc_cli.report.formatting import (
+from lrc_cli.report.html import render_html
+from lrc_cli.text import (
     byte_size,
     duration,
     error_gap,
@@ -20,7 +21,6 @@ from lrc_cli.report.formatting import (
     perplexity,
     small,
 )
-from lrc_cli.report.html import render_html
 
 HOSTILE = "<script>alert(1)</script>|`x` \"q\" 'a' & [b](c)"
 

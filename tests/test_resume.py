@@ -18,11 +18,11 @@ import torch
 from conftest import Models
 from process_helpers import Running, start
 
-from lrc_cli.blocks import HEAD, TAIL, Segment
-from lrc_cli.memory import HostMemory
-from lrc_cli.progress import Progress
-from lrc_cli.walk import Walk
-from lrc_cli.work import PASSING
+from lrc_cli.execution.chain import HEAD, TAIL, Segment
+from lrc_cli.execution.walk import Walk
+from lrc_cli.job.work import PASSING
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.spill import HostMemory
 
 Changes = dict[str, Any]
 

@@ -16,16 +16,17 @@ from torch import Tensor
 from transformers import AutoModel
 
 import lrc_cli
-import lrc_cli.sequential
-from lrc_cli.calibration import Batch
 from lrc_cli.config import load_config
-from lrc_cli.decision import decide
+from lrc_cli.data.draw import Batch
 from lrc_cli.engine import DENSE, SolveError
 from lrc_cli.errors import RunError
-from lrc_cli.layers import LowRankModule, low_rank_layers
-from lrc_cli.models import hooked, make_network
-from lrc_cli.plan import Plan, make_plan
-from lrc_cli.streams import DriftSum, Streams
+from lrc_cli.execution.chain import find_chain
+from lrc_cli.job.factors import sequential as fitting
+from lrc_cli.job.factors.decide_sequential import decide
+from lrc_cli.job.factors.two_networks import DriftSum, Streams
+from lrc_cli.job.plan import Plan, make_plan
+from lrc_cli.network.low_rank.modules import LowRankModule, low_rank_layers
+from lrc_cli.network.opening import hooked, make_network
 from lrc_cli.verify import verify_directory
 
 Changes = dict[str, Any]
@@ -304,14 +305,14 @@ def test_the_share_that_decides_counts_gained_biases(tmp_path: Path, job: Any) -
 def test_a_layer_whose_sequential_solve_fails_is_fitted_plainly(
     tmp_path: Path, job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = lrc_cli.sequential.Sequential
+    solve = fitting.Sequential
 
     def broken(weight: Tensor, *rest: Any, **options: Any) -> Any:
         if weight.shape == (96, 64):
             raise SolveError("the regularised Gram matrix is not positive definite")
         return solve(weight, *rest, **options)
 
-    monkeypatch.setattr(lrc_cli.sequential, "Sequential", broken)
+    monkeypatch.setattr(fitting, "Sequential", broken)
     asked = pico.job(tmp_path, job("llama", size=0.4, sequential=True))
     ended = pico.call("compress", asked, "--strict", "--json")
     assert ended.code == 4 and "layers fell back" in ended.err
@@ -327,7 +328,7 @@ def test_where_every_sequential_solve_fails_the_report_says_so(
     def broken(*_: Any, **__: Any) -> Any:
         raise SolveError("the regularised Gram matrix is not positive definite")
 
-    monkeypatch.setattr(lrc_cli.sequential, "Sequential", broken)
+    monkeypatch.setattr(fitting, "Sequential", broken)
     output, report = pico.compressed(tmp_path, job("llama", size=0.4, sequential=True))
     assert not report["sequential"]["used"] and report["sequential"]["held_back"] == 0
     assert "each of them was fitted plainly in the end" in report["sequential"]["reason"]
@@ -649,7 +650,7 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, job: Any) -> N
     config = load_config(pico.job(tmp_path, job("llama", sequential=True)))
     plan = make_plan(config)
     batches = list(plan.sequences["calibration"].batches(4))
-    streams = Streams(plan, lrc_cli.sequential.find_chain(plan.network, batches[0]), batches)
+    streams = Streams(plan, find_chain(plan.network, batches[0]), batches)
     layer = plan.layers[0]
     weight = layer.weight(plan.source)
     streams.install(layer, {layer.keys.weight: weight[:8], layer.keys.up: weight[:, :8]})
@@ -671,7 +672,7 @@ def test_factors_of_finished_layers_are_not_in_private_memory(
         streams.append(Streams(*arguments))
         return streams[-1]
 
-    monkeypatch.setattr(lrc_cli.sequential, "Streams", opened)
+    monkeypatch.setattr(fitting, "Streams", opened)
     pico.compressed(tmp_path, job("llama", size=0.4))
     modules = dict(low_rank_layers(streams[0].compressed.network.module))
     tensors = [tensor for part in modules.values() for tensor in part.state_dict().values()]

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pico
 import pytest
 
-from lrc_cli import run
-from lrc_cli.work import SURVEYS, WorkDirectory
+from lrc_cli.job import run
+from lrc_cli.job.work import SURVEYS, WorkDirectory
 
 Changes = dict[str, Any]
 

@@ -12,13 +12,13 @@ from families import FAMILIES
 from moments_helpers import assert_close, by_autograd, measured, opened, padded_tokens
 from torch import Tensor, nn
 
-from lrc_cli.blocks import Chain, segments_of
-from lrc_cli.cut import find_cut
-from lrc_cli.keys import Keys
-from lrc_cli.losses import Loss
-from lrc_cli.models import Layer, Network, make_network
-from lrc_cli.statistics import GramSum
-from lrc_cli.work import STATISTICS, WorkDirectory
+from lrc_cli.execution.chain import Chain, segments_of
+from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.segments import find_cut
+from lrc_cli.job.statistics.moments import GramSum
+from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.keys import Keys
+from lrc_cli.network.opening import Layer, Network, make_network
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from lrc_cli.config import load_config
-from lrc_cli.gather import collect_statistics
-from lrc_cli.plan import make_plan
-from lrc_cli.progress import Progress
-from lrc_cli.sweep import Sweep
-from lrc_cli.work import PASSING, STATISTICS, WorkDirectory
+from lrc_cli.job.plan import make_plan
+from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.statistics.sweep import Sweep
+from lrc_cli.job.work import PASSING, STATISTICS, WorkDirectory
+from lrc_cli.runtime.progress import Progress
 
 FACTORY = """
 import torch

@@ -10,7 +10,10 @@ import torch
 from engine_helpers import gaussian, square_root
 from report_helpers import certify, small_report
 
-from lrc_cli.certificate import (
+from lrc_cli.engine import FROBENIUS, SOLVERS, Drift, Sequential, Shrunk, Statistics
+from lrc_cli.engine.solvers.nuclear import UNIT as NUCLEAR_UNIT
+from lrc_cli.engine.solvers.relu import UNIT as RELU_UNIT
+from lrc_cli.quality.certificate import (
     ALL_LAYERS,
     CANNOT,
     CERTIFIED,
@@ -18,10 +21,7 @@ from lrc_cli.certificate import (
     UNITS,
     make_certificate,
 )
-from lrc_cli.certify import ERRORS
-from lrc_cli.engine import FROBENIUS, SOLVERS, Drift, Sequential, Shrunk, Statistics
-from lrc_cli.engine.nuclear import UNIT as NUCLEAR_UNIT
-from lrc_cli.engine.rectified import UNIT as RELU_UNIT
+from lrc_cli.quality.held_out import ERRORS
 from lrc_cli.report.facts import loss_estimate
 from lrc_cli.report.tables import Table, held_out_table, layer_table
 from lrc_cli.report.worst_case import worst_case_note

@@ -8,7 +8,7 @@ import torch
 from engine_helpers import gaussian, second_moments
 
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.work import WorkDirectory, compress_gram, expand_gram
+from lrc_cli.job.work import WorkDirectory, compress_gram, expand_gram
 
 FIELDS = {"checkpoint": {"a": "1"}, "seed": 0, "loss": "auto"}
 

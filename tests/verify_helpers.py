@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc_cli.checkpoint.manifest import build_manifest
+from lrc_cli.quality.sentences import assumptions, statement_text
 from lrc_cli.report import render_card, render_html
-from lrc_cli.report.sentences import assumptions, statement_text
 
 Mutation = Callable[[Path], None]
 

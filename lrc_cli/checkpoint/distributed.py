@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lrc_cli.checkpoint.headers import TensorInfo
-from lrc_cli.checkpoint.spool import Spool
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.spool import Spool
 
 METADATA_NAME = ".metadata"
 LARGE = 1 << 17

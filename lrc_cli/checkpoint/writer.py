@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 
 from lrc_cli.checkpoint.headers import DTYPES, INDEX_NAME, SINGLE_NAME, tensor_bytes
-from lrc_cli.checkpoint.lock import lock_file
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.runtime.lock import lock_file
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARTIAL_SUFFIX = ".partial"

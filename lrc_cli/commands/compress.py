@@ -7,14 +7,14 @@ from typing import Any
 
 from lrc_cli.config import Config
 from lrc_cli.errors import StrictFallback
-from lrc_cli.fingerprints import already_done
-from lrc_cli.gates import check_gates, check_gates_possible, fail_if_missed
-from lrc_cli.output import read_report
-from lrc_cli.processes import ALONE, Processes
-from lrc_cli.progress import Progress
+from lrc_cli.job.fingerprints import already_done
+from lrc_cli.job.output.write import read_report
+from lrc_cli.job.run import compress_each
 from lrc_cli.report.facts import not_as_asked
+from lrc_cli.report.gates import check_gates, check_gates_possible, fail_if_missed
 from lrc_cli.report.junit import check_junit_path, write_junit
-from lrc_cli.run import compress_each
+from lrc_cli.runtime.processes import ALONE, Processes
+from lrc_cli.runtime.progress import Progress
 
 Report = dict[str, Any]
 
@@ -90,7 +90,7 @@ def summary(report: Report) -> str:
         else:
             lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
     if report["certificate"]["statements"]:
-        from lrc_cli.report.sentences import main_statements
+        from lrc_cli.quality.sentences import main_statements
 
         lines += ["certificate:", *(f"- {x}" for x in main_statements(report["certificate"]))]
     return "\n".join(lines)

@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 
-from lrc_cli.calibration import Purpose, Sequences, draw
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Calibration, load_config
+from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import open_processors
-from lrc_cli.devices import resolve_device
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.errors import InputError
-from lrc_cli.evaluate import compare, scoring
-from lrc_cli.factories import ask_for_factory
-from lrc_cli.inputs import check_sequences, probe
-from lrc_cli.models import Network, make_network, open_module
-from lrc_cli.output import peak_memory
-from lrc_cli.precision import DTYPES
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.verify.files import open_manifest
+from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.job.output.write import peak_memory
+from lrc_cli.network.factories import ask_for_factory
+from lrc_cli.network.opening import Network, make_network, open_module
+from lrc_cli.quality.compare import compare, scoring
+from lrc_cli.runtime.devices import resolve_device
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.verify.files.manifest import open_manifest
 
 REPEATS = 3
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.factories import ask_for_factory
-from lrc_cli.finding import find_layers
-from lrc_cli.models import open_module
+from lrc_cli.network.candidates.find import find_layers
+from lrc_cli.network.factories import ask_for_factory
+from lrc_cli.network.opening import open_module
 
 
 def inspect_checkpoint(

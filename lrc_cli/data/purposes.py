@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.calibration import Purpose
 from lrc_cli.config import Calibration, Certification, Config
+from lrc_cli.data.draw import Purpose
 
 CALIBRATION, CERTIFICATION = "calibration", "certification"
 HELD_BACK = "held back"

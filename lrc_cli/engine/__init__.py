@@ -7,21 +7,6 @@ factors = solver.factorize(weight, statistics, int(choices.ranks[pick]))
 stored = pack_best(SameInput(weight, statistics, solver), factors.rank, torch.bfloat16)
 """
 
-from lrc_cli.engine.allocate import (
-    Infeasible,
-    uniform,
-    uniform_within_error,
-    within_bytes,
-    within_error,
-    within_layer_error,
-)
-from lrc_cli.engine.approximation import (
-    Approximation,
-    SameInput,
-    Solution,
-    survey,
-)
-from lrc_cli.engine.best import pack_best
 from lrc_cli.engine.bounds import (
     bernstein_mean_bound,
     capital,
@@ -30,7 +15,15 @@ from lrc_cli.engine.bounds import (
     quantile_order,
     sequences_needed,
 )
-from lrc_cli.engine.choices import (
+from lrc_cli.engine.budget.allocate import (
+    Infeasible,
+    uniform,
+    uniform_within_error,
+    within_bytes,
+    within_error,
+    within_layer_error,
+)
+from lrc_cli.engine.budget.choices import (
     DENSE,
     Choices,
     RankChoices,
@@ -38,9 +31,6 @@ from lrc_cli.engine.choices import (
     rank_choices,
     tails,
 )
-from lrc_cli.engine.curvature import CURVATURE
-from lrc_cli.engine.frobenius import FROBENIUS
-from lrc_cli.engine.nuclear import NUCLEAR, Shrunk, rank_of
 from lrc_cli.engine.problem import (
     Errors,
     Factors,
@@ -58,9 +48,20 @@ from lrc_cli.engine.recovery import (
     tail_norm,
     visible_noise,
 )
-from lrc_cli.engine.rectified import RELU, Rectified, Unpolished
-from lrc_cli.engine.sequential import Drift, Sequential
-from lrc_cli.engine.storage import (
+from lrc_cli.engine.solvers.approximation import (
+    Approximation,
+    SameInput,
+    Solution,
+    survey,
+)
+from lrc_cli.engine.solvers.curvature import CURVATURE
+from lrc_cli.engine.solvers.frobenius import FROBENIUS
+from lrc_cli.engine.solvers.nuclear import NUCLEAR, Shrunk, rank_of
+from lrc_cli.engine.solvers.relu import RELU, Rectified, Unpolished
+from lrc_cli.engine.solvers.sequential import Drift, Sequential
+from lrc_cli.engine.solvers.svd import SVD
+from lrc_cli.engine.storage.choose import pack_best
+from lrc_cli.engine.storage.forms import (
     PIVOT_BLOCK,
     STORAGES,
     Packed,
@@ -70,7 +71,6 @@ from lrc_cli.engine.storage import (
     pivot_block,
     storage_bytes,
 )
-from lrc_cli.engine.svd import SVD
 
 SOLVERS: dict[str, Solver] = {
     solver.name: solver for solver in (SVD, FROBENIUS, NUCLEAR, RELU, CURVATURE)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc_cli.calibration import Batch
+from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_networks
-from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, watched
-from lrc_cli.placement import block_names
+from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.placement import block_names
+from lrc_cli.network.opening import Layer, Network, watched
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.headers import tensor_bytes
+from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.engine import FROBENIUS, RELU, Rectified, Solver, Unpolished
 from lrc_cli.errors import InputError
-from lrc_cli.fit import Fitted, Request, fit_layer
-from lrc_cli.losses import Masks, floating_outputs, masks_of, unpadded
-from lrc_cli.models import Layer, Network, hooked, watched
-from lrc_cli.statistics import micro_batch
+from lrc_cli.execution.losses import Masks, floating_outputs, masks_of, unpadded
+from lrc_cli.job.factors.fit import Fitted, Request, fit_layer
+from lrc_cli.job.statistics.moments import micro_batch
+from lrc_cli.network.opening import Layer, Network, hooked, watched
 
 NOT_FOLLOWED = "not followed by ReLU: fitted with frobenius"
 MICRO_BATCH_TOKENS = 2048

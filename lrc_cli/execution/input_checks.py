@@ -8,15 +8,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lrc_cli.calibration import Batch, Sequences
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
+from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.errors import InputError, is_networks
-from lrc_cli.factories import named
-from lrc_cli.losses import all_finite, floating_outputs
-from lrc_cli.models import Network, check_inputs, vocabulary_of
+from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.network.factories import named
+from lrc_cli.network.opening import Network, check_inputs, vocabulary_of
 
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:

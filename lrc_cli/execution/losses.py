@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lrc_cli.data.decoder import INPUT, MASK
 from lrc_cli.data.kinds import Batch
 from lrc_cli.errors import InputError
-from lrc_cli.models import Network
+from lrc_cli.network.opening import Network
 
 NUM_PROBES = 4
 MASKED_SHARE = 0.15

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lrc_cli.blocks import (
+from lrc_cli.data.draw import Batch
+from lrc_cli.execution.chain import (
     HEAD,
     Call,
     Chain,
@@ -19,10 +20,9 @@ from lrc_cli.blocks import (
     patched,
     placing,
 )
-from lrc_cli.calibration import Batch
-from lrc_cli.losses import floating_outputs
-from lrc_cli.models import Layer, Network, grouping, watched
-from lrc_cli.placement import block_names
+from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.placement import block_names
+from lrc_cli.network.opening import Layer, Network, grouping, watched
 
 NO_CHAIN = "its blocks are no chain"
 

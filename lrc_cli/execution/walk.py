@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lrc_cli.blocks import (
+from lrc_cli.data.draw import Batch
+from lrc_cli.errors import RunError, is_networks
+from lrc_cli.execution.chain import (
     HEAD,
     TAIL,
     WHOLE,
@@ -20,12 +22,10 @@ from lrc_cli.blocks import (
     passing,
     patched,
 )
-from lrc_cli.calibration import Batch
-from lrc_cli.errors import RunError, is_networks
-from lrc_cli.factories import named
-from lrc_cli.models import Network
-from lrc_cli.readahead import read_ahead
-from lrc_cli.recurrent import observed
+from lrc_cli.execution.readahead import read_ahead
+from lrc_cli.network.factories import named
+from lrc_cli.network.opening import Network
+from lrc_cli.network.recurrent import observed
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.work import Tensors, WorkDirectory
+from lrc_cli.job.work import Tensors, WorkDirectory
 
 SAMPLE_SECONDS = 0.005
 CGROUPS = Path("/sys/fs/cgroup")

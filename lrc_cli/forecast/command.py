@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lrc_cli.config import Config
-from lrc_cli.decision import decide, granted_share
 from lrc_cli.errors import InputError
 from lrc_cli.forecast.clocks import available_bytes
 from lrc_cli.forecast.curve import curve_of, point_of
+from lrc_cli.forecast.data_pass import run_statistics
 from lrc_cli.forecast.estimate import (
     Piece,
     Space,
@@ -21,17 +21,17 @@ from lrc_cli.forecast.estimate import (
     peak_of,
     seconds_by_phase,
 )
-from lrc_cli.forecast.passing import run_statistics
 from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
 from lrc_cli.forecast.quality import run_quality
 from lrc_cli.forecast.sequential import sequential_pieces
-from lrc_cli.gather import collect_statistics
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Progress
-from lrc_cli.ranks import allocate_ranks, rest_bytes
-from lrc_cli.run import make_plans
-from lrc_cli.surveys import read_spectra, survey_layers, vectors_bytes
-from lrc_cli.work import LOG, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.factors.decide_sequential import decide, granted_share
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.run import make_plans
+from lrc_cli.job.spectra.ranks import allocate_ranks, rest_bytes
+from lrc_cli.job.spectra.survey import read_spectra, survey_layers, vectors_bytes
+from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.work import LOG, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.runtime.progress import Progress
 
 SPEED_BYTES = 32 << 20
 """Written once to see how fast the disk is."""

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.config import Config
-from lrc_cli.decision import granted_share
 from lrc_cli.engine import DENSE, tails
 from lrc_cli.errors import InputError
-from lrc_cli.plan import Plan
-from lrc_cli.ranks import allocate_ranks
-from lrc_cli.work import Tensors
+from lrc_cli.job.factors.decide_sequential import granted_share
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.ranks import allocate_ranks
+from lrc_cli.job.work import Tensors
 
 SIZES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 

@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lrc_cli import sweep
-from lrc_cli.blocks import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
-from lrc_cli.cut import NO_CHAIN
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import RELU
+from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
+from lrc_cli.execution.segments import NO_CHAIN
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
-from lrc_cli.gather import UnitStore, is_measured, prepare
-from lrc_cli.plan import Plan
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.statistics import Moments
-from lrc_cli.sweep import Job, Sweep
-from lrc_cli.work import GRADIENTS, INPUTS, STATISTICS
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.statistics import sweep
+from lrc_cli.job.statistics.collect import UnitStore, is_measured, prepare
+from lrc_cli.job.statistics.moments import Moments
+from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
 
 PHASE = "statistics"
 

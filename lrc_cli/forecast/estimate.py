@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrc_cli.errors import InputError
-from lrc_cli.report.formatting import byte_size
+from lrc_cli.text import byte_size
 
 
 @dataclass(frozen=True, kw_only=True)

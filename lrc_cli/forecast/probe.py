@@ -12,20 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import RELU
-from lrc_cli.fit import Fitted
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.gather import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.layerwise import fit
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.solving import num_workers, solve_units
-from lrc_cli.statistics import micro_batch
-from lrc_cli.surveys import survey_layers, unit_spectra
-from lrc_cli.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.factors.fit import Fitted
+from lrc_cli.job.factors.problem import fit
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.solve import num_workers, solve_units
+from lrc_cli.job.spectra.survey import survey_layers, unit_spectra
+from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
+from lrc_cli.job.statistics.moments import micro_batch
+from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.network.opening import Layer
+from lrc_cli.runtime.progress import Progress
 
 
 @dataclass

@@ -5,22 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lrc_cli import certify, evaluate
-from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.calibration import Sequences
-from lrc_cli.evaluate import scoring
-from lrc_cli.fit import Fitted
+from lrc_cli.data.draw import Sequences
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.execution.chain import Segment, find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
+from lrc_cli.forecast.data_pass import kinds_of
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.forecast.passing import kinds_of
-from lrc_cli.guarantee import selection_of
-from lrc_cli.plan import Plan
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION
-from lrc_cli.statistics import micro_batch
-from lrc_cli.streams import Streams
+from lrc_cli.job.factors.fit import Fitted
+from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.output.certify import selection_of
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.statistics.moments import micro_batch
+from lrc_cli.quality import compare as comparison
+from lrc_cli.quality import held_out
+from lrc_cli.quality.compare import scoring
 
 Run = Callable[..., Any]
-"""`evaluate.compare` or `certify.measure`, but for networks, sequences, `advance` and `only`."""
+"""`compare.compare` or `held_out.measure`, but for networks, sequences, `advance` and `only`."""
 
 
 def run_quality(plan: Plan, found: Mapping[str, Fitted]) -> tuple[list[Piece], Memory]:
@@ -35,19 +36,19 @@ def run_quality(plan: Plan, found: Mapping[str, Fitted]) -> tuple[list[Piece], M
         loss = scoring(plan.network, batch, plan.tokenizer)
         pieces = [Piece(phase="verification", seconds=both.opening)]
         seed = plan.config.runtime.seed
-        compare = partial(evaluate.compare, loss=loss, seed=seed)
+        compare = partial(comparison.compare, loss=loss, seed=seed)
         for name in plan.evaluation_names:
             pieces += both.pieces(
-                "evaluation", compare, plan.sequences[name], evaluate.MICRO_BATCH_TOKENS
+                "evaluation", compare, plan.sequences[name], comparison.MICRO_BATCH_TOKENS
             )
         if CERTIFICATION in plan.sequences:
-            measure = partial(certify.measure, layers=both.factorised, loss=loss, seed=seed)
+            measure = partial(held_out.measure, layers=both.factorised, loss=loss, seed=seed)
             for phase, sequences in (
                 ("selection", selection_of(plan.sequences)),
                 (CERTIFICATION, plan.sequences[CERTIFICATION]),
             ):
                 run = partial(measure, decompose=phase == CERTIFICATION)
-                pieces += both.pieces(phase, run, sequences, certify.MICRO_BATCH_TOKENS)
+                pieces += both.pieces(phase, run, sequences, held_out.MICRO_BATCH_TOKENS)
     phase = "evaluation and certification"
     return pieces, Memory(phase=phase, measured=memory.peak, gpu=memory.gpu)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lrc_cli.report.formatting import byte_size
+from lrc_cli.text import byte_size
 
 Forecast = dict[str, Any]
 

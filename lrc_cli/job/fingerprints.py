@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli import __version__
-from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
 from lrc_cli.checkpoint.source import Source, hash_file, hash_path, open_source
 from lrc_cli.checkpoint.writer import canonical_json, resolve_output, tidy
 from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.data.draw import Sequences
 from lrc_cli.engine import Solver
-from lrc_cli.factories import source_file
-from lrc_cli.models import Network
+from lrc_cli.network.factories import source_file
+from lrc_cli.network.opening import Network
 
-NO_NUMBERS = ("verify", "report", "forecast", "cli.py", "inspection.py", "scoring.py")
+NO_NUMBERS = ("verify", "report", "forecast", "commands", "cli.py")
 
 
 def statistics_fingerprint(
@@ -59,7 +59,7 @@ def code_hash() -> str:
 
     Not of those that estimate, check, print or read arguments.
     """
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(file.relative_to(root) for file in root.rglob("*.py"))
     counted = [file for file in files if file.parts[0] not in NO_NUMBERS]
     return digest({file.as_posix(): hash_file(root / file) for file in counted})

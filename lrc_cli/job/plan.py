@@ -9,26 +9,26 @@ from typing import Any
 
 import torch
 
-from lrc_cli.applied import Uses
-from lrc_cli.bias import check_bias, gained_bytes
-from lrc_cli.calibration import Sequences, draw
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
 from lrc_cli.config import Config, matches, to_dict
+from lrc_cli.data.draw import Sequences, draw
 from lrc_cli.data.processors import open_processors
-from lrc_cli.devices import resolve_device
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.engine import SOLVERS, Solver
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.finding import Skipped, find_layers
-from lrc_cli.fingerprints import digest, factors_fingerprint, statistics_fingerprint
-from lrc_cli.gates import check_gates_possible
-from lrc_cli.inputs import check_sequences, probe
-from lrc_cli.models import Layer, Network, make_network, open_module, watched
-from lrc_cli.precision import DTYPES
-from lrc_cli.processes import ALONE, Processes
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.rectified import NOT_FOLLOWED, with_relu_where_followed
+from lrc_cli.execution.followed_by_relu import NOT_FOLLOWED, with_relu_where_followed
+from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.execution.weight_use import Uses
+from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
+from lrc_cli.network.candidates.find import Skipped, find_layers
+from lrc_cli.network.candidates.new_bias import check_bias, gained_bytes
+from lrc_cli.network.opening import Layer, Network, make_network, open_module, watched
+from lrc_cli.report.gates import check_gates_possible
+from lrc_cli.runtime.devices import resolve_device
+from lrc_cli.runtime.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,20 @@ import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Compression, Config
-from lrc_cli.decision import check_sequential, decide
+from lrc_cli.data.purposes import purposes_of
 from lrc_cli.engine import RELU
-from lrc_cli.gather import collect_statistics
-from lrc_cli.layerwise import fit
-from lrc_cli.output import finish_output, write_checkpoint
-from lrc_cli.plan import Plan, make_plan, with_config
-from lrc_cli.processes import ALONE, Processes
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import purposes_of
-from lrc_cli.ranks import allocate_ranks, check_reachable
-from lrc_cli.sequential import factorize_sequentially
-from lrc_cli.solving import solve_cost, solve_units
-from lrc_cli.surveys import read_spectra, survey_layers
-from lrc_cli.work import LOG, PASSING, SHARED, WorkDirectory
+from lrc_cli.job.factors.decide_sequential import check_sequential, decide
+from lrc_cli.job.factors.problem import fit
+from lrc_cli.job.factors.sequential import factorize_sequentially
+from lrc_cli.job.output.write import finish_output, write_checkpoint
+from lrc_cli.job.plan import Plan, make_plan, with_config
+from lrc_cli.job.spectra.ranks import allocate_ranks, check_reachable
+from lrc_cli.job.spectra.solve import solve_cost, solve_units
+from lrc_cli.job.spectra.survey import read_spectra, survey_layers
+from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.work import LOG, PASSING, SHARED, WorkDirectory
+from lrc_cli.runtime.processes import ALONE, Processes
+from lrc_cli.runtime.progress import Progress
 
 
 def compress(

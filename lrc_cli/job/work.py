@@ -26,10 +26,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lrc_cli.checkpoint.lock import lock_file
 from lrc_cli.checkpoint.writer import canonical_json, sync_directory, write_json
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.processes import ALONE, Processes
+from lrc_cli.runtime.lock import lock_file
+from lrc_cli.runtime.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"

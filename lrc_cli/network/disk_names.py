@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lrc_cli.experts import has_experts, without_merging
+from lrc_cli.network.experts import has_experts, without_merging
 
 
 def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.layers import replace_modules
+from lrc_cli.network.low_rank.modules import replace_modules
 
 if TYPE_CHECKING:
-    from lrc_cli.stored_experts import Stored
+    from lrc_cli.network.fused_experts import Stored
 
 FUSED = {"gate_up_proj": 2, "down_proj": 1}
 """The parameters of fused experts, (experts, outputs, inputs) each, and how many matrices of the

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lrc_cli.lookups import PLAIN, Scale, lookup_scale, new_embedding
+from lrc_cli.network.embeddings import PLAIN, Scale, lookup_scale, new_embedding
 
 
 @dataclass(frozen=True)

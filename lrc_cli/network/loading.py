@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError, LrcError
-from lrc_cli.factories import Factory, named, resolve_factory
-from lrc_cli.matching import check_copies, check_keys, some_of
-from lrc_cli.names import module_names
-from lrc_cli.recurrent import unroll
-from lrc_cli.slots import (
+from lrc_cli.network.disk_names import module_names
+from lrc_cli.network.factories import Factory, named, resolve_factory
+from lrc_cli.network.low_rank.slots import (
     check_table,
     factorised_weights,
     find_factors,
     finish_slots,
     insert_slots,
 )
+from lrc_cli.network.recurrent import unroll
+from lrc_cli.network.tensor_checks import check_copies, check_keys, some_of
 
 
 def load(

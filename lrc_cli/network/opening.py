@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc_cli.calibration import Batch
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.draw import Batch
 from lrc_cli.errors import InputError
-from lrc_cli.experts import unfuse
-from lrc_cli.keys import Keys
-from lrc_cli.layouts import LINEAR, Layout
-from lrc_cli.loading import load_source
-from lrc_cli.lookups import merge_tables
-from lrc_cli.matching import copies
-from lrc_cli.placement import Placement
-from lrc_cli.precision import LiveCasts, cast_on_read, fast_dtype
-from lrc_cli.recurrent import observed, unroll
-from lrc_cli.stored_experts import take_apart
+from lrc_cli.execution.placement import Placement
+from lrc_cli.execution.precision import LiveCasts, cast_on_read, fast_dtype
+from lrc_cli.network.embeddings import merge_tables
+from lrc_cli.network.experts import unfuse
+from lrc_cli.network.fused_experts import take_apart
+from lrc_cli.network.keys import Keys
+from lrc_cli.network.layouts import LINEAR, Layout
+from lrc_cli.network.loading import load_source
+from lrc_cli.network.recurrent import observed, unroll
+from lrc_cli.network.tensor_checks import copies
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lrc_cli.keys import BIAS, WEIGHT, Keys
-from lrc_cli.layers import replace_modules
+from lrc_cli.network.keys import BIAS, WEIGHT, Keys
+from lrc_cli.network.low_rank.modules import replace_modules
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of a GRU."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
-from lrc_cli.names import module_names
+from lrc_cli.network.disk_names import module_names
 
 EXTRA_STATE = "_extra_state"
 """What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""

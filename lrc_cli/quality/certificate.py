@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from lrc_cli.engine.bounds import mean_bound, quantile_order, sequences_needed
-from lrc_cli.report.sentences import assumptions, statement_text
+from lrc_cli.quality.sentences import assumptions, statement_text
 
 Values = Mapping[str, Sequence[float]]
 Statement = dict[str, Any]

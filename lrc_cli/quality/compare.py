@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lrc_cli.blocks import Segment, find_chain
-from lrc_cli.calibration import Batch, Sequences
+from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.losses import (
+from lrc_cli.execution.chain import Segment, find_chain
+from lrc_cli.execution.losses import (
     UNSCORED,
     Loss,
     Masks,
@@ -21,10 +21,10 @@ from lrc_cli.losses import (
     prepare,
     unpadded,
 )
-from lrc_cli.models import Network
-from lrc_cli.processes import ALONE, Processes
-from lrc_cli.statistics import micro_batch
-from lrc_cli.walk import Keep, Pair
+from lrc_cli.execution.walk import Keep, Pair
+from lrc_cli.job.statistics.moments import micro_batch
+from lrc_cli.network.opening import Network
+from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 1024
 LARGEST_RATIO = 2.0**24

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc_cli.calibration import Batch
-from lrc_cli.evaluate import LARGEST_RATIO
-from lrc_cli.losses import UNSCORED, floating_outputs, masks_of, unpadded
+from lrc_cli.data.draw import Batch
+from lrc_cli.execution.losses import UNSCORED, floating_outputs, masks_of, unpadded
+from lrc_cli.quality.compare import LARGEST_RATIO
 
 
 def ratio(error: Tensor, energy: Tensor) -> Tensor:

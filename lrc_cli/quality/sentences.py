@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from lrc_cli.report.formatting import count, small
+from lrc_cli.text import count, small
 
 Certificate = Mapping[str, Any]
 

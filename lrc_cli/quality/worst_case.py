@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.layers import LowRankLayer, affine
+from lrc_cli.network.low_rank.modules import LowRankLayer, affine
 
 LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Identity: lambda _: 1.0,

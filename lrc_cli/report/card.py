@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from lrc_cli.quality.sentences import main_statements
 from lrc_cli.report.facts import (
     Report,
     factorised,
@@ -16,8 +17,6 @@ from lrc_cli.report.facts import (
     settings,
     summary,
 )
-from lrc_cli.report.formatting import count
-from lrc_cli.report.sentences import main_statements
 from lrc_cli.report.tables import (
     Table,
     gates_table,
@@ -27,6 +26,7 @@ from lrc_cli.report.tables import (
     size_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
+from lrc_cli.text import count
 
 VERIFYING = (
     "`lrc verify path/to/this/directory --against path/to/the/original` checks these files and"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lrc_cli.report.facts import kept
-from lrc_cli.report.formatting import duration, percent, small
 from lrc_cli.report.markup import Markup, element, join
+from lrc_cli.text import duration, percent, small
 
 Layer = dict[str, Any]
 Scale = Callable[[float], float]

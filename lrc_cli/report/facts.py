@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from lrc_cli.report.formatting import byte_size, count, percent
-from lrc_cli.report.sentences import not_promised
+from lrc_cli.quality.sentences import not_promised
+from lrc_cli.text import byte_size, count, percent
 
 Report = dict[str, Any]
 """report.json, parsed; see docs/ and `build_report`."""

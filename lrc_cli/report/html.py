@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 
+from lrc_cli.quality.sentences import main_statements
 from lrc_cli.report.charts import error_chart, error_legend, share_chart, time_chart
 from lrc_cli.report.facts import (
     Report,
@@ -18,9 +19,7 @@ from lrc_cli.report.facts import (
     perplexity_ratio,
     summary,
 )
-from lrc_cli.report.formatting import byte_size, count, duration, factor, percent, perplexity, small
 from lrc_cli.report.markup import Markup, element, join
-from lrc_cli.report.sentences import main_statements
 from lrc_cli.report.tables import (
     Column,
     Table,
@@ -35,6 +34,7 @@ from lrc_cli.report.tables import (
     size_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
+from lrc_cli.text import byte_size, count, duration, factor, percent, perplexity, small
 
 # The policy makes the promise binding: a browser that honours it fetches nothing for this page.
 HEAD = (

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrc_cli.quality.sentences import rounded_up, title
 from lrc_cli.report.facts import Report, kept, perplexity_ratio
-from lrc_cli.report.formatting import (
+from lrc_cli.text import (
     EMPTY,
     byte_size,
     count,
@@ -17,7 +18,6 @@ from lrc_cli.report.formatting import (
     perplexity,
     small,
 )
-from lrc_cli.report.sentences import rounded_up, title
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Heading, "l" or "r" for the alignment, and what a row's cell says."""

@@ -1,7 +1,7 @@
 """The worst-case bound of plain feed-forward networks, in words."""
 
 from lrc_cli.report.facts import Report
-from lrc_cli.report.formatting import count, small
+from lrc_cli.text import count, small
 
 
 def worst_case_note(report: Report) -> str:

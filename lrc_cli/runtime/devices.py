@@ -3,7 +3,7 @@
 import torch
 
 from lrc_cli.errors import InputError
-from lrc_cli.processes import ALONE, Processes
+from lrc_cli.runtime.processes import ALONE, Processes
 
 
 def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:

@@ -90,7 +90,7 @@ def joined() -> Iterator[Processes]:
     if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    from lrc_cli.distributed import Group
+    from lrc_cli.runtime.torchrun import Group
 
     group = Group()
     try:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from lrc_cli.errors import RunError
-from lrc_cli.processes import Processes
+from lrc_cli.runtime.processes import Processes
 
 Value = TypeVar("Value")
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.progress import Progress
-from lrc_cli.verify.figures import check_figures
-from lrc_cli.verify.files import check_hex, check_manifest, check_pin, open_manifest
-from lrc_cli.verify.measured import check_against, not_measured
-from lrc_cli.verify.promises import check_certificate
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.verify.again.measure import check_against, not_measured
+from lrc_cli.verify.files.certificate import check_certificate
+from lrc_cli.verify.files.figures import check_figures
+from lrc_cli.verify.files.manifest import check_hex, check_manifest, check_pin, open_manifest
+from lrc_cli.verify.files.weights import check_weights
+from lrc_cli.verify.files.written import open_written
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.weights import check_weights
-from lrc_cli.verify.written import open_written
 
 
 @dataclass(frozen=True, kw_only=True)

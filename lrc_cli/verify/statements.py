@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 
 from lrc_cli.errors import LrcError
-from lrc_cli.factories import named
-from lrc_cli.progress import Interrupted
+from lrc_cli.network.factories import named
+from lrc_cli.runtime.progress import Interrupted
 
 HOLDS, FAILS, NOT_CHECKED = "holds", "fails", "not checked"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lrc_cli import compress, load
 from lrc_cli.config import load_config
-from lrc_cli.progress import Progress
+from lrc_cli.runtime.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS, DATA = ROOT / ".cache" / "models", ROOT / ".cache" / "data"

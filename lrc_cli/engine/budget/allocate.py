@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.choices import Choices
+from lrc_cli.engine.budget.choices import Choices
 
 BISECTIONS = 64
 """Halvings of the multiplier's exponent: beyond float64's resolution."""

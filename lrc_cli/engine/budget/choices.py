@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.storage import PIVOT_BLOCK, pivot_block, storage_bytes
+from lrc_cli.engine.storage.forms import PIVOT_BLOCK, pivot_block, storage_bytes
 
 DENSE = 0
 """The rank that stands for "left dense"."""

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.choices import tails
+from lrc_cli.engine.budget.choices import tails
 from lrc_cli.engine.problem import Errors as Errors
 from lrc_cli.engine.problem import Factors, Metric, References, Solver, Statistics, Survey
-from lrc_cli.engine.storage import Stored, dense
-from lrc_cli.engine.svd import SVD
+from lrc_cli.engine.solvers.svd import SVD
+from lrc_cli.engine.storage.forms import Stored, dense
 
 
 class Solution(NamedTuple):

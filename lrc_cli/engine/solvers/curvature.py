@@ -10,7 +10,7 @@ The eigenproblem is in sides.py.
 import torch
 
 from lrc_cli.engine.problem import Metric, Solver, Statistics, required
-from lrc_cli.engine.sides import Weighted, spanned
+from lrc_cli.engine.solvers.weighted import Weighted, spanned
 
 DAMPING = 1e-3
 """Added to F's eigenvalues, as a share of their mean."""

@@ -5,7 +5,7 @@ eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input s
 """
 
 from lrc_cli.engine.problem import Metric, Solver, Statistics, required
-from lrc_cli.engine.sides import Weighted, spanned
+from lrc_cli.engine.solvers.weighted import Weighted, spanned
 
 
 def _metric(statistics: Statistics) -> Metric:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.approximation import Approximation, SameInput, Solution
-from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
 from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, Survey, required
+from lrc_cli.engine.solvers.approximation import Approximation, SameInput, Solution
+from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
 """What the programme minimises."""

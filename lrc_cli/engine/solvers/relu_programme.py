@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import cholesky, eigenpairs, eigenvalues, is_wide
-from lrc_cli.engine.rectifier import (
+from lrc_cli.engine.solvers.relu_errors import (
     best_offset,
     majorant,
     majorant_slope,

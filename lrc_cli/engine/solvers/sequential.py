@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.approximation import Approximation, Errors, SameInput, Solution
-from lrc_cli.engine.frobenius import FROBENIUS
 from lrc_cli.engine.linalg import cholesky, eigenpairs
 from lrc_cli.engine.problem import Solver, Statistics
+from lrc_cli.engine.solvers.approximation import Approximation, Errors, SameInput, Solution
+from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
 RESOLUTION = 2.0**-24
 """Of the eigenvalues of C at unit diagonal: products of activations are rounded to float32."""

@@ -8,10 +8,10 @@ below what float32 factors resolve.
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.choices import tails
+from lrc_cli.engine.budget.choices import tails
 from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide
 from lrc_cli.engine.problem import Errors, Factors, Metric, References, Solver, Statistics, Survey
-from lrc_cli.engine.sides import rank_above_floor, side_of
+from lrc_cli.engine.solvers.weighted import rank_above_floor, side_of
 
 
 def _metric(statistics: Statistics) -> Metric:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from lrc_cli.engine.approximation import Approximation
-from lrc_cli.engine.storage import (
+from lrc_cli.engine.solvers.approximation import Approximation
+from lrc_cli.engine.storage.forms import (
     STORAGES,
     Stored,
     factors_bytes,

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.pivots import select
 from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
-from lrc_cli.engine.refit import Refit, deciding_dtype
+from lrc_cli.engine.storage.pivots import select
+from lrc_cli.engine.storage.refit import Refit, deciding_dtype
 
 PIVOT_BLOCK = 8
 """Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""

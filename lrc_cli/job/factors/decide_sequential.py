@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, pivot_block, storage_bytes
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.work import STATISTICS, WorkDirectory
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.opening import Layer
 
 METHODS = ("frobenius", "curvature")
 """Those whose problem has a form on two networks' inputs."""

@@ -19,7 +19,7 @@ from lrc_cli.engine import (
     dense,
     pack_best,
 )
-from lrc_cli.models import Layer
+from lrc_cli.network.opening import Layer
 
 RESOLUTION = 2.0**-24
 """Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import (
     DENSE,
     NUCLEAR,
@@ -13,16 +14,15 @@ from lrc_cli.engine import (
     Shrunk,
     SolveError,
 )
-from lrc_cli.fit import Fitted, Request, fit_layer, left_dense
-from lrc_cli.gather import read_statistics
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.ranks import rank_multiple
-from lrc_cli.rectified import fit_rectified, read_inputs
-from lrc_cli.solving import weight_of
-from lrc_cli.surveys import dense_reason, read_survey
-from lrc_cli.work import STATISTICS, WorkDirectory
+from lrc_cli.execution.followed_by_relu import fit_rectified, read_inputs
+from lrc_cli.job.factors.fit import Fitted, Request, fit_layer, left_dense
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.ranks import rank_multiple
+from lrc_cli.job.spectra.solve import weight_of
+from lrc_cli.job.spectra.survey import dense_reason, read_survey
+from lrc_cli.job.statistics.collect import read_statistics
+from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.opening import Layer
 
 
 def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:

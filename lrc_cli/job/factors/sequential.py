@@ -16,22 +16,22 @@ from functools import partial
 
 import torch
 
-from lrc_cli.blocks import Segment, find_chain, segments_of
-from lrc_cli.decision import TIED, excluded, num_held_back
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
-from lrc_cli.fit import Fitted, fit_layer
-from lrc_cli.gather import MICRO_BATCH_TOKENS, read_statistics
-from lrc_cli.layerwise import fit, request_of
-from lrc_cli.memory import HostMemory
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Phase, Progress
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.solving import solve_cost, solve_each, weight_of
-from lrc_cli.statistics import micro_batch
-from lrc_cli.streams import Streams
-from lrc_cli.surveys import dense_reason
-from lrc_cli.work import STATISTICS, WorkDirectory
+from lrc_cli.execution.chain import Segment, find_chain, segments_of
+from lrc_cli.job.factors.decide_sequential import TIED, excluded, num_held_back
+from lrc_cli.job.factors.fit import Fitted, fit_layer
+from lrc_cli.job.factors.problem import fit, request_of
+from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
+from lrc_cli.job.spectra.survey import dense_reason
+from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, read_statistics
+from lrc_cli.job.statistics.moments import micro_batch
+from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.opening import Layer
+from lrc_cli.runtime.progress import Phase, Progress
+from lrc_cli.runtime.spill import HostMemory
 
 Drifts = tuple[Drift, Drift | None]
 """Moments over what is fitted to, and over what is held back."""

@@ -8,8 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lrc_cli.calibration import Purpose, Sequences
-from lrc_cli.certificate import (
+from lrc_cli.checkpoint.source import hash_path
+from lrc_cli.data.draw import Purpose, Sequences
+from lrc_cli.data.kinds import member, members
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.walk import Keep
+from lrc_cli.job.plan import Plan
+from lrc_cli.network.opening import Layer, Network
+from lrc_cli.quality.certificate import (
     NO_SEQUENCES,
     NOT_ASKED,
     Values,
@@ -18,17 +25,10 @@ from lrc_cli.certificate import (
     no_certificate,
     tolerances_of,
 )
-from lrc_cli.certify import ERRORS, LayerErrors, Measured, measure
-from lrc_cli.checkpoint.source import hash_path
-from lrc_cli.data.kinds import member, members
-from lrc_cli.evaluate import scoring
-from lrc_cli.losses import Loss
-from lrc_cli.models import Layer, Network
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.report.formatting import count
-from lrc_cli.walk import Keep
+from lrc_cli.quality.compare import scoring
+from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.text import count
 
 NUM_SELECTION = 16
 """Calibration sequences that tolerances and clipping limits are chosen on."""

@@ -11,9 +11,9 @@ import torch
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
-from lrc_cli.fingerprints import code_hash, data_hashes
-from lrc_cli.plan import Plan
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.job.fingerprints import code_hash, data_hashes
+from lrc_cli.job.plan import Plan
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "safetensors")

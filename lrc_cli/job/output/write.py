@@ -23,22 +23,22 @@ from lrc_cli.checkpoint.writer import (
     write_weights,
 )
 from lrc_cli.config import config_hash, to_yaml
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import RunError, is_networks
-from lrc_cli.evaluate import compare, scoring
-from lrc_cli.feedforward import worst_case
-from lrc_cli.gates import check_gates
-from lrc_cli.guarantee import certify
-from lrc_cli.losses import all_finite, floating_outputs
-from lrc_cli.memory import HostMemory
-from lrc_cli.models import Network, make_network, open_module
-from lrc_cli.plan import Plan
-from lrc_cli.precision import DTYPES
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION
+from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.execution.walk import compressed_failure
+from lrc_cli.job.output.certify import certify
+from lrc_cli.job.output.record import build_report
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.opening import Network, make_network, open_module
+from lrc_cli.quality.compare import compare, scoring
+from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
-from lrc_cli.report.build import build_report
-from lrc_cli.walk import compressed_failure
-from lrc_cli.work import STATISTICS, WorkDirectory
+from lrc_cli.report.gates import check_gates
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.spill import HostMemory
 
 
 def partial_of(plan: Plan) -> Path:

@@ -19,9 +19,9 @@ from lrc_cli.engine import (
     within_layer_error,
 )
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.precision import DTYPES
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.job.plan import Plan
+from lrc_cli.network.opening import Layer
 
 BISECTIONS = 30
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 
 from lrc_cli.engine import RELU
-from lrc_cli.models import Layer
-from lrc_cli.parallel import in_parallel
-from lrc_cli.plan import Plan
+from lrc_cli.job.plan import Plan
+from lrc_cli.network.opening import Layer
+from lrc_cli.runtime.threads import in_parallel
 
 Result = TypeVar("Result")
 

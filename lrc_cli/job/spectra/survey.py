@@ -6,12 +6,12 @@ from functools import partial
 import torch
 
 from lrc_cli.engine import Errors, References, SolveError, Survey, survey
-from lrc_cli.gather import read_statistics
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Progress
-from lrc_cli.solving import solve_cost, solve_units, weight_of
-from lrc_cli.work import SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.solve import solve_cost, solve_units, weight_of
+from lrc_cli.job.statistics.collect import read_statistics
+from lrc_cli.job.work import SURVEYS, Tensors, WorkDirectory
+from lrc_cli.network.opening import Layer
+from lrc_cli.runtime.progress import Progress
 
 SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "zero"
 

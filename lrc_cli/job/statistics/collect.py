@@ -5,19 +5,16 @@ from typing import Any
 
 import torch
 
-from lrc_cli.blocks import Segment
-from lrc_cli.cut import Cut, find_cut
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
-from lrc_cli.losses import Loss, choose_loss
-from lrc_cli.memory import HostMemory
-from lrc_cli.models import Layer
-from lrc_cli.plan import Plan
-from lrc_cli.progress import Progress
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.statistics import Moments, micro_batch
-from lrc_cli.sweep import Job, Sweep
-from lrc_cli.work import (
+from lrc_cli.execution.chain import Segment
+from lrc_cli.execution.losses import Loss, choose_loss
+from lrc_cli.execution.segments import Cut, find_cut
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.statistics.moments import Moments, micro_batch
+from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.work import (
     PARTS,
     PASSING,
     STATISTICS,
@@ -26,6 +23,9 @@ from lrc_cli.work import (
     compress_gram,
     expand_gram,
 )
+from lrc_cli.network.opening import Layer
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.spill import HostMemory
 
 MICRO_BATCH_TOKENS = 2048
 

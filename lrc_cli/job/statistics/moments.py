@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from lrc_cli.calibration import Sequences
+from lrc_cli.data.draw import Sequences
 from lrc_cli.errors import RunError
-from lrc_cli.losses import Masks, unpadded
-from lrc_cli.models import Layer, Network, hooked
-from lrc_cli.processes import Processes
+from lrc_cli.execution.losses import Masks, unpadded
+from lrc_cli.network.opening import Layer, Network, hooked
+from lrc_cli.runtime.processes import Processes
 
 # Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
 # to 40 % of the products. Narrower panels would slow the matrix product itself.

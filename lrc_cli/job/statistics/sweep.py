@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from lrc_cli.blocks import HEAD, TAIL, WHOLE, Chain, Segment
-from lrc_cli.calibration import Batch
+from lrc_cli.data.draw import Batch
 from lrc_cli.errors import RunError
-from lrc_cli.losses import (
+from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Chain, Segment
+from lrc_cli.execution.losses import (
     Loss,
     Masks,
     backward_scalars,
@@ -37,11 +37,11 @@ from lrc_cli.losses import (
     prepare,
     unpadded,
 )
-from lrc_cli.models import Layer, Network
-from lrc_cli.precision import recast_in_backward
-from lrc_cli.statistics import Moments
-from lrc_cli.walk import Keep, Walk
-from lrc_cli.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
+from lrc_cli.execution.precision import recast_in_backward
+from lrc_cli.execution.walk import Keep, Walk
+from lrc_cli.job.statistics.moments import Moments
+from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
+from lrc_cli.network.opening import Layer, Network
 
 STORE_EVERY = 10.0
 """Seconds: what a run that goes on may have to run through again, beside the segment it was in."""

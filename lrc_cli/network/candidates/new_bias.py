@@ -14,9 +14,9 @@ from torch import nn
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
-from lrc_cli.keys import Keys
-from lrc_cli.models import Layer
-from lrc_cli.names import module_names
+from lrc_cli.network.disk_names import module_names
+from lrc_cli.network.keys import Keys
+from lrc_cli.network.opening import Layer
 
 
 def gained_bytes(layer: Layer, source: Source, dtype: torch.dtype) -> int:

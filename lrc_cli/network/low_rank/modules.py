@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
-from lrc_cli.factor_shapes import FactorShapes, damaged
-from lrc_cli.layouts import Layout, Table, layout_of
-from lrc_cli.ordering import in_order
+from lrc_cli.network.layouts import Layout, Table, layout_of
+from lrc_cli.network.low_rank.row_order import in_order
+from lrc_cli.network.low_rank.shapes import FactorShapes, damaged
 
 
 class LowRankLayer(nn.Module):

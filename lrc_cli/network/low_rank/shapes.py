@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lrc_cli.errors import InputError
-from lrc_cli.layouts import Layout
+from lrc_cli.network.layouts import Layout
 
 
 def damaged(cause: str) -> InputError:

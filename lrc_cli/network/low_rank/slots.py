@@ -8,9 +8,11 @@ from torch import nn
 
 from lrc_cli.checkpoint.headers import UPGRADE, TensorInfo
 from lrc_cli.errors import InputError
-from lrc_cli.factor_shapes import FactorShapes, damaged
-from lrc_cli.keys import BIAS, PERM, UP, WEIGHT, Keys
-from lrc_cli.layers import (
+from lrc_cli.network.disk_names import module_names
+from lrc_cli.network.embeddings import lookup_scale
+from lrc_cli.network.keys import BIAS, PERM, UP, WEIGHT, Keys
+from lrc_cli.network.layouts import Layout, Lookup, Table, layout_of, linear_shape, table_layout
+from lrc_cli.network.low_rank.modules import (
     LowRankLayer,
     LowRankModule,
     LowRankSlot,
@@ -18,10 +20,8 @@ from lrc_cli.layers import (
     low_rank_layers,
     replace_modules,
 )
-from lrc_cli.layouts import Layout, Lookup, Table, layout_of, linear_shape, table_layout
-from lrc_cli.lookups import lookup_scale
-from lrc_cli.names import module_names
-from lrc_cli.tied import Tied, TiedEmbedding, TiedHead
+from lrc_cli.network.low_rank.shapes import FactorShapes, damaged
+from lrc_cli.network.low_rank.tied import Tied, TiedEmbedding, TiedHead
 
 
 def factorised_weights(headers: Mapping[str, TensorInfo]) -> list[str]:

@@ -5,8 +5,8 @@ State dicts have the factors once, under the embedding's name.
 
 from torch import Tensor, nn
 
-from lrc_cli.layers import LowRankLayer
-from lrc_cli.lookups import Scale, new_embedding
+from lrc_cli.network.embeddings import Scale, new_embedding
+from lrc_cli.network.low_rank.modules import LowRankLayer
 
 
 class Tied(nn.Module):

@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrc_cli.calibration import Sequences
-from lrc_cli.losses import Masks, masks_of
-from lrc_cli.models import Layer, Network, hooked
-from lrc_cli.verify.moments import Checked, Moments, batch_size, real_rows
+from lrc_cli.data.draw import Sequences
+from lrc_cli.execution.losses import Masks, masks_of
+from lrc_cli.network.opening import Layer, Network, hooked
+from lrc_cli.verify.again.moments import Checked, Moments, batch_size, real_rows
 
 PAIR_TOKENS = 512
 """The inputs of all layers are held for so many tokens."""

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.calibration import Purpose, Sequences, draw
+from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.errors import InputError
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.verify.files import data_sha256
+from lrc_cli.verify.files.manifest import data_sha256
+from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written
 
 
 def draw_again(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.experts import is_expert
-from lrc_cli.losses import UNSCORED, Loss, floating_outputs, masks_of, prepare
-from lrc_cli.models import Layer, Network, watched
-from lrc_cli.verify.moments import batch_size
+from lrc_cli.data.draw import Batch, Sequences
+from lrc_cli.execution.losses import UNSCORED, Loss, floating_outputs, masks_of, prepare
+from lrc_cli.network.experts import is_expert
+from lrc_cli.network.opening import Layer, Network, watched
+from lrc_cli.verify.again.moments import batch_size
 
 QUALITY_TOKENS = 1024
 """Tokens run together: as in the run."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.verify.moments import Checked
-from lrc_cli.verify.pairs import Pair
+from lrc_cli.verify.again.both_inputs import Pair
+from lrc_cli.verify.again.moments import Checked
 
 TOLERANCE = 2e-3
 """Relative, of what is measured again; of squared errors twice that."""

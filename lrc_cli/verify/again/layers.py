@@ -7,13 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lrc_cli.losses import Loss, choose_loss
-from lrc_cli.parallel import in_parallel
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.verify.behind import Behind
-from lrc_cli.verify.bench import Bench
-from lrc_cli.verify.compared import judge_bias, judge_errors
-from lrc_cli.verify.errors import (
+from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.execution.losses import Loss, choose_loss
+from lrc_cli.runtime.threads import in_parallel
+from lrc_cli.verify.again.behind_relu import Behind
+from lrc_cli.verify.again.both_inputs import PairMoments, measure_pairs
+from lrc_cli.verify.again.layer_errors import (
     Form,
     Found,
     correction_problem,
@@ -23,13 +22,14 @@ from lrc_cli.verify.errors import (
     same_input_errors,
     white_errors,
 )
-from lrc_cli.verify.moments import (
+from lrc_cli.verify.again.moments import (
     Checked,
     Moments,
     measure_inputs,
     shared_inputs,
 )
-from lrc_cli.verify.pairs import PairMoments, measure_pairs
+from lrc_cli.verify.again.networks import Bench
+from lrc_cli.verify.again.tolerances import judge_bias, judge_errors
 
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU."""

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from lrc_cli.errors import InputError
-from lrc_cli.progress import Progress
-from lrc_cli.verify.bench import open_bench
-from lrc_cli.verify.c1 import measure_layers
-from lrc_cli.verify.c2 import check_certificate_values, check_quality
-from lrc_cli.verify.original import check_factory, check_original, open_original
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.verify.again.layers import measure_layers
+from lrc_cli.verify.again.networks import open_bench
+from lrc_cli.verify.again.quality import check_certificate_values, check_quality
+from lrc_cli.verify.again.worst_case import check_worst_case
+from lrc_cli.verify.files.written import Written
+from lrc_cli.verify.original.unchanged import check_factory, check_original, open_original
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.worst import check_worst_case
-from lrc_cli.verify.written import Written
 
 MEASURED = {
     "c1": "the layers' errors on the calibration data",

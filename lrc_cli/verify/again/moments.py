@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrc_cli.calibration import Batch, Sequences
-from lrc_cli.losses import (
+from lrc_cli.data.draw import Batch, Sequences
+from lrc_cli.execution.losses import (
     Loss,
     Masks,
     backward_scalars,
@@ -21,9 +21,9 @@ from lrc_cli.losses import (
     prepare,
     unpadded,
 )
-from lrc_cli.models import Layer, Network, hooked, watched
-from lrc_cli.precision import recast_in_backward
-from lrc_cli.verify.behind import Behind
+from lrc_cli.execution.precision import recast_in_backward
+from lrc_cli.network.opening import Layer, Network, hooked, watched
+from lrc_cli.verify.again.behind_relu import Behind
 
 STATISTICS_TOKENS = 2048
 """Tokens run together: as in the run, because labels and probes are drawn batch by batch."""

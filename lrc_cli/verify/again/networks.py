@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from lrc_cli.calibration import Sequences
 from lrc_cli.checkpoint.source import Source
+from lrc_cli.data.draw import Sequences
 from lrc_cli.data.processors import open_processors
-from lrc_cli.devices import resolve_device
 from lrc_cli.errors import InputError
-from lrc_cli.models import Layer, Network, make_network
-from lrc_cli.precision import DTYPES
-from lrc_cli.progress import Progress
-from lrc_cli.verify.data import draw_again
-from lrc_cli.verify.moments import HELD_BYTES, Checked
-from lrc_cli.verify.original import open_layers, open_networks
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.network.opening import Layer, Network, make_network
+from lrc_cli.runtime.devices import resolve_device
+from lrc_cli.runtime.progress import Progress
+from lrc_cli.verify.again.data import draw_again
+from lrc_cli.verify.again.moments import HELD_BYTES, Checked
+from lrc_cli.verify.files.written import Written, dense_matrix, layer_tensors
+from lrc_cli.verify.original.unchanged import open_layers, open_networks
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, dense_matrix, layer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from lrc_cli.calibration import Sequences
+from lrc_cli.data.draw import Sequences
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.errors import InputError
-from lrc_cli.losses import Loss, choose_loss
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION
-from lrc_cli.verify.bench import Bench
-from lrc_cli.verify.compared import judge_certificate, judge_quality
-from lrc_cli.verify.held_out import HeldOut, measure_held_out, measure_quality
-from lrc_cli.verify.promises import SELECTED
+from lrc_cli.execution.losses import Loss, choose_loss
+from lrc_cli.verify.again.held_out import HeldOut, measure_held_out, measure_quality
+from lrc_cli.verify.again.networks import Bench
+from lrc_cli.verify.again.tolerances import judge_certificate, judge_quality
+from lrc_cli.verify.files.certificate import SELECTED
 
 PREDICTIONS = {
     "next_token": "next-token predictions",

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from lrc_cli.losses import Loss
-from lrc_cli.verify.behind import Behind
-from lrc_cli.verify.errors import (
+from lrc_cli.execution.losses import Loss
+from lrc_cli.verify.again.behind_relu import Behind
+from lrc_cli.verify.again.held_out import KINDS, HeldOut
+from lrc_cli.verify.again.layer_errors import (
     CURVATURE_TOLERANCE,
     FLOORS,
     TOLERANCE,
@@ -16,10 +17,9 @@ from lrc_cli.verify.errors import (
     compare_metric,
     compare_output,
 )
-from lrc_cli.verify.held_out import KINDS, HeldOut
-from lrc_cli.verify.moments import Checked
+from lrc_cli.verify.again.moments import Checked
+from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written
 
 QUALITY_TOLERANCE = 1e-3
 """Relative, of losses and of what is measured on one sequence."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.layers import affine
-from lrc_cli.purposes import CALIBRATION
-from lrc_cli.verify.bench import Bench
+from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.network.low_rank.modules import affine
+from lrc_cli.verify.again.networks import Bench
 
 TOLERANCE = 1e-4
 """Relative, of norms: both sides compute in float64 from the same files."""

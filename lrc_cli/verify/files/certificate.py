@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli.data.kinds import member
-from lrc_cli.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.report.sentences import assumptions, statement_text
-from lrc_cli.verify.figures import close
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.quality.sentences import assumptions, statement_text
+from lrc_cli.verify.files.confidence_bounds import exact, is_needed, mean_problem, smallest_order
+from lrc_cli.verify.files.figures import close
+from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.tails import exact, is_needed, mean_problem, smallest_order
-from lrc_cli.verify.written import Written
 
 SELECTED = 16
 """Calibration sequences that tolerances and clipping limits are taken from, at most."""

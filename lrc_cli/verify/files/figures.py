@@ -9,12 +9,12 @@ import yaml
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config, config_hash, to_dict
-from lrc_cli.keys import PERM
+from lrc_cli.network.keys import PERM
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
-from lrc_cli.verify.files import check_origins
+from lrc_cli.verify.files.manifest import check_origins
+from lrc_cli.verify.files.written import Written, gained_biases, marks_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, gained_biases, marks_of
 
 FLOORS = 64.0
 """Times the numerical floor: Gram matrices that were summed in float32 are a little indefinite."""

@@ -16,9 +16,9 @@ from lrc_cli.checkpoint.headers import (
     read_json,
 )
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.keys import PERM, UP, WEIGHT, Keys
+from lrc_cli.network.keys import PERM, UP, WEIGHT, Keys
+from lrc_cli.verify.files.written import Written, gained_biases, marks_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, gained_biases, marks_of
 
 CHUNK = 1 << 22
 """Entries looked at together."""

@@ -11,8 +11,8 @@ from lrc_cli.checkpoint.fused import Fused, is_mark
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, load_config
-from lrc_cli.keys import PERM, UP, WEIGHT, Keys
-from lrc_cli.verify.files import REPORT
+from lrc_cli.network.keys import PERM, UP, WEIGHT, Keys
+from lrc_cli.verify.files.manifest import REPORT
 from lrc_cli.verify.statements import Findings
 
 FORM: dict[str, type] = {

@@ -10,15 +10,15 @@ from torch import nn
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError
-from lrc_cli.factories import ask_for_factory, source_file
-from lrc_cli.keys import Keys
-from lrc_cli.layouts import layout_of, linear_shape
-from lrc_cli.models import Layer, open_module
-from lrc_cli.names import stored_names
-from lrc_cli.precision import DTYPES
-from lrc_cli.verify.files import is_inside, sha256_of
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.network.disk_names import stored_names
+from lrc_cli.network.factories import ask_for_factory, source_file
+from lrc_cli.network.keys import Keys
+from lrc_cli.network.layouts import layout_of, linear_shape
+from lrc_cli.network.opening import Layer, open_module
+from lrc_cli.verify.files.manifest import is_inside, sha256_of
+from lrc_cli.verify.files.written import Written, fused_of
 from lrc_cli.verify.statements import Findings
-from lrc_cli.verify.written import Written, fused_of
 
 
 def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
