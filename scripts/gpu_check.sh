@@ -2,7 +2,7 @@
 # Checks on a GPU, without a network: what is installed, the tests, a 7B-shaped run against targets.
 #
 #   scripts/gpu_check.sh                                       everything
-#   PYTHON=python3 TESTS=tests/test_statistics.py scripts/gpu_check.sh --directory /big/disk
+#   PYTHON=python3 TESTS=tests/job/test_statistics.py scripts/gpu_check.sh --directory /big/disk
 #
 # PYTHON: the interpreter; .venv's where there is one. TESTS: what pytest runs; "" for none.
 # Further arguments go to gpu_check.py. Without a GPU the same is run on the CPU, in a small shape.
@@ -25,7 +25,7 @@ else
 fi
 
 # test_real and test_fetch need what `make test` downloads.
-tests="${TESTS-tests --ignore=tests/test_real.py --ignore=tests/test_fetch.py}"
+tests="${TESTS-tests --ignore=tests/job/test_real.py --ignore=tests/scripts/test_fetch.py}"
 if [ -n "$tests" ]; then
   # shellcheck disable=SC2086  # several words
   "$PYTHON" -m pytest -q $tests || failed=$?

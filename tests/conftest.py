@@ -1,6 +1,5 @@
 """Fixtures shared by the tests of the command: tiny checkpoints, written once per session."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 
 # Threads cost more than they give at these sizes.
 torch.set_num_threads(1)
-
-Models = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +20,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pico.Models:
     """The directory of a model of pico.MODELS; tests must not change it."""
     root = tmp_path_factory.mktemp("models")
     return lambda name: (
@@ -38,6 +35,6 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> pico.PlainFolder:
 
 
 @pytest.fixture
-def llama_job(checkpoint: Models, text: Path) -> dict[str, Any]:
+def llama_job(checkpoint: pico.Models, text: Path) -> dict[str, Any]:
     """Changes for `pico.job`: the pico Llama, fitted to the text."""
     return {"model.path": str(checkpoint("llama")), "calibration.path": str(text)}

@@ -13,8 +13,8 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from hf_helpers import mapped_file
+from pico import Models
 from safetensors.torch import load_file, save_file
 
 from lrc_cli.checkpoint.manifest import build_manifest, matches_manifest

@@ -7,7 +7,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

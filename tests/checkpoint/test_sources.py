@@ -11,8 +11,8 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from hf_helpers import mapped_file
+from pico import Models
 from safetensors.torch import save_file
 from source_helpers import FORMS, as_bin
 from torch import nn

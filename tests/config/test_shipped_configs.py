@@ -7,12 +7,12 @@ import media_helpers
 import pico
 import pytest
 import yaml
-from conftest import Models
 from families import FAMILIES
+from pico import Models
 
 from lrc_cli.config import json_schema, load_config
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 KINDS = {"decoder", "encoder", "experts", "plain", "speech", "vision"}
 TEXTS = {"decoder": "llama", "encoder": "bert"}

@@ -7,9 +7,9 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import Models
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 

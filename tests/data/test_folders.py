@@ -10,8 +10,8 @@ import pico
 import pytest
 import soundfile
 import torch
-from conftest import Models
 from data_helpers import drawn, write_records
+from pico import Models
 from PIL import Image
 from safetensors.torch import save_file
 

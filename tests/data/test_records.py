@@ -9,8 +9,8 @@ import numpy as np
 import pico
 import pytest
 import torch
-from conftest import Models
 from data_helpers import drawn, write_records
+from pico import Models
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from lrc_cli.cli import lrc
 from lrc_cli.config import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_command_reference_is_up_to_date() -> None:

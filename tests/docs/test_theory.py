@@ -26,7 +26,7 @@ from lrc_cli.report.facts import loss_estimate
 from lrc_cli.report.tables import Table, held_out_table, layer_table
 from lrc_cli.report.worst_case import worst_case_note
 
-THEORY = (Path(__file__).resolve().parent.parent / "docs" / "theory.md").read_text(encoding="utf-8")
+THEORY = (Path(__file__).resolve().parents[2] / "docs" / "theory.md").read_text(encoding="utf-8")
 METRICS = {solver.unit for name, solver in SOLVERS.items() if name not in ("nuclear", "relu")}
 
 

@@ -6,7 +6,7 @@ from engine_helpers import DEVICES
 from pytest import MonkeyPatch
 from torch import Tensor
 
-from lrc_cli.engine.storage.forms import pivots
+from lrc_cli.engine.storage import pivots
 from lrc_cli.engine.storage.pivots import select
 
 

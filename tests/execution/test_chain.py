@@ -7,7 +7,7 @@ from typing import Any
 import hf_helpers
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 
 from lrc_cli.errors import InputError
 from lrc_cli.forecast import command

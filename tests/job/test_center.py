@@ -6,8 +6,8 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from engine_helpers import gaussian
+from pico import Models
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import pico
 import pytest
 import torch
 import transformers
-from conftest import Models
+from pico import Models
 from safetensors import safe_open
 from torch import Tensor, nn
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pico
 import pytest
-from conftest import Models
+from pico import Models
 
 from lrc_cli.config import load_config
 from lrc_cli.errors import InputError

@@ -20,7 +20,7 @@ from lrc_cli.config import load_config
 from lrc_cli.job.run import compress
 from lrc_cli.runtime.progress import Progress
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODELS, DATA = ROOT / ".cache" / "models", ROOT / ".cache" / "data"
 
 GENERATE = """

@@ -8,7 +8,7 @@ import mnist
 import pico
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 from torch import Tensor, nn
 
 import lrc_cli

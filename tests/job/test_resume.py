@@ -15,7 +15,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 from process_helpers import Running, start
 
 from lrc_cli.execution.chain import HEAD, TAIL, Segment

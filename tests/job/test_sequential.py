@@ -9,8 +9,8 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from families import FAMILIES
+from pico import Models
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel

@@ -11,9 +11,9 @@ import media_helpers
 import pico
 import pytest
 import torch
-from conftest import Models
 from families import FAMILIES
 from moments_helpers import SEED, Moments, assert_close, measured, opened, padded_tokens
+from pico import Models
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -7,9 +7,9 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from families import FAMILIES
 from moments_helpers import assert_close, by_autograd, measured, opened, padded_tokens
+from pico import Models
 from torch import Tensor, nn
 
 from lrc_cli.execution.chain import Chain, segments_of

@@ -23,7 +23,7 @@ from lrc_cli.network.low_rank.modules import LowRankLayer, dense_weight
 from lrc_cli.network.low_rank.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
-"""Of tests/pico.py; the heads of the first and the last are tied."""
+"""Of tests/support/pico.py; the heads of the first and the last are tied."""
 ARCHITECTURES = {
     LLAMA: "LlamaForCausalLM",
     QWEN: "Qwen2ForCausalLM",

@@ -1,4 +1,4 @@
-"""Every family of tests/families.py, from a dense checkpoint to a compressed one that loads."""
+"""Every family of support/families.py, from a dense checkpoint to a compressed one that loads."""
 
 import subprocess
 import sys

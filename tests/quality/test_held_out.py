@@ -13,7 +13,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
+from pico import Models
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

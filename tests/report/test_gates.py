@@ -10,7 +10,7 @@ import pico
 import process_helpers
 import pytest
 import report_helpers
-from conftest import Models
+from pico import Models
 
 from lrc_cli.checkpoint.manifest import matches_manifest
 from lrc_cli.config import Gates

@@ -15,9 +15,9 @@ from typing import Any
 import pico
 import pytest
 import torch
-from conftest import Models
 from families import FAMILIES
 from moments_helpers import opened, padded_tokens, sequences
+from pico import Models
 from process_helpers import PATIENCE, Running, environments, start, start_many
 from safetensors.torch import save_file
 from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "coverage.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "coverage.py"
 NUM_DRAWS = 500
 
 

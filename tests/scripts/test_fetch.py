@@ -11,7 +11,7 @@ import fetch_demo
 import pytest
 import wikitext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = b"one text\n"
 
 

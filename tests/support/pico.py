@@ -37,6 +37,9 @@ from transformers import (
 
 from lrc_cli.cli import lrc, run_command
 
+Models = Callable[[str], Path]
+"""The fixture `checkpoint`: a name of MODELS -> the directory of that model."""
+
 State = dict[str, Tensor]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(91))]

@@ -15,7 +15,7 @@ import pico
 import pytest
 import torch
 import verify_helpers as damage
-from conftest import Models
+from pico import Models
 from safetensors.torch import save_file
 
 from lrc_cli.config import Compression, canonical
@@ -134,7 +134,7 @@ def test_a_change_is_caught_by(made: Made, tmp_path: Path, name: str) -> None:
 
 
 def test_the_documentation_has_the_same_table() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "verify.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text(encoding="utf-8")
     words = {FILES: "`verify DIR`", ORIGINAL: "`--against`", PIN: "`--manifest-sha256`"}
     for name, (_, level) in MUTATIONS.items():
         assert f"| {name} | {words[level]} |" in text
