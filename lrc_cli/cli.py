@@ -88,7 +88,8 @@ def compress(
         configs = load_configs(config, overrides, output=output, sizes=sizes)
         calm_transformers()
         from lrc_cli.commands.compress import check_jobs, conclude, run_jobs, summary
-        from lrc_cli.runtime.progress import Progress, stop_on_signals
+        from lrc_cli.runtime.progress import Progress
+        from lrc_cli.runtime.signals import stop_on_signals
 
         check_jobs(configs, junit)
         if dry_run:
@@ -142,7 +143,8 @@ def show_forecast(
 ) -> None:
     """Print what jobs will take."""
     from lrc_cli.forecast import forecast, render
-    from lrc_cli.runtime.progress import Progress, stop_on_signals
+    from lrc_cli.runtime.progress import Progress
+    from lrc_cli.runtime.signals import stop_on_signals
 
     with stop_on_signals() as stop:
         progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
@@ -192,7 +194,8 @@ def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     """
     calm_transformers()
     from lrc_cli.commands.evaluate import render_scores, score_directory
-    from lrc_cli.runtime.progress import Progress, stop_on_signals
+    from lrc_cli.runtime.progress import Progress
+    from lrc_cli.runtime.signals import stop_on_signals
 
     with stop_on_signals() as stop:
         found = score_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
@@ -224,7 +227,8 @@ def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     Exit code 3 if a statement fails. What could not be looked at is said to be not checked.
     """
     calm_transformers()
-    from lrc_cli.runtime.progress import Progress, stop_on_signals
+    from lrc_cli.runtime.progress import Progress
+    from lrc_cli.runtime.signals import stop_on_signals
     from lrc_cli.verify import render, verify_directory
     from lrc_cli.verify.statements import StatementFailed
 

@@ -1,6 +1,7 @@
 """Numbers as people read them: the one place that rounds what reports show."""
 
 import math
+from typing import Any
 
 EMPTY = "–"  # noqa: RUF001 - an en dash, in table cells that have nothing to say
 """Stands for a value that was not measured or does not apply."""
@@ -79,3 +80,19 @@ def duration(seconds: float) -> str:
 def _finite(value: float, text: str) -> str:
     # A ruined network's perplexity may be beyond what a float holds.
     return text if math.isfinite(value) else "infinite"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())[:500]
+
+
+def named(error: BaseException) -> str:
+    """An error's type and its text on one line."""
+    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
+
+
+def some_of(keys: Any) -> str:
+    """The first few of many names."""
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -27,9 +27,9 @@ from torch.nn import functional
 from lrc_cli import load
 from lrc_cli.config import load_config
 from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.job.plan import Plan, make_plan
 from lrc_cli.job.run import compress
-from lrc_cli.network.opening import Network, make_network
 from lrc_cli.runtime.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent

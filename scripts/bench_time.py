@@ -42,14 +42,17 @@ from random_llama import smollm2_config, write_job, write_llama
 from torch import Tensor, nn
 
 from lrc_cli.config import Config, load_config
+from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.execution.hooks import input_groups
 from lrc_cli.execution.losses import backward_scalars, choose_loss, prepare
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.precision import recast_in_backward
 from lrc_cli.job.plan import Plan, make_plan
 from lrc_cli.job.run import compress
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS
-from lrc_cli.job.statistics.moments import PANEL, micro_batch
-from lrc_cli.network.opening import input_groups, make_network, open_module
+from lrc_cli.job.statistics.moments import PANEL
+from lrc_cli.network.opening import open_module
 from lrc_cli.runtime.progress import Phase, Progress
 
 ROOT = Path(__file__).resolve().parent.parent

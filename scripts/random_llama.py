@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrc_cli.checkpoint.writer import Entry, write_json, write_weights
+from lrc_cli.checkpoint.writer import Entry, write_weights
+from lrc_cli.runtime.files import write_json
 
 CALIBRATION = "calibration.safetensors"
 JOB = "lrc.yaml"

@@ -57,12 +57,6 @@ class TensorInfo:
         return self.num_elements * self.dtype.itemsize
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor as safetensors stores them (row-major, little-endian)."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
-
-
 def open_tensors(file: str | Path) -> Any:
     """A safetensors handle whose tensors are views of the mapped file.
 

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.checkpoint.headers import open_tensors, read_json, tensor_bytes
-from lrc_cli.checkpoint.source import hash_file
+from lrc_cli.checkpoint.headers import open_tensors, read_json
+from lrc_cli.runtime.files import hash_file, tensor_bytes
 
 MANIFEST_NAME = "manifest.json"
 

@@ -1,6 +1,5 @@
 """Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
 from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
 from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, open_weights
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.files import hash_file
 
 # The same weights in another form would be carried over beside the compressed ones. Folders may
 # hold weights of their own (sentence-transformers' 2_Dense/model.safetensors), which are.
@@ -168,28 +168,6 @@ def _is_carried(name: Path) -> bool:
 def _is_finite(tensor: torch.Tensor) -> bool:
     # Both extremes are NaN if any entry is. A mask of all entries takes ten times as long.
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def hash_path(path: Path) -> str:
-    """Of a file `hash_file`; of a folder that of the list which `sha256sum` makes of its files.
-
-    Hidden files do not count; the list is sorted by name.
-    """
-    if not path.is_dir():
-        return hash_file(path)
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    lines = [
-        f"{hash_file(names[name])}  {name}\n"
-        for name in sorted(names)
-        if not any(part.startswith(".") for part in name.split("/"))
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_source(path: Path, *, factorised: bool = False) -> Source:

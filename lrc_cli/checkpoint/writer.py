@@ -9,16 +9,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from lrc_cli.checkpoint.headers import DTYPES, INDEX_NAME, SINGLE_NAME, tensor_bytes
+from lrc_cli.checkpoint.headers import DTYPES, INDEX_NAME, SINGLE_NAME
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.runtime.files import _writing, canonical_json, sync_directory, tensor_bytes, write_json
 from lrc_cli.runtime.lock import lock_file
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -106,49 +106,6 @@ def _write_shard(handle: BinaryIO, entries: list[Entry], metadata: dict[str, Any
         tensor = entry.read()
         assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.key
         handle.write(tensor_bytes(tensor.cpu()))
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON (two spaces, a newline at the end) and flush it to the disk."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text and flush it to the disk."""
-    with _writing(path) as handle:
-        handle.write(text.encode())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, flushed to the disk at the end; what the system complains of has its name."""
-    try:
-        with path.open("wb") as handle:
-            yield handle
-            sync(handle)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def sync(handle: BinaryIO) -> None:
-    """Flush a file to the disk, so that a rename after it never shows an empty one."""
-    handle.flush()
-    os.fsync(handle.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_file(source: Path, target: Path) -> None:

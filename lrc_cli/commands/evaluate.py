@@ -14,10 +14,11 @@ from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.errors import InputError
 from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.job.output.write import peak_memory
 from lrc_cli.network.factories import ask_for_factory
-from lrc_cli.network.opening import Network, make_network, open_module
+from lrc_cli.network.opening import open_module
 from lrc_cli.quality.compare import compare, scoring
 from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.progress import Progress

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.data.decoder import told_apart
 from lrc_cli.data.folders import read_folder
 from lrc_cli.data.kinds import (
@@ -28,6 +27,7 @@ from lrc_cli.data.processors import Processors
 from lrc_cli.data.rows import read_rows
 from lrc_cli.data.tokens import read_tokens
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.files import tensor_bytes
 
 __all__ = ["Batch", "Purpose", "Sequences", "draw"]
 
@@ -220,3 +220,15 @@ def _hash(inputs: Batch) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def micro_batch(sequences: Sequences, num_positions: int) -> int:
+    """How many sequences have about `num_positions` positions together, at least one.
+
+    A position is a token, or a row of features of a floating-point input.
+    """
+    widest = max(
+        tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
+        for tensor in sequences.inputs.values()
+    )
+    return max(1, num_positions // max(widest, 1))

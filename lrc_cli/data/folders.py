@@ -17,7 +17,7 @@ from lrc_cli.data.kinds import Batch
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.errors import InputError
-from lrc_cli.network.factories import named
+from lrc_cli.text import named
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})

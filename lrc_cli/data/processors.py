@@ -10,7 +10,7 @@ from torch import nn
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import Decoder, find_decoder, takes
 from lrc_cli.errors import InputError
-from lrc_cli.network.factories import named
+from lrc_cli.text import named
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -12,7 +12,7 @@ from lrc_cli.data.kinds import Batch
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import Record, read_records, read_text
 from lrc_cli.errors import InputError
-from lrc_cli.network.factories import named
+from lrc_cli.text import named
 
 MESSAGES = "messages"
 """The field of a conversation, where text_field is left as it is."""

@@ -15,9 +15,11 @@ from torch import nn
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_networks
+from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.placement import block_names
-from lrc_cli.network.opening import Layer, Network, watched
+from lrc_cli.network.layer import Layer
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 

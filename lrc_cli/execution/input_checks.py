@@ -1,5 +1,6 @@
 """Whether a network can take the blocks that were drawn for it: checked before the work begins."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.errors import InputError, is_networks
 from lrc_cli.execution.losses import all_finite, floating_outputs
-from lrc_cli.network.factories import named
-from lrc_cli.network.opening import Network, check_inputs, vocabulary_of
+from lrc_cli.execution.network import Network
+from lrc_cli.network.opening import vocabulary_of
+from lrc_cli.text import named
 
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
@@ -154,3 +156,28 @@ def probe(
                 "set runtime.dtype: float32, look for a damaged weight, or exclude the layers from"
                 " whose weights the network makes something that it keeps",
             )
+
+
+def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:
+    """Raise InputError if the data does not offer what the module's forward needs."""
+    parameters = inspect.signature(module.forward).parameters
+    if len(batch) == 1 and not hasattr(module, "config"):
+        # It is handed over by position, whatever its name.
+        batch = dict(zip(parameters, batch.values(), strict=False))
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = sorted(set(batch) - set(parameters))
+    if unknown and not takes_any:
+        raise InputError(
+            f"{purpose}: the data offers {unknown[0]!r}, which the model does not take",
+            f"name the tensors after its inputs: {', '.join(parameters)}",
+        )
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    missing = sorted(set(needed) - set(batch))
+    if missing:
+        raise InputError(
+            f"{purpose}: the model needs the input {missing[0]!r}", "add it to the data"
+        )

@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from lrc_cli.data.decoder import INPUT, MASK
 from lrc_cli.data.kinds import Batch
+from lrc_cli.data.padding import Masks, unpadded
 from lrc_cli.errors import InputError
-from lrc_cli.network.opening import Network
+from lrc_cli.execution.network import Network
 
 NUM_PROBES = 4
 MASKED_SHARE = 0.15
 CAUSAL_LEAK = 1e-5
 """A change of earlier logits below this share is rounding, not a look ahead."""
 
-Masks = tuple[torch.Tensor, ...]
 
 UNSCORED = -100
 """The label of a position that is not scored."""
@@ -219,28 +219,6 @@ def num_scalars(loss: Loss) -> int:
 def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
     return signs.to(tensor.device, tensor.dtype)
-
-
-def masks_of(batch: Batch) -> Masks:
-    """Which tokens are real: of the encoder or the only network, and of a decoder."""
-    return tuple(batch[name] for name in ("attention_mask", MASK) if name in batch)
-
-
-def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:
-    """The entries of real tokens, (rows, ...), of a tensor that has one for every token.
-
-    Any other tensor, with one entry per sequence for instance, is returned as it is.
-
-    Args:
-        tensor: (sequences, tokens, ...) or, flattened by the model, (sequences * tokens, ...).
-        masks: (sequences, tokens) each, true where a token is real; the first that fits counts.
-    """
-    for mask in masks:
-        if tensor.ndim > 2 and tensor.shape[:2] == mask.shape:
-            return tensor[mask.to(tensor.device, torch.bool)]
-        if tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
-            return tensor[mask.to(tensor.device, torch.bool).flatten()]
-    return tensor
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:

@@ -20,9 +20,11 @@ from lrc_cli.execution.chain import (
     patched,
     placing,
 )
+from lrc_cli.execution.hooks import grouping, watched
 from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.placement import block_names
-from lrc_cli.network.opening import Layer, Network, grouping, watched
+from lrc_cli.network.layer import Layer
 
 NO_CHAIN = "its blocks are no chain"
 

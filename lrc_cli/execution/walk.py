@@ -22,10 +22,10 @@ from lrc_cli.execution.chain import (
     passing,
     patched,
 )
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.readahead import read_ahead
-from lrc_cli.network.factories import named
-from lrc_cli.network.opening import Network
 from lrc_cli.network.recurrent import observed
+from lrc_cli.text import named
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_networks
 from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.execution.network import Network
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
-from lrc_cli.network.opening import Layer, Network
 
 TOLERANCE = 0.03
 """Of ||y||: a hundred times float32's rounding, several times bfloat16's."""

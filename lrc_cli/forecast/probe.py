@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
@@ -22,9 +23,8 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import num_workers, solve_units
 from lrc_cli.job.spectra.survey import survey_layers, unit_spectra
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.job.statistics.moments import micro_batch
 from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.progress import Progress
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lrc_cli.data.draw import Sequences
+from lrc_cli.data.draw import Sequences, micro_batch
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.execution.chain import Segment, find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
@@ -15,7 +15,6 @@ from lrc_cli.job.factors.fit import Fitted
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.output.certify import selection_of
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.statistics.moments import micro_batch
 from lrc_cli.quality import compare as comparison
 from lrc_cli.quality import held_out
 from lrc_cli.quality.compare import scoring

@@ -4,13 +4,13 @@ from collections import Counter
 
 import torch
 
+from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.estimate import Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.job.factors.two_networks import DriftSum
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS
-from lrc_cli.job.statistics.moments import micro_batch
 from lrc_cli.job.work import STATISTICS
 
 

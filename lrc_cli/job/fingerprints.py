@@ -13,13 +13,14 @@ from typing import Any
 from lrc_cli import __version__
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
-from lrc_cli.checkpoint.source import Source, hash_file, hash_path, open_source
-from lrc_cli.checkpoint.writer import canonical_json, resolve_output, tidy
+from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.checkpoint.writer import resolve_output, tidy
 from lrc_cli.config import Config, config_hash, to_dict
 from lrc_cli.data.draw import Sequences
 from lrc_cli.engine import Solver
+from lrc_cli.execution.network import Network
 from lrc_cli.network.factories import source_file
-from lrc_cli.network.opening import Network
+from lrc_cli.runtime.files import canonical_json, hash_file, hash_path
 
 NO_NUMBERS = ("verify", "report", "forecast", "commands", "cli.py")
 

@@ -1,7 +1,7 @@
 """What a config will do: the checkpoint and the data, opened and checked before any work."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,19 +13,22 @@ from lrc_cli.checkpoint.manifest import MANIFEST_NAME
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
 from lrc_cli.config import Config, matches, to_dict
-from lrc_cli.data.draw import Sequences, draw
+from lrc_cli.data.draw import Batch, Sequences, draw
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.engine import SOLVERS, Solver
+from lrc_cli.engine import FROBENIUS, RELU, SOLVERS, Solver
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.execution.followed_by_relu import NOT_FOLLOWED, with_relu_where_followed
+from lrc_cli.execution.followed_by_relu import followed_by_relu
+from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Uses
 from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.network.candidates.find import Skipped, find_layers
 from lrc_cli.network.candidates.new_bias import check_bias, gained_bytes
-from lrc_cli.network.opening import Layer, Network, make_network, open_module, watched
+from lrc_cli.network.layer import Layer
+from lrc_cli.network.opening import open_module
 from lrc_cli.report.gates import check_gates_possible
 from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.processes import ALONE, Processes
@@ -281,3 +284,27 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
         raise InputError(
             f"compression.layers: {unused[0]!r} matches no selected layer", "see `lrc inspect`"
         )
+
+
+NOT_FOLLOWED = "not followed by ReLU: fitted with frobenius"
+
+
+def with_relu_where_followed(
+    solvers: Mapping[str, Solver], network: Network, layers: Sequence[Layer], batch: Batch
+) -> dict[str, Solver]:
+    """The solvers by layer name, `relu` giving way to `frobenius` where no ReLU follows.
+
+    Raises:
+        InputError: none of the layers with method `relu` is followed by one.
+    """
+    asked = [layer for layer in layers if solvers[layer.name] is RELU]
+    followed = followed_by_relu(network, asked, batch) if asked else set()
+    if asked and not followed:
+        raise InputError(
+            "compression.method: relu: no selected layer is followed by a ReLU",
+            "use frobenius or curvature",
+        )
+    return {
+        name: FROBENIUS if solver is RELU and name not in followed else solver
+        for name, solver in solvers.items()
+    }

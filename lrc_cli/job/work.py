@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lrc_cli.checkpoint.writer import canonical_json, sync_directory, write_json
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.runtime.files import canonical_json, sync_directory, write_json
 from lrc_cli.runtime.lock import lock_file
 from lrc_cli.runtime.processes import ALONE, Processes
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lrc_cli.errors import InputError, LrcError
+from lrc_cli.text import named
 
 Factory = Callable[[], nn.Module]
 
@@ -97,13 +98,3 @@ def ask_for_factory(path: Path, recorded: str | None = None) -> InputError:
         f"{path}: not a transformers directory (it has no config.json)",
         f"give --factory {name}, the function that builds the module",
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split())[:500]
-
-
-def named(error: BaseException) -> str:
-    """An error's type and its text on one line."""
-    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__

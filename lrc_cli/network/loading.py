@@ -13,7 +13,7 @@ from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.errors import InputError, LrcError
 from lrc_cli.network.disk_names import module_names
-from lrc_cli.network.factories import Factory, named, resolve_factory
+from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.slots import (
     check_table,
     factorised_weights,
@@ -22,7 +22,8 @@ from lrc_cli.network.low_rank.slots import (
     insert_slots,
 )
 from lrc_cli.network.recurrent import unroll
-from lrc_cli.network.tensor_checks import check_copies, check_keys, some_of
+from lrc_cli.network.tensor_checks import check_copies, check_keys
+from lrc_cli.text import named, some_of
 
 
 def load(

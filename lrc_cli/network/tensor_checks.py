@@ -1,7 +1,6 @@
 """Whether the tensors in the files are those of a module, and which of them are one."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import module_names
+from lrc_cli.text import some_of
 
 EXTRA_STATE = "_extra_state"
 """What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
@@ -74,9 +74,3 @@ def check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
                 f"{other} and {key} are one tensor of the module, and differ in the files",
                 "untie them in the factory, or remove the wrong one from the files",
             )
-
-
-def some_of(keys: Any) -> str:
-    """The first few of many names."""
-    names = sorted(keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,22 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lrc_cli.data.draw import Batch, Sequences
+from lrc_cli.data.draw import Batch, Sequences, micro_batch
+from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.chain import Segment, find_chain
-from lrc_cli.execution.losses import (
-    UNSCORED,
-    Loss,
-    Masks,
-    choose_loss,
-    floating_outputs,
-    masks_of,
-    prepare,
-    unpadded,
-)
+from lrc_cli.execution.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.walk import Keep, Pair
-from lrc_cli.job.statistics.moments import micro_batch
-from lrc_cli.network.opening import Network
 from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 1024

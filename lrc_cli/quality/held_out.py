@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_cli.data.draw import Batch, Sequences
+from lrc_cli.data.draw import Batch, Sequences, micro_batch
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import Segment
+from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.losses import Loss, prepare
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.execution.walk import Keep, Pair
-from lrc_cli.job.statistics.moments import micro_batch
 from lrc_cli.network.experts import is_expert
-from lrc_cli.network.opening import Layer, Network, watched
+from lrc_cli.network.layer import Layer
 from lrc_cli.quality.per_sequence import by_sequence, ratio, values_of
 from lrc_cli.runtime.processes import ALONE, Processes
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc_cli.data.draw import Batch
-from lrc_cli.execution.losses import UNSCORED, floating_outputs, masks_of, unpadded
+from lrc_cli.data.padding import masks_of, unpadded
+from lrc_cli.execution.losses import UNSCORED, floating_outputs
 from lrc_cli.quality.compare import LARGEST_RATIO
 
 

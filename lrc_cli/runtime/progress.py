@@ -1,69 +1,17 @@
 """Progress on standard error: a bar with a cost-weighted ETA on a terminal, else plain lines."""
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 from tqdm import tqdm
 
-from lrc_cli.errors import LrcError
+from lrc_cli.runtime.signals import Stop
 
 LINE_SECONDS = 15.0
-
-
-class Interrupted(LrcError):
-    """The run was asked to stop and did, between two pieces of work."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
-        super().__init__("interrupted", "the same command goes on where it stopped")
-
-
-class Stop:
-    """Ctrl-C or SIGTERM once: stop after the current piece of work; twice: stop at once.
-
-    Args:
-        quiet: do not answer a signal in words.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.number: int | None = None
-        self.quiet = quiet
-
-    def request(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        if self.number is not None:
-            raise Interrupted(number)
-        self.number = number
-        if not self.quiet:
-            print("stopping after the current step; once more to stop now", file=sys.stderr)
-
-    def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
-        if self.number is not None:
-            raise Interrupted(self.number)
-
-
-@contextmanager
-def stop_on_signals(*, quiet: bool = False) -> Iterator[Stop]:
-    """Within it, SIGINT and SIGTERM ask for a stop instead of killing the process.
-
-    Args:
-        quiet: see `Stop`.
-    """
-    stop = Stop(quiet=quiet)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop.request) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Progress:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lrc_cli.checkpoint.headers import tensor_bytes
 from lrc_cli.errors import RunError
+from lrc_cli.runtime.files import tensor_bytes
 
 ALIGNMENT = 64
 """Bytes: as torch aligns tensors in memory, on which rounding may depend."""

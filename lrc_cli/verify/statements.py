@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 
 from lrc_cli.errors import LrcError
-from lrc_cli.network.factories import named
-from lrc_cli.runtime.progress import Interrupted
+from lrc_cli.runtime.signals import Interrupted
+from lrc_cli.text import named
 
 HOLDS, FAILS, NOT_CHECKED = "holds", "fails", "not checked"
 

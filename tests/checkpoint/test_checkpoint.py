@@ -28,10 +28,10 @@ from lrc_cli.checkpoint.writer import (
     publish,
     resolve_output,
     tidy,
-    write_text,
     write_weights,
 )
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.runtime.files import write_text
 
 
 def entry(key: str, tensor: torch.Tensor) -> Entry:

@@ -15,11 +15,12 @@ from pico import Models
 from PIL import Image
 from safetensors.torch import save_file
 
-from lrc_cli.checkpoint.source import hash_path, open_source
+from lrc_cli.checkpoint.source import open_source
 from lrc_cli.data.folders import read_audio
 from lrc_cli.data.processors import Processors, open_processors
 from lrc_cli.errors import InputError
 from lrc_cli.network.loading import load
+from lrc_cli.runtime.files import hash_path
 from lrc_cli.verify.files.manifest import data_sha256
 
 

@@ -19,8 +19,7 @@ from lrc_cli.engine import (
 )
 from lrc_cli.engine.solvers.relu_errors import best_offset
 from lrc_cli.engine.solvers.relu_programme import Programme, programme
-from lrc_cli.execution.followed_by_relu import fit_rectified
-from lrc_cli.job.factors.fit import Request
+from lrc_cli.job.factors.fit import Request, fit_rectified
 
 Layer = tuple[Tensor, Tensor | None, Tensor]
 """W (m, n), b (m,) and X^T (T, n)."""

@@ -24,10 +24,13 @@ from lrc_cli.execution.chain import (
     find_chain,
     segments_of,
 )
+from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.walk import Walk
 from lrc_cli.network.candidates.find import find_layers
-from lrc_cli.network.opening import Layer, Network, hooked, make_network, open_module
+from lrc_cli.network.layer import Layer
+from lrc_cli.network.opening import open_module
 
 NAMES = ["llama", "qwen2", "gpt2", "bert", "bert-mlm", "bert-classifier"]
 PREFIXES = {"llama": "model.layers", "qwen2": "model.layers", "gpt2": "transformer.h"}

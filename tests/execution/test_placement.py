@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.placement import Placement, block_names
-from lrc_cli.network.opening import make_network
 
 META = torch.device("meta")
 

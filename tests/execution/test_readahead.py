@@ -16,9 +16,10 @@ from torch import nn
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.execution import readahead
 from lrc_cli.execution.chain import find_chain, segments_of
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.readahead import read_ahead
 from lrc_cli.execution.walk import Walk
-from lrc_cli.network.opening import make_network, open_module
+from lrc_cli.network.opening import open_module
 
 MB = 1 << 20
 

@@ -17,13 +17,14 @@ from lrc_cli.config import load_config
 from lrc_cli.data.draw import Sequences
 from lrc_cli.errors import InputError
 from lrc_cli.execution.input_checks import probe
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.placement import block_names
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.execution.weight_use import CALLED, OTHER, READ, Uses, _is_product
 from lrc_cli.job.plan import make_plan
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of
-from lrc_cli.network.opening import Layer, make_network
 
 SOURCE = '''
 import torch

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lrc_cli
 from lrc_cli.config import load_config
+from lrc_cli.execution.network import Network
 from lrc_cli.job.plan import make_plan
-from lrc_cli.network.opening import Network
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "svd-uniform-factors": (

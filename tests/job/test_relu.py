@@ -15,11 +15,13 @@ import lrc_cli
 from lrc_cli.config import load_config
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import InputError
-from lrc_cli.execution.followed_by_relu import NOT_FOLLOWED, followed_by_relu, read_inputs
-from lrc_cli.job.plan import Plan, make_plan
+from lrc_cli.execution.followed_by_relu import followed_by_relu
+from lrc_cli.execution.network import Network, make_network
+from lrc_cli.job.factors.relu_inputs import read_inputs
+from lrc_cli.job.plan import NOT_FOLLOWED, Plan, make_plan
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.low_rank.modules import dense_weight
-from lrc_cli.network.opening import Layer, Network, make_network
 
 FC1 = [f"model.decoder.layers.{i}.fc1" for i in range(2)]
 

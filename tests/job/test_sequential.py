@@ -21,12 +21,13 @@ from lrc_cli.data.draw import Batch
 from lrc_cli.engine import DENSE, SolveError
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import find_chain
+from lrc_cli.execution.hooks import hooked
+from lrc_cli.execution.network import make_network
 from lrc_cli.job.factors import sequential as fitting
 from lrc_cli.job.factors.decide_sequential import decide
 from lrc_cli.job.factors.two_networks import DriftSum, Streams
 from lrc_cli.job.plan import Plan, make_plan
 from lrc_cli.network.low_rank.modules import LowRankModule, low_rank_layers
-from lrc_cli.network.opening import hooked, make_network
 from lrc_cli.verify import verify_directory
 
 Changes = dict[str, Any]

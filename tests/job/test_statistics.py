@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from lrc_cli.data.decoder import told_apart
 from lrc_cli.errors import InputError
+from lrc_cli.execution.hooks import input_groups
 from lrc_cli.execution.losses import Loss, backward_scalars, choose_loss, prepare
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.job.statistics.moments import GramSum
 from lrc_cli.network.keys import Keys
-from lrc_cli.network.opening import Layer, Network, input_groups, make_network
+from lrc_cli.network.layer import Layer
 
 CPU = torch.device("cpu")
 

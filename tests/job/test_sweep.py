@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lrc_cli.execution.chain import Chain, segments_of
 from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.job.statistics.moments import GramSum
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.keys import Keys
-from lrc_cli.network.opening import Layer, Network, make_network
+from lrc_cli.network.layer import Layer
 
 CPU = torch.device("cpu")
 

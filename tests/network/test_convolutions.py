@@ -13,12 +13,15 @@ from torch import Tensor, nn
 import lrc_cli
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
+from lrc_cli.execution.hooks import hooked, input_groups
+from lrc_cli.execution.network import make_network
 from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
 from lrc_cli.network.low_rank.modules import low_rank_layers
 from lrc_cli.network.low_rank.slots import low_rank_module
-from lrc_cli.network.opening import Layer, hooked, input_groups, make_network, open_module
+from lrc_cli.network.opening import open_module
 
 GEOMETRIES: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "plain": (nn.Conv2d, {"kernel_size": 3}, (7, 8)),

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf  # noqa: F401 - registers the format
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.low_rank.modules import low_rank_layers
-from lrc_cli.network.opening import Layer, make_network
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,10 @@ from lrc_cli.config import load_config
 from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
 from lrc_cli.errors import RunError
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.job.plan import Plan, make_plan
-from lrc_cli.network.opening import Layer, Network, make_network, open_module
+from lrc_cli.network.layer import Layer
+from lrc_cli.network.opening import open_module
 from lrc_cli.quality import held_out
 from lrc_cli.quality.compare import scoring
 from lrc_cli.quality.held_out import ERRORS, Measured, measure

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrc_cli.runtime import progress
-from lrc_cli.runtime.progress import LINE_SECONDS, Interrupted, Progress, stop_on_signals
+from lrc_cli.runtime.progress import LINE_SECONDS, Progress
+from lrc_cli.runtime.signals import Interrupted, stop_on_signals
 
 LINE = re.compile(r"^(?P<phase>[\w ]+): (?P<share>\d+)%, about (?P<left>\d+) s left$", re.MULTILINE)
 """Digits only: neither a sign nor "nan" nor "inf" fits."""

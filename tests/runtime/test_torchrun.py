@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.network import make_network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import WorkDirectory
-from lrc_cli.network.opening import make_network
 from lrc_cli.runtime.processes import Processes, joined
 
 Changes = dict[str, Any]

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
 from lrc_cli.data.draw import Sequences
+from lrc_cli.data.padding import unpadded
 from lrc_cli.execution.chain import WHOLE, Chain, Segment
-from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare, unpadded
+from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.job.statistics import moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import PASSING, WorkDirectory
 from lrc_cli.network.candidates.find import find_layers
-from lrc_cli.network.opening import Layer, Network, open_module
+from lrc_cli.network.layer import Layer
+from lrc_cli.network.opening import open_module
 
 SEED = 4
 Moments = dict[str, Tensor]

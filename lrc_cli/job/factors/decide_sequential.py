@@ -9,7 +9,7 @@ from lrc_cli.engine import DENSE, pivot_block, storage_bytes
 from lrc_cli.errors import InputError
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 
 METHODS = ("frobenius", "curvature")
 """Those whose problem has a form on two networks' inputs."""

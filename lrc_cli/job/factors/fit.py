@@ -14,12 +14,14 @@ from lrc_cli.engine import (
     Approximation,
     Errors,
     Packed,
+    Rectified,
     SolveError,
     Stored,
+    Unpolished,
     dense,
     pack_best,
 )
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 
 RESOLUTION = 2.0**-24
 """Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured
@@ -180,3 +182,15 @@ def _errors(problem: Approximation, packed: Packed, stored: Errors) -> dict[str,
 
 def _relative(error: float, energy: float) -> float:
     return math.sqrt(error / energy) if energy > 0 else 0.0
+
+
+def fit_rectified(problem: Rectified, request: Request) -> Fitted:
+    """The better one, as stored, of the polished solution and of what `frobenius` gives.
+
+    So rounding cannot put the error behind the ReLU above `frobenius`'s at the same rank.
+    """
+    polished, plain = (fit_layer(p, request) for p in (problem, Unpolished(problem)))
+    if polished.packed is None or plain.packed is None:
+        return polished if plain.packed is None else plain
+    errors = [x.facts["errors"]["metric"]["stored"] for x in (polished, plain)]
+    return polished if errors[0] <= errors[1] else plain

@@ -14,15 +14,15 @@ from lrc_cli.engine import (
     Shrunk,
     SolveError,
 )
-from lrc_cli.execution.followed_by_relu import fit_rectified, read_inputs
-from lrc_cli.job.factors.fit import Fitted, Request, fit_layer, left_dense
+from lrc_cli.job.factors.fit import Fitted, Request, fit_layer, fit_rectified, left_dense
+from lrc_cli.job.factors.relu_inputs import read_inputs
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.ranks import rank_multiple
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.spectra.survey import dense_reason, read_survey
 from lrc_cli.job.statistics.collect import read_statistics
 from lrc_cli.job.work import STATISTICS, WorkDirectory
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 
 
 def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:

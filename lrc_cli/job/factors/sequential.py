@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.execution.chain import Segment, find_chain, segments_of
@@ -27,9 +28,8 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
 from lrc_cli.job.spectra.survey import dense_reason
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, read_statistics
-from lrc_cli.job.statistics.moments import micro_batch
 from lrc_cli.job.work import STATISTICS, WorkDirectory
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.progress import Phase, Progress
 from lrc_cli.runtime.spill import HostMemory
 

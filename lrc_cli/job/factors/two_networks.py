@@ -10,21 +10,23 @@ import torch
 from torch import nn
 
 from lrc_cli.data.draw import Batch
+from lrc_cli.data.padding import masks_of, unpadded
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import Chain, Segment, StopForward
-from lrc_cli.execution.losses import masks_of, unpadded
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES, cast_on_read
 from lrc_cli.execution.walk import Keep, Pair, Walk
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.statistics.moments import GramSum
 from lrc_cli.job.work import Tensors
 from lrc_cli.network.experts import is_expert
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import table_layout
 from lrc_cli.network.low_rank.modules import replace_modules
 from lrc_cli.network.low_rank.slots import low_rank_module
 from lrc_cli.network.low_rank.tied import TiedHead
-from lrc_cli.network.opening import Layer, Network, make_network, open_module
+from lrc_cli.network.opening import open_module
 from lrc_cli.runtime.processes import Processes
 
 

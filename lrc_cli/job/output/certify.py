@@ -8,14 +8,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lrc_cli.checkpoint.source import hash_path
 from lrc_cli.data.draw import Purpose, Sequences
 from lrc_cli.data.kinds import member, members
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.execution.losses import Loss
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.walk import Keep
 from lrc_cli.job.plan import Plan
-from lrc_cli.network.opening import Layer, Network
+from lrc_cli.network.layer import Layer
 from lrc_cli.quality.certificate import (
     NO_SEQUENCES,
     NOT_ASKED,
@@ -27,6 +27,7 @@ from lrc_cli.quality.certificate import (
 )
 from lrc_cli.quality.compare import scoring
 from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
+from lrc_cli.runtime.files import hash_path
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.text import count
 

@@ -14,29 +14,24 @@ from lrc_cli.checkpoint.fused import MARK_DTYPE
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.checkpoint.writer import (
-    PARTIAL_SUFFIX,
-    Entry,
-    copy_file,
-    write_json,
-    write_text,
-    write_weights,
-)
+from lrc_cli.checkpoint.writer import PARTIAL_SUFFIX, Entry, copy_file, write_weights
 from lrc_cli.config import config_hash, to_yaml
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import RunError, is_networks
 from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.walk import compressed_failure
 from lrc_cli.job.output.certify import certify
 from lrc_cli.job.output.record import build_report
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
-from lrc_cli.network.opening import Network, make_network, open_module
+from lrc_cli.network.opening import open_module
 from lrc_cli.quality.compare import compare, scoring
 from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
+from lrc_cli.runtime.files import write_json, write_text
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 

@@ -21,7 +21,7 @@ from lrc_cli.engine import (
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.job.plan import Plan
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 
 BISECTIONS = 30
 

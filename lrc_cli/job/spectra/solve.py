@@ -9,7 +9,7 @@ import torch
 
 from lrc_cli.engine import RELU
 from lrc_cli.job.plan import Plan
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.threads import in_parallel
 
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_units, weight_of
 from lrc_cli.job.statistics.collect import read_statistics
 from lrc_cli.job.work import SURVEYS, Tensors, WorkDirectory
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.progress import Progress
 
 SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "zero"

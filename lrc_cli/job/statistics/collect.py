@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
@@ -12,7 +13,7 @@ from lrc_cli.execution.chain import Segment
 from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.execution.segments import Cut, find_cut
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.statistics.moments import Moments, micro_batch
+from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import (
     PARTS,
@@ -23,7 +24,7 @@ from lrc_cli.job.work import (
     compress_gram,
     expand_gram,
 )
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 

@@ -13,27 +13,16 @@ from typing import Any
 
 import torch
 
-from lrc_cli.data.draw import Sequences
+from lrc_cli.data.padding import Masks, unpadded
 from lrc_cli.errors import RunError
-from lrc_cli.execution.losses import Masks, unpadded
-from lrc_cli.network.opening import Layer, Network, hooked
+from lrc_cli.execution.hooks import hooked
+from lrc_cli.execution.network import Network
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.processes import Processes
 
 # Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
 # to 40 % of the products. Narrower panels would slow the matrix product itself.
 PANEL = 256
-
-
-def micro_batch(sequences: Sequences, num_positions: int) -> int:
-    """How many sequences have about `num_positions` positions together, at least one.
-
-    A position is a token, or a row of features of a floating-point input.
-    """
-    widest = max(
-        tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
-        for tensor in sequences.inputs.values()
-    )
-    return max(1, num_positions // max(widest, 1))
 
 
 class GramSum:

@@ -24,24 +24,23 @@ from typing import Any
 import torch
 
 from lrc_cli.data.draw import Batch
+from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Chain, Segment
 from lrc_cli.execution.losses import (
     Loss,
-    Masks,
     backward_scalars,
     count_tokens,
     drawing,
-    masks_of,
     num_scalars,
     prepare,
-    unpadded,
 )
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.precision import recast_in_backward
 from lrc_cli.execution.walk import Keep, Walk
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
-from lrc_cli.network.opening import Layer, Network
+from lrc_cli.network.layer import Layer
 
 STORE_EVERY = 10.0
 """Seconds: what a run that goes on may have to run through again, beside the segment it was in."""

@@ -14,8 +14,9 @@ from lrc_cli.config import Compression, matches
 from lrc_cli.network.disk_names import converted, module_names
 from lrc_cli.network.embeddings import lookup_scale, only_scales
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup, layout_of, linear_shape, table_layout
-from lrc_cli.network.opening import Layer, token_embedding
+from lrc_cli.network.opening import token_embedding
 
 CONVERTED = "transformers merges or splits it as it loads the model; not in this version"
 

@@ -16,7 +16,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.keys import Keys
-from lrc_cli.network.opening import Layer
+from lrc_cli.network.layer import Layer
 
 
 def gained_bytes(layer: Layer, source: Source, dtype: torch.dtype) -> int:

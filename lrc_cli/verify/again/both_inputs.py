@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lrc_cli.data.draw import Sequences
-from lrc_cli.execution.losses import Masks, masks_of
-from lrc_cli.network.opening import Layer, Network, hooked
+from lrc_cli.data.padding import Masks, masks_of
+from lrc_cli.execution.hooks import hooked
+from lrc_cli.execution.network import Network
+from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.moments import Checked, Moments, batch_size, real_rows
 
 PAIR_TOKENS = 512

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc_cli.data.draw import Batch, Sequences
-from lrc_cli.execution.losses import UNSCORED, Loss, floating_outputs, masks_of, prepare
+from lrc_cli.data.padding import masks_of
+from lrc_cli.execution.hooks import watched
+from lrc_cli.execution.losses import UNSCORED, Loss, floating_outputs, prepare
+from lrc_cli.execution.network import Network
 from lrc_cli.network.experts import is_expert
-from lrc_cli.network.opening import Layer, Network, watched
+from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.moments import batch_size
 
 QUALITY_TOKENS = 1024

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from lrc_cli.data.draw import Batch, Sequences
-from lrc_cli.execution.losses import (
-    Loss,
-    Masks,
-    backward_scalars,
-    drawing,
-    masks_of,
-    num_scalars,
-    prepare,
-    unpadded,
-)
+from lrc_cli.data.padding import Masks, masks_of, unpadded
+from lrc_cli.execution.hooks import hooked, watched
+from lrc_cli.execution.losses import Loss, backward_scalars, drawing, num_scalars, prepare
+from lrc_cli.execution.network import Network
 from lrc_cli.execution.precision import recast_in_backward
-from lrc_cli.network.opening import Layer, Network, hooked, watched
+from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.behind_relu import Behind
 
 STATISTICS_TOKENS = 2048

@@ -13,8 +13,9 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.processors import open_processors
 from lrc_cli.errors import InputError
+from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
-from lrc_cli.network.opening import Layer, Network, make_network
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.data import draw_again

@@ -14,8 +14,9 @@ from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.disk_names import stored_names
 from lrc_cli.network.factories import ask_for_factory, source_file
 from lrc_cli.network.keys import Keys
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
-from lrc_cli.network.opening import Layer, open_module
+from lrc_cli.network.opening import open_module
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
 from lrc_cli.verify.files.written import Written, fused_of
 from lrc_cli.verify.statements import Findings

@@ -1,0 +1,30 @@
+"""Padding: which positions of a micro-batch are real tokens."""
+
+import torch
+
+from lrc_cli.data.decoder import MASK
+from lrc_cli.data.kinds import Batch
+
+Masks = tuple[torch.Tensor, ...]
+
+
+def masks_of(batch: Batch) -> Masks:
+    """Which tokens are real: of the encoder or the only network, and of a decoder."""
+    return tuple(batch[name] for name in ("attention_mask", MASK) if name in batch)
+
+
+def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """The entries of real tokens, (rows, ...), of a tensor that has one for every token.
+
+    Any other tensor, with one entry per sequence for instance, is returned as it is.
+
+    Args:
+        tensor: (sequences, tokens, ...) or, flattened by the model, (sequences * tokens, ...).
+        masks: (sequences, tokens) each, true where a token is real; the first that fits counts.
+    """
+    for mask in masks:
+        if tensor.ndim > 2 and tensor.shape[:2] == mask.shape:
+            return tensor[mask.to(tensor.device, torch.bool)]
+        if tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
+            return tensor[mask.to(tensor.device, torch.bool).flatten()]
+    return tensor
