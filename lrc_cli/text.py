@@ -1,4 +1,4 @@
-"""Numbers as people read them: the one place that rounds what reports show."""
+"""Numbers, sizes, names and errors in words: the one place that rounds what people read."""
 
 import math
 from typing import Any

@@ -18,18 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from recovery_bounds import gaussian_noise_bound, recovery_bound, surviving_noise, visible_noise
 from recovery_figure import Panel, draw
 from torch import Tensor
 
-from lrc_cli.engine import (
-    FROBENIUS,
-    SVD,
-    Statistics,
-    gaussian_noise_bound,
-    recovery_bound,
-    surviving_noise,
-    visible_noise,
-)
+from lrc_cli.engine import FROBENIUS, SVD, Statistics
 
 TOLERANCE = 0.15
 """Of a slope."""

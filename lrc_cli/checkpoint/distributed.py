@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
-from lrc_cli.runtime.spool import Spool
+from lrc_cli.runtime.spill import Spool
 
 METADATA_NAME = ".metadata"
 LARGE = 1 << 17

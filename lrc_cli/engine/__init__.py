@@ -41,13 +41,6 @@ from lrc_cli.engine.problem import (
     Statistics,
     Survey,
 )
-from lrc_cli.engine.recovery import (
-    gaussian_noise_bound,
-    recovery_bound,
-    surviving_noise,
-    tail_norm,
-    visible_noise,
-)
 from lrc_cli.engine.solvers.approximation import (
     Approximation,
     SameInput,
@@ -112,7 +105,6 @@ __all__ = [
     "capital",
     "default_rank_multiple",
     "dense",
-    "gaussian_noise_bound",
     "mean_bound",
     "pack_best",
     "pivot_block",
@@ -120,16 +112,12 @@ __all__ = [
     "quantile_order",
     "rank_choices",
     "rank_of",
-    "recovery_bound",
     "sequences_needed",
     "storage_bytes",
     "survey",
-    "surviving_noise",
-    "tail_norm",
     "tails",
     "uniform",
     "uniform_within_error",
-    "visible_noise",
     "within_bytes",
     "within_error",
     "within_layer_error",

@@ -102,7 +102,7 @@ def _load_transformers(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> nn.Module:
     """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
-    import lrc_cli.hf  # noqa: F401 - registers the format
+    import lrc_cli.network.transformers_plugin  # noqa: F401 - registers the format
 
     path, config = source.path, source.config or {}
     if not {"model_type", "architectures", "auto_map"} & config.keys():

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf
 from lrc_cli.errors import InputError
+from lrc_cli.network import transformers_plugin
 from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.loading import load
 from lrc_cli.network.low_rank.modules import LowRankModule, dense_weight, low_rank_layers
@@ -266,7 +267,7 @@ def test_offloaded_layers_run(llama: Pair, tmp_path: Path) -> None:
 
 
 def test_second_registration_is_harmless(llama: Pair) -> None:
-    importlib.reload(lrc_cli.hf)
+    importlib.reload(transformers_plugin)
     assert list(low_rank_layers(AutoModelForCausalLM.from_pretrained(llama.factorised)))
 
 

@@ -6,19 +6,16 @@ import pytest
 import torch
 from engine_helpers import gaussian, generator
 from recovery import Point, Setting, Sweep, point, verdicts
-from torch import Tensor
-
-from lrc_cli.engine import (
-    FROBENIUS,
-    SVD,
-    SolveError,
-    Statistics,
+from recovery_bounds import (
     gaussian_noise_bound,
     recovery_bound,
     surviving_noise,
     tail_norm,
     visible_noise,
 )
+from torch import Tensor
+
+from lrc_cli.engine import FROBENIUS, SVD, SolveError, Statistics
 
 GRID = [
     pytest.param(*case, id="T{}-n{}-m{}-r{}-s{}".format(*case))
