@@ -7,7 +7,17 @@ import torch
 from engine_helpers import gaussian
 from torch import Tensor
 
-from lrc_cli.engine import NUCLEAR, SOLVERS, SVD, SameInput, Shrunk, Statistics, dense, pack_best
+from lrc_cli.engine import (
+    NUCLEAR,
+    SOLVERS,
+    SVD,
+    Approximation,
+    SameInput,
+    Shrunk,
+    Statistics,
+    dense,
+    pack_best,
+)
 from lrc_cli.job.factors.fit import Request, fit_layer
 from lrc_cli.job.statistics.moments import GramSum
 
@@ -26,7 +36,7 @@ def moments(x: Tensor, fisher: Tensor, *, center: bool) -> Statistics:
     return Statistics(gram=around @ around.T / x.shape[1], fisher=fisher, mean=mean)
 
 
-def problem(method: str, weight: Tensor, statistics: Statistics, rank: int) -> SameInput:
+def problem(method: str, weight: Tensor, statistics: Statistics, rank: int) -> Approximation:
     if method == NUCLEAR.name:
         return Shrunk(weight, statistics).at(rank)
     return SameInput(weight, statistics, SOLVERS[method])
@@ -64,16 +74,16 @@ def test_a_free_bias_is_never_worse_at_equal_rank(
     assert errors[True] < 0.9 * errors[False]
 
 
-def own(task: SameInput, rank: int) -> Tensor:
+def own(task: Approximation, rank: int) -> Tensor:
     return task.solve(rank).factors.dense()
 
 
-def plain_svd(task: SameInput, rank: int) -> Tensor:
+def plain_svd(task: Approximation, rank: int) -> Tensor:
     return SVD.factorize(task.weight, Statistics(), rank).dense()
 
 
 def assert_optimal_with_a_bias(
-    method: str, shape: tuple[int, int], fit: Callable[[SameInput, int], Tensor]
+    method: str, shape: tuple[int, int], fit: Callable[[Approximation, int], Tensor]
 ) -> None:
     """No challenger of the same rank does better, each with the best bias for it: random,
     perturbed, and one optimised locally by alternating least squares with an intercept."""

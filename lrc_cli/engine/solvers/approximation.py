@@ -101,8 +101,40 @@ class Approximation(ABC):
         return Errors(errors.metric + form, errors.output + torch.dot(offset, offset).item())
 
 
-class SameInput(Approximation):
-    """A solver's own problem: Z approximates W on the inputs of the dense network.
+class OnDenseInputs(Approximation):
+    """Z approximates W on the inputs of the dense network: what holds for any objective.
+
+    Args:
+        weight: (m, n), any floating dtype.
+    """
+
+    def __init__(self, weight: Tensor, statistics: Statistics) -> None:
+        self.weight = weight.double()
+        self.statistics = statistics
+        self.inputs = "white" if statistics.gram is None else "calibration"
+
+    @property
+    @abstractmethod
+    def output_spectrum(self) -> Tensor:
+        """(k,) float64: its sum from r on is the least plain output error of rank r."""
+
+    def output_optimum(self, rank: int) -> float:
+        return _tail(self.output_spectrum, rank)
+
+    @property
+    def energy(self) -> float:
+        varying = self.output_spectrum.sum().item()
+        mean = self.statistics.mean
+        return varying if mean is None else varying + torch.sum((self.weight @ mean) ** 2).item()
+
+    def shift(self, fitted: Tensor) -> Tensor | None:
+        """W mean(x) - Z mean(x), the free bias of docs/theory.md."""
+        mean = self.statistics.mean
+        return None if mean is None else (self.weight - fitted) @ mean
+
+
+class SameInput(OnDenseInputs):
+    """A solver's own problem: the metric of its solutions is the measure of their errors.
 
     Args:
         weight: (m, n), any floating dtype.
@@ -116,11 +148,9 @@ class SameInput(Approximation):
         solver: Solver,
         survey: Survey | None = None,
     ) -> None:
-        self.weight = weight.double()
-        self.statistics = statistics
+        super().__init__(weight, statistics)
         self.solver = solver
         self.unit = solver.unit
-        self.inputs = "white" if statistics.gram is None else "calibration"
         self.metric = solver.metric(statistics)
         self._survey = survey
         self._largest: Factors | None = None
@@ -164,29 +194,14 @@ class SameInput(Approximation):
 
     @property
     def output_spectrum(self) -> Tensor:
-        """That of the best plain output error."""
         return self.references.output_spectrum
 
     def optimum(self, rank: int) -> float:
         return _tail(self.spectrum, rank)
 
-    def output_optimum(self, rank: int) -> float:
-        return _tail(self.output_spectrum, rank)
-
     @property
     def total(self) -> float:
         return self.spectrum.sum().item()
-
-    @property
-    def energy(self) -> float:
-        varying = self.output_spectrum.sum().item()
-        mean = self.statistics.mean
-        return varying if mean is None else varying + torch.sum((self.weight @ mean) ** 2).item()
-
-    def shift(self, fitted: Tensor) -> Tensor | None:
-        """W mean(x) - Z mean(x), the free bias of docs/theory.md."""
-        mean = self.statistics.mean
-        return None if mean is None else (self.weight - fitted) @ mean
 
 
 def survey(solver: Solver, weight: Tensor, statistics: Statistics) -> Survey:

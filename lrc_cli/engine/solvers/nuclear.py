@@ -12,7 +12,6 @@ that l gives, the least objective is that of the leading k directions of the sam
 Neumann's trace inequality it is at least sum_i 1/2 (s_i - t_i)^2 + l t_i over k values t_i >= 0.
 """
 
-import copy
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
 from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, Survey, required
-from lrc_cli.engine.solvers.approximation import Approximation, SameInput, Solution
+from lrc_cli.engine.solvers.approximation import OnDenseInputs, Solution
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
@@ -101,77 +100,102 @@ NUCLEAR = Solver(
 )
 
 
-class Shrunk(SameInput):
+class _Outputs:
+    """What every threshold of one layer's programme starts from, found when it is asked for.
+
+    Args:
+        weight: W (m, n) float64.
+    """
+
+    def __init__(self, weight: Tensor, statistics: Statistics) -> None:
+        self._weight, self._statistics = weight, statistics
+
+    @cached_property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """U (m, k) and s (k,) of W X / sqrt(T), descending."""
+        return _directions(self._weight, self._statistics)
+
+    @property
+    def s(self) -> Tensor:
+        """The singular values (k,), descending."""
+        return self.directions[1]
+
+    @cached_property
+    def root(self) -> Tensor:
+        """G^(1/2), (n, n)."""
+        return root(required(self._statistics.gram, "gram"))
+
+
+class Shrunk(OnDenseInputs):
     """One layer's nuclear-norm programme: its objective is what `errors` and `optimum` measure.
 
     Args:
         weight: W (m, n), any floating dtype.
-        share: l as a share of s_1, in (0, 1); None: l follows from the rank, see `at`.
+        share: l as a share of s_1, in (0, 1); None: l is `level`, and `at` follows the rank.
+        level: l, in the unit of an output's root mean square.
+        outputs: of the same weight and statistics, where they are known already.
     """
 
+    unit = UNIT
+
     def __init__(
-        self, weight: Tensor, statistics: Statistics, *, share: float | None = None
+        self,
+        weight: Tensor,
+        statistics: Statistics,
+        *,
+        share: float | None = None,
+        level: float = 0.0,
+        outputs: _Outputs | None = None,
     ) -> None:
-        super().__init__(weight, statistics, NUCLEAR)
-        self.unit = UNIT
-        self.metric = Metric(gram=self.metric.gram, scale=0.5)
-        self._share = share
+        super().__init__(weight, statistics)
+        self.metric = Metric(gram=required(statistics.gram, "gram"), scale=0.5)
+        self._share, self._level = share, level
+        self._outputs = outputs or _Outputs(self.weight, statistics)
 
-    @cached_property
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        return _directions(self.weight, self.statistics)
-
-    @cached_property
+    @property
     def output_spectrum(self) -> Tensor:
-        """s^2 (k,): what no matrix of a rank can do better than."""
-        return self._pair[1].square()
+        return self._outputs.s.square()
 
     @cached_property
     def threshold(self) -> float:
         """l, in the unit of an output's root mean square."""
-        return 0.0 if self._share is None else self._share * self._pair[1][0].item()
-
-    @cached_property
-    def _root(self) -> Tensor:
-        return root(required(self.statistics.gram, "gram"))
+        return self._level if self._share is None else self._share * self._outputs.s[0].item()
 
     def at(self, rank: int) -> "Shrunk":
-        """The programme with the smallest threshold that gives this rank."""
+        """The programme with the smallest threshold that gives this rank; itself with a share.
+
+        Raises SolveError.
+        """
         if self._share is not None:
             return self
-        new = copy.copy(self)
-        new.threshold = _threshold(self._pair[1], rank)
-        return new
+        level = _threshold(self._outputs.s, rank)
+        return Shrunk(self.weight, self.statistics, level=level, outputs=self._outputs)
 
     def solve(self, rank: int) -> Solution:
-        u, s = self._pair
+        u, s = self._outputs.directions
         factors = _shrunk(self.weight, u, s, self.threshold, rank)
         return Solution(factors, factors.dense())
-
-    # The penalty belongs to the errors, so they are always measured.
-    errors_of = Approximation.errors_of
-    svd_errors = Approximation.svd_errors
 
     def errors(self, fitted: Tensor) -> Errors:
         form, plain = self.metric.errors(self.weight - fitted)
         penalty = 0.0
         if self.threshold > 0:
-            penalty = torch.linalg.svdvals(fitted.double() @ self._root).sum().item()
+            penalty = torch.linalg.svdvals(fitted.double() @ self._outputs.root).sum().item()
         return Errors(form + self.threshold * penalty, plain)
 
     def optimum(self, rank: int) -> float:
-        s, level = self._pair[1], self.threshold
+        s, level = self._outputs.s, self.threshold
         kept = min(rank, int((s > level).sum()))
         tail = s[kept:].square().flip(0).sum() / 2
         return (tail + torch.sum(level * s[:kept] - level**2 / 2)).item()
 
     @property
     def total(self) -> float:
-        return self._pair[1].square().sum().item() / 2
+        return self._outputs.s.square().sum().item() / 2
 
     @property
     def facts(self) -> dict[str, Any]:
         """The threshold, and as a share of the largest singular value."""
-        largest = self._pair[1][0].item()
+        largest = self._outputs.s[0].item()
         share = self.threshold / largest if largest > 0 else 0.0
         return {"threshold": self.threshold, "threshold_share": share}

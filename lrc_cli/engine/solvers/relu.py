@@ -190,19 +190,50 @@ class Rectified(Approximation):
         return self.plain.energy
 
 
-class Unpolished(Rectified):
+class Unpolished(Approximation):
     """The same judge for `frobenius`'s solution as it is, packed as `frobenius` packs it.
 
     Rounding may reverse the order of two solutions: whoever must not be above `frobenius` in the
     stored dtype fits both problems and keeps the better outcome.
     """
 
-    def __init__(self, other: Rectified) -> None:
-        self.__dict__.update(other.__dict__)
-        self.metric = self.plain.metric
+    unit = UNIT
+    inputs = "calibration"
+
+    def __init__(self, judge: Rectified) -> None:
+        self.weight = judge.weight
+        self.metric = judge.plain.metric
+        self._judge = judge
 
     def solve(self, rank: int) -> Solution:
-        return self.plain.solve(rank)
+        return self._judge.plain.solve(rank)
+
+    def errors(self, fitted: Tensor) -> Errors:
+        return self._judge.errors(fitted)
+
+    def svd_errors(self, rank: int) -> Errors:
+        return self._judge.svd_errors(rank)
+
+    def shift(self, fitted: Tensor) -> Tensor | None:
+        return self._judge.shift(fitted)
+
+    def optimum(self, rank: int) -> None:
+        """None, as for the judge."""
+
+    def output_optimum(self, rank: int) -> float:
+        return self._judge.output_optimum(rank)
+
+    @property
+    def total(self) -> float:
+        return self._judge.total
+
+    @property
+    def energy(self) -> float:
+        return self._judge.energy
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._judge.facts
 
 
 def _around(rows: Tensor, mean: Tensor) -> Tensor:
