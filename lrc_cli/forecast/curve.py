@@ -8,7 +8,7 @@ from lrc_cli.config import Config
 from lrc_cli.engine import DENSE, tails
 from lrc_cli.errors import InputError
 from lrc_cli.job.factors.decide_sequential import granted_share
-from lrc_cli.job.plan import Plan
+from lrc_cli.job.plan import Plan, with_target
 from lrc_cli.job.spectra.ranks import allocate_ranks
 from lrc_cli.job.work import Tensors
 
@@ -37,7 +37,7 @@ def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str
         "kept": granted_share(plan, ranks),
         "relative_error": (sum(relative) / len(relative)) ** 0.5,
     }
-    methods = {solver.name for solver in plan.solvers.values()}
+    methods = {solver.name for solver in plan.solvers}
     bounds_output = plan.config.compression.max_layer_error is not None
     if methods == {"curvature"} and not bounds_output:
         point["loss_increase"] = lost
@@ -48,7 +48,7 @@ def curve_of(plan: Plan, spectra: Tensors) -> list[dict[str, Any]]:
     """`point_of` several sizes with their `size`; those that cannot be reached are left out."""
     points = []
     for size in SIZES:
-        sized = replace(plan, config=_of_size(plan.config, size))
+        sized = with_target(plan, _of_size(plan.config, size))
         try:
             ranks = allocate_ranks(sized, spectra)
         except InputError:  # the config's own target is checked elsewhere, and may well be reached

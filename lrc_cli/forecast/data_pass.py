@@ -148,7 +148,7 @@ class _Pass:
         plan = self.probe.plan
         limit, tokens = plan.config.runtime.memory_bytes, plan.sequences[CALIBRATION].num_tokens
         beyond = 0 if limit is None else max(int(max(self.handed.values())) - limit, 0)
-        streamed = [4 * tokens * x.shape[1] for x in plan.layers if plan.solvers[x.name] is RELU]
+        streamed = [4 * tokens * x.shape[1] for x in plan.layers if plan.of(x).solver is RELU]
         return max([beyond, *streamed])
 
     @property

@@ -82,7 +82,7 @@ class Probe:
         """A unit whose statistics are at hand -> the units that are like it, itself included."""
         groups: dict[Any, list[str]] = {}
         for unit, layers in self.plan.units.items():
-            solvers = [self.plan.solvers[layer.name].name for layer in layers]
+            solvers = [self.plan.of(layer).solver.name for layer in layers]
             like = [(x.name.removeprefix(unit), x.shape) for x in layers]
             groups.setdefault((tuple(like), tuple(solvers)), []).append(unit)
         found = {}
@@ -176,7 +176,7 @@ class Probe:
 
 def _on_few_sequences(plan: Plan, layers: Sequence[Layer]) -> tuple[Plan, float]:
     """A plan with few calibration sequences for fits that run over them, and the share left out."""
-    if all(plan.solvers[layer.name] is not RELU for layer in layers):
+    if all(plan.of(layer).solver is not RELU for layer in layers):
         return plan, 1.0
     whole = plan.sequences[CALIBRATION]
     number = min(NUM_BATCHES * micro_batch(whole, MICRO_BATCH_TOKENS), len(whole))

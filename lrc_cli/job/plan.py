@@ -16,7 +16,7 @@ from lrc_cli.config import Config, matches, to_dict
 from lrc_cli.data.draw import Batch, Sequences, draw
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.engine import FROBENIUS, RELU, SOLVERS, Solver
+from lrc_cli.engine import FROBENIUS, RELU, Solver
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.followed_by_relu import followed_by_relu
 from lrc_cli.execution.hooks import watched
@@ -25,8 +25,9 @@ from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Uses
 from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
+from lrc_cli.job.planned_layer import PlannedLayer, asked_method, asked_solvers, plan_layers
 from lrc_cli.network.candidates.find import Skipped, find_layers
-from lrc_cli.network.candidates.new_bias import check_bias, gained_bytes
+from lrc_cli.network.candidates.new_bias import check_bias
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.opening import open_module
 from lrc_cli.report.gates import check_gates_possible
@@ -45,8 +46,8 @@ class Plan:
     tokenizer: Any
     layers: list[Layer]
     skipped: list[Skipped]
-    solvers: Mapping[str, Solver]
-    """By layer name."""
+    planned: Mapping[str, PlannedLayer]
+    """What is settled for each of the layers, by name."""
     sequences: dict[str, Sequences]
     """Blocks by purpose: "calibration", "certification" and the names of the evaluation texts."""
     statistics_fingerprint: dict[str, Any]
@@ -56,6 +57,15 @@ class Plan:
     """The directory to write."""
     processes: Processes
     """Those that share the work."""
+
+    def of(self, layer: Layer) -> PlannedLayer:
+        """What is planned for one of the layers."""
+        return self.planned[layer.name]
+
+    @property
+    def solvers(self) -> list[Solver]:
+        """The solvers of the layers, in their order."""
+        return [self.of(layer).solver for layer in self.layers]
 
     @property
     def units(self) -> dict[str, list[Layer]]:
@@ -93,21 +103,6 @@ class Plan:
     def device(self) -> torch.device:
         """Where everything is computed."""
         return self.network.device
-
-    def stored_dtype(self, layer: Layer) -> torch.dtype:
-        """What the layer's factors are written in."""
-        return DTYPES.get(self.config.output.dtype, layer.dtype)
-
-    def gained_bytes(self, layer: Layer) -> int:
-        """Bytes of the bias that factorising the layer adds to the checkpoint."""
-        if not self.config.compression.center:
-            return 0
-        return gained_bytes(layer, self.source, self.stored_dtype(layer))
-
-    def method_reason(self, layer: Layer) -> str | None:
-        """Why the layer's method is not the one that the config asks for; None: it is."""
-        asked = _method(self.config, layer)
-        return NOT_FOLLOWED if asked != self.solvers[layer.name].name else None
 
     @property
     def compressible_bytes(self) -> int:
@@ -159,9 +154,10 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     ]
     layers = [layer for layer in layers if layer.name not in reasons]
     check_layers(config, layers)
-    solvers = {layer.name: SOLVERS[_method(config, layer)] for layer in layers}
+    asked = asked_solvers(config.compression, layers)
     one = next(sequences[CALIBRATION].batches(1))
-    solvers = with_relu_where_followed(solvers, network, layers, one)
+    solvers = with_relu_where_followed(asked, network, layers, one)
+    stand_ins = {name: NOT_FOLLOWED for name in solvers if solvers[name] is not asked[name]}
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
@@ -179,7 +175,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         tokenizer=processors.tokenizer,
         layers=layers,
         skipped=skipped,
-        solvers=solvers,
+        planned=plan_layers(config, layers, source, solvers, stand_ins),
         sequences=sequences,
         statistics_fingerprint=statistics,
         factors_fingerprint=factors_fingerprint(config, identity),
@@ -200,7 +196,15 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
     plan.processes.from_first(lambda: check_output(output, plan.source, force=force))
     check_layers(config, plan.layers)
     factors = factors_fingerprint(config, digest(plan.statistics_fingerprint))
-    return replace(plan, config=config, output=output, factors_fingerprint=factors)
+    return replace(with_target(plan, config), output=output, factors_fingerprint=factors)
+
+
+def with_target(plan: Plan, config: Config) -> Plan:
+    """The plan with the target of another config, which differs in nothing else that counts."""
+    solvers = {name: x.solver for name, x in plan.planned.items()}
+    reasons = {name: x.method_reason for name, x in plan.planned.items() if x.method_reason}
+    planned = plan_layers(config, plan.layers, plan.source, solvers, reasons)
+    return replace(plan, config=config, planned=planned)
 
 
 def check_output(output: Path, source: Source, *, force: bool) -> None:
@@ -238,10 +242,6 @@ def _work_dir(config: Config, output: Path, identity: str) -> Path:
     return path
 
 
-def _method(config: Config, layer: Layer) -> str:
-    return config.compression.override(layer.name).method or config.compression.method
-
-
 def check_layers(config: Config, layers: list[Layer]) -> None:
     """Raise InputError if nothing is left to compress, or a method cannot do what is asked."""
     if not layers:
@@ -250,19 +250,19 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
             "see `lrc inspect`, and check compression.include and exclude",
         )
     compression = config.compression
-    methods = {_method(config, layer) for layer in layers}
+    methods = {asked_method(compression, layer) for layer in layers}
     if compression.max_loss_increase is not None and methods != {"curvature"}:
-        other = next(layer for layer in layers if _method(config, layer) != "curvature")
+        other = next(layer for layer in layers if asked_method(compression, layer) != "curvature")
         raise InputError(
             f"compression.max_loss_increase: needs method curvature, and {other.name} has"
-            f" {_method(config, other)}",
+            f" {asked_method(compression, other)}",
             "leave its method out, or exclude the layer",
         )
     if compression.threshold is not None and methods != {"nuclear"}:
-        other = next(layer for layer in layers if _method(config, layer) != "nuclear")
+        other = next(layer for layer in layers if asked_method(compression, layer) != "nuclear")
         raise InputError(
             f"compression.threshold: needs method nuclear, and {other.name} has"
-            f" {_method(config, other)}",
+            f" {asked_method(compression, other)}",
             "leave its method out, or exclude the layer",
         )
     if compression.center and methods & {"svd", "relu"}:

@@ -105,7 +105,7 @@ def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) 
     if compression.sequential is not False:
         used = "on" if decision.used else "off"
         progress.note(f"compression.sequential: {used}: {decision.reason}")
-    if not decision.used and RELU not in plan.solvers.values():
+    if not decision.used and RELU not in plan.solvers:
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
     factorize = factorize_sequentially if decision.used else factorize_layers
     factorize(plan, work, ranks, factors, progress)
@@ -133,7 +133,7 @@ def _say_what_failed(report: dict[str, Any], progress: Progress) -> None:
 def _say_what_is_off(plan: Plan, progress: Progress) -> None:
     """A setting that resolves to nothing is never ignored in silence."""
     compression = plan.config.compression
-    if compression.loss != "auto" and all("fisher" not in s.needs for s in plan.solvers.values()):
+    if compression.loss != "auto" and all("fisher" not in s.needs for s in plan.solvers):
         progress.note(f"compression.loss: {compression.loss} is not used: no layer has curvature")
     target, _ = compression.target
     if target != "size":

@@ -28,7 +28,7 @@ def fields(plan: Plan, **changes: Any) -> dict[str, Any]:
         "config": plan.config,
         "source": plan.source,
         "calibration": plan.sequences[CALIBRATION],
-        "solvers": plan.solvers,
+        "solvers": {name: x.solver for name, x in plan.planned.items()},
         "network": plan.network,
         "tokenizer": plan.tokenizer,
     }

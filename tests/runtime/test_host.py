@@ -14,6 +14,7 @@ import pico
 import pytest
 import torch
 
+from lrc_cli.engine import SVD
 from lrc_cli.job.spectra.solve import solve_units
 from lrc_cli.runtime import threads
 from lrc_cli.runtime.threads import in_parallel
@@ -173,8 +174,9 @@ def test_a_caller_that_stops_leaves_no_solve_behind() -> None:
 def test_how_a_unit_is_solved_does_not_depend_on_what_is_left(units: list[str]) -> None:
     """An eigenproblem by one thread and by two gives other bits, and a resumed run the same."""
     layer: Any = SimpleNamespace(name="only", shape=(8, 8), solve_cost=1.0)
+    planned = SimpleNamespace(solver=SVD)
     plan: Any = SimpleNamespace(
-        units={"a": [layer], "b": [layer]}, device=torch.device("cpu"), solvers={"only": None}
+        units={"a": [layer], "b": [layer]}, device=torch.device("cpu"), of=lambda _: planned
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)

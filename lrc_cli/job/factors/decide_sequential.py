@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import DENSE, pivot_block, storage_bytes
+from lrc_cli.engine import DENSE
 from lrc_cli.errors import InputError
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
@@ -51,7 +51,7 @@ def check_sequential(plan: Plan) -> None:
             " and sequential fitting uses others",
             "set sequential: false, or set size in place of max_layer_error",
         )
-    methods = {solver.name for solver in plan.solvers.values()}
+    methods = {solver.name for solver in plan.solvers}
     if not methods & set(METHODS):
         raise InputError(
             f"compression.sequential: no layer has method {' or '.join(METHODS)}, but"
@@ -100,17 +100,8 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
 
 def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
     """Bytes of the compressible weights at their granted ranks, as a share of the dense ones."""
-    return sum(_bytes(plan, x, ranks[x.name]) for x in plan.layers) / plan.compressible_bytes
-
-
-def _bytes(plan: Plan, layer: Layer, rank: int) -> int:
-    (m, n), itemsize = layer.shape, plan.stored_dtype(layer).itemsize
-    if rank == DENSE:
-        return m * n * itemsize
-    compression = plan.config.compression
-    storage = compression.override(layer.name).storage or compression.storage
-    own = storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank))
-    return own + plan.gained_bytes(layer)
+    granted = sum(plan.of(layer).bytes_at(ranks[layer.name]) for layer in plan.layers)
+    return granted / plan.compressible_bytes
 
 
 def num_held_back(plan: Plan) -> int:
@@ -134,7 +125,7 @@ def _not_able(plan: Plan, layer: Layer) -> str | None:
         return TIED
     if plan.num_calls[layer.name] > 1:
         return "it runs several times in a pass, on several inputs"
-    method = plan.solvers[layer.name].name
+    method = plan.of(layer).solver.name
     return None if method in METHODS else f"not with method {method}"
 
 

@@ -17,7 +17,6 @@ from lrc_cli.engine import (
 from lrc_cli.job.factors.fit import Fitted, Request, fit_layer, fit_rectified, left_dense
 from lrc_cli.job.factors.relu_inputs import read_inputs
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.spectra.ranks import rank_multiple
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.spectra.survey import dense_reason, read_survey
 from lrc_cli.job.statistics.collect import read_statistics
@@ -29,12 +28,10 @@ def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:
     """The layer's approximation problem on the inputs that it has in the dense network."""
     statistics, _ = read_statistics(plan, work, layer)
     assert statistics is not None
-    if plan.solvers[layer.name] is NUCLEAR:
-        override = plan.config.compression.override(layer.name)
-        forced = override.rank is not None or override.size is not None
-        share = None if forced else plan.config.compression.threshold
-        return Shrunk(weight_of(plan, layer), statistics, share=share)
-    weight, solver = weight_of(plan, layer), plan.solvers[layer.name]
+    weight, planned = weight_of(plan, layer), plan.of(layer)
+    solver = planned.solver
+    if solver is NUCLEAR:
+        return Shrunk(weight, statistics, share=planned.threshold)
     return SameInput(weight, statistics, solver, read_survey(plan, work, layer))
 
 
@@ -49,21 +46,20 @@ def _rectified(plan: Plan, work: WorkDirectory, layer: Layer) -> Rectified:
         statistics,
         read_inputs(plan.network, plan.sequences[CALIBRATION], layer, work.root),
         read_survey(plan, work, layer),
-        dtype=plan.stored_dtype(layer),
+        dtype=plan.of(layer).dtype,
         ridge=plan.config.compression.ridge,
     )
 
 
 def request_of(plan: Plan, layer: Layer, rank: int) -> Request:
     """What is asked of the layer at its granted rank."""
-    compression = plan.config.compression
-    override = compression.override(layer.name)
+    planned = plan.of(layer)
     return Request(
         rank=rank,
-        rank_multiple=rank_multiple(plan, layer),
-        storage=override.storage or compression.storage,
-        dtype=plan.stored_dtype(layer),
-        max_layer_error=None if override.rank is not None else compression.max_layer_error,
+        rank_multiple=planned.rank_multiple,
+        storage=planned.storage,
+        dtype=planned.dtype,
+        max_layer_error=planned.max_layer_error,
         bias=layer.bias(plan.source),
     )
 
@@ -78,7 +74,7 @@ def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer)
 
 def _fit(plan: Plan, work: WorkDirectory, layer: Layer, rank: int) -> Fitted:
     request = request_of(plan, layer, rank)
-    if plan.solvers[layer.name] is RELU and request.rank != DENSE:
+    if plan.of(layer).solver is RELU and request.rank != DENSE:
         try:
             problem = _rectified(plan, work, layer)
         except SolveError as error:

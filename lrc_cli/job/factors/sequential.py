@@ -189,7 +189,7 @@ class _Fits:
 def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:
     """The layer's outcome on both networks' inputs. Raises SolveError."""
     drift, held_back = drifts
-    solver = plan.solvers[layer.name]
+    solver = plan.of(layer).solver
     fisher = None
     if "fisher" in solver.needs:
         statistics, _ = read_statistics(plan, work, layer)

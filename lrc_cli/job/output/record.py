@@ -142,13 +142,13 @@ def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> di
         "kind": layer.kind,
         "tied_to": layer.tied_to,
         "shape": list(layer.shape),
-        "method": plan.solvers[layer.name].name,
-        "method_reason": plan.method_reason(layer),
+        "method": plan.of(layer).solver.name,
+        "method_reason": plan.of(layer).method_reason,
         "bytes_before": layer.num_bytes,
         "bytes_after": sum(
             written.tensors[key].num_bytes for key in keys if key in written.tensors
         ),
-        "dtype": str(plan.stored_dtype(layer)).removeprefix("torch."),
+        "dtype": str(plan.of(layer).dtype).removeprefix("torch."),
         **facts,
     }
 

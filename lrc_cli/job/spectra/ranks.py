@@ -9,7 +9,6 @@ from lrc_cli.engine import (
     DENSE,
     Infeasible,
     RankChoices,
-    default_rank_multiple,
     rank_choices,
     rank_of,
     uniform,
@@ -21,6 +20,7 @@ from lrc_cli.engine import (
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.planned_layer import PlannedLayer
 from lrc_cli.network.layer import Layer
 
 BISECTIONS = 30
@@ -39,7 +39,10 @@ def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str,
     compression = plan.config.compression
 
     def choices_of(*, relative: bool) -> list[RankChoices]:
-        return [_choices(plan, layer, spectra.get(layer.name), relative) for layer in plan.layers]
+        return [
+            _choices(plan.of(layer), spectra.get(layer.name), relative=relative)
+            for layer in plan.layers
+        ]
 
     unreachable = "ask for less compression"
     try:
@@ -89,23 +92,12 @@ def _meets_target(plan: Plan, choices: Sequence[RankChoices], picks: Sequence[in
     return all(choice.errors[i].item() <= compression.max_layer_error**2 for choice, i in chosen)
 
 
-def rank_multiple(plan: Plan, layer: Layer) -> int:
-    """What the layer's rank must be a multiple of; a rank that the user wrote is taken as it is."""
-    compression = plan.config.compression
-    asked = compression.rank_multiple
-    if compression.override(layer.name).rank is not None or compression.threshold is not None:
-        return 1
-    return default_rank_multiple(*layer.shape) if asked == "auto" else int(asked)
-
-
 def _choices(
-    plan: Plan, layer: Layer, spectrum: torch.Tensor | None, relative: bool
+    planned: PlannedLayer, spectrum: torch.Tensor | None, *, relative: bool
 ) -> RankChoices:
     """What the layer may cost and how wrong it then is, overrides applied."""
-    compression = plan.config.compression
-    override = compression.override(layer.name)
-    itemsize = plan.stored_dtype(layer).itemsize
-    if spectrum is None or override.size == 1:
+    layer, itemsize = planned.layer, planned.dtype.itemsize
+    if spectrum is None or planned.fixed_size == 1:
         return _only_dense(layer, itemsize)
     total = spectrum.sum().item()
     choices = rank_choices(
@@ -113,18 +105,19 @@ def _choices(
         m=layer.shape[0],
         n=layer.shape[1],
         itemsize=itemsize,
-        storage=override.storage or compression.storage,
-        rank_multiple=rank_multiple(plan, layer),
-        extra=plan.gained_bytes(layer),
+        storage=planned.storage,
+        rank_multiple=planned.rank_multiple,
+        extra=planned.gained_bytes,
     )
-    if override.rank is not None:
-        return _only(choices, choices.ranks == override.rank, layer, f"rank {override.rank}")
-    if override.size is not None:
-        keep = choices.num_bytes <= override.size * layer.num_bytes
+    rank, size = planned.fixed_rank, planned.fixed_size
+    if rank is not None:
+        return _only(choices, choices.ranks == rank, layer, f"rank {rank}")
+    if size is not None:
+        keep = choices.num_bytes <= size * layer.num_bytes
         keep &= choices.num_bytes == choices.num_bytes[keep].max() if keep.any() else keep
-        return _only(choices, keep, layer, f"size {override.size}")
-    if compression.threshold is not None:
-        kept = choices.ranks == rank_of(spectrum, compression.threshold)
+        return _only(choices, keep, layer, f"size {size}")
+    if planned.threshold is not None:
+        kept = choices.ranks == rank_of(spectrum, planned.threshold)
         return _narrowed(choices, kept if kept.any() else choices.ranks == DENSE)
     return choices
 

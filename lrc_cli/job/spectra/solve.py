@@ -27,7 +27,7 @@ def num_workers(plan: Plan, layers: list[Layer]) -> int:
     """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
     widest = max((max(layer.shape) for layer in layers), default=0)
     # With relu a fit runs the network, and holds the layer's inputs.
-    runs_alone = any(plan.solvers[layer.name] is RELU for layer in layers)
+    runs_alone = any(plan.of(layer).solver is RELU for layer in layers)
     if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or runs_alone:
         return 1
     return torch.get_num_threads()

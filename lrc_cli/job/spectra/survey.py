@@ -38,7 +38,7 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
     if statistics is None:
         return {}, reason
     try:
-        found = survey(plan.solvers[layer.name], weight_of(plan, layer), statistics)
+        found = survey(plan.of(layer).solver, weight_of(plan, layer), statistics)
     except SolveError as error:
         return {}, f"could not be solved: {error}"
     tensors = {SPECTRUM: found.spectrum, OUTPUT_CURVE: found.output_curve}
@@ -106,6 +106,6 @@ def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:
         layer
         for unit in units
         for layer in plan.units[unit]
-        if plan.solvers[layer.name].spanned is not None
+        if plan.of(layer).solver.spanned is not None
     ]
     return sum(min(layer.shape) ** 2 * torch.float32.itemsize for layer in layers)

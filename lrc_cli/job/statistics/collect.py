@@ -44,7 +44,7 @@ def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> N
 
 
 def is_measured(plan: Plan, layer: Layer) -> bool:
-    return "gram" in plan.solvers[layer.name].needs
+    return "gram" in plan.of(layer).solver.needs
 
 
 def _measure(
@@ -70,7 +70,7 @@ def prepare(
     progress: Progress,
 ) -> tuple[Job, "UnitStore"]:
     """The pass that measures `layers`, and what stores its outcome by `units`."""
-    graded = {layer.name for layer in layers if "fisher" in plan.solvers[layer.name].needs}
+    graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
     cut = find_cut(plan.network, layers, graded, next(sequences.batches(1)))
@@ -204,7 +204,7 @@ def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:
 
 def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Statistics | None, str]:
     """A layer's statistics on the run's device; None, with the reason, where it must stay dense."""
-    needs = plan.solvers[layer.name].needs
+    needs = plan.of(layer).solver.needs
     if not needs:
         return Statistics(), ""
     seen = work.facts(STATISTICS, layer.unit)["layers"][layer.name]
