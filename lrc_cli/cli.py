@@ -35,7 +35,8 @@ def lrc(context: click.Context) -> None:
     """
     command = context.invoked_subcommand
     if command is not None and command != "compress":
-        from lrc_cli.runtime.processes import check_alone, joined
+        from lrc_cli.runtime.join import joined
+        from lrc_cli.runtime.processes import check_alone
 
         with joined() as processes:
             check_alone(command, processes)
@@ -79,7 +80,8 @@ def compress(
     Interrupted or killed, the same command goes on where it stopped. Several processes share the
     work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
     """
-    from lrc_cli.runtime.processes import check_alone, joined
+    from lrc_cli.runtime.join import joined
+    from lrc_cli.runtime.processes import check_alone
 
     bound_caches()
     with joined() as processes:

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: `source` opens one, `writer` writes one, `manifest` pins one."""
+"""Checkpoints on disk: files in, tensors out, and the way back."""

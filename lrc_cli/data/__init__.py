@@ -1,1 +1,1 @@
-"""What data files hold, as positions that blocks of model inputs are taken from."""
+"""Data files, and the sequences of model inputs that are drawn from them."""

@@ -1,4 +1,4 @@
-"""The pure numerical core: no files, no configuration, no logging.
+"""The numerical core: no files, no configuration, no logging.
 
 solver = SOLVERS["curvature"]
 choices = rank_choices(solver.spectrum(weight, statistics), m=m, n=n, itemsize=2)

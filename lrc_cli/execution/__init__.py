@@ -1,1 +1,1 @@
-"""A network run block by block."""
+"""A network run block by block, on its own inputs."""

@@ -22,7 +22,20 @@ from lrc_cli.execution.network import Network
 from lrc_cli.network.factories import source_file
 from lrc_cli.runtime.files import canonical_json, hash_file, hash_path
 
-NO_NUMBERS = ("verify", "report", "forecast", "commands", "cli.py")
+PACKAGE = Path(__file__).parents[1]
+NUMBERS = ("engine", "config", "runtime", "checkpoint", "network", "data", "execution", "job")
+"""The folders of the package whose code can change a number of a work directory.
+
+`config` is one of them: the layers that a pattern covers, and what an override sets, are decided
+there.
+"""
+FIGURES = ("quality",)
+"""The folders that can change a figure of a report, but nothing in a work directory."""
+NO_NUMBERS = (
+    *("errors.py", "text.py", "report", "verify", "forecast", "commands"),
+    *("cli.py", "hf.py", "__init__.py", "__main__.py"),
+)
+"""Everything else: it estimates, checks, prints, reads arguments or gives an address."""
 
 
 def statistics_fingerprint(
@@ -55,15 +68,20 @@ def statistics_fingerprint(
 
 
 @cache
-def code_hash() -> str:
-    """sha256 of the sources that can change a number: a working copy may differ from its release.
+def code_hash(folders: tuple[str, ...] = NUMBERS, root: Path = PACKAGE) -> str:
+    """sha256 of the package's sources in some of its folders: a copy may differ from its release.
 
-    Not of those that estimate, check, print or read arguments.
+    Args:
+        folders: names of folders of the package.
+        root: the package's own folder.
     """
-    root = Path(__file__).parents[1]
-    files = sorted(file.relative_to(root) for file in root.rglob("*.py"))
-    counted = [file for file in files if file.parts[0] not in NO_NUMBERS]
-    return digest({file.as_posix(): hash_file(root / file) for file in counted})
+    files = sorted(file for name in folders for file in (root / name).rglob("*.py"))
+    return digest({file.relative_to(root).as_posix(): hash_file(file) for file in files})
+
+
+def report_code_hash() -> str:
+    """sha256 of the sources that can change a number of a finished output, its report included."""
+    return code_hash((*NUMBERS, *FIGURES))
 
 
 def digest(value: Any) -> str:
@@ -103,7 +121,7 @@ def already_done(config: Config) -> bool:
         "config_sha256": config_hash(config),
         "evaluation": to_dict(config)["evaluation"],
         "lrc_version": __version__,
-        "code_sha256": code_hash(),
+        "code_sha256": report_code_hash(),
     }
     if any(provenance.get(key) != value for key, value in wanted.items()):
         return False

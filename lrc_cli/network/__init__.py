@@ -1,1 +1,1 @@
-"""A checkpoint as a module, and what its layers are."""
+"""A checkpoint as a module, its layers, and the low-rank modules that take their place."""

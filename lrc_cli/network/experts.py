@@ -1,7 +1,7 @@
 """Fused experts as a list of experts, whose matrices are `nn.Linear` layers.
 
 transformers keeps the experts of a mixture as three-dimensional parameters, into which it merges
-the matrices that the checkpoint holds for each expert (others: stored_experts.py).
+the matrices that the checkpoint holds for each expert (others: fused_experts.py).
 Every expert is factorised on its own, from the tokens that are routed to it. So the fused module
 gives way to a list that computes the same, and whose layers have the checkpoint's names. No table
 of models: that a module is fused experts follows from the attributes that transformers' decorator
@@ -9,15 +9,12 @@ gives it, the names from its conversions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lrc_cli.network.low_rank.modules import replace_modules
-
-if TYPE_CHECKING:
-    from lrc_cli.network.fused_experts import Stored
 
 FUSED = {"gate_up_proj": 2, "down_proj": 1}
 """The parameters of fused experts, (experts, outputs, inputs) each, and how many matrices of the
@@ -49,10 +46,17 @@ class Expert(nn.Module):
         return y
 
 
+class FusedOrigin(Protocol):
+    """The fused module that a list of experts stands for, where the checkpoint holds it so."""
+
+    def together(self, experts: "Experts") -> nn.Module:
+        """The fused module again, from a list of dense experts."""
+
+
 class Experts(nn.ModuleList):
     """A list of experts in the place of fused ones."""
 
-    stored: "Stored | None" = None
+    stored: FusedOrigin | None = None
     """How the checkpoint holds them; None: each expert's matrices on their own."""
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

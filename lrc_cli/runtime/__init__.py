@@ -1,1 +1,1 @@
-"""The machine: devices, threads, processes, files, progress."""
+"""The machine: devices, threads, processes, memory, files, locks, signals, progress."""

@@ -4,9 +4,7 @@ A process alone is the same object, to whom every exchange hands back what it ga
 takes part asks how many there are. `joined` gives the processes that torchrun has started.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lrc_cli.errors import InputError
@@ -15,9 +13,6 @@ if TYPE_CHECKING:  # importing torch takes seconds
     import torch
 
 Value = TypeVar("Value")
-
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells every process in its environment."""
 
 
 class Processes:
@@ -78,26 +73,3 @@ def check_alone(command: str, processes: Processes) -> None:
             f"lrc {command}: works in one process, and torchrun has started {processes.size}",
             "start it without torchrun",
         )
-
-
-@contextmanager
-def joined() -> Iterator[Processes]:
-    """The processes that torchrun has started with this one, or one alone.
-
-    Whatever ends one of them within it ends the others too: they leave by SystemExit, in silence
-    and with the exit code of the one that failed first, whose error is raised there.
-    """
-    if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
-        yield ALONE
-        return
-    from lrc_cli.runtime.torchrun import Group
-
-    group = Group()
-    try:
-        yield group
-    except BaseException as error:
-        code = group.failed(error)
-        if code is None:
-            raise
-        raise SystemExit(code) from error
-    group.leave()

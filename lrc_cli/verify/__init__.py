@@ -1,4 +1,4 @@
-"""`lrc verify`: an independent path from the written files, the original and the data.
+"""`lrc verify`: an independent check of a written directory.
 
 It imports nothing of the engine, the plan or the run: what it says does not rest on what they say.
 """

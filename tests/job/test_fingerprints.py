@@ -1,5 +1,6 @@
 """What makes earlier statistics unusable: everything that their numbers depend on."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,15 @@ from pico import Models
 from lrc_cli.config import load_config
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.job import fingerprints
-from lrc_cli.job.fingerprints import digest, statistics_fingerprint
+from lrc_cli.job.fingerprints import (
+    FIGURES,
+    NO_NUMBERS,
+    NUMBERS,
+    PACKAGE,
+    code_hash,
+    digest,
+    statistics_fingerprint,
+)
 from lrc_cli.job.plan import Plan, make_plan
 
 
@@ -66,3 +75,44 @@ def test_another_release_of_a_library_counts(plan: Plan, monkeypatch: pytest.Mon
     after = fields(plan)
     changed = [name for name in before if before[name] != after[name]]
     assert changed == ["torch version", "transformers version"]
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_every_part_of_the_package_is_on_one_side() -> None:
+    """A new folder makes numbers or it does not: whoever adds it says which."""
+    parts = {path.name for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    sides = [*NUMBERS, *FIGURES, *NO_NUMBERS]
+    assert sorted(sides) == sorted(parts - {"__pycache__"})
+
+
+def add(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text((file.read_text() if file.exists() else "") + text)
+
+
+@pytest.mark.parametrize(
+    ("file", "work", "report"),
+    [
+        ("errors.py", True, True),
+        ("commands/another.py", True, True),
+        ("forecast/another.py", True, True),
+        ("quality/compare.py", True, False),
+        ("engine/linalg.py", False, False),
+        ("engine/solvers/another.py", False, False),
+        ("job/plan.py", False, False),
+    ],
+)
+def test_which_sources_make_earlier_work_unusable(
+    file: str, work: bool, report: bool, tmp_path: Path
+) -> None:
+    """Whether the work directory and the finished output are still good after an edit."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    for copy in (before, after):
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    both = (*NUMBERS, *FIGURES)
+    assert code_hash(root=before) == code_hash() and code_hash(both) == code_hash(both, before)
+    add(after / file, '"""Another sentence."""\n')
+    assert (code_hash(root=before) == code_hash(root=after)) is work
+    assert (code_hash(both, before) == code_hash(both, after)) is report

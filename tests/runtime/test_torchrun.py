@@ -28,7 +28,8 @@ from lrc_cli.execution.segments import find_cut
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import WorkDirectory
-from lrc_cli.runtime.processes import Processes, joined
+from lrc_cli.runtime.join import joined
+from lrc_cli.runtime.processes import Processes
 
 Changes = dict[str, Any]
 SIZES = (1, 2, 4)

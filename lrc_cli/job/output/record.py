@@ -12,7 +12,7 @@ from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
-from lrc_cli.job.fingerprints import code_hash, data_hashes
+from lrc_cli.job.fingerprints import data_hashes, report_code_hash
 from lrc_cli.job.plan import Plan
 
 SCHEMA_VERSION = 1
@@ -166,7 +166,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     }
     return {
         "lrc_version": __version__,
-        "code_sha256": code_hash(),
+        "code_sha256": report_code_hash(),
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.machine(),
