@@ -7,6 +7,9 @@ import pico
 import pytest
 import torch
 
+# A failed assertion of these helpers shows its values, as one in a test does.
+pytest.register_assert_rewrite("command_helpers", "sequential_helpers")
+
 # Threads cost more than they give at these sizes.
 torch.set_num_threads(1)
 

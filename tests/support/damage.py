@@ -1,0 +1,337 @@
+"""Ways to damage a finished output, and to rewrite its manifest so that hashes no longer tell."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrc_cli.checkpoint.manifest import build_manifest
+from lrc_cli.quality.sentences import assumptions, statement_text
+from lrc_cli.report import render_card, render_html
+
+Mutation = Callable[[Path], None]
+
+
+def rewrite_manifest(output: Path) -> None:
+    """What somebody does who hides a change: every hash fits again."""
+    manifest = build_manifest(output)
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def rewrite_pages(output: Path) -> None:
+    """The card and the page say what report.json says now."""
+    report = read_report(output)
+    (output / "README.md").write_bytes(render_card(report).encode())
+    (output / "report.html").write_bytes(render_html(report).encode())
+
+
+def copied(output: Path, directory: Path) -> Path:
+    """A copy of an output that a test may damage."""
+    return Path(shutil.copytree(output, directory / "out"))
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """report.json."""
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return report
+
+
+def edit_report(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes report.json, in the form in which it is written."""
+    report = read_report(output)
+    change(report)
+    (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def edit_tensors(
+    output: Path, key: str, change: Callable[[Tensor], Tensor], name: str | None = None
+) -> None:
+    """Changes one tensor, and its name if one is given, in whichever shard it lies."""
+    for file in sorted(output.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            metadata, keys = handle.metadata(), list(handle.keys())
+            if key not in keys:
+                continue
+            tensors = {k: handle.get_tensor(k).clone() for k in keys}
+        tensors[name or key] = change(tensors.pop(key)).contiguous()
+        save_file(tensors, file, metadata=metadata)
+
+
+def factor_key(output: Path) -> str:
+    """The disk name of a layer with a permutation whose blocks differ."""
+    for file in sorted(output.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
+                if key.endswith(".perm") and len(handle.get_tensor(key)) > 2:
+                    return str(key.removesuffix(".perm"))
+    raise AssertionError("no layer is interpolative")
+
+
+def first_factorised(report: dict[str, Any]) -> dict[str, Any]:
+    """The report's first layer with factors."""
+    layer: dict[str, Any] = next(x for x in report["layers"] if x["storage"] != "dense")
+    return layer
+
+
+# ---------------------------------------------------------------- one change each
+
+
+def flip_a_bit(output: Path) -> None:
+    """The lowest bit of one number of a factor."""
+
+    def change(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten().view(torch_uint8())
+        flat[0] ^= 1
+        return flat.view(tensor.dtype).view(tensor.shape)
+
+    edit_tensors(output, f"{factor_key(output)}.weight", change)
+
+
+def flip_a_high_bit(output: Path) -> None:
+    """A high bit of the exponent of one number of a factor: it stays finite."""
+
+    def change(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        flat[0] = 64.0
+        return flat.view(tensor.shape)
+
+    edit_tensors(output, f"{factor_key(output)}.weight", change)
+
+
+def change_a_kept_tensor(output: Path) -> None:
+    """One number of a tensor that was never compressed."""
+
+    def change(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        flat[3] += 1.0
+        return flat.view(tensor.shape)
+
+    edit_tensors(output, "model.norm.weight", change)
+
+
+def torch_uint8() -> Any:
+    """The dtype of bytes."""
+    import torch
+
+    return torch.uint8
+
+
+def swap_the_permutation(output: Path) -> None:
+    """Two entries of a permutation: still one, and another matrix."""
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor[[1, 0, *range(2, len(tensor))]]
+
+    edit_tensors(output, f"{factor_key(output)}.perm", change)
+
+
+def repeat_in_the_permutation(output: Path) -> None:
+    """No permutation any more."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor[0] = tensor[1]
+        return tensor
+
+    edit_tensors(output, f"{factor_key(output)}.perm", change)
+
+
+def rename_a_key(output: Path) -> None:
+    """One tensor of a layer goes by another name, in the index too."""
+    old = f"{factor_key(output)}.up.weight"
+    new = old.replace(".up.", ".down.")
+    edit_tensors(output, old, lambda tensor: tensor, new)
+    index = output / "model.safetensors.index.json"
+    if index.exists():
+        index.write_text(index.read_text().replace(f'"{old}"', f'"{new}"'))
+
+
+def drop_a_shard(output: Path) -> None:
+    """The last weight file."""
+    sorted(output.glob("*.safetensors"))[-1].unlink()
+
+
+def drop_a_shard_and_its_entries(output: Path) -> None:
+    """The last weight file, and all that the index says of it."""
+    shard = sorted(output.glob("*.safetensors"))[-1]
+    shard.unlink()
+    file = output / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != shard.name}
+    file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def change_a_rank(output: Path) -> None:
+    """One rank in the layer table."""
+    file = output / "config.json"
+    config = json.loads(file.read_text())
+    next(iter(config["quantization_config"]["layers"].values()))["rank"] += 8
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def change_the_heads(output: Path) -> None:
+    """One key of config.json that lrc carries over."""
+    file = output / "config.json"
+    config = json.loads(file.read_text())
+    config["rms_norm_eps"] = 0.5
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def better_size(report: dict[str, Any]) -> None:
+    """A ratio."""
+    report["size"]["kept_checkpoint"] *= 0.9
+
+
+def better_layer_error(report: dict[str, Any]) -> None:
+    """One layer's error, consistently below what it is, and so its optimum."""
+    errors = first_factorised(report)["errors"]
+    for kind in ("metric", "output"):
+        for key in ("stored", "optimum", "svd"):
+            errors[kind][key] *= 0.9 if kind == "output" else 0.81
+
+
+def better_metric(report: dict[str, Any]) -> None:
+    """One layer's error in the metric that was minimised."""
+    layer = next(x for x in report["layers"] if x["method"] == "relu" and x["storage"] != "dense")
+    layer["errors"]["metric"]["stored"] *= 0.9
+
+
+def other_simple_metric(report: dict[str, Any]) -> None:
+    """What plain SVD would do, larger than it is."""
+    layer = next(x for x in report["layers"] if x["method"] == "relu" and x["storage"] != "dense")
+    layer["errors"]["metric"]["svd"] *= 1.1
+
+
+def better_worst_case(report: dict[str, Any]) -> None:
+    """The worst-case bound."""
+    report["worst_case"]["bound"] *= 0.95
+
+
+def better_measured_change(report: dict[str, Any]) -> None:
+    """The largest change that was measured beside the worst-case bound."""
+    report["worst_case"]["measured"] *= 0.95
+
+
+def better_amplification(report: dict[str, Any]) -> None:
+    """What a layer's own error may grow by."""
+    report["worst_case"]["layers"][0]["amplification"] *= 0.95
+
+
+def other_share(report: dict[str, Any]) -> None:
+    """Shares of the corrections that can be, and are not those that pay."""
+    for layer in report["layers"]:
+        if layer.get("sequential") is True:
+            layer["correction"] = (layer["correction"] + 0.5) % 1
+
+
+def other_correction(report: dict[str, Any]) -> None:
+    """A share of the correction that cannot be."""
+    for layer in report["layers"]:
+        if layer.get("sequential") is True:
+            layer["correction"] = 1.5
+
+
+def better_than_optimal(report: dict[str, Any]) -> None:
+    """One layer's error alone."""
+    first_factorised(report)["errors"]["output"]["stored"] *= 0.5
+
+
+def better_quality(report: dict[str, Any]) -> None:
+    """A loss with its perplexity."""
+    import math
+
+    row = report["quality"][0]
+    row["loss_after"] = (row["loss_before"] + row["loss_after"]) / 2
+    row["perplexity_after"] = math.exp(row["loss_after"])
+
+
+def better_perplexity(report: dict[str, Any]) -> None:
+    """A perplexity alone."""
+    report["quality"][0]["perplexity_after"] *= 0.9
+
+
+def better_divergence(report: dict[str, Any]) -> None:
+    """A figure that no other figure tells."""
+    report["quality"][0]["kl"] *= 0.9
+
+
+def better_bound(report: dict[str, Any]) -> None:
+    """The bound of a mean, in its sentence too."""
+    certificate = report["certificate"]
+    statement = next(s for s in certificate["statements"] if s["kind"] == "mean")
+    statement["bound"] *= 0.9
+    statement["text"] = statement_text(statement, certificate)
+
+
+def better_values(report: dict[str, Any]) -> None:
+    """The largest per-sequence value, which the limits of its statements do not show."""
+    values = report["certificate"]["values"]["all_layers"]
+    values[values.index(max(values))] *= 0.8
+
+
+def restate(certificate: dict[str, Any]) -> None:
+    """Every sentence follows from the certificate's figures again."""
+    for statement in certificate["statements"]:
+        statement["text"] = statement_text(statement, certificate)
+    certificate["assumptions"] = assumptions(certificate)
+
+
+def other_words(report: dict[str, Any]) -> None:
+    """More selection data than there were, and other predictions, in every sentence."""
+    certificate = report["certificate"]
+    certificate["selection"]["num_tokens"] *= 10
+    certificate["predictions"] = "predictions of masked tokens"
+    restate(certificate)
+
+
+def better_sentence(report: dict[str, Any]) -> None:
+    """One certificate sentence."""
+    statement = report["certificate"]["statements"][0]
+    statement["text"] = statement["text"].replace("95 %", "99 %")
+
+
+def held_out_figure(report: dict[str, Any]) -> None:
+    """One layer's error on certification data."""
+    first_factorised(report)["errors"]["held_out"]["same_input"] *= 0.9
+
+
+def edit(change: Callable[[dict[str, Any]], None]) -> Mutation:
+    """A change of report.json, shown by the pages as well."""
+
+    def mutate(output: Path) -> None:
+        edit_report(output, change)
+        rewrite_pages(output)
+
+    return mutate
+
+
+def edit_the_card(output: Path) -> None:
+    """A sentence of README.md."""
+    file = output / "README.md"
+    file.write_text(file.read_text().replace("95 %", "99 %", 1))
+
+
+def edit_the_page(output: Path) -> None:
+    """A sentence of report.html."""
+    file = output / "report.html"
+    file.write_text(file.read_text().replace("95 %", "99 %", 1))
+
+
+def edit_the_config(output: Path) -> None:
+    """lrc.yaml tells of another run."""
+    file = output / "lrc.yaml"
+    file.write_text(file.read_text().replace("ridge: 0.01", "ridge: 0.02"))
+
+
+def add_a_file(output: Path) -> None:
+    """Code that came from nowhere."""
+    (output / "modeling_extra.py").write_text("print('hello')\n")
+
+
+def edit_the_licence(output: Path) -> None:
+    """A side file."""
+    (output / "LICENSE").write_text("not free to use\n")
