@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from lrc_cli.config.constraints import (
     Count,
@@ -26,6 +26,17 @@ TARGETS = ("size", "max_layer_error", "max_loss_increase", "threshold")
 def _given(**values: object) -> list[str]:
     """Names of the values that are not None."""
     return [name for name, value in values.items() if value is not None]
+
+
+def default_allocation(method: Method) -> Allocation:
+    """How ranks are shared out where the config does not say: `curvature` alone has errors in one
+    unit, which layers can be compared in."""
+    return "global" if method == "curvature" else "relative"
+
+
+def _derived_allocation(values: Mapping[str, Any]) -> Allocation:
+    """The allocation that follows from the other keys that are written in the section."""
+    return default_allocation(values.get("method", Compression.method))
 
 
 def _not_null(key: str) -> dict[str, Any]:
@@ -74,7 +85,7 @@ class Compression:
     """Target: singular values to cut, as a share of each layer's largest; for nuclear."""
     size_of: Literal["compressible", "checkpoint"] = "compressible"
     """What size is a share of: the layers that can be compressed, or all tensors."""
-    allocation: Allocation = field(default=cast(Allocation, None), metadata={"derived": True})
+    allocation: Allocation = field(default="global", metadata={"derived": _derived_allocation})
     """How ranks are shared out; left out: global for method curvature, relative for others."""
     sequential: Literal["auto"] | bool = "auto"
     """Whether each layer is fitted to the inputs that the compressed layers before it give."""
@@ -115,9 +126,6 @@ class Compression:
         if self.threshold is not None and self.rank_multiple != "auto":
             message = "must be auto with threshold, which alone decides the ranks"
             raise FieldError("rank_multiple", message)
-        if self.allocation is None:
-            allocation = "global" if self.method == "curvature" else "relative"
-            object.__setattr__(self, "allocation", allocation)
 
     @property
     def target(self) -> tuple[str, float]:

@@ -113,6 +113,9 @@ class Reader:
         if _BAD in values.values():
             return _BAD
         values = {name: value for name, value in values.items() if value is not dataclasses.MISSING}
+        for name, (field, _) in known.items():
+            if "derived" in field.metadata and name not in values:
+                values[name] = field.metadata["derived"](values)
         for flag in _flags(section):
             values[flag] = flag.removesuffix("_is_default") not in children
         try:

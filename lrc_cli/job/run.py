@@ -3,7 +3,6 @@ spectrum before any rank is known."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from lrc_cli.checkpoint.writer import begin, discard, publish
 from lrc_cli.config import Compression, Config
+from lrc_cli.config.compression import default_allocation
 from lrc_cli.data.purposes import purposes_of
 from lrc_cli.engine import RELU
 from lrc_cli.job.factors.decide_sequential import check_sequential, decide
@@ -139,7 +139,9 @@ def _say_what_is_off(plan: Plan, progress: Progress) -> None:
     if target != "size":
         _say_unused(compression, "size_of", f"the target is {target}", progress)
     if target in ("max_layer_error", "threshold"):
-        _say_unused(compression, "allocation", f"{target} decides layer by layer", progress)
+        default = default_allocation(compression.method)
+        why = f"{target} decides layer by layer"
+        _say_unused(compression, "allocation", why, progress, default=default)
     for purpose in purposes_of(plan.config):
         found = len(plan.sequences.get(purpose.name, ()))
         if found < purpose.num_sequences:
@@ -147,13 +149,16 @@ def _say_what_is_off(plan: Plan, progress: Progress) -> None:
             progress.note(f"{purpose.name}: {lowered if found else 'skipped, no sequence is left'}")
 
 
-def _say_unused(compression: Compression, key: str, why: str, progress: Progress) -> None:
-    """Say that a key is not used, where it is not at its default."""
-    value, default = getattr(compression, key), getattr(Compression, key)
-    if default is None:  # it follows from other keys
-        left_out: dict[str, Any] = {key: None}
-        default = getattr(replace(compression, **left_out), key)
-    if value != default:
+def _say_unused(
+    compression: Compression, key: str, why: str, progress: Progress, *, default: object = None
+) -> None:
+    """Say that a key is not used, where it is not at its default.
+
+    Args:
+        default: the default where it follows from other keys; None: it is the section's own.
+    """
+    value = getattr(compression, key)
+    if value != (getattr(Compression, key) if default is None else default):
         progress.note(f"compression.{key}: {value} is not used: {why}")
 
 

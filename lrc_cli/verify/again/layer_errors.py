@@ -29,30 +29,38 @@ Found = dict[str, dict[str, float]]
 """{"output" or "metric": {"stored", "optimum", "svd": squared errors per token}}."""
 
 
+@dataclass(frozen=True)
+class Gram:
+    """A Gram matrix, with the root that all forms in it share."""
+
+    matrix: Tensor
+    """G (n, n) float64."""
+
+    @cached_property
+    def root(self) -> Tensor:
+        """G^(1/2) (n, n), symmetric."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """The quadratic form scale * tr(F D G D^T)."""
 
-    gram: Tensor
-    """G (n, n) float64."""
+    gram: Gram
+    """G."""
     fisher: Tensor | None = None
     """F (m, m) float64, damped; None: the identity."""
 
     def error(self, difference: Tensor) -> float:
         """The form of D (m, n) float64."""
         left = difference if self.fisher is None else self.fisher @ difference
-        return self.half * max(torch.sum(left * (difference @ self.gram)).item(), 0.0)
+        return self.half * max(torch.sum(left * (difference @ self.gram.matrix)).item(), 0.0)
 
     @property
     def half(self) -> float:
         """1/2 for an estimate of the loss, 1 for a mean square."""
         return 1.0 if self.fisher is None else 0.5
-
-    @cached_property
-    def root(self) -> Tensor:
-        """G^(1/2) (n, n), symmetric."""
-        values, vectors = torch.linalg.eigh(self.gram)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     @property
     def _left(self) -> Tensor:
@@ -67,7 +75,7 @@ class Form:
 
     def tail(self, matrix: Tensor, rank: int) -> float:
         """The least error of a rank: the squares of the singular values beyond it."""
-        side = matrix @ self.root
+        side = matrix @ self.gram.root
         if self.fisher is not None:
             side = self._left @ side
         singular = torch.linalg.svdvals(side)
@@ -136,11 +144,11 @@ def nuclear_errors(checked: Checked, rank: int, plain: Form, level: float) -> di
         level: l.
     """
     weight = checked.weight.double()
-    singular = torch.linalg.svdvals(weight @ plain.root)
+    singular = torch.linalg.svdvals(weight @ plain.gram.root)
     kept = min(rank, int((singular > level).sum()))
 
     def objective(z: Tensor) -> float:
-        penalty = torch.linalg.svdvals(z @ plain.root).sum().item()
+        penalty = torch.linalg.svdvals(z @ plain.gram.root).sum().item()
         return plain.error(weight - z) / 2 + level * penalty
 
     return {
@@ -175,7 +183,7 @@ def paired_errors(
     fitted, simple = checked.fitted().to(weight.device), plain_svd(weight, rank)
     shifted = weight @ (pair.compressed + correction * pair.cross) + level * weight
     target = torch.linalg.solve(regular, shifted.T).T
-    form = Form(gram=regular, fisher=fisher)
+    form = Form(gram=Gram(regular), fisher=fisher)
 
     def objective(z: Tensor) -> float:
         outputs = paired_error(weight, z, pair, form)
@@ -184,7 +192,7 @@ def paired_errors(
     return {
         "output": {
             "stored": checked.error / checked.num_tokens,
-            "svd": paired_error(weight, simple, pair, Form(gram=pair.compressed)),
+            "svd": paired_error(weight, simple, pair, Form(gram=Gram(pair.compressed))),
             "optimum": _unregularised(weight, pair, rank),
         },
         "metric": {
@@ -229,7 +237,7 @@ def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:
     form's Gram matrix has beyond C."""
     difference = weight - z
     mixed = difference @ pair.cross.T @ weight.T
-    outputs = difference @ form.gram @ difference.T + mixed + mixed.T
+    outputs = difference @ form.gram.matrix @ difference.T + mixed + mixed.T
     outputs += weight @ pair.drift @ weight.T
     left = outputs.diagonal() if form.fisher is None else form.fisher * outputs
     return form.half * max(left.sum().item(), 0.0)
@@ -243,7 +251,7 @@ def _unregularised(weight: Tensor, pair: Pair, rank: int) -> float:
     inverse = torch.where(values > 2.0**-24 * values[-1], 1 / values, 0.0)
     step = pair.cross / scale @ vectors @ torch.diag(inverse) @ vectors.T / scale
     target = weight + weight @ step
-    form = Form(gram=pair.compressed)
+    form = Form(gram=Gram(pair.compressed))
     return paired_error(weight, target, pair, form) + form.tail(target, rank)
 
 

@@ -1,7 +1,6 @@
 """C1 once more: the errors of every factorised layer on the calibration data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from lrc_cli.verify.again.both_inputs import PairMoments, measure_pairs
 from lrc_cli.verify.again.layer_errors import (
     Form,
     Found,
+    Gram,
     correction_problem,
     leading_vectors,
     nuclear_errors,
@@ -186,7 +186,7 @@ def _group_errors(
     except KeyError as error:
         return [error for _ in group]
     center = bench.written.config.compression.center
-    plain = Form(gram=moments.covariance() if center else moments.gram())
+    plain = Form(gram=Gram(moments.covariance() if center else moments.gram()))
     results: list[Found | Exception] = []
     for checked in group:
         try:
@@ -209,15 +209,15 @@ def _plain_errors(
     row = bench.row(checked)
     weighted = None
     if row["method"] == "curvature":
-        weighted = replace(plain, fisher=fishers[checked.layer.name])
-        weighted.__dict__["root"] = plain.root  # the same Gram matrix: one eigenproblem
+        # The same Gram matrix: one eigenproblem for its root.
+        weighted = Form(gram=plain.gram, fisher=fishers[checked.layer.name])
     found = same_input_errors(checked, row["rank"], plain, weighted)
     if row["method"] == "nuclear":
         found["metric"] = nuclear_errors(checked, row["rank"], plain, row["threshold"])
     if checked.behind is not None:
         found["metric"] = checked.behind.metric()
         if checked.bias is not None:  # which may change, so only what varies has to be fitted
-            varying = Form(gram=moments.covariance())
+            varying = Form(gram=Gram(moments.covariance()))
             found["output"]["optimum"] = varying.tail(checked.weight.double(), row["rank"])
     return found
 
