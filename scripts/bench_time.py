@@ -318,7 +318,7 @@ def add_lower_triangle(total: Tensor, rows: Tensor) -> None:
 
 def reference(plan: Plan, clock: Clock) -> dict[str, float]:
     """What SVD-LLM does, in memory; seconds by step."""
-    module = open_module(plan.source, factory=None).float()
+    module = open_module(plan.source, factory=None).module.float()
     network = make_network(module, device=plan.device, dtype=torch.float32)
     grams: dict[nn.Module, Tensor] = {}
 

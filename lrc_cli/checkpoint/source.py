@@ -1,7 +1,7 @@
 """Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,11 @@ OWN_FILES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint that is read, never written.
+    """A checkpoint that is read, never written, and what one module sees of its tensors.
+
+    An open source sees the tensors as the files hold them. `without_copies` and `apart` give views
+    of the same files, which a module that ties tensors or keeps its experts apart needs; the source
+    itself stays as it is.
 
     `read` gives views of memory-mapped files where the format allows: nothing is copied into
     private memory until somebody writes to a tensor or converts it.
@@ -50,18 +54,32 @@ class Source:
     """Parsed config.json of a transformers directory; None for any other checkpoint."""
     weights: Weights
     """The stored tensors, in whatever format."""
-    copies: dict[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the files hold a second time, with the key of the one that counts."""
-
-    fused: dict[str, Fused] = field(default_factory=dict)
+    fused: Mapping[str, Fused] = field(default_factory=dict)
     """Stored tensors that are seen as the parts they hold."""
-    parts: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Their parts' keys, each with the stored tensor's and the place in it."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every stored tensor by its disk key, in file order; tied ones once, fused ones apart."""
-        return dict(self.weights.tensors)
+        seen: dict[str, TensorInfo] = {}
+        for key, whole in self.weights.tensors.items():
+            if key in self.fused:
+                keys = self.fused[key].keys(whole.shape[0])
+                seen |= dict.fromkeys(keys, self.fused[key].info(whole))
+            elif key not in self.copies:
+                seen[key] = whole
+        return seen
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, int]]:
+        """The keys of the fused tensors' parts, each with the stored tensor's key and the part's
+        place in it."""
+        return {
+            part: (key, index)
+            for key, fused in self.fused.items()
+            for index, part in enumerate(fused.keys(self.weights.tensors[key].shape[0]))
+        }
 
     @property
     def files(self) -> list[Path]:
@@ -90,24 +108,22 @@ class Source:
         whole, index = self.parts[key]
         return self.fused[whole].take(self.weights.read(whole), index)
 
-    def keep_once(self, copies: Mapping[str, str]) -> None:
-        """From now on pass over copies of tied tensors, which the files hold under other keys."""
-        for key in copies:
-            del self.tensors[key]
-        self.copies.update(copies)
+    def without_copies(self, copies: Mapping[str, str]) -> "Source":
+        """A view that passes over copies of tied tensors.
 
-    def take_apart(self, fused: Mapping[str, Fused]) -> None:
-        """From now on see the matrices of fused experts as tensors, in the fused tensors' place."""
-        before = dict(self.tensors)
-        self.tensors.clear()
-        for key, whole in before.items():
-            if key not in fused:
-                self.tensors[key] = whole
-                continue
-            keys = fused[key].keys(whole.shape[0])
-            self.tensors.update(dict.fromkeys(keys, fused[key].info(whole)))
-            self.parts.update({part: (key, index) for index, part in enumerate(keys)})
-            self.fused[key] = fused[key]
+        Args:
+            copies: the copies' keys, each with the key of the tensor that counts.
+        """
+        return replace(self, copies={**self.copies, **copies})
+
+    def apart(self, fused: Mapping[str, Fused]) -> "Source":
+        """A view that has the matrices of fused experts as tensors, in the fused tensors' place.
+
+        Args:
+            fused: by the stored tensor's key; a tensor that is passed over stays so.
+        """
+        here = {key: how for key, how in fused.items() if key in self.tensors}
+        return replace(self, fused={**self.fused, **here})
 
     @property
     def mark_bytes(self) -> int:

@@ -63,7 +63,7 @@ def score_directory(
     if factory is None and original.config is None:
         raise ask_for_factory(original.path, config.model.factory)
     device = resolve_device(config.runtime.device)
-    module, compressed = (
+    (module, original), (compressed, written) = (
         open_module(source, factory=factory, trust_remote_code=trust_remote_code)
         for source in (original, written)
     )

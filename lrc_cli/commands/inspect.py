@@ -26,7 +26,7 @@ def inspect_checkpoint(
     source = open_source(path)
     if factory is None and source.config is None:
         raise ask_for_factory(path)
-    module = open_module(source, factory=factory, trust_remote_code=trust_remote_code)
+    module, source = open_module(source, factory=factory, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(module, source, Compression(size=0.8))
     total = source.num_bytes
     return {

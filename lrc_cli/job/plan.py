@@ -127,7 +127,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     source = open_source(Path(config.model.path))
     processes.from_first(lambda: check_output(output, source, force=force))
     source.check_finite()
-    module = open_module(
+    module, source = open_module(
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
     )
     layers, skipped = find_layers(module, source, config.compression)

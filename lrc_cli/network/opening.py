@@ -1,6 +1,6 @@
 """A checkpoint as a network that runs, and its layers as hooks see them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -28,14 +28,23 @@ def vocabulary_of(module: nn.Module) -> int:
     return int(getattr(token_embedding(module), "num_embeddings", 0))
 
 
-def open_module(
-    source: Source, *, factory: str | None, trust_remote_code: bool = False
-) -> nn.Module:
+class Opened(NamedTuple):
+    """A checkpoint that was opened as a module."""
+
+    module: nn.Module
+    source: Source
+    """The checkpoint as this module sees it: tied tensors once, fused experts apart."""
+
+
+def open_module(source: Source, *, factory: str | None, trust_remote_code: bool = False) -> Opened:
     """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
 
     Fused experts become lists of experts; where the checkpoint holds their matrices one by one,
     transformers has copied them. The matrices of LSTM and GRU become layers, and embeddings with
-    one table, which do the same with it, one module.
+    one table, which do the same with it, one module. The source stays as it is.
+
+    Raises:
+        InputError: the checkpoint is not the module's, or its code cannot be run.
     """
     if source.config is None and factory is None:
         raise InputError(
@@ -43,10 +52,10 @@ def open_module(
             "set model.factory to the function that builds the module",
         )
     module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
-    source.keep_once(copies(module, source))
+    seen = source.without_copies(copies(module, source))
     unfuse(module)
     if factory is None:
-        source.take_apart(take_apart(module, source.weights.tensors))
+        seen = seen.apart(take_apart(module, source.weights.tensors))
     unroll(module)
     merge_tables(module)
-    return module
+    return Opened(module, seen)

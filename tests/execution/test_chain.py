@@ -43,7 +43,7 @@ class Opened:
 
     def __init__(self, path: Path, batches: list[Batch], factory: str | None = None) -> None:
         source = open_source(path)
-        module = open_module(source, factory=factory)
+        module, source = open_module(source, factory=factory)
         self.layers, _ = find_layers(module, source, Compression(size=0.5, exclude=()))
         device = torch.device("cpu")
         self.network: Network = make_network(module, device=device, dtype=torch.float32)

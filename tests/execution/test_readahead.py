@@ -81,7 +81,7 @@ def test_a_system_without_the_call_reads_when_it_touches(monkeypatch: pytest.Mon
 def test_a_block_asks_for_those_beside_it_once(
     checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = open_module(open_source(checkpoint("llama")), factory=None)
+    module, _ = open_module(open_source(checkpoint("llama")), factory=None)
     network = make_network(module, device=torch.device("cpu"), dtype=None)
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
     chain = find_chain(network, batch)

@@ -102,7 +102,7 @@ def test_rows_and_gradients_are_those_of_the_layer(plain_folder: pico.PlainFolde
     """Also where the next operation changes the layer's output in place."""
     factory = "pico_factories:pictures"
     source = open_source(plain_folder.path / "pictures.safetensors")
-    module = open_module(source, factory=factory)
+    module, source = open_module(source, factory=factory)
     layers, _ = find_layers(module, source, Compression(size=0.5))
     network = make_network(module, device=torch.device("cpu"), dtype=None)
     pixels = pico.read_state(plain_folder.path / "pixels.safetensors")["pixels"][:4]
@@ -120,7 +120,7 @@ def test_rows_and_gradients_are_those_of_the_layer(plain_folder: pico.PlainFolde
 
     with hooked(network, layers, hook):
         network({"pixels": pixels}).square().sum().backward()
-    plain = open_module(source, factory=factory)
+    plain, _ = open_module(source, factory=factory)
     for parameter in plain.parameters():
         parameter.requires_grad_()
     plain(pixels).square().sum().backward()

@@ -65,7 +65,8 @@ def test_a_tensor_that_transformers_splits_says_so(tmp_path: Path) -> None:
     nomic = replace(FAMILIES["bert"], architecture="NomicBertModel", model_type="nomic_bert")
     nomic.build().save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    layers, skipped = find_layers(open_module(source, factory=None), source, Compression(size=0.5))
+    module, source = open_module(source, factory=None)
+    layers, skipped = find_layers(module, source, Compression(size=0.5))
     reasons = {x.name: x.reason for x in skipped}
     for block in range(2):
         assert reasons[f"encoder.layers.{block}.attn.Wqkv.weight"] == CONVERTED
@@ -80,7 +81,7 @@ def test_the_head_is_left_out_by_any_name(family: str, head: str, tmp_path: Path
     untied = {**FAMILIES[family].settings, "tie_word_embeddings": False}
     replace(FAMILIES[family], settings=untied).build().save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    module = open_module(source, factory=None)
+    module, source = open_module(source, factory=None)
     by_default, skipped = find_layers(module, source, Compression(size=0.5))
     every, _ = find_layers(module, source, Compression(size=0.5, exclude=()))
     assert {x.name for x in every} - {x.name for x in by_default} == {head}

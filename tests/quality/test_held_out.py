@@ -70,7 +70,7 @@ def finished(directory: Path, name: str, changes: dict[str, Any]) -> Outcome:
     output, report = pico.compressed(directory, changes)
     plan = make_plan(load_config(output / "lrc.yaml"), force=True)
     source = open_source(output, factorised=True)
-    module = open_module(source, factory=plan.config.model.factory)
+    module, source = open_module(source, factory=plan.config.model.factory)
     written = make_network(module, device=plan.device, dtype=plan.network.dtype)
     return Outcome(name=name, output=output, report=report, plan=plan, written=written)
 
@@ -244,7 +244,7 @@ def test_the_deployed_error_is_at_most_inherited_and_new(outcome: Outcome) -> No
 
 def test_an_unchanged_network_has_no_error_at_all(outcome: Outcome) -> None:
     plan = outcome.plan
-    again = open_module(plan.source, factory=plan.config.model.factory)
+    again, _ = open_module(plan.source, factory=plan.config.model.factory)
     network = make_network(again, device=plan.device, dtype=plan.network.dtype)
     measured = outcome.measured(after=network)
     assert all(value == 0.0 for values in measured.values.values() for value in values)

@@ -44,7 +44,7 @@ def opened(
     path: Path, factory: str | None = None, exclude: tuple[str, ...] = ("lm_head",)
 ) -> tuple[nn.Module, list[Layer]]:
     source = open_source(path)
-    module = open_module(source, factory=factory)
+    module, source = open_module(source, factory=factory)
     return module, find_layers(module, source, Compression(size=0.5, exclude=exclude))[0]
 
 

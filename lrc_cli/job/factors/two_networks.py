@@ -225,7 +225,7 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
 def _open_again(plan: Plan) -> Network:
     """The checkpoint as a second network, its tensors rounded as they will be written."""
     model = plan.config.model
-    module = open_module(
+    module, _ = open_module(
         plan.source, factory=model.factory, trust_remote_code=model.trust_remote_code
     )
     written = DTYPES.get(plan.config.output.dtype)

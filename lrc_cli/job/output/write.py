@@ -185,7 +185,7 @@ def finish_output(
     written = open_source(partial_of(plan), factorised=True)
     with progress.phase("verification", 1):
         plan.processes.from_first(lambda: _check_written(written, plan.config.output.dtype))
-        module = open_module(
+        module, written = open_module(
             written,
             factory=plan.config.model.factory,
             trust_remote_code=plan.config.model.trust_remote_code,

@@ -60,7 +60,7 @@ def open_bench(
 ) -> Bench | None:
     """None, with statements that say why, where the two networks do not match."""
     assert written.report is not None
-    dense, module = open_networks(
+    (dense, original), module = open_networks(
         written,
         original,
         factory=factory,

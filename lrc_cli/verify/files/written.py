@@ -86,7 +86,7 @@ def open_written(directory: Path, findings: Findings) -> Written:
     what = "the tensors of fused experts are found as the report says"
     with findings.guard("weights.fused", what):
         if written.source is not None:
-            written.source.take_apart(fused_of(written, written.source))
+            written.source = written.source.apart(fused_of(written, written.source))
     with findings.guard("layers.names", "the report's layers are named like tensors"):
         written.keys = _disk_names(written)
     return written

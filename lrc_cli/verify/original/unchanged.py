@@ -16,7 +16,7 @@ from lrc_cli.network.factories import ask_for_factory, source_file
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
-from lrc_cli.network.opening import open_module
+from lrc_cli.network.opening import Opened, open_module
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
 from lrc_cli.verify.files.written import Written, fused_of
 from lrc_cli.verify.statements import Findings
@@ -82,8 +82,10 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
         return
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
-    _check_copies(report.get("copies", {}), original, findings)
-    original.take_apart(fused_of(written, original))
+    original = original.without_copies(
+        _checked_copies(report.get("copies", {}), original, findings)
+    )
+    original = original.apart(fused_of(written, original))
     for key, info in original.tensors.items():
         factor = Keys(key).up
         if factor in source.tensors and factor not in original.tensors:
@@ -105,14 +107,15 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     findings.equal("original.bytes", what, stated_sizes, found)
 
 
-def _check_copies(copies: dict[str, str], original: Source, findings: Findings) -> None:
-    """What the output leaves out is in it by another name; from now on the original has it once."""
+def _checked_copies(copies: dict[str, str], original: Source, findings: Findings) -> dict[str, str]:
+    """The copies that the report states and the original has: the output leaves them out, and has
+    the same numbers by another name."""
     found = {key: of for key, of in copies.items() if {key, of} <= original.tensors.keys()}
     for key, of in found.items():
         what = f"the original's {key} is a copy of {of}"
         same = torch.equal(original.read(key), original.read(of))
         findings.judge("original.tensors", what, None if same else "they differ")
-    original.keep_once(found)
+    return found
 
 
 def _may_change(written: Written, key: str) -> bool:
@@ -213,8 +216,9 @@ def open_networks(
     factory: str | None,
     trust_remote_code: bool,
     findings: Findings,
-) -> tuple[nn.Module, nn.Module | None]:
-    """The modules of both checkpoints; None, with a failed statement, for a damaged output.
+) -> tuple[Opened, nn.Module | None]:
+    """The original, opened, and the output's module; None, with a failed statement, for a damaged
+    output.
 
     Raises:
         InputError: the original cannot be loaded.
@@ -225,8 +229,10 @@ def open_networks(
         findings.not_checked("network", what, "the weight files cannot be opened")
         return dense, None
     with findings.guard("network", what):
-        module = open_module(written.source, factory=factory, trust_remote_code=trust_remote_code)
-        same = type(module).__qualname__ == type(dense).__qualname__
+        module, _ = open_module(
+            written.source, factory=factory, trust_remote_code=trust_remote_code
+        )
+        same = type(module).__qualname__ == type(dense.module).__qualname__
         problem = None if same else f"it is a {type(module).__name__}"
         return dense, module if findings.judge("network", what, problem) else None
     return dense, None
