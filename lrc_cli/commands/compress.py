@@ -1,62 +1,118 @@
-"""The jobs of one `compress` command: which are done already, and what all came to."""
+"""`lrc compress`: the job of a config, or a job for each of several sizes."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrc_cli.config import Config
+import click
+
+from lrc_cli.commands.options import (
+    config_argument,
+    examples,
+    json_option,
+    output_option,
+    overrides_option,
+    quiet_option,
+    sizes_option,
+    verbose_option,
+)
+from lrc_cli.commands.plan import show_forecast
+from lrc_cli.commands.setup import bound_caches, calm_transformers
 from lrc_cli.errors import StrictFallback
-from lrc_cli.job.fingerprints import already_done
-from lrc_cli.job.output.write import read_report
-from lrc_cli.job.run import compress_each
-from lrc_cli.report.facts import not_as_asked
-from lrc_cli.report.gates import check_gates, check_gates_possible, fail_if_missed
-from lrc_cli.report.junit import check_junit_path, write_junit
-from lrc_cli.runtime.processes import ALONE, Processes
-from lrc_cli.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from lrc_cli.config import Config
 
 Report = dict[str, Any]
 
 
-def check_jobs(configs: Sequence[Config], junit: Path | None) -> None:
+@click.command(
+    epilog=examples(
+        "lrc compress lrc.yaml",
+        "lrc compress lrc.yaml --set compression.size=0.6 --output out/smaller",
+        "lrc compress lrc.yaml --sizes 0.9,0.8",
+    )
+)
+@config_argument
+@overrides_option
+@output_option
+@sizes_option
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--restart", is_flag=True, help="Drop the work directory's finished units of this run first."
+)
+@click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back.")
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write gates, target and certificate to FILE as JUnit XML.",
+)
+@click.option("--dry-run", is_flag=True, help="Only check and estimate, as `lrc plan` begins.")
+@json_option
+@quiet_option
+@verbose_option
+def compress(
+    config: Path,
+    overrides: tuple[str, ...],
+    output: str | None,
+    sizes: tuple[float, ...],
+    dry_run: bool,
+    junit: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    strict: bool,
+    **options: Any,
+) -> None:
+    """Compress the checkpoint that CONFIG names; prints the output directory.
+
+    Interrupted or killed, the same command goes on where it stopped. Several processes share the
+    work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
+    """
+    from lrc_cli.config.sizes import load_configs
+    from lrc_cli.runtime.join import joined
+    from lrc_cli.runtime.processes import check_alone
+
+    bound_caches()
+    with joined() as processes:
+        configs = load_configs(config, overrides, output=output, sizes=sizes)
+        calm_transformers()
+        # With these torch is imported: only after the config was read and the caches are bounded.
+        from lrc_cli.job.jobs import run_jobs
+        from lrc_cli.runtime.progress import Progress
+        from lrc_cli.runtime.signals import stop_on_signals
+
+        check_jobs(configs, junit)
+        if dry_run:
+            check_alone("compress --dry-run", processes)
+            show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
+            return
+        reports = []
+        speaks = processes.is_first
+        with stop_on_signals(quiet=not speaks) as stop:
+            progress = Progress(stop=stop, quiet=quiet or not speaks, verbose=verbose)
+            for job, report in run_jobs(configs, progress=progress, processes=processes, **options):
+                reports.append(report)
+                if speaks and not as_json:
+                    click.echo(job.output.path)
+                if speaks and not as_json and not quiet:
+                    click.echo(summary(report), err=True)
+        if speaks and as_json:
+            click.echo(json.dumps(reports if sizes else reports[0], indent=2))
+        conclude(reports, junit if speaks else None, strict=strict)
+
+
+def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
     """Raise InputError for gates that nothing measures and for a JUnit file that cannot be."""
+    from lrc_cli.report.gates import check_gates_possible
+    from lrc_cli.report.junit import check_junit_path
+
     check_gates_possible(configs[0])
     for config in configs:
         if junit is not None:
             check_junit_path(junit, Path(config.output.path))
-
-
-def run_jobs(
-    configs: Sequence[Config],
-    *,
-    force: bool,
-    restart: bool,
-    progress: Progress,
-    processes: Processes = ALONE,
-) -> Iterator[tuple[Config, Report]]:
-    """Every job with its report; without `force` and `restart`, finished ones are not run again.
-
-    Args:
-        configs: jobs that differ in `compression.size` and `output.path` only.
-        processes: those that share the work, each of which calls this.
-    """
-    again = force or restart
-    done = processes.from_first(lambda: [not again and already_done(x) for x in configs])
-    missing = [config for config, is_done in zip(configs, done, strict=True) if not is_done]
-    new = compress_each(
-        missing, force=force, restart=restart, progress=progress, processes=processes
-    )
-    for config, is_done in zip(configs, done, strict=True):
-        if not is_done:
-            yield config, next(new)
-            continue
-        directory = Path(config.output.path)
-        if processes.is_first:
-            progress.say(f"{directory}: already what the config asks for")
-        report = processes.from_first(partial(read_report, directory))
-        report["gates"] = check_gates(config.gates, report)
-        yield config, report
 
 
 def conclude(reports: Sequence[Report], junit: Path | None, *, strict: bool) -> None:
@@ -66,6 +122,10 @@ def conclude(reports: Sequence[Report], junit: Path | None, *, strict: bool) -> 
         GateMissed: in any of the jobs.
         StrictFallback: with `strict`, where a layer fell back in any of them.
     """
+    from lrc_cli.report.facts import not_as_asked
+    from lrc_cli.report.gates import fail_if_missed
+    from lrc_cli.report.junit import write_junit
+
     if junit is not None:
         write_junit(junit, reports, strict=strict)
     fail_if_missed(*reports)
@@ -78,6 +138,8 @@ def conclude(reports: Sequence[Report], junit: Path | None, *, strict: bool) -> 
 
 def summary(report: Report) -> str:
     """What a run came to, in a few lines."""
+    from lrc_cli.quality.sentences import main_statements
+
     size = report["size"]
     lines = [
         f"kept {size['kept_compressible']:.1%} of the compressible weights,"
@@ -90,7 +152,5 @@ def summary(report: Report) -> str:
         else:
             lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
     if report["certificate"]["statements"]:
-        from lrc_cli.quality.sentences import main_statements
-
         lines += ["certificate:", *(f"- {x}" for x in main_statements(report["certificate"]))]
     return "\n".join(lines)

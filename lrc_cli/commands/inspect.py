@@ -1,55 +1,32 @@
-"""`lrc inspect`: what a checkpoint holds and what would be compressed, from its headers."""
+"""`lrc inspect`: what a checkpoint holds, and what of it would be compressed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.checkpoint.source import open_source
-from lrc_cli.config import Compression
-from lrc_cli.network.candidates.find import find_layers
-from lrc_cli.network.factories import ask_for_factory
-from lrc_cli.network.opening import open_module
+import click
+
+from lrc_cli.commands.options import (
+    examples,
+    factory_option,
+    json_option,
+    trust_option,
+)
+from lrc_cli.commands.setup import calm_transformers
 
 
-def inspect_checkpoint(
-    path: Path, *, factory: str | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """The layers that the default config would compress, and every other tensor with the reason.
+@click.command(epilog=examples("lrc inspect models/llama", "lrc inspect models/llama --json"))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@factory_option
+@trust_option
+@json_option
+def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_json: bool) -> None:
+    """Show what of CHECKPOINT would be compressed, and what not and why."""
+    calm_transformers()
+    from lrc_cli.network.inventory import inspect_checkpoint
 
-    Args:
-        path: a dense checkpoint.
-        factory: builds the module of a checkpoint that is not transformers'.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-
-    Raises:
-        InputError: the checkpoint cannot be opened.
-    """
-    source = open_source(path)
-    if factory is None and source.config is None:
-        raise ask_for_factory(path)
-    module, source = open_module(source, factory=factory, trust_remote_code=trust_remote_code)
-    layers, skipped = find_layers(module, source, Compression(size=0.8))
-    total = source.num_bytes
-    return {
-        "checkpoint": str(path),
-        "architecture": type(module).__name__,
-        "files": [file.name for file in source.files],
-        "bytes": total,
-        "compressible_bytes": sum(layer.num_bytes for layer in layers),
-        "layers": [
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "shape": list(layer.shape),
-                "dtype": str(layer.dtype).removeprefix("torch."),
-                "bytes": layer.num_bytes,
-            }
-            for layer in layers
-        ],
-        "skipped": [
-            {"name": s.name, "reason": s.reason, "bytes": s.num_bytes, "share": s.num_bytes / total}
-            for s in skipped
-        ],
-    }
+    found = inspect_checkpoint(checkpoint, factory=factory, trust_remote_code=trust_remote_code)
+    click.echo(json.dumps(found, indent=2) if as_json else render_inspection(found))
 
 
 def render_inspection(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and the form of examples, which several commands share."""
 
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ overrides_option = click.option(
     help="Override a key, e.g. compression.size=0.6.",
 )
 output_option = click.option("--output", metavar="DIR", help="Short for --set output.path=DIR.")
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be copied, which click leaves as they are."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def _parse_sizes(_: Any, __: Any, text: str | None) -> tuple[float, ...]:

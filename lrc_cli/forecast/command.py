@@ -10,7 +10,6 @@ import torch
 
 from lrc_cli.config import Config
 from lrc_cli.errors import InputError
-from lrc_cli.forecast.clocks import available_bytes
 from lrc_cli.forecast.curve import curve_of, point_of
 from lrc_cli.forecast.data_pass import run_statistics
 from lrc_cli.forecast.estimate import (
@@ -31,6 +30,7 @@ from lrc_cli.job.spectra.ranks import allocate_ranks, rest_bytes
 from lrc_cli.job.spectra.survey import read_spectra, survey_layers, vectors_bytes
 from lrc_cli.job.statistics.collect import collect_statistics
 from lrc_cli.job.work import LOG, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
 
 SPEED_BYTES = 32 << 20

@@ -9,7 +9,7 @@ from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import RELU
 from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
 from lrc_cli.execution.segments import NO_CHAIN
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.job.plan import Plan
@@ -18,6 +18,7 @@ from lrc_cli.job.statistics.collect import UnitStore, is_measured, prepare
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
+from lrc_cli.runtime.memory import PrivateMemory
 
 PHASE = "statistics"
 

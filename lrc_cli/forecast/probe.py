@@ -15,7 +15,7 @@ from typing import Any
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import RELU
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, TimedWork
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.fit import Fitted
 from lrc_cli.job.factors.problem import fit
@@ -25,6 +25,7 @@ from lrc_cli.job.spectra.survey import survey_layers, unit_spectra
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
 from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
+from lrc_cli.runtime.memory import PrivateMemory
 from lrc_cli.runtime.progress import Progress
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lrc_cli.data.draw import Sequences, micro_batch
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.execution.chain import Segment, find_chain, segments_of
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, PrivateMemory, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import kinds_of
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.fit import Fitted
@@ -18,6 +18,7 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.quality import compare as comparison
 from lrc_cli.quality import held_out
 from lrc_cli.quality.compare import scoring
+from lrc_cli.runtime.memory import PrivateMemory
 
 Run = Callable[..., Any]
 """`compare.compare` or `held_out.measure`, but for networks, sequences, `advance` and `only`."""

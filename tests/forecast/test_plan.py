@@ -12,10 +12,10 @@ from pico import Models
 
 from lrc_cli.errors import InputError
 from lrc_cli.forecast import command
-from lrc_cli.forecast.clocks import group_limits
 from lrc_cli.forecast.estimate import Memory, check_memory
 from lrc_cli.job.statistics import sweep
 from lrc_cli.job.work import WorkDirectory
+from lrc_cli.runtime.memory import group_limits
 
 Changes = dict[str, Any]
 SHARED = {"checks", "statistics", "spectra", "factors", "writing", "verification", "evaluation"}

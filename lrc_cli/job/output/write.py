@@ -1,7 +1,6 @@
 """From packed factors to a finished directory: weights, checks, quality, report, manifest."""
 
 import json
-import resource
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
 from lrc_cli.runtime.files import write_json, write_text
+from lrc_cli.runtime.memory import peak_memory
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 
@@ -276,14 +276,6 @@ def _measure(
             data = {"population": sequences.population, "sha256": sequences.sha256}
             rows.append({"text": name, **row, **data})
     return rows
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes: resident on the host (pages of mapped files included) and on the GPU."""
-    peak = {"host_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        peak["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
-    return peak
 
 
 def read_report(directory: Path) -> dict[str, Any]:

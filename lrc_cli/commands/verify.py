@@ -1,0 +1,58 @@
+"""`lrc verify`: every statement of a written directory, checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrc_cli.commands.options import (
+    directory_argument,
+    examples,
+    factory_option,
+    json_option,
+    quiet_option,
+    trust_option,
+)
+from lrc_cli.commands.setup import calm_transformers
+
+
+@click.command(
+    epilog=examples("lrc verify out/llama", "lrc verify out/llama --against models/llama")
+)
+@directory_argument
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The original checkpoint: measures the errors and the quality once more.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A data file that is not where the config says; known by its hash.",
+)
+@click.option(
+    "--manifest-sha256", metavar="HEX", help="What the hash of manifest.json must be: pins it all."
+)
+@factory_option
+@trust_option
+@json_option
+@quiet_option
+def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check what the files in DIRECTORY say of themselves, independently of the run.
+
+    Exit code 3 if a statement fails. What could not be looked at is said to be not checked.
+    """
+    calm_transformers()
+    from lrc_cli.runtime.progress import Progress
+    from lrc_cli.runtime.signals import stop_on_signals
+    from lrc_cli.verify import render, verify_directory
+    from lrc_cli.verify.statements import StatementFailed
+
+    with stop_on_signals() as stop:
+        found = verify_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
+    click.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found.findings))
+    if not as_json:
+        click.echo(f"sha256 of manifest.json: {found.manifest_sha256}")
+    if found.findings.failed:
+        raise StatementFailed(f"{directory}: not every statement holds", "see what fails above")

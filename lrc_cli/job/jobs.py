@@ -1,0 +1,48 @@
+"""Jobs of one config that differ in their size: finished ones are left as they are."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.config import Config
+from lrc_cli.job.fingerprints import already_done
+from lrc_cli.job.output.write import read_report
+from lrc_cli.job.run import compress_each
+from lrc_cli.report.gates import check_gates
+from lrc_cli.runtime.processes import ALONE, Processes
+from lrc_cli.runtime.progress import Progress
+
+Report = dict[str, Any]
+
+
+def run_jobs(
+    configs: Sequence[Config],
+    *,
+    force: bool,
+    restart: bool,
+    progress: Progress,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[Config, Report]]:
+    """Every job with its report; without `force` and `restart`, finished ones are not run again.
+
+    Args:
+        configs: jobs that differ in `compression.size` and `output.path` only.
+        processes: those that share the work, each of which calls this.
+    """
+    again = force or restart
+    done = processes.from_first(lambda: [not again and already_done(x) for x in configs])
+    missing = [config for config, is_done in zip(configs, done, strict=True) if not is_done]
+    new = compress_each(
+        missing, force=force, restart=restart, progress=progress, processes=processes
+    )
+    for config, is_done in zip(configs, done, strict=True):
+        if not is_done:
+            yield config, next(new)
+            continue
+        directory = Path(config.output.path)
+        if processes.is_first:
+            progress.say(f"{directory}: already what the config asks for")
+        report = processes.from_first(partial(read_report, directory))
+        report["gates"] = check_gates(config.gates, report)
+        yield config, report

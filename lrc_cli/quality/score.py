@@ -1,0 +1,151 @@
+"""Quality, speed and memory of a written directory beside its original."""
+
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc_cli.checkpoint.source import open_source
+from lrc_cli.config import Calibration, load_config
+from lrc_cli.data.draw import Purpose, Sequences, draw
+from lrc_cli.data.processors import open_processors
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.errors import InputError
+from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.network import Network, make_network
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.network.factories import ask_for_factory
+from lrc_cli.network.opening import open_module
+from lrc_cli.quality.compare import compare, scoring
+from lrc_cli.runtime.devices import resolve_device
+from lrc_cli.runtime.memory import peak_memory
+from lrc_cli.runtime.progress import Progress
+
+REPEATS = 3
+
+
+def score_directory(
+    directory: Path,
+    *,
+    against: Path | None,
+    data: tuple[Path, ...],
+    part: tuple[str, ...],
+    num_sequences: int,
+    sequence_length: int | None,
+    factory: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run both checkpoints over the same blocks.
+
+    Device and dtype are those of the output's lrc.yaml. Code is not: neither its factory nor its
+    trust_remote_code is taken from a directory that may be somebody else's.
+
+    Args:
+        directory: a finished output of `lrc compress`.
+        against: the original; None: the one that the output's lrc.yaml names.
+        data: files to score on; empty: the evaluation texts of lrc.yaml, drawn as they were then.
+        part: "A:B" for each of `data`, in order; missing ones are the whole file.
+        sequence_length: tokens of a block of `data`; None: as in the output's calibration.
+        factory: builds the module of checkpoints that are not transformers'.
+        trust_remote_code: whether code that comes with the checkpoints may run.
+
+    Raises:
+        InputError: something cannot be opened, or there is nothing to score on.
+    """
+    written = open_source(directory, factorised=True)
+    config = load_config(directory / "lrc.yaml")
+    original = open_source(against or Path(config.model.path))
+    if factory is None and original.config is None:
+        raise ask_for_factory(original.path, config.model.factory)
+    device = resolve_device(config.runtime.device)
+    (module, original), (compressed, written) = (
+        open_module(source, factory=factory, trust_remote_code=trust_remote_code)
+        for source in (original, written)
+    )
+    processors = open_processors(original, module, trust_remote_code=trust_remote_code)
+    if data or part:
+        length = sequence_length or config.calibration.sequence_length
+        wanted = _purposes(data, part, num_sequences, length, config.calibration)
+        texts = draw(wanted, processors=processors, seed=config.calibration.seed)
+    else:
+        drawn = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
+        texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
+    if not texts:
+        raise InputError("eval: there is no text to score on", "give one with --data")
+    check_sequences(texts, module, original)
+    before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
+    probe(before, texts)
+    after = make_network(compressed, device=device, dtype=before.dtype)
+    first = next(iter(texts.values()))
+    loss = scoring(before, next(first.batches(1)), processors.tokenizer)
+    rows = []
+    with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
+        for name, sequences in texts.items():
+            row = compare(
+                before, after, sequences, loss=loss, seed=config.runtime.seed, advance=phase.advance
+            )
+            rows.append({"text": name, **row, "sha256": sequences.sha256})
+    return {
+        "directory": str(directory),
+        "against": str(original.path),
+        "activation_dtype": str(before.dtype).removeprefix("torch."),
+        "bytes": {"before": original.num_bytes, "after": written.num_bytes},
+        "seconds_per_sequence": {"before": _time(before, first), "after": _time(after, first)},
+        "memory": peak_memory(device),
+        "quality": rows,
+    }
+
+
+def _purposes(
+    data: tuple[Path, ...],
+    part: tuple[str, ...],
+    num_sequences: int,
+    sequence_length: int,
+    calibration: Calibration,
+) -> list[Purpose]:
+    if len(part) > len(data):
+        raise InputError(
+            "eval: more --part than --data", "give one --part for each --data, in order"
+        )
+    shares = [_parse_part(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
+    names = [" ".join(map(str, pair)) for pair in zip_longest(data, part, fillvalue="")]
+    return [
+        Purpose(
+            name=name.strip() if names.count(name) == 1 else f"{name.strip()} #{i}",
+            path=path,
+            part=share,
+            sequence_length=sequence_length,
+            num_sequences=num_sequences,
+            required=False,
+            text_field=calibration.text_field,
+            chat_template=calibration.chat_template,
+        )
+        for i, (name, path, share) in enumerate(zip(names, data, shares, strict=True), start=1)
+    ]
+
+
+def _parse_part(text: str) -> tuple[float, float]:
+    try:
+        first, last = (float(piece) for piece in text.split(":"))
+    except ValueError as error:
+        raise InputError(f"--part {text}: not A:B", "write for instance 0.7:1") from error
+    if not 0 <= first < last <= 1:
+        raise InputError(f"--part {text}: needs 0 <= A < B <= 1", "write for instance 0.7:1")
+    return first, last
+
+
+def _time(network: Network, sequences: Sequences) -> float:
+    """Seconds for one sequence, the best of a few."""
+    batch = next(sequences.batches(1))
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        with torch.no_grad():
+            network(batch)
+        if network.device.type == "cuda":
+            torch.cuda.synchronize(network.device)
+        best = min(best, time.perf_counter() - start)
+    return best
