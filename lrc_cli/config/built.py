@@ -1,4 +1,4 @@
-"""The values of this version, where the config language already knows more of them.
+"""This table holds the values that this version accepts, where the config language knows more.
 
 Whoever builds a feature deletes its line, or adds its value.
 """
@@ -14,4 +14,4 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "Recover.tokens": ("auto",),
     "Output.remote_code": (False,),
 }
-"""The allowed values, by dataclass and field; a field that is not here is built whole."""
+"""The allowed values, by dataclass and field. A field that is not listed accepts all its values."""

@@ -1,4 +1,4 @@
-"""A config as plain values, YAML, canonical JSON and a hash."""
+"""A config is written here as plain values, as YAML and as the canonical JSON that is hashed."""
 
 import dataclasses
 import hashlib
@@ -30,8 +30,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that reads back as an equal config.
 
-    A `num_sequences` that was left to its default is left out again: written down it would
-    become a demand, and the same job could fail on the file on which it had been lowered.
+    A `num_sequences` that was left to its default is left out again. A number in the YAML would be
+    a demand, and the same job could fail on the file for which the default had been lowered.
     """
     resolved = to_dict(config)
     sections = (config.calibration, config.certification, *(config.evaluation or ()))
@@ -43,14 +43,15 @@ def to_yaml(config: Config) -> str:
 
 
 def config_hash(config: Config, recorded: Mapping[str, Any] | None = None) -> str:
-    """sha256 of the canonical JSON of all that can change the weights.
+    """The sha256 of the canonical JSON of everything that can change the weights.
 
-    Left out are output.path, runtime.work_dir, runtime.memory_limit, gates and evaluation. The
-    order of `layers` counts, because the last pattern that matches wins; no other order does.
+    The keys output.path, runtime.work_dir, runtime.memory_limit, gates and evaluation are left
+    out. The order of `layers` counts, because the last pattern that matches wins. No other order
+    counts.
 
     Args:
-        recorded: the written YAML as plain values, of which the config is: keys that came into the
-            schema after it was written are left out, as they were then.
+        recorded: the written YAML as plain values, from which the config was read. Keys that came
+            into the schema later are left out, so the hash is the same as at the time of writing.
     """
     resolved = to_dict(config) if recorded is None else _known(to_dict(config), recorded)
     del resolved["gates"], resolved["evaluation"]
@@ -62,7 +63,7 @@ def config_hash(config: Config, recorded: Mapping[str, Any] | None = None) -> st
 
 
 def _known(resolved: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that `recorded` lacks, other than a `num_sequences` left to its default."""
+    """The config without the keys that `recorded` lacks; a lacking `num_sequences` stays."""
     found = {}
     for key, value in resolved.items():
         there = recorded.get(key)

@@ -1,4 +1,4 @@
-"""The section `compression` of the config, and what it says of single layers."""
+"""The section `compression` of the config is defined here, with its settings for single layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,13 +24,15 @@ TARGETS = ("size", "max_layer_error", "max_loss_increase", "threshold")
 
 
 def _given(**values: object) -> list[str]:
-    """Names of the values that are not None."""
+    """The names of the values that are not None."""
     return [name for name, value in values.items() if value is not None]
 
 
 def default_allocation(method: Method) -> Allocation:
-    """How ranks are shared out where the config does not say: `curvature` alone has errors in one
-    unit, which layers can be compared in."""
+    """How ranks are shared out where the config does not say.
+
+    Only `curvature` has errors in one unit, in which layers can be compared.
+    """
     return "global" if method == "curvature" else "relative"
 
 
@@ -40,13 +42,13 @@ def _derived_allocation(values: Mapping[str, Any]) -> Allocation:
 
 
 def _not_null(key: str) -> dict[str, Any]:
-    """JSON Schema: the key is there and not null."""
+    """The JSON Schema that asks for the key, with a value that is not null."""
     return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOverride:
-    """What some layers do differently from the rest; null: as the rest."""
+    """Settings of some layers that differ from the other layers; null: as the other layers."""
 
     SCHEMA: ClassVar = {"not": {"allOf": [_not_null("size"), _not_null("rank")]}}
 
@@ -79,12 +81,12 @@ class Compression:
     max_layer_error: Fraction | None = None
     """Target: the largest relative error of any layer's output on calibration data."""
     max_loss_increase: Positive | None = None
-    """Target: predicted increase of the loss per token, or per sequence of data without tokens
-    (ranks before rounding); for curvature."""
+    """Target: predicted increase of the loss per token (per sequence where data has no tokens),
+    for ranks before rounding; for curvature."""
     threshold: Fraction | None = None
     """Target: singular values to cut, as a share of each layer's largest; for nuclear."""
     size_of: Literal["compressible", "checkpoint"] = "compressible"
-    """What size is a share of: the layers that can be compressed, or all tensors."""
+    """The tensors that `size` is a share of: the layers that can be compressed, or all tensors."""
     allocation: Allocation = field(default="global", metadata={"derived": _derived_allocation})
     """How ranks are shared out; left out: global for method curvature, relative for others."""
     sequential: Literal["auto"] | bool = "auto"
@@ -92,20 +94,20 @@ class Compression:
     ridge: Positive = 0.01
     """Ridge of sequential fitting and of relu, relative to the Gram matrix's mean diagonal."""
     correction: Literal["auto"] | Portion = "auto"
-    """How much of the drift of its inputs a sequential layer makes up for; auto: what pays on an
-    eighth of the calibration sequences, which is then held back from these fits."""
+    """How much of the drift of its inputs a sequential layer makes up for; auto: as much as pays on
+    an eighth of the calibration sequences, which is then held back from these fits."""
     center: bool = False
     """Whether the bias is fitted too, so that factors only approximate what varies."""
     storage: Storage = "auto"
-    """How factors are stored; auto: what has the lower error, as stored, in the same bytes."""
+    """How factors are stored; auto: the form with the lower stored error in the same bytes."""
     rank_multiple: Literal["auto"] | Count = "auto"
-    """What ranks are multiples of; auto: 32 where both sides are 1024 or more, else 8, where the
-    sides divide by it, else 1."""
+    """The number that ranks are multiples of; auto: 32 where both sides are 1024 or more, else 8
+    where both sides are multiples of 8, else 1."""
     include: tuple[Pattern, ...] = ("*",)
     """Layers to compress: globs or "re:..." on whole module names."""
     exclude: tuple[Pattern, ...] = ("lm_head",)
-    """Layers to leave as they are, taken from those included; `lm_head` is the language-model head,
-    whatever the model calls it."""
+    """Layers to leave as they are, taken from the included layers; `lm_head` is the language-model
+    head, also where the model calls it otherwise."""
     embeddings: bool = False
     """Whether a transformers model's token embedding is compressed too, and a head tied to it."""
     layers: Mapping[Pattern, LayerOverride] = field(default_factory=dict)
@@ -129,17 +131,17 @@ class Compression:
 
     @property
     def target(self) -> tuple[str, float]:
-        """The one target that is given: its key and its value."""
+        """The only target that is given: its key and its value."""
         (name,) = _given(**{target: getattr(self, target) for target in TARGETS})
         return name, getattr(self, name)
 
     def num_held_back(self, num_sequences: int) -> int:
-        """How many of the last calibration sequences no sequential layer is fitted to."""
+        """The number of calibration sequences at the end that no sequential layer is fitted to."""
         alone = self.correction != "auto" or num_sequences < 2
         return 0 if alone else max(1, num_sequences // 8)
 
     def override(self, name: str) -> LayerOverride:
-        """What is set for the layer of this module name by the last pattern that matches it."""
+        """The settings of the last pattern that matches the module name."""
         found = [layer for pattern, layer in self.layers.items() if matches(pattern, name)]
         return found[-1] if found else LayerOverride()
 

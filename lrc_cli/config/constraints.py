@@ -1,4 +1,4 @@
-"""What a config value may be beyond its type: used as `Annotated[float, Range(...)]`.
+"""Constraints say what a config value may be beyond its type: `Annotated[float, Range(...)]`.
 
 Every constraint has `accepts(value)`, `describe(base)` for messages and `schema()` for JSON Schema.
 """
@@ -32,7 +32,7 @@ class Range:
         )
 
     def describe(self, base: str) -> str:
-        """For instance "a number above 0 and at most 1"."""
+        """The bounds in words, for instance "a number above 0 and at most 1"."""
         bounds = {
             "above": self.above,
             "at least": self.minimum,
@@ -43,7 +43,7 @@ class Range:
         return f"{base} {' and '.join(words)}"
 
     def schema(self) -> dict[str, Any]:
-        """`minimum`, `maximum` and their exclusive forms."""
+        """The keywords `minimum`, `maximum` and their exclusive forms."""
         bounds = {
             "minimum": self.minimum,
             "maximum": self.maximum,
@@ -55,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Matches:
-    """Texts that a regular expression matches whole; `words` says it to a person."""
+    """Texts that a regular expression matches whole; `words` explains the form to a person."""
 
     regex: str
     words: str
@@ -69,7 +69,7 @@ class Matches:
         return self.words
 
     def schema(self) -> dict[str, Any]:
-        """`pattern`, anchored at both ends."""
+        """The keyword `pattern`, anchored at both ends."""
         return {"pattern": f"^(?:{self.regex})$"}
 
 
@@ -83,7 +83,7 @@ class Part:
         return bool(0 <= start < end <= 1)
 
     def describe(self, base: str) -> str:
-        """The condition."""
+        """The condition in words."""
         return "[start, end] with 0 <= start < end <= 1"
 
     def schema(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class LayerPattern:
     """A pattern on module names: a glob, or "re:" and a regular expression."""
 
     def accepts(self, value: Any) -> bool:
-        """Whether the text is not empty and its regular expression, if it is one, compiles."""
+        """Whether the text is not empty, and compiles if it is a regular expression."""
         if not value.startswith("re:"):
             return bool(value)
         try:
@@ -106,11 +106,11 @@ class LayerPattern:
         return True
 
     def describe(self, base: str) -> str:
-        """Both forms."""
+        """Both forms in words."""
         return 'a glob or "re:" and a valid regular expression'
 
     def schema(self) -> dict[str, Any]:
-        """Any text that is not empty."""
+        """The schema of any text that is not empty."""
         return {"minLength": 1}
 
 
@@ -130,7 +130,7 @@ Factory = Annotated[str, Matches(r"\w+(\.\w+)*:\w+(\.\w+)*", 'a text "package.mo
 
 
 class FieldError(ValueError):
-    """Values that are possible alone and not together.
+    """The error for values that are possible alone and not together.
 
     Args:
         key: the field to point at, with dots below the section that raises.
@@ -156,7 +156,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def parse_bytes(size: str | int) -> int:
-    """Number of bytes in a size such as "5GB" (10^9 each), "1GiB" (2^30) or 1000.
+    """The number of bytes in a size such as "5GB" (10^9 each), "1GiB" (2^30) or 1000.
 
     Raises:
         ValueError: the text is not a size.

@@ -1,4 +1,4 @@
-"""A tree of positioned values to the dataclasses, driven by their annotations alone."""
+"""The reader turns a tree of positioned values into dataclasses, by their annotations alone."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def is_union(hint: Any) -> bool:
-    """Whether the annotation is `A | B`, in either of Python's spellings."""
+    """Whether the annotation is `A | B`, in one of Python's two spellings."""
     return get_origin(hint) in (Union, types.UnionType)
 
 
@@ -49,7 +49,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What an annotation allows, in words."""
+    """The values that an annotation allows, in words."""
     if get_origin(hint) is Annotated:
         base, *constraints = get_args(hint)
         words = describe(base)
@@ -90,18 +90,18 @@ def read(root: Node, problems: list[Problem]) -> Config | None:
 
 
 class Reader:
-    """Reads nodes by annotation and gathers what is wrong with them."""
+    """The reader of nodes by annotation, which gathers every problem."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
 
     def report(self, at: Position, path: str, message: str) -> Any:
-        """Add a problem; the result stands for a value that could not be read."""
+        """Add a problem. The result stands for a value that could not be read."""
         self.problems.append(Problem(at, path, message))
         return _BAD
 
     def section(self, node: Node, section: type, path: str) -> Any:
-        """An instance of a dataclass from a mapping; null is a section with all its defaults."""
+        """An instance of a dataclass from a mapping. null means a section with all defaults."""
         children = {} if node.value is None else node.value
         if not isinstance(children, dict):
             return self.report(node.at, path, f"expected a mapping, got {show(children)}")
@@ -127,7 +127,7 @@ class Reader:
     def entry(
         self, node: Node, children: Mapping[str, Node], section: type, name: str, path: str
     ) -> Any:
-        """The value of one key of a section; MISSING where its default is meant."""
+        """The value of one key of a section; MISSING where the default is meant."""
         field, hint = keys(section)[name]
         path = join(path, name)
         built = BUILT.get(f"{section.__name__}.{name}")
@@ -145,7 +145,7 @@ class Reader:
         return self.report(node.key_at, path, f"missing key; expected {describe(hint)}")
 
     def value(self, node: Node, hint: Any, path: str, expected: str) -> Any:
-        """A value of any annotation; `expected` describes the whole of what is allowed."""
+        """A value of any annotation; `expected` describes everything that is allowed."""
         if isinstance(node.value, Broken):
             return _BAD
         origin = get_origin(hint)
@@ -194,7 +194,7 @@ class Reader:
         return _BAD if _BAD in values else values
 
     def mapping(self, node: Node, hints: tuple[Any, Any], path: str) -> Any:
-        """A dict in the order of the file; null is an empty one."""
+        """A dict in the order of the file. null means an empty dict."""
         key_hint, hint = hints
         children = {} if node.value is None else node.value
         if not isinstance(children, dict):
@@ -256,7 +256,7 @@ def _words(values: tuple[Any, ...]) -> str:
 
 
 def _nearest_key(key: str, known: Mapping[str, Any]) -> str:
-    """Did-you-mean, here or in another section, and the keys that are allowed here."""
+    """A likely key, of this section or another, and the keys that are allowed here."""
     allowed = f"allowed: {', '.join(known)}"
     near = difflib.get_close_matches(key, known, n=1)
     near = near or [path for path in _paths(Config, "") if path.split(".")[-1] == key]
@@ -277,7 +277,7 @@ def _flags(section: type) -> list[str]:
 
 
 def _find(node: Node, path: str) -> Node:
-    """The node at a dotted path, or the last one on the way there."""
+    """The node at a dotted path, or the last node on the way there."""
     for key in path.split("."):
         if isinstance(node.value, list):
             node = node.value[int(key)]

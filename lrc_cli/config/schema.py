@@ -1,4 +1,4 @@
-"""JSON Schema of the config, from the dataclasses and the docstrings under their fields."""
+"""The JSON Schema of the config is made from the dataclasses and their fields' docstrings."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ _TYPES = {type(None): "null", bool: "boolean", int: "integer", float: "number", 
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of what this version accepts, for editors and checks."""
+    """The JSON Schema (draft 2020-12) of all configs that this version accepts."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lrc config",
@@ -25,7 +25,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _section(section: type) -> dict[str, Any]:
-    """Schema of a dataclass; one without required keys may be null, as the reader has it."""
+    """The schema of a dataclass. As in the reader, null is allowed where no key is required."""
     texts = _docstrings(section)
     required = [name for name, (field, _) in keys(section).items() if is_required(field)]
     extra: dict[str, Any] = getattr(section, "SCHEMA", {})
@@ -48,7 +48,7 @@ def _key(section: type, name: str) -> dict[str, Any]:
 
 
 def _value(hint: Any) -> dict[str, Any]:
-    """Schema of an annotation."""
+    """The schema of an annotation."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         schema = _value(arguments[0])
@@ -74,7 +74,7 @@ def _array(items: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _docstrings(section: type) -> dict[str, dict[str, str]]:
-    """The docstring under each field; Python does not keep them, the source does."""
+    """The docstring under each field, read from the source because Python does not keep it."""
     definition = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(definition, ast.ClassDef)
     texts: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""The config as frozen dataclasses: their fields, defaults and docstrings are the reference.
+"""The config is a set of frozen dataclasses: fields, defaults and docstrings are the reference.
 
 The reader, the JSON Schema and the messages are all derived from the annotations here.
 """
@@ -26,7 +26,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 def hidden_flag() -> Any:
-    """A field that is no key of the config: only the reader sets it."""
+    """A field that is no key of the config. Only the reader sets such a field."""
     return field(default=False, compare=False, metadata={"hidden": True})
 
 
@@ -37,7 +37,7 @@ class Model:
     path: Text
     """Transformers directory, weight file (.safetensors .bin .pt .pth) or distributed directory."""
     factory: Factory | None = None
-    """"package.module:function" that returns the torch.nn.Module, if it is not transformers'."""
+    """"package.module:function" that returns the torch.nn.Module; null: a transformers model."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
 
@@ -55,7 +55,7 @@ class Calibration:
     chat_template: bool = False
     """Whether records hold conversations (in "messages"), to be rendered by the chat template."""
     num_sequences: Count = 64
-    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    """Number of sequences; the default is lowered if the data has fewer, a given number is not."""
     sequence_length: SequenceLength = 512
     """Tokens in a sequence."""
     seed: Seed = 0
@@ -69,13 +69,13 @@ class Certification:
     """Data held back for statements: never used for fitting or choosing."""
 
     path: Text | None = None
-    """Data of its own, read as calibration's; null: the calibration data."""
+    """Separate data, read in the same way as calibration data; null: the calibration data."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     num_sequences: Count = 128
-    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    """Number of sequences; the default is lowered if the data has fewer, a given number is not."""
     sequence_length: SequenceLength | None = None
-    """Tokens in a sequence; null: as calibration's."""
+    """Tokens in a sequence; null: as in `calibration`."""
     confidence: Fraction = 0.95
     """Probability with which all statements hold together."""
     quantile: Fraction = 0.95
@@ -89,19 +89,19 @@ class EvaluationText:
     """One text on which quality is measured before and after."""
 
     name: Text
-    """Name of its row in the report; no other text has it."""
+    """Name of the text's row in the report; every text has another name."""
     path: Text
-    """As calibration's."""
+    """Data of any kind that `calibration.path` takes."""
     part: FilePart | None = None
     """Share of the file, by position; null: all."""
     num_sequences: Count = 64
-    """Number of sequences; the default is lowered to what there is, a number written is not."""
+    """Number of sequences; the default is lowered if the data has fewer, a given number is not."""
     sequence_length: SequenceLength | None = None
-    """Tokens in a sequence; null: as calibration's."""
+    """Tokens in a sequence; null: as in `calibration`."""
     text_field: Text = "text"
     """Field of a record that holds the text, or a list of token ids."""
     chat_template: bool = False
-    """As calibration's."""
+    """Whether records hold conversations, as in `calibration`."""
     num_sequences_is_default: bool = hidden_flag()
     """Whether num_sequences was left out of the config."""
 
@@ -111,7 +111,7 @@ class Recover:
     """Optional training of the factors."""
 
     scope: Literal["none", "block", "model"] = "none"
-    """What is trained at a time."""
+    """The part of the network that is trained at a time."""
     tokens: Literal["auto"] | Count = "auto"
     """Number of training tokens."""
 
@@ -125,11 +125,11 @@ class Runtime:
     dtype: Dtype = "auto"
     """Data type of activations."""
     memory_limit: ByteSize | None = None
-    """Memory that activations and gradients between blocks may take; more of them go to disk."""
+    """Memory that activations and gradients between blocks may take; the rest goes to disk."""
     work_dir: Text | None = None
     """Directory of finished units; null: .lrc-work/<statistics fingerprint> beside the output."""
     seed: Seed = 0
-    """Seed of everything random but the draw of sequences."""
+    """Seed of everything random except the draw of sequences."""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -162,7 +162,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Limits on what was measured; a miss is exit code 3."""
+    """Limits on the measured figures; a miss is exit code 3."""
 
     max_perplexity_increase: Positive | None = None
     """Largest relative increase on any evaluation text: 0.25 is +25 %."""
@@ -181,7 +181,7 @@ class Config:
     certification: Certification | None = None
     """Data held back for statements; null: none is held back."""
     evaluation: tuple[EvaluationText, ...] | None = None
-    """Texts to measure quality on; null: blocks held back from the calibration file; []: none."""
+    """Texts to measure quality on; null: sequences held back from calibration data; []: none."""
     compression: Compression
     """How much is compressed, and how."""
     recover: Recover = field(default_factory=Recover)
@@ -191,7 +191,7 @@ class Config:
     output: Output
     """The checkpoint that is written."""
     gates: Gates = field(default_factory=Gates)
-    """Limits on what was measured."""
+    """Limits on the measured figures."""
 
     def __post_init__(self) -> None:
         names = [text.name for text in self.evaluation or ()]

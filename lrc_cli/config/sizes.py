@@ -1,4 +1,4 @@
-"""One config as several jobs that differ in their size and their output."""
+"""One config becomes several jobs here, which differ in their size and their output."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ def load_configs(
 
     Args:
         overrides: assignments "key.sub=value"; see `load_config`.
-        output: takes the place of `output.path`.
+        output: the directory to write in place of `output.path`; None: `output.path`.
         sizes: values of `compression.size`; empty: the config's own target.
 
     Raises:

@@ -1,4 +1,4 @@
-"""YAML text to a tree of values that know their positions, and `--set` on such a tree."""
+"""YAML text becomes a tree of values that know their positions; `--set` changes such a tree."""
 
 import re
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ Scalar: TypeAlias = str | int | float | bool | None
 _TAG = "tag:yaml.org,2002:"
 _TEXT_TAGS = {_TAG + name for name in ("str", "timestamp", "value", "merge")}
 _TYPED_TAGS = {_TAG + name for name in ("null", "bool", "int", "float")}
-# YAML 1.1 takes these for texts, YAML 1.2 and every reader of a config for numbers.
+# YAML 1.1 takes such numbers for texts; YAML 1.2 and every person take them for numbers.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _MAX_SHOWN = 10
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Line and column, from 1, in a named text; line 0: the text has no positions."""
+    """A line and a column, from 1, in a named text; line 0: the text has no positions."""
 
     line: int
     column: int
@@ -32,12 +32,12 @@ class Position:
 
 
 class Broken:
-    """In place of a value on which a problem has been reported already."""
+    """A mark in place of a value on which a problem has been reported already."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A value, where it stands, and where the key before it stands."""
+    """A value with its position and the position of its key."""
 
     value: "Value"
     at: Position
@@ -60,7 +60,7 @@ class Problem:
 
 
 def fail(problems: Sequence[Problem]) -> InputError:
-    """The error that lists the problems in the order of the file, the first ten at most."""
+    """The error that lists the problems in the order of the file, at most the first ten."""
     lines = [str(problem) for problem in sorted(problems)]
     if len(lines) > _MAX_SHOWN:
         lines = [*lines[:_MAX_SHOWN], f"and {len(lines) - _MAX_SHOWN} more"]
@@ -73,7 +73,7 @@ def join(path: str, key: str | int) -> str:
 
 
 def parse(text: str, name: str, problems: list[Problem]) -> Node | None:
-    """The tree of a YAML document, None if it is empty.
+    """The tree of a YAML document; None if the document is empty.
 
     Duplicate keys, tags and aliases that contain themselves are added to `problems`.
 
@@ -84,7 +84,7 @@ def parse(text: str, name: str, problems: list[Problem]) -> Node | None:
 
 
 def override(root: Node, assignment: str, problems: list[Problem]) -> Node:
-    """The tree with `KEY.SUB=VALUE` applied; VALUE is YAML, and list items go by their index.
+    """The tree with `KEY.SUB=VALUE` applied. VALUE is YAML, and a list item's key is its index.
 
     Raises:
         InputError: there is no "=", a key on the way is not a mapping, or VALUE is not YAML.
@@ -100,7 +100,7 @@ def override(root: Node, assignment: str, problems: list[Problem]) -> Node:
 
 
 def _keys(path: str, leaf: Node) -> list[str]:
-    """The keys of a dotted path; a layer pattern has dots of its own."""
+    """The keys of a dotted path. A layer pattern has dots of its own."""
     *start, rest = path.split(".", 2)
     if start != ["compression", "layers"]:
         return path.split(".")
@@ -127,7 +127,7 @@ def _put(node: Node, keys: list[str], leaf: Node, place: Position) -> Node:
 
 
 class _Builder:
-    """Turns the nodes of one YAML text into ours."""
+    """The builder of our tree from the nodes of one YAML text."""
 
     def __init__(self, name: str, *, numbered: bool, problems: list[Problem]) -> None:
         self.name = name
@@ -137,7 +137,7 @@ class _Builder:
         self.done: dict[int, Node] = {}
 
     def parse(self, text: str, path: str) -> Node | None:
-        """The tree, None for an empty text; `path` is where it will stand in the config."""
+        """The tree; None for an empty text. `path` is the place of the tree in the config."""
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             return None if node is None else self.convert(node, path)
@@ -152,7 +152,7 @@ class _Builder:
             raise fail([Problem(self.position(0, 0), "", "nested too deeply")]) from error
 
     def position(self, line: int, column: int) -> Position:
-        """Position from line and column counted from 0."""
+        """The position of a line and a column that are counted from 0."""
         if not self.numbered:
             return Position(0, 0, self.name)
         return Position(line + 1, column + 1, self.name)
@@ -166,7 +166,7 @@ class _Builder:
         return Problem(at, "", f"not valid YAML: {reason}")
 
     def convert(self, node: yaml.Node, path: str, key_at: Position | None = None) -> Node:
-        """Our node; an anchored node that is met again is built once."""
+        """Our node of a YAML node. An anchored node that is met again is built once."""
         at = self.position(node.start_mark.line, node.start_mark.column)
         if id(node) in self.open:
             broken = self.broken(at, path, "contains itself; write the value out")

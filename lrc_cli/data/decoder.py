@@ -1,4 +1,4 @@
-"""What an encoder-decoder network's decoder reads, where the data is a text or a recording."""
+"""This module makes the inputs of an encoder-decoder's decoder, from texts or recordings."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ ENCODER_MASK = "attention_mask"
 
 
 def takes(module: nn.Module) -> frozenset[str]:
-    """Names of the inputs of the module's forward."""
+    """The names of the inputs of the module's forward."""
     return frozenset(inspect.signature(module.forward).parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """How a decoder begins, and what it is for."""
+    """The decoder of a network: how it begins and what it is for."""
 
     start: int
     """The token that stands before the first one."""
     pad: int
     """The token that stands behind the last one of a shorter sequence."""
     generates: bool
-    """Whether the network writes texts; else it reads them (classifiers, bare bodies)."""
+    """Whether the network writes texts; false: it only reads texts (classifiers, bare bodies)."""
 
     def shifted(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder reads to predict `ids` (sequences, tokens): them, one step later."""
+        """The decoder's input to predict `ids` (sequences, tokens): the ids, one step later."""
         return torch.cat([torch.full_like(ids[:, :1], self.start), ids[:, :-1]], dim=1)
 
     def padded(self, texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the decoder reads to predict texts of several lengths, and the mask of real tokens.
+        """The decoder's input to predict texts of several lengths, and the mask of real tokens.
 
         Args:
             texts: token ids with the special ones that the tokenizer adds.
@@ -50,11 +50,12 @@ class Decoder:
 
 
 def told_apart(inputs: Batch) -> Batch:
-    """An encoder's and a decoder's tokens in different numbers, where their padding differs.
+    """The inputs with different numbers of tokens for encoder and decoder, if padding differs.
 
-    A layer's rows tell by their number whose tokens they are. So a decoder that has as many as the
-    encoder loses its last column, if that is padding. If not, the encoder does; and if that has
-    none to lose either, the decoder is given a column of padding.
+    The number of a layer's rows tells whether they are the encoder's tokens or the decoder's. So
+    where both have as many tokens, the decoder loses its last column, if this column is padding.
+    Otherwise the encoder loses its last column, if this column is padding. If neither column is
+    padding, the decoder is given a column of padding.
     """
     ids, own = inputs.get("input_ids"), inputs.get(INPUT)
     if ids is None or own is None or ids.shape != own.shape:
@@ -65,7 +66,7 @@ def told_apart(inputs: Batch) -> Batch:
     names = [(INPUT, MASK), ("input_ids", ENCODER_MASK)]
     others = inputs.keys() - {name for pair in names for name in pair}
     if any(inputs[name].shape[:2] == ids.shape for name in others):
-        names.pop()  # what else the encoder reads of every token would not fit
+        names.pop()  # the encoder's other inputs, which have a value for every token, would not fit
     for (name, mask_name), mask in zip(names, reversed(masks), strict=False):
         if not bool(mask[:, -1].any()):
             shorter = {name: inputs[name][:, :-1].clone(), mask_name: mask[:, :-1].clone()}
@@ -76,7 +77,7 @@ def told_apart(inputs: Batch) -> Batch:
 
 
 def is_given(inputs: Batch, name: str) -> bool:
-    """Whether the input is a decoder's, which `told_apart` gave a column of padding."""
+    """Whether the input is a decoder's that `told_apart` gave a column of padding."""
     ids, own, mask = (inputs.get(x) for x in ("input_ids", INPUT, MASK))
     if name != INPUT or ids is None or own is None or mask is None:
         return False
@@ -88,7 +89,7 @@ def find_decoder(module: nn.Module) -> Decoder | None:
     config: Any = getattr(module, "config", None)
     if config is None or INPUT not in takes(module):
         return None
-    # Some keep the tokens with the settings of generation; T5 begins with padding.
+    # Some models keep these tokens with the settings of generation; T5 begins with padding.
     places = [config, getattr(module, "generation_config", None)]
     start, pad, end = (
         next((found for place in places if (found := getattr(place, name, None)) is not None), None)

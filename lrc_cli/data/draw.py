@@ -1,8 +1,8 @@
-"""Data files -> sequences of model inputs, drawn so that no two purposes share a token.
+"""Sequences of model inputs are drawn from data files; no two purposes share a token.
 
-A text is tokenised whole; a purpose cuts its part of the tokens into blocks and permutes them. In a
-tensor file a sequence is a row, in a folder a file. Purposes take sequences in turn and skip
-whatever was taken before.
+A text is tokenised whole. A purpose cuts its part of the tokens into sequences and permutes the
+sequences. In a tensor file a sequence is a row, in a folder a file. Purposes take sequences in turn
+and skip everything that was taken before.
 """
 
 import hashlib
@@ -34,33 +34,33 @@ __all__ = ["Batch", "Purpose", "Sequences", "draw"]
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """What blocks are wanted for: their file, their part of it, and how many."""
+    """A use of sequences: their file, the part of the file, and their number."""
 
     name: str
     path: Path
     part: tuple[float, float] = (0.0, 1.0)
     """Share of the file's tokens, rows or files, by position."""
     sequence_length: int
-    """Tokens of a block, special tokens included; tensor files and folders ignore it."""
+    """Tokens of a sequence, special tokens included; tensor files and folders ignore it."""
     num_sequences: int
     required: bool
-    """True when the user wrote the number: fewer blocks are then an error."""
+    """True when the user wrote the number: fewer sequences are then an error."""
     text_field: str = "text"
     chat_template: bool = False
     own_draw: bool = False
-    """Whether its permutation is independent of the other purposes', as statements with a
-    probability need; otherwise purposes with as many free blocks share one."""
+    """Whether the permutation is independent of other purposes, as statements with a probability
+    need; otherwise purposes with equally many free sequences share a permutation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Blocks drawn for one purpose, ready to be model inputs."""
+    """Sequences drawn for one purpose, ready to be model inputs."""
 
     name: str
     inputs: Batch
-    """Tensors whose first dimension counts the blocks."""
+    """Tensors whose first dimension counts the sequences."""
     population: int
-    """Blocks of the part that were free to be drawn."""
+    """Number of sequences in the part that were free to be drawn."""
     sha256: str
     """Hash of the drawn inputs."""
 
@@ -69,25 +69,25 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """Positions of all blocks: their tokens, or rows for inputs without a token dimension."""
+        """The number of tokens of all sequences; of rows where inputs have no token dimension."""
         ids = self.inputs.get("input_ids")
         return len(self) if ids is None else ids.numel()
 
     def split(self, count: int) -> "tuple[Sequences, Sequences]":
-        """The first `count` blocks, and the rest."""
+        """The first `count` sequences, and the rest."""
         first = {name: tensor[:count] for name, tensor in self.inputs.items()}
         rest = {name: tensor[count:] for name, tensor in self.inputs.items()}
         return replace(self, inputs=first), replace(self, inputs=rest)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Micro-batches of at most `size` blocks, in order."""
+        """Micro-batches of at most `size` sequences, in order."""
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
 
 
 @dataclass
 class _File:
-    """A data file, and which of its positions are taken."""
+    """A data file with the positions that are taken."""
 
     data: Data
     text_field: str
@@ -103,8 +103,8 @@ def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> d
 
     Args:
         purposes: a purpose without a sequence left is absent from the result.
-        processors: the checkpoint's own.
-        seed: of the permutations.
+        processors: the processors of the checkpoint.
+        seed: the seed of the permutations.
 
     Raises:
         InputError: a file is missing, empty or of an unknown kind, has fewer sequences than asked,
@@ -132,7 +132,7 @@ def _check_names(purposes: Sequence[Purpose]) -> None:
 
 
 def _check_reading(purpose: Purpose, file: _File) -> None:
-    # Positions in the text of one field say nothing about positions in that of another.
+    # Positions in the text of one field say nothing about positions in the text of another field.
     if purpose.path.suffix not in RECORD_SUFFIXES:
         return
     if purpose.text_field != file.text_field:
@@ -153,7 +153,7 @@ def _open(purpose: Purpose, processors: Processors) -> _File:
     try:
         data = _read(purpose, processors)
     except InputError as error:
-        # A text that is given by its path alone is named by it.
+        # A text that has only a path is named by its path.
         named = error.message.startswith(f"{purpose.name}:")
         prefix = "" if named else f"{purpose.name}: "
         raise InputError(f"{prefix}{error.message}", error.remedy) from error
@@ -175,7 +175,7 @@ def _read(purpose: Purpose, processors: Processors) -> Data:
         )
     if path.is_file() and path.suffix in TENSOR_SUFFIXES:
         return read_rows(path)
-    # The name must say what a sequence is, also where the data is not there.
+    # The path's suffix must say what a sequence is, also where the data is absent.
     if path.is_dir() and path.suffix not in TEXT_SUFFIXES | TENSOR_SUFFIXES:
         return read_folder(path, processors)
     raise InputError(f"{path}: not a kind of data this version reads", f"use {KNOWN}")
@@ -223,7 +223,7 @@ def _hash(inputs: Batch) -> str:
 
 
 def micro_batch(sequences: Sequences, num_positions: int) -> int:
-    """How many sequences have about `num_positions` positions together, at least one.
+    """The number of sequences, at least one, that have about `num_positions` positions together.
 
     A position is a token, or a row of features of a floating-point input.
     """

@@ -1,6 +1,7 @@
-"""Folders of images or of recordings: a sequence is a file, prepared by the checkpoint's processor.
+"""Folders of images or recordings are read here: a sequence is a file.
 
-A text beside a file (dog.txt for dog.png) is its caption or transcript, for networks that take one.
+The checkpoint's processor prepares the file. A text beside a file (dog.txt for dog.png) is its
+caption or transcript, for networks that take a text.
 """
 
 import wave
@@ -27,7 +28,7 @@ Prepare = Callable[[Sequence[Path]], Batch]
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The images or recordings of a folder, sorted by name; only those taken are decoded."""
+    """The images or recordings of a folder, sorted by name; a file is decoded when it is taken."""
 
     paths: list[Path]
     prepare: Prepare
@@ -35,15 +36,15 @@ class Files:
 
     @property
     def length(self) -> int:
-        """Number of files."""
+        """The number of files."""
         return len(self.paths)
 
     def width(self, sequence_length: int) -> int:
-        """One file, however long."""
+        """One: a sequence is a file of any length."""
         return 1
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
-        """The inputs that the network takes, of those files and of the texts beside them."""
+        """The network's inputs, from the files at `starts` and from the texts beside them."""
         paths = [self.paths[start] for start in starts]
         return _taken(self.prepare(paths), self.processors) | _texts(paths, self.processors)
 
@@ -52,7 +53,7 @@ def read_folder(path: Path, processors: Processors) -> Files:
     """The images or the recordings in a folder and the folders in it.
 
     Raises:
-        InputError: there are none, or both; or the checkpoint has no processor for them.
+        InputError: there are neither, or both; or the checkpoint has no processor for them.
     """
     inside = [(file, file.relative_to(path)) for file in path.rglob("*")]
     visible = [f for f, name in inside if not any(part.startswith(".") for part in name.parts)]
@@ -72,7 +73,7 @@ def read_folder(path: Path, processors: Processors) -> Files:
 
 
 def _taken(inputs: Batch, processors: Processors) -> Batch:
-    """What the network takes; all, for the message that it takes none, where it takes none."""
+    """The inputs that the network takes. If it takes none, all: a later check names them."""
     return {name: x for name, x in inputs.items() if name in processors.takes} or inputs
 
 
@@ -106,7 +107,7 @@ def _open_image(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    # Decoders of damaged files raise much beside OSError.
+    # Decoders of damaged files raise many kinds of errors beside OSError.
     except Exception as error:
         cause = f"{path}: cannot be read as an image ({named(error)})"
         raise InputError(cause, "remove or replace it") from error
@@ -142,7 +143,7 @@ def _recordings(processors: Processors) -> Prepare:
 
 
 def read_audio(path: Path) -> tuple[np.ndarray, int]:
-    """Samples (time,) as float32 in [-1, 1], channels averaged, and how many make a second.
+    """The samples (time,) as float32 in [-1, 1], channels averaged, and the samples per second.
 
     Raises:
         InputError: the file cannot be read, or needs soundfile, which is not installed.
@@ -165,7 +166,7 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
-    """PCM of 8 to 32 bits, little-endian (8 bits are unsigned); None for another coding."""
+    """The samples of PCM of 8 to 32 bits, little-endian (8 bits are unsigned); None: not PCM."""
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
@@ -173,7 +174,7 @@ def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
     except (wave.Error, EOFError):
         return None
     whole = data[: len(data) // (width * channels) * width * channels].reshape(-1, width)
-    # To the top of 32 bits, whatever the width.
+    # Samples of any width are moved to the top of 32 bits.
     wide = np.zeros((len(whole), 4), dtype=np.uint8)
     wide[:, 4 - width :] = whole ^ 0x80 if width == 1 else whole
     samples = wide.view("<i4")[:, 0].astype(np.float32) / 2.0**31
@@ -184,7 +185,7 @@ def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
 
 
 def _texts(paths: Sequence[Path], processors: Processors) -> Batch:
-    """Transcripts for a decoder, captions for a network that takes texts too."""
+    """The transcripts for a decoder, or the captions for a network that takes texts too."""
     decoder, tokenizer = processors.decoder, processors.tokenizer
     if decoder is not None:
         texts = _beside(paths) or [""] * len(paths)
@@ -199,10 +200,10 @@ def _texts(paths: Sequence[Path], processors: Processors) -> Batch:
 
 
 def _beside(paths: Sequence[Path]) -> list[str] | None:
-    """The texts beside the files, or None where there is none at all.
+    """The texts beside the files, or None where no file has a text.
 
     Raises:
-        InputError: some files have one and some have none.
+        InputError: some files have a text and some have none.
     """
     texts = [path.with_suffix(".txt") for path in paths]
     missing = [text for text in texts if not text.is_file()]
@@ -227,6 +228,6 @@ def _tensors(path: Path, processor: Any, content: Any, **options: Any) -> Batch:
 
 
 def _odd(rows: Sequence[Batch]) -> int | None:
-    """The first row whose tensors have other shapes than the first one's, or None."""
+    """The index of the first row with other shapes than row 0, or None."""
     shapes = [{name: x.shape for name, x in row.items()} for row in rows]
     return next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)

@@ -1,4 +1,4 @@
-"""What kind of data a path is, and what one sequence of it is: its name alone decides."""
+"""The name of a path decides what kind of data it is, and what one sequence of the data is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,23 +19,23 @@ class Data(Protocol):
 
     @property
     def length(self) -> int:
-        """Number of positions."""
+        """The number of positions."""
 
     def width(self, sequence_length: int) -> int:
-        """Positions that a sequence of `sequence_length` tokens takes; below 1: none fit."""
+        """The positions that a sequence of `sequence_length` tokens takes; below 1: none fits."""
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
-        """Model inputs whose first dimension counts the sequences that begin at `starts`."""
+        """The model inputs, whose first dimension counts the sequences that begin at `starts`."""
 
 
 def member(path: Path) -> str:
-    """What one sequence of this data is: a block of tokens, a row or a file."""
+    """The word for one sequence of this data: a block of tokens, a row or a file."""
     if path.suffix in TEXT_SUFFIXES:
         return "block"
     return "row" if path.suffix in TENSOR_SUFFIXES else "file"
 
 
 def members(path: Path, sequence_length: int) -> str:
-    """Many of them, in words."""
+    """The words for many sequences of this data."""
     kind = member(path)
     return f"blocks of {sequence_length} tokens" if kind == "block" else f"{kind}s"

@@ -1,4 +1,4 @@
-"""Padding: which positions of a micro-batch are real tokens."""
+"""Masks tell which positions of a micro-batch are real tokens and which are padding."""
 
 import torch
 
@@ -9,12 +9,12 @@ Masks = tuple[torch.Tensor, ...]
 
 
 def masks_of(batch: Batch) -> Masks:
-    """Which tokens are real: of the encoder or the only network, and of a decoder."""
+    """The masks of real tokens: the mask of the encoder or only network, and a decoder's mask."""
     return tuple(batch[name] for name in ("attention_mask", MASK) if name in batch)
 
 
 def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:
-    """The entries of real tokens, (rows, ...), of a tensor that has one for every token.
+    """The entries of real tokens, (rows, ...), of a tensor that has an entry for every token.
 
     Any other tensor, with one entry per sequence for instance, is returned as it is.
 

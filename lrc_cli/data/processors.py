@@ -1,4 +1,4 @@
-"""What a checkpoint brings along to make model inputs: tokenizer, image and audio processors."""
+"""The tokenizer and the image and audio processors of a checkpoint are opened here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Processors:
-    """How texts, images and recordings become inputs of one network."""
+    """The processors that make texts, images and recordings inputs of one network."""
 
     tokenizer: Any = None
-    """The checkpoint's own, or None where it has none."""
+    """The checkpoint's own tokenizer, or None."""
     decoder: Decoder | None = None
-    """Of an encoder-decoder network."""
+    """The decoder, where the network is an encoder-decoder."""
     takes: frozenset[str] = frozenset()
-    """Names of the network's inputs."""
+    """The names of the network's inputs."""
     path: Path | None = None
     """The transformers directory with the processors of images and audio, or None."""
     trust_remote_code: bool = False
@@ -39,14 +39,14 @@ class Processors:
         """The checkpoint's image processor.
 
         Raises:
-            InputError: it has none, or a package is missing.
+            InputError: there is no image processor, or a package is missing.
         """
         from transformers import AutoImageProcessor
 
         return self._open("images", AutoImageProcessor.from_pretrained)
 
     def audio(self) -> Any:
-        """The checkpoint's feature extractor of recordings; raises as `images`."""
+        """The checkpoint's feature extractor for recordings. Raises InputError as `images` does."""
         from transformers import AutoFeatureExtractor
 
         return self._open("audio", AutoFeatureExtractor.from_pretrained)
@@ -85,7 +85,7 @@ def open_processors(
 
 
 def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's own tokenizer, or None where it has none."""
+    """The checkpoint's own tokenizer, or None where the checkpoint has none."""
     if source.config is None:
         return None
     if not any((source.path / name).exists() for name in TOKENIZER_FILES):
@@ -96,7 +96,7 @@ def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # tokenizers raises bare ones
+    except Exception as error:  # the package tokenizers raises bare exceptions
         raise InputError(
             f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
         ) from error

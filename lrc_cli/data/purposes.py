@@ -1,4 +1,4 @@
-"""What sequences a config asks for."""
+"""A config's sections say which sequences are drawn: the purposes, in order."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ HELD_BACK = "held back"
 
 
 def purposes_of(config: Config) -> list[Purpose]:
-    """What blocks the config asks for, in the order in which purposes take them."""
+    """The sequences that the config asks for, in the order in which purposes take them."""
     calibration = config.calibration
     purposes = [_purpose(CALIBRATION, calibration, calibration)]
     if config.certification is not None:
@@ -31,7 +31,7 @@ def purposes_of(config: Config) -> list[Purpose]:
 
 
 def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:
-    # Certification data is read as calibration data is.
+    # Certification data is read in the same way as calibration data.
     read_as = calibration if isinstance(section, Certification) else section
     return Purpose(
         name=name,

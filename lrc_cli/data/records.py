@@ -1,4 +1,4 @@
-"""Records of .jsonl, .csv and .parquet files: one field of each, with its place for messages."""
+"""Records of .jsonl, .csv and .parquet files are read here: one field, with its place."""
 
 import csv
 import io
@@ -11,14 +11,14 @@ from typing import Any
 from lrc_cli.errors import InputError
 
 Record = tuple[str, Any]
-"""Where a record stands, as "FILE:LINE", and the value of its field."""
+"""The place of a record, as "FILE:LINE", and the value of the field."""
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        InputError: not readable, or not UTF-8.
+        InputError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -38,7 +38,7 @@ def read_records(path: Path, field: str) -> list[Record]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
-    # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may hold as it is.
+    # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may contain.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue

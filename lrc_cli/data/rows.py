@@ -1,4 +1,4 @@
-"""Named tensors whose first dimension counts the sequences: a sequence is a row of each."""
+"""Tensor files hold named tensors whose first dimension counts the sequences."""
 
 import zipfile
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from lrc_cli.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Model inputs by name."""
+    """Model inputs by name; a sequence is a row of every tensor."""
 
     tensors: Batch
 
     @property
     def length(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(next(iter(self.tensors.values())))
 
     def width(self, sequence_length: int) -> int:
-        """One row, however long."""
+        """One: a sequence is a row of any length."""
         return 1
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
-        """Those rows of every tensor."""
+        """The rows at `starts` of every tensor."""
         return {name: tensor[list(starts)] for name, tensor in self.tensors.items()}
 
 
@@ -38,7 +38,8 @@ def read_rows(path: Path) -> Rows:
     """The tensors of a .safetensors or .npz file.
 
     Raises:
-        InputError: the file cannot be read, its tensors count different rows, or one is not finite.
+        InputError: the file cannot be read, its tensors have different numbers of rows, or a number
+            is not finite.
     """
     tensors = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
@@ -76,7 +77,7 @@ def _read_npz(path: Path) -> Batch:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """In an own byte order and a dtype that torch computes with."""
+    """The array in the machine's byte order and in a dtype that torch computes with."""
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         return array.astype(np.int64)
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:

@@ -1,4 +1,4 @@
-"""Texts, conversations and token ids -> one stream of tokens that blocks are cut from."""
+"""Texts, conversations and token ids become one stream of tokens, which is cut into sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,38 +15,39 @@ from lrc_cli.errors import InputError
 from lrc_cli.text import named
 
 MESSAGES = "messages"
-"""The field of a conversation, where text_field is left as it is."""
+"""The field of a conversation, where text_field has its default."""
 CONVERSATION = 'give a list of {"role": ..., "content": ...} as the template takes them'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A stream of tokens; a sequence is a block of it between the special tokens.
+    """A stream of tokens. A sequence is a piece of the stream between the special tokens.
 
-    For a network that writes texts from texts, the encoder reads the first half of a block and the
-    decoder goes on with the second; one that only reads them gets the whole block on both sides.
+    Where a network writes texts from texts, the encoder reads the first half of a piece and the
+    decoder goes on with the second half. Where an encoder-decoder only reads texts, both sides
+    read the whole piece.
     """
 
     ids: torch.Tensor
-    """(tokens,), int64."""
+    """The stream, (tokens,) int64."""
     prefix: list[int]
     """Special tokens before a sequence."""
     suffix: list[int]
-    """And behind it."""
+    """Special tokens behind a sequence."""
     decoder: Decoder | None
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """The number of tokens."""
         return len(self.ids)
 
     def width(self, sequence_length: int) -> int:
-        """Tokens of a block: those of the sequence less the special ones."""
+        """The tokens of a sequence that come from the stream; the others are special tokens."""
         left = sequence_length - len(self.prefix) - len(self.suffix)
         return left if self.decoder is None or left > 1 else 0
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
-        """`input_ids` (blocks, tokens), and `decoder_input_ids` where there is a decoder."""
+        """The inputs `input_ids` (sequences, tokens), and `decoder_input_ids` for a decoder."""
         blocks = torch.stack([self.ids[start : start + width] for start in starts])
         if self.decoder is None:
             return {"input_ids": self._wrapped(blocks)}
@@ -72,8 +73,9 @@ def read_tokens(
 ) -> Tokens:
     """The tokens of a file of texts or records.
 
-    Records hold texts, joined by empty lines; lists of token ids, taken as they are; or, with
-    `chat_template`, conversations, each rendered by the tokenizer's chat template.
+    Records hold texts or lists of token ids; with `chat_template` they hold conversations. Texts
+    are joined by empty lines. Token ids are taken as they are. The tokenizer's chat template
+    renders each conversation.
 
     Raises:
         InputError: the file cannot be read or is empty; the tokenizer or its template is missing.
@@ -127,7 +129,7 @@ def _conversations(path: Path, records: Sequence[Record], processors: Processors
         )
     rows = []
     for place, messages in records:
-        # Templates make an empty text of much that is none.
+        # Many templates make an empty text of something that is no conversation.
         if not isinstance(messages, list) or not all(isinstance(x, dict) for x in messages):
             raise InputError(f"{place}: not a conversation", CONVERSATION)
         try:
@@ -160,7 +162,7 @@ def _stream(
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The token ids that the tokenizer puts before and behind a sequence of its own accord."""
+    """The special token ids that the tokenizer puts before and behind a sequence by itself."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
