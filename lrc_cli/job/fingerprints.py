@@ -13,8 +13,8 @@ from typing import Any
 from lrc_cli import __version__
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
+from lrc_cli.checkpoint.output_directory import resolve_output, tidy
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.checkpoint.writer import resolve_output, tidy
 from lrc_cli.config import Config, config_hash, to_dict
 from lrc_cli.data.draw import Sequences
 from lrc_cli.engine import Solver

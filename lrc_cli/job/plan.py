@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.manifest import MANIFEST_NAME
+from lrc_cli.checkpoint.output_directory import check_output, resolve_output
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.checkpoint.writer import check_writable, resolve_output, tidy
 from lrc_cli.config import Config, matches, to_dict
 from lrc_cli.data.draw import Batch, Sequences, draw
 from lrc_cli.data.processors import open_processors
@@ -32,6 +31,7 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.network.opening import open_module
 from lrc_cli.report.gates import check_gates_possible
 from lrc_cli.runtime.devices import resolve_device
+from lrc_cli.runtime.files import check_writable
 from lrc_cli.runtime.processes import ALONE, Processes
 
 
@@ -125,7 +125,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     check_gates_possible(config)
     output = resolve_output(config.output.path)
     source = open_source(Path(config.model.path))
-    processes.from_first(lambda: check_output(output, source, force=force))
+    processes.from_first(lambda: check_output(output, source.path, force=force))
     source.check_finite()
     module, source = open_module(
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
@@ -193,7 +193,7 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
         RunError: another run is writing the output.
     """
     output = resolve_output(config.output.path)
-    plan.processes.from_first(lambda: check_output(output, plan.source, force=force))
+    plan.processes.from_first(lambda: check_output(output, plan.source.path, force=force))
     check_layers(config, plan.layers)
     factors = factors_fingerprint(config, digest(plan.statistics_fingerprint))
     return replace(with_target(plan, config), output=output, factors_fingerprint=factors)
@@ -205,33 +205,6 @@ def with_target(plan: Plan, config: Config) -> Plan:
     reasons = {name: x.method_reason for name, x in plan.planned.items() if x.method_reason}
     planned = plan_layers(config, plan.layers, plan.source, solvers, reasons)
     return replace(plan, config=config, planned=planned)
-
-
-def check_output(output: Path, source: Source, *, force: bool) -> None:
-    """Raise InputError unless the output may be made, or replaced with `force`."""
-    check_writable(output.parent, "output.path")
-    tidy(output)
-    checkpoint = source.path.resolve()
-    if output == checkpoint:
-        raise InputError(
-            f"{output}: output.path is the checkpoint itself", "choose another output.path"
-        )
-    # It would be carried over into itself, or the checkpoint be deleted with what it replaces.
-    if output.is_relative_to(checkpoint) or checkpoint.is_relative_to(output):
-        raise InputError(
-            f"{output}: output.path and the checkpoint {checkpoint} lie in one another",
-            "choose another output.path",
-        )
-    if not output.exists():
-        return
-    if not force:
-        raise InputError(
-            f"{output}: the output exists", "give --force to replace it, or another output.path"
-        )
-    if not (output / MANIFEST_NAME).exists():
-        raise InputError(
-            f"{output}: exists and was not written by lrc", "choose another output.path"
-        )
 
 
 def _work_dir(config: Config, output: Path, identity: str) -> Path:

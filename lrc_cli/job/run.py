@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.writer import begin, discard, publish
+from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.data.purposes import purposes_of
@@ -109,15 +109,9 @@ def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) 
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
     factorize = factorize_sequentially if decision.used else factorize_layers
     factorize(plan, work, ranks, factors, progress)
-    processes.from_first(lambda: begin(plan.output))
-    try:
-        processes.from_first(lambda: write_checkpoint(plan, work, factors, progress))
-        report = finish_output(plan, work, factors, decision.facts(), progress)
-        processes.from_first(lambda: publish(plan.output, force=force))
-    except BaseException:
-        if processes.is_first:
-            discard(plan.output)
-        raise
+    with output_directory(plan.output, force=force, processes=processes) as directory:
+        processes.from_first(lambda: write_checkpoint(plan, work, factors, directory, progress))
+        report = finish_output(plan, work, factors, directory, decision.facts(), progress)
     _say_what_failed(report, progress)
     return report
 

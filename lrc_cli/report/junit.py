@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lrc_cli.checkpoint.writer import why_not_writable
 from lrc_cli.errors import InputError
 from lrc_cli.report.facts import Report, gate_missed, not_as_asked
-from lrc_cli.runtime.files import write_text
+from lrc_cli.runtime.files import why_not_writable, write_text
 
 SUITE = "lrc"
 RATIOS = ("kept_compressible", "kept_checkpoint", "kept_parameters")

@@ -1,14 +1,18 @@
-"""Files: flushed, hashed, written as JSON."""
+"""Files: flushed, copied, hashed, written as JSON; and whether any can be written somewhere."""
 
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from lrc_cli.errors import InputError
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -29,12 +33,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text and flush it to the disk."""
-    with _writing(path) as handle:
+    with writing(path) as handle:
         handle.write(text.encode())
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path) -> Iterator[BinaryIO]:
     """A new file, flushed to the disk at the end; what the system complains of has its name."""
     try:
         with path.open("wb") as handle:
@@ -43,6 +47,13 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, making its directory, and flush them to the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, writing(target) as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def sync(handle: BinaryIO) -> None:
@@ -80,3 +91,28 @@ def hash_path(path: Path) -> str:
         if not any(part.startswith(".") for part in name.split("/"))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_writable(directory: Path, key: str) -> None:
+    """Raise InputError, naming the config's key, if nothing can be made in the directory, or in the
+    nearest one on the way to it that is there."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    problem = why_not_writable(place)
+    if problem is not None:
+        raise InputError(
+            f"{key}: {place} is not a writable directory ({problem})", f"choose another {key}"
+        )
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """What the system says if nothing can be made in a directory; None: something can.
+
+    It is tried: asked by os.access, root may write everywhere, in /proc and on read-only disks too.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lrc-", dir=directory))
+    except OSError as error:
+        return error.strerror
+    return None

@@ -1,14 +1,9 @@
-"""Reading and writing checkpoints: headers, lazy tensors, shards, and the rename at the end."""
+"""Reading and writing checkpoints: headers, lazy tensors, shards, manifests."""
 
 import json
-import os
-import shutil
 import struct
-import subprocess
-import sys
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pico
 import pytest
@@ -19,19 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lrc_cli.checkpoint.manifest import build_manifest, matches_manifest
 from lrc_cli.checkpoint.source import open_source
-from lrc_cli.checkpoint.writer import (
-    Entry,
-    begin,
-    check_writable,
-    copy_file,
-    discard,
-    publish,
-    resolve_output,
-    tidy,
-    write_weights,
-)
-from lrc_cli.errors import InputError, RunError
-from lrc_cli.runtime.files import write_text
+from lrc_cli.checkpoint.writer import Entry, write_weights
+from lrc_cli.errors import InputError
 
 
 def entry(key: str, tensor: torch.Tensor) -> Entry:
@@ -224,140 +208,6 @@ def test_a_damaged_weight_is_named(tmp_path: Path, value: float) -> None:
         open_source(tmp_path / "model.safetensors").check_finite()
 
 
-# ---------------------------------------------------------------- the rename at the end
-
-
-def write_output(path: Path, content: str) -> Path:
-    path.mkdir(parents=True)
-    (path / "file").write_text(content)
-    return path
-
-
-def read_output(path: Path) -> str:
-    return (path / "file").read_text()
-
-
-def test_a_leftover_partial_is_replaced_and_discard_removes_it(tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "out"
-    write_output(tmp_path / "deep" / "out.partial", "old")
-    assert list(begin(output).iterdir()) == []
-    discard(output)
-    discard(output)
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
-def test_publish_renames_and_replaces_only_when_forced(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    (begin(output) / "file").write_text("first")
-    publish(output, force=False)
-    assert read_output(output) == "first"
-    (begin(output) / "file").write_text("second")
-    with pytest.raises(RunError, match="appeared while the run went on"):
-        publish(output, force=False)
-    assert read_output(output) == "first"
-    publish(output, force=True)
-    assert read_output(output) == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_every_crash_inside_publish_leaves_one_whole_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = 0
-
-    def crashing(original: Any, at: int) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps == at:
-                raise KeyboardInterrupt
-            return original(*arguments, **options)
-
-        return call
-
-    for at in range(1, 6):
-        output = tmp_path / str(at) / "out"
-        write_output(output, "old")
-        (begin(output) / "file").write_text("new")
-        steps = 0
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "rename", crashing(Path.rename, at))
-            patch.setattr(os, "fsync", crashing(os.fsync, at))
-            patch.setattr(shutil, "rmtree", crashing(shutil.rmtree, at))
-            publish(output, force=True)
-        tidy(output)
-        assert read_output(output) in ("old", "new")
-        assert not output.with_name("out.lrc-old").exists()
-
-
-def test_folders_are_on_the_disk_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_files(tmp_path, ["side"])
-    copy_file(tmp_path / "side", begin(tmp_path / "out") / "a" / "b")
-    assert (tmp_path / "out.partial" / "a" / "b").read_text() == "side"
-    synced: list[tuple[int, bool]] = []
-
-    def fsync(descriptor: int) -> None:
-        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "out").exists()))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    publish(tmp_path / "out", force=False)
-    folder = (tmp_path / "out" / "a").stat().st_ino
-    assert (folder, False) in synced
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from lrc_cli.checkpoint.writer import begin
-(begin(Path(sys.argv[1])) / "file").write_text("first")
-print("begun", flush=True)
-time.sleep(600)
-"""
-
-
-def test_one_output_is_written_by_one_run(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    command = [sys.executable, "-c", HOLD, str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "begun\n"
-        with pytest.raises(RunError, match="another lrc run is writing it; wait"):
-            begin(output)
-        write_output(tmp_path / "out.lrc-old", "old")
-        with pytest.raises(RunError, match="another lrc run is writing it"):
-            tidy(output)
-        assert read_output(tmp_path / "out.partial") == "first"
-        other.kill()
-    begin(output)
-    discard(output)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the lock outlived its run"
-
-
-def test_an_output_is_the_directory_it_leads_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert resolve_output("a/../out") == tmp_path / "out" and resolve_output(".") == tmp_path
-    (tmp_path / "link").symlink_to("real")
-    with pytest.raises(InputError, match="is a link to nothing; remove it"):
-        resolve_output("link")
-    (tmp_path / "real").mkdir()
-    assert resolve_output("link") == tmp_path / "real"
-    with pytest.raises(InputError, match="'/' is not a directory to write"):
-        resolve_output("/")
-
-
-def test_where_something_can_be_made(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "deeper", "output.path")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to("nothing")
-    for place in ("file", "file/deeper", "link/deeper"):
-        with pytest.raises(InputError, match=r"^some\.key: .* is not a writable .*; .*some\.key"):
-            check_writable(tmp_path / place, "some.key")
-
-
 def test_the_manifest_finds_every_file_but_itself(tmp_path: Path) -> None:
     save_file({"x": torch.arange(3.0)}, tmp_path / "model.safetensors")
     write_files(tmp_path, ["b.txt", "sub/a.txt", "manifest.json", "sub/manifest.json"])
@@ -378,14 +228,3 @@ def test_a_manifest_matches_until_a_file_changes_or_goes(tmp_path: Path) -> None
     assert not matches_manifest(tmp_path)
     (tmp_path / "sub" / "b.txt").unlink()
     assert not matches_manifest(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
-def test_a_full_disk_is_said_with_the_file_that_was_being_written(tmp_path: Path) -> None:
-    source = tmp_path / "side.txt"
-    source.write_text("x" * 10_000)
-    full = Path("/dev/full")
-    for write in (lambda: write_text(full, "x"), lambda: copy_file(source, full)):
-        with pytest.raises(OSError, match="No space left") as found:
-            write()
-        assert found.value.filename == "/dev/full"

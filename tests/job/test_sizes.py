@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -56,14 +58,16 @@ def test_each_size_is_what_it_would_be_alone(tmp_path: Path, job: Path) -> None:
 def test_a_stop_between_two_sizes(
     tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = run.publish
+    whole = run.output_directory
 
-    def stop_after(output: Path, *, force: bool) -> None:
-        publish(output, force=force)
+    @contextmanager
+    def stop_after(output: Path, **options: Any) -> Iterator[Path]:
+        with whole(output, **options) as directory:
+            yield directory
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "publish", stop_after)
+        patch.setattr(run, "output_directory", stop_after)
         ended = pico.call("compress", job, "--sizes", "0.8,0.6")
     assert ended.code == 130 and ended.out == f"{tmp_path / 'out-0.8'}\n"
     assert not (tmp_path / "out-0.6").exists() and not (tmp_path / "out-0.6.partial").exists()

@@ -13,7 +13,7 @@ from lrc_cli.checkpoint.fused import MARK_DTYPE
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.checkpoint.writer import PARTIAL_SUFFIX, Entry, copy_file, write_weights
+from lrc_cli.checkpoint.writer import Entry, write_weights
 from lrc_cli.config import config_hash, to_yaml
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import RunError, is_networks
@@ -30,20 +30,16 @@ from lrc_cli.quality.compare import compare, scoring
 from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
-from lrc_cli.runtime.files import write_json, write_text
+from lrc_cli.runtime.files import copy_file, write_json, write_text
 from lrc_cli.runtime.memory import peak_memory
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 
 
-def partial_of(plan: Plan) -> Path:
-    """Where everything is written before the one rename."""
-    return plan.output.with_name(plan.output.name + PARTIAL_SUFFIX)
-
-
-def write_checkpoint(plan: Plan, work: WorkDirectory, stage: str, progress: Progress) -> None:
-    """Stream the compressed weights and everything that belongs to them into `OUT.partial/`."""
-    directory = partial_of(plan)
+def write_checkpoint(
+    plan: Plan, work: WorkDirectory, stage: str, directory: Path, progress: Progress
+) -> None:
+    """Stream the compressed weights and everything that belongs to them into a directory."""
     entries = list(_entries(plan, work, stage))
     with progress.phase("writing", 1):
         metadata = {
@@ -173,16 +169,22 @@ def _packed(work: WorkDirectory, stage: str, unit: str, name: str) -> torch.Tens
 
 
 def finish_output(
-    plan: Plan, work: WorkDirectory, stage: str, sequential: dict[str, Any], progress: Progress
+    plan: Plan,
+    work: WorkDirectory,
+    stage: str,
+    directory: Path,
+    sequential: dict[str, Any],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Reload what was written, check and measure it, and write the report and the manifest.
 
     Called by all processes, which share the measuring.
 
     Args:
+        directory: what `write_checkpoint` wrote into.
         sequential: whether the layers were fitted sequentially, and why.
     """
-    written = open_source(partial_of(plan), factorised=True)
+    written = open_source(directory, factorised=True)
     with progress.phase("verification", 1):
         plan.processes.from_first(lambda: _check_written(written, plan.config.output.dtype))
         module, written = open_module(
@@ -211,7 +213,7 @@ def finish_output(
         memory=peak_memory(plan.device),
     )
     report["gates"] = check_gates(plan.config.gates, report)
-    return plan.processes.from_first(lambda: _write_report(partial_of(plan), report))
+    return plan.processes.from_first(lambda: _write_report(directory, report))
 
 
 def _write_report(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
