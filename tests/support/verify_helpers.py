@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lrc_cli.verify import verify_directory
-from lrc_cli.verify.command import Verified
+from lrc_cli.verify.levels import Verified
 
 
 class Made:

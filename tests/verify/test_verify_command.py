@@ -58,7 +58,7 @@ def test_verification_imports_nothing_of_the_run() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     loaded = done.stdout.split()
-    assert "lrc_cli.verify.command" in loaded
+    assert "lrc_cli.verify.levels" in loaded
     for name in FORBIDDEN:
         own = f"lrc_cli.{name}"
         assert not [m for m in loaded if m == own or m.startswith(f"{own}.")], own
