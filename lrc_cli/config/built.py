@@ -5,11 +5,7 @@ Whoever builds a feature deletes its line, or adds its value.
 
 from typing import Any
 
-_METHODS = ("svd", "frobenius", "nuclear", "relu", "curvature")
-
 BUILT: dict[str, tuple[Any, ...]] = {
-    "Compression.method": _METHODS,
-    "LayerOverride.method": (*_METHODS, None),
     "Recover.scope": ("none",),
     "Recover.tokens": ("auto",),
     "Output.remote_code": (False,),

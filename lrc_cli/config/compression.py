@@ -1,13 +1,14 @@
 """The section `compression` of the config is defined here, with its settings for single layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lrc_cli.config.constraints import (
     Count,
     FieldError,
     Fraction,
+    OneOf,
     Pattern,
     Portion,
     Positive,
@@ -15,7 +16,27 @@ from lrc_cli.config.constraints import (
     matches,
 )
 
-Method = Literal["svd", "frobenius", "nuclear", "relu", "curvature"]
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRules:
+    """What the section's own checks must know of a method; the engine's solver says the same."""
+
+    predicts_loss: bool = False
+    """Whether the target may be `max_loss_increase`."""
+    takes_threshold: bool = False
+    """Whether the target may be `threshold`."""
+
+
+METHODS: dict[str, MethodRules] = {
+    "svd": MethodRules(),
+    "frobenius": MethodRules(),
+    "nuclear": MethodRules(takes_threshold=True),
+    "relu": MethodRules(),
+    "curvature": MethodRules(predicts_loss=True),
+}
+"""The methods, by name; for each the engine has a solver of that name."""
+
+Method = Annotated[str, OneOf(METHODS)]
 Loss = Literal["auto", "nll", "sampled", "output"]
 Allocation = Literal["global", "relative", "uniform"]
 Storage = Literal["auto", "interpolative", "factors"]
@@ -31,9 +52,9 @@ def _given(**values: object) -> list[str]:
 def default_allocation(method: Method) -> Allocation:
     """How ranks are shared out where the config does not say.
 
-    Only `curvature` has errors in one unit, in which layers can be compared.
+    Only errors that predict the loss are in one unit, in which layers can be compared.
     """
-    return "global" if method == "curvature" else "relative"
+    return "global" if METHODS[method].predicts_loss else "relative"
 
 
 def _derived_allocation(values: Mapping[str, Any]) -> Allocation:
@@ -119,15 +140,19 @@ class Compression:
             remedy = f"set all but one of {', '.join(given)} to null" if given else "none is"
             message = f"exactly one of {', '.join(TARGETS)} must be given; {remedy}"
             raise FieldError(given[1] if given else "", message)
-        if self.max_loss_increase is not None and self.method != "curvature":
-            message = f"needs method curvature, not {self.method}; set size instead"
-            raise FieldError("max_loss_increase", message)
-        if self.threshold is not None and self.method != "nuclear":
-            message = f"needs method nuclear, not {self.method}; set size instead"
-            raise FieldError("threshold", message)
+        if self.max_loss_increase is not None:
+            self._check_method("max_loss_increase", lambda rules: rules.predicts_loss)
+        if self.threshold is not None:
+            self._check_method("threshold", lambda rules: rules.takes_threshold)
         if self.threshold is not None and self.rank_multiple != "auto":
             message = "must be auto with threshold, which alone decides the ranks"
             raise FieldError("rank_multiple", message)
+
+    def _check_method(self, target: str, is_able: Callable[[MethodRules], bool]) -> None:
+        if not is_able(METHODS[self.method]):
+            able = " or ".join(name for name, rules in METHODS.items() if is_able(rules))
+            message = f"needs method {able}, not {self.method}; set size instead"
+            raise FieldError(target, message)
 
     @property
     def target(self) -> tuple[str, float]:

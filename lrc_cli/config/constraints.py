@@ -5,6 +5,7 @@ Every constraint has `accepts(value)`, `describe(base)` for messages and `schema
 
 import fnmatch
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -51,6 +52,25 @@ class Range:
             "exclusiveMaximum": self.below,
         }
         return {keyword: bound for keyword, bound in bounds.items() if bound is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """A name from a registry, which is read anew at each look: a test may add to it."""
+
+    names: Collection[str]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the name is there."""
+        return value in self.names
+
+    def describe(self, base: str) -> str:
+        """All names, in their order."""
+        return f"one of {', '.join(self.names)}"
+
+    def schema(self) -> dict[str, Any]:
+        """All names, in their order."""
+        return {"enum": list(self.names)}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from lrc_cli.engine.budget.choices import (
 from lrc_cli.engine.problem import (
     Errors,
     Factors,
+    Given,
     Metric,
     References,
     SolveError,
@@ -45,6 +46,7 @@ from lrc_cli.engine.solvers.approximation import (
     Approximation,
     SameInput,
     Solution,
+    problems_of,
     survey,
 )
 from lrc_cli.engine.solvers.curvature import CURVATURE
@@ -84,6 +86,7 @@ __all__ = [
     "Drift",
     "Errors",
     "Factors",
+    "Given",
     "Infeasible",
     "Metric",
     "Packed",
@@ -108,6 +111,7 @@ __all__ = [
     "mean_bound",
     "pack_best",
     "pivot_block",
+    "problems_of",
     "quantile_bound",
     "quantile_order",
     "rank_choices",

@@ -21,8 +21,8 @@ def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str
     Returns:
         `kept`, the share of the compressible weights' bytes; `relative_error`, the root mean square
         over the layers of each one's error relative to its total, in the unit of its method's
-        spectrum; and with `curvature` throughout `loss_increase`, the sum of the layers' errors in
-        the unit of the loss.
+        spectrum; and where every method predicts the loss, `loss_increase`, the sum of the layers'
+        errors in the unit of the loss.
     """
     lost, relative = 0.0, list[float]()
     for layer in plan.layers:
@@ -37,9 +37,8 @@ def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str
         "kept": granted_share(plan, ranks),
         "relative_error": (sum(relative) / len(relative)) ** 0.5,
     }
-    methods = {solver.name for solver in plan.solvers}
     bounds_output = plan.config.compression.max_layer_error is not None
-    if methods == {"curvature"} and not bounds_output:
+    if all(solver.predicts_loss for solver in plan.solvers) and not bounds_output:
         point["loss_increase"] = lost
     return point
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import RELU
 from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
 from lrc_cli.execution.segments import NO_CHAIN
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
@@ -145,11 +144,12 @@ class _Pass:
 
     @property
     def spilled_bytes(self) -> int:
-        """Beyond runtime.memory_limit, or the inputs of a layer that relu streams from a file."""
+        """Beyond runtime.memory_limit, or the inputs of a layer whose solver reads them."""
         plan = self.probe.plan
         limit, tokens = plan.config.runtime.memory_bytes, plan.sequences[CALIBRATION].num_tokens
         beyond = 0 if limit is None else max(int(max(self.handed.values())) - limit, 0)
-        streamed = [4 * tokens * x.shape[1] for x in plan.layers if plan.of(x).solver is RELU]
+        reads = [x for x in plan.layers if plan.of(x).solver.reads_inputs]
+        streamed = [4 * tokens * layer.shape[1] for layer in reads]
         return max([beyond, *streamed])
 
     @property

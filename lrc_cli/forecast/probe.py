@@ -14,7 +14,6 @@ from typing import Any
 
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import RELU
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.fit import Fitted
@@ -177,7 +176,7 @@ class Probe:
 
 def _on_few_sequences(plan: Plan, layers: Sequence[Layer]) -> tuple[Plan, float]:
     """A plan with few calibration sequences for fits that run over them, and the share left out."""
-    if all(plan.of(layer).solver is not RELU for layer in layers):
+    if not any(plan.of(layer).solver.reads_inputs for layer in layers):
         return plan, 1.0
     whole = plan.sequences[CALIBRATION]
     number = min(NUM_BATCHES * micro_batch(whole, MICRO_BATCH_TOKENS), len(whole))

@@ -1,7 +1,7 @@
 """What a config will do: the checkpoint and the data, opened and checked before any work."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +12,19 @@ import torch
 from lrc_cli.checkpoint.output_directory import check_output, resolve_output
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, matches, to_dict
-from lrc_cli.data.draw import Batch, Sequences, draw
+from lrc_cli.data.draw import Sequences, draw
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
-from lrc_cli.engine import FROBENIUS, RELU, Solver
+from lrc_cli.engine import Solver
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.execution.followed_by_relu import followed_by_relu
 from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.input_checks import check_sequences, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Uses
 from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
-from lrc_cli.job.planned_layer import PlannedLayer, asked_method, asked_solvers, plan_layers
+from lrc_cli.job.methods import check_methods, with_stand_ins
+from lrc_cli.job.planned_layer import PlannedLayer, asked_solvers, plan_layers
 from lrc_cli.network.candidates.find import Skipped, find_layers
 from lrc_cli.network.candidates.new_bias import check_bias
 from lrc_cli.network.layer import Layer
@@ -156,8 +156,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     check_layers(config, layers)
     asked = asked_solvers(config.compression, layers)
     one = next(sequences[CALIBRATION].batches(1))
-    solvers = with_relu_where_followed(asked, network, layers, one)
-    stand_ins = {name: NOT_FOLLOWED for name in solvers if solvers[name] is not asked[name]}
+    solvers, stand_in_reasons = with_stand_ins(asked, network, layers, one)
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
@@ -175,7 +174,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         tokenizer=processors.tokenizer,
         layers=layers,
         skipped=skipped,
-        planned=plan_layers(config, layers, source, solvers, stand_ins),
+        planned=plan_layers(config, layers, source, solvers, stand_in_reasons),
         sequences=sequences,
         statistics_fingerprint=statistics,
         factors_fingerprint=factors_fingerprint(config, identity),
@@ -223,61 +222,9 @@ def check_layers(config: Config, layers: list[Layer]) -> None:
             "see `lrc inspect`, and check compression.include and exclude",
         )
     compression = config.compression
-    methods = {asked_method(compression, layer) for layer in layers}
-    if compression.max_loss_increase is not None and methods != {"curvature"}:
-        other = next(layer for layer in layers if asked_method(compression, layer) != "curvature")
-        raise InputError(
-            f"compression.max_loss_increase: needs method curvature, and {other.name} has"
-            f" {asked_method(compression, other)}",
-            "leave its method out, or exclude the layer",
-        )
-    if compression.threshold is not None and methods != {"nuclear"}:
-        other = next(layer for layer in layers if asked_method(compression, layer) != "nuclear")
-        raise InputError(
-            f"compression.threshold: needs method nuclear, and {other.name} has"
-            f" {asked_method(compression, other)}",
-            "leave its method out, or exclude the layer",
-        )
-    if compression.center and methods & {"svd", "relu"}:
-        why = "svd looks at no data" if "svd" in methods else "relu fits a bias of its own"
-        raise InputError(
-            f"compression.center: {why}", "set center: false, or use frobenius or curvature"
-        )
-    if compression.max_layer_error is not None and methods & {"svd", "relu"}:
-        why = "svd looks at no data" if "svd" in methods else "relu is about what follows"
-        raise InputError(f"compression.max_layer_error: {why}", "use frobenius or curvature")
-    if len(methods) > 1 and compression.allocation == "global":
-        raise InputError(
-            "compression.allocation: global compares errors in one unit, and"
-            f" {' and '.join(sorted(methods))} have different ones",
-            "set allocation: relative or uniform",
-        )
+    check_methods(compression, asked_solvers(compression, layers))
     unused = [p for p in compression.layers if not any(matches(p, layer.name) for layer in layers)]
     if unused:
         raise InputError(
             f"compression.layers: {unused[0]!r} matches no selected layer", "see `lrc inspect`"
         )
-
-
-NOT_FOLLOWED = "not followed by ReLU: fitted with frobenius"
-
-
-def with_relu_where_followed(
-    solvers: Mapping[str, Solver], network: Network, layers: Sequence[Layer], batch: Batch
-) -> dict[str, Solver]:
-    """The solvers by layer name, `relu` giving way to `frobenius` where no ReLU follows.
-
-    Raises:
-        InputError: none of the layers with method `relu` is followed by one.
-    """
-    asked = [layer for layer in layers if solvers[layer.name] is RELU]
-    followed = followed_by_relu(network, asked, batch) if asked else set()
-    if asked and not followed:
-        raise InputError(
-            "compression.method: relu: no selected layer is followed by a ReLU",
-            "use frobenius or curvature",
-        )
-    return {
-        name: FROBENIUS if solver is RELU and name not in followed else solver
-        for name, solver in solvers.items()
-    }

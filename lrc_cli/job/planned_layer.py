@@ -55,14 +55,10 @@ class PlannedLayer:
         return own + self.gained_bytes
 
 
-def asked_method(compression: Compression, layer: Layer) -> str:
-    """The method that the config names for the layer."""
-    return compression.override(layer.name).method or compression.method
-
-
 def asked_solvers(compression: Compression, layers: Sequence[Layer]) -> dict[str, Solver]:
     """The solvers that the config names, by layer name."""
-    return {layer.name: SOLVERS[asked_method(compression, layer)] for layer in layers}
+    methods = {x.name: compression.override(x.name).method or compression.method for x in layers}
+    return {name: SOLVERS[method] for name, method in methods.items()}
 
 
 def plan_layers(

@@ -12,10 +12,11 @@ from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.data.purposes import purposes_of
-from lrc_cli.engine import RELU
+from lrc_cli.engine import Solver
 from lrc_cli.job.factors.decide_sequential import check_sequential, decide
 from lrc_cli.job.factors.problem import fit
 from lrc_cli.job.factors.sequential import factorize_sequentially
+from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.write import finish_output, write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
 from lrc_cli.job.spectra.ranks import allocate_ranks, check_reachable
@@ -105,7 +106,7 @@ def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) 
     if compression.sequential is not False:
         used = "on" if decision.used else "off"
         progress.note(f"compression.sequential: {used}: {decision.reason}")
-    if not decision.used and RELU not in plan.solvers:
+    if not decision.used and not any(solver.uses_ridge for solver in plan.solvers):
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
     factorize = factorize_sequentially if decision.used else factorize_layers
     factorize(plan, work, ranks, factors, progress)
@@ -127,8 +128,9 @@ def _say_what_failed(report: dict[str, Any], progress: Progress) -> None:
 def _say_what_is_off(plan: Plan, progress: Progress) -> None:
     """A setting that resolves to nothing is never ignored in silence."""
     compression = plan.config.compression
-    if compression.loss != "auto" and all("fisher" not in s.needs for s in plan.solvers):
-        progress.note(f"compression.loss: {compression.loss} is not used: no layer has curvature")
+    if not any(_reads_loss(solver) for solver in plan.solvers):
+        methods = " or ".join(methods_that(_reads_loss))
+        _say_unused(compression, "loss", f"no layer has {methods}", progress)
     target, _ = compression.target
     if target != "size":
         _say_unused(compression, "size_of", f"the target is {target}", progress)
@@ -141,6 +143,10 @@ def _say_what_is_off(plan: Plan, progress: Progress) -> None:
         if found < purpose.num_sequences:
             lowered = f"{found} sequences, not {purpose.num_sequences}, because no more are left"
             progress.note(f"{purpose.name}: {lowered if found else 'skipped, no sequence is left'}")
+
+
+def _reads_loss(solver: Solver) -> bool:
+    return "fisher" in solver.needs
 
 
 def _say_unused(

@@ -14,12 +14,13 @@ from lrc_cli.engine import (
     SameInput,
     Solution,
     Statistics,
+    Unpolished,
     dense,
     pack_best,
 )
 from lrc_cli.engine.solvers.relu_errors import best_offset
 from lrc_cli.engine.solvers.relu_programme import Programme, programme
-from lrc_cli.job.factors.fit import Request, fit_rectified
+from lrc_cli.job.factors.fit import Request, fit_best
 
 Layer = tuple[Tensor, Tensor | None, Tensor]
 """W (m, n), b (m,) and X^T (T, n)."""
@@ -306,7 +307,8 @@ def test_rounded_it_is_still_not_above_frobenius(kind: str, storage: str) -> Non
     (weight, bias, x), dtype = layer(kind), torch.bfloat16
     data = weight.to(dtype).double(), None if bias is None else bias.to(dtype).double(), x
     request = Request(rank=8, rank_multiple=1, storage=storage, dtype=dtype, bias=data[1])
-    fitted = fit_rectified(problem(data, dtype), request)
+    judge = problem(data, dtype)
+    fitted = fit_best([judge, Unpolished(judge)], request)
     plain = SameInput(data[0], statistics(x), FROBENIUS)
     packed = pack_best(plain, 8, dtype, storage=storage).packed
     assert fitted.packed is not None

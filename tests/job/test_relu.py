@@ -15,10 +15,10 @@ import lrc_cli
 from lrc_cli.config import load_config
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import InputError
-from lrc_cli.execution.followed_by_relu import followed_by_relu
+from lrc_cli.execution.followed_by import followed_by
 from lrc_cli.execution.network import Network, make_network
-from lrc_cli.job.factors.relu_inputs import read_inputs
-from lrc_cli.job.plan import NOT_FOLLOWED, Plan, make_plan
+from lrc_cli.job.factors.layer_inputs import read_inputs
+from lrc_cli.job.plan import Plan, make_plan
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.low_rank.modules import dense_weight
@@ -66,7 +66,9 @@ def test_layers_followed_by_relu_take_it_and_the_others_say_what_they_have(
 ) -> None:
     for name, layer in runs["relu"].layers.items():
         assert layer["method"] == ("relu" if name in FC1 else "frobenius")
-        assert layer["method_reason"] == (None if name in FC1 else NOT_FOLLOWED)
+        assert layer["method_reason"] == (
+            None if name in FC1 else "not followed by ReLU: fitted with frobenius"
+        )
         assert not layer["fallback"]
     assert all(layer["method_reason"] is None for layer in runs["frobenius"].layers.values())
     assert runs["relu"].report["method"] == "relu"
@@ -197,7 +199,7 @@ def test_what_follows_is_seen_in_a_forward_pass() -> None:
     module = Mixed()
     layers = [a_layer(name) for name, part in module.named_children() if hasattr(part, "weight")]
     network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
-    found = followed_by_relu(network, layers, {"x": torch.randn(5, 6)})
+    found = followed_by("ReLU", network, layers, {"x": torch.randn(5, 6)})
     assert found == {"inplace", "viewed", "dropped", "module"}
 
 

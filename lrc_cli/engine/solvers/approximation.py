@@ -6,6 +6,7 @@ through this one interface.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lrc_cli.engine.budget.choices import tails
 from lrc_cli.engine.problem import Errors as Errors
-from lrc_cli.engine.problem import Factors, Metric, References, Solver, Statistics, Survey
+from lrc_cli.engine.problem import Factors, Given, Metric, References, Solver, Statistics, Survey
 from lrc_cli.engine.solvers.svd import SVD
 from lrc_cli.engine.storage.forms import Stored, dense
 
@@ -202,6 +203,17 @@ class SameInput(OnDenseInputs):
     @property
     def total(self) -> float:
         return self.spectrum.sum().item()
+
+
+def problems_of(solver: Solver, given: Given) -> Sequence[Approximation]:
+    """A solver's problems on a layer's own inputs, of which the best outcome is kept.
+
+    Raises:
+        SolveError: a problem cannot be set up.
+    """
+    if solver.problems is None:
+        return [SameInput(given.weight, given.statistics, solver, given.survey)]
+    return solver.problems(given)
 
 
 def survey(solver: Solver, weight: Tensor, statistics: Statistics) -> Survey:

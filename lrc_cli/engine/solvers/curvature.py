@@ -40,4 +40,6 @@ CURVATURE = Solver(
     factorize=_WEIGHTED.factorize,
     survey=_WEIGHTED.survey,
     spanned=spanned,
+    is_sequential=True,
+    predicts_loss=True,
 )

@@ -25,4 +25,5 @@ FROBENIUS = Solver(
     factorize=_WEIGHTED.factorize,
     survey=_WEIGHTED.survey,
     spanned=spanned,
+    is_sequential=True,
 )

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
-from lrc_cli.engine.problem import Errors, Factors, Metric, Solver, Statistics, Survey, required
+from lrc_cli.engine.problem import (
+    Errors,
+    Factors,
+    Given,
+    Metric,
+    Solver,
+    Statistics,
+    Survey,
+    required,
+)
 from lrc_cli.engine.solvers.approximation import OnDenseInputs, Solution
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
@@ -89,6 +98,10 @@ def _survey(weight: Tensor, statistics: Statistics) -> Survey:
     return Survey(spectrum=spectrum, output_curve=spectrum.clone())
 
 
+def _problems(given: Given) -> "list[Shrunk]":
+    return [Shrunk(given.weight, given.statistics, share=given.threshold)]
+
+
 NUCLEAR = Solver(
     name="nuclear",
     unit="mean squared output error per token, after the soft threshold",
@@ -97,6 +110,8 @@ NUCLEAR = Solver(
     spectrum=_spectrum,
     factorize=_factorize,
     survey=_survey,
+    problems=_problems,
+    rank_above=rank_of,
 )
 
 

@@ -6,7 +6,6 @@ polished; and `frobenius`'s as it is. So it is never above `frobenius`'s, and no
 proved: the error behind a ReLU is not convex, and the programme's bound is one for its majorant.
 """
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,16 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, is_wide
-from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, Survey, required
+from lrc_cli.engine.problem import (
+    Errors,
+    Factors,
+    Given,
+    Metric,
+    Solver,
+    Statistics,
+    Survey,
+    required,
+)
 from lrc_cli.engine.solvers.approximation import Approximation, SameInput, Solution
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.relu_errors import refined_offset, true_error
@@ -23,10 +31,6 @@ from lrc_cli.engine.solvers.svd import SVD
 
 UNIT = "mean squared error behind the ReLU per token"
 CHUNK_ROWS = 4096
-
-RELU = replace(FROBENIUS, name="relu")
-"""Phase one of the method: ranks come from `frobenius`'s spectra, the errors before the ReLU, which
-bound those behind it."""
 
 
 class Rectified(Approximation):
@@ -234,6 +238,41 @@ class Unpolished(Approximation):
     @property
     def facts(self) -> dict[str, Any]:
         return self._judge.facts
+
+
+def _problems(given: Given) -> list[Approximation]:
+    """The polished solution, and what `frobenius` gives: rounding cannot put the error behind the
+    ReLU above `frobenius`'s at the same rank."""
+    polished = Rectified(
+        given.weight,
+        given.bias,
+        given.statistics,
+        given.inputs,
+        given.survey,
+        dtype=given.dtype,
+        ridge=given.ridge,
+    )
+    return [polished, Unpolished(polished)]
+
+
+RELU = Solver(
+    name="relu",
+    unit=FROBENIUS.unit,
+    needs=FROBENIUS.needs,
+    metric=FROBENIUS.metric,
+    spectrum=FROBENIUS.spectrum,
+    factorize=FROBENIUS.factorize,
+    survey=FROBENIUS.survey,
+    spanned=FROBENIUS.spanned,
+    problems=_problems,
+    no_center="relu fits a bias of its own",
+    no_layer_error="relu is about what follows",
+    reads_inputs=True,
+    uses_ridge=True,
+    followed_by="ReLU",
+    stand_in=FROBENIUS,
+)
+"""Ranks come from `frobenius`'s spectra: the errors before the ReLU bound the errors behind it."""
 
 
 def _around(rows: Tensor, mean: Tensor) -> Tensor:

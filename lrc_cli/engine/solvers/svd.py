@@ -92,4 +92,6 @@ SVD = Solver(
     factorize=_factorize,
     survey=_survey,
     spanned=_spanned,
+    no_center="svd looks at no data",
+    no_layer_error="svd looks at no data",
 )

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import DENSE
+from lrc_cli.engine import DENSE, Solver
 from lrc_cli.errors import InputError
+from lrc_cli.job.methods import methods_that
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.layer import Layer
 
-METHODS = ("frobenius", "curvature")
-"""Those whose problem has a form on two networks' inputs."""
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
 MOST_SHORT = 0.1
@@ -51,13 +50,22 @@ def check_sequential(plan: Plan) -> None:
             " and sequential fitting uses others",
             "set sequential: false, or set size in place of max_layer_error",
         )
-    methods = {solver.name for solver in plan.solvers}
-    if not methods & set(METHODS):
+    if not any(map(_is_sequential, plan.solvers)):
+        methods = sorted({solver.name for solver in plan.solvers})
         raise InputError(
-            f"compression.sequential: no layer has method {' or '.join(METHODS)}, but"
-            f" {' and '.join(sorted(methods))}",
+            f"compression.sequential: no layer has method {' or '.join(_methods())}, but"
+            f" {' and '.join(methods)}",
             "set sequential: false, or another method",
         )
+
+
+def _methods() -> list[str]:
+    """The methods whose problem has a form on two networks' inputs."""
+    return methods_that(_is_sequential)
+
+
+def _is_sequential(solver: Solver) -> bool:
+    return solver.is_sequential
 
 
 def decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
@@ -84,7 +92,7 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
     short = [x for x in layers if _not_able(plan, x) is None and _is_short(plan, work, x)]
     numbers = (
         f"{len(able)} of {len(layers)} factorised layers run once, have one of the methods"
-        f" {' and '.join(METHODS)} and at least {MIN_TOKENS} tokens for each input"
+        f" {' and '.join(_methods())} and at least {MIN_TOKENS} tokens for each input"
     )
     why = (
         "asked for"
@@ -125,8 +133,8 @@ def _not_able(plan: Plan, layer: Layer) -> str | None:
         return TIED
     if plan.num_calls[layer.name] > 1:
         return "it runs several times in a pass, on several inputs"
-    method = plan.of(layer).solver.name
-    return None if method in METHODS else f"not with method {method}"
+    solver = plan.of(layer).solver
+    return None if solver.is_sequential else f"not with method {solver.name}"
 
 
 def _size(layers: Sequence[Layer]) -> int:

@@ -4,6 +4,7 @@ All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,8 @@ from lrc_cli.engine import (
     Approximation,
     Errors,
     Packed,
-    Rectified,
     SolveError,
     Stored,
-    Unpolished,
     dense,
     pack_best,
 )
@@ -83,6 +82,11 @@ def left_dense(reason: str, *, fallback: bool) -> Fitted:
     return Fitted(packed=None, facts={"storage": "dense", "reason": reason, "fallback": fallback})
 
 
+def granted_dense() -> Fitted:
+    """The outcome of a layer to which the budget grants all its bytes."""
+    return left_dense("dense pays better at this size", fallback=False)
+
+
 def fit_layer(problem: Approximation, request: Request) -> Fitted:
     """Factorise, round and pack one layer, and measure it.
 
@@ -92,7 +96,7 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
         that rank (None where none can be proved) and for plain SVD of that rank.
     """
     if request.rank == DENSE:
-        return left_dense("dense pays better at this size", fallback=False)
+        return granted_dense()
     try:
         problem, stored = _pack(problem, request)
     except SolveError as error:
@@ -184,13 +188,14 @@ def _relative(error: float, energy: float) -> float:
     return math.sqrt(error / energy) if energy > 0 else 0.0
 
 
-def fit_rectified(problem: Rectified, request: Request) -> Fitted:
-    """The better one, as stored, of the polished solution and of what `frobenius` gives.
+def fit_best(problems: Sequence[Approximation], request: Request) -> Fitted:
+    """The best outcome, as stored, of problems with one judge; the first of equals."""
+    outcomes = [fit_layer(problem, request) for problem in problems]
+    factorised = [fitted for fitted in outcomes if fitted.packed is not None]
+    return min(factorised or outcomes[:1], key=_stored_error)
 
-    So rounding cannot put the error behind the ReLU above `frobenius`'s at the same rank.
-    """
-    polished, plain = (fit_layer(p, request) for p in (problem, Unpolished(problem)))
-    if polished.packed is None or plain.packed is None:
-        return polished if plain.packed is None else plain
-    errors = [x.facts["errors"]["metric"]["stored"] for x in (polished, plain)]
-    return polished if errors[0] <= errors[1] else plain
+
+def _stored_error(fitted: Fitted) -> float:
+    """The error in the problem's unit; zero where the layer stays dense."""
+    error: float = 0.0 if fitted.packed is None else fitted.facts["errors"]["metric"]["stored"]
+    return error

@@ -3,19 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import (
-    DENSE,
-    NUCLEAR,
-    RELU,
-    Approximation,
-    Rectified,
-    SameInput,
-    Shrunk,
-    SolveError,
-)
-from lrc_cli.job.factors.fit import Fitted, Request, fit_layer, fit_rectified, left_dense
-from lrc_cli.job.factors.relu_inputs import read_inputs
+from lrc_cli.engine import DENSE, SolveError, Statistics, Survey, problems_of
+from lrc_cli.job.factors.fit import Fitted, Request, fit_best, granted_dense, left_dense
+from lrc_cli.job.factors.layer_inputs import read_inputs
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.spectra.survey import dense_reason, read_survey
@@ -24,31 +17,39 @@ from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.layer import Layer
 
 
-def problem_of(plan: Plan, work: WorkDirectory, layer: Layer) -> Approximation:
-    """The layer's approximation problem on the inputs that it has in the dense network."""
-    statistics, _ = read_statistics(plan, work, layer)
-    assert statistics is not None
-    weight, planned = weight_of(plan, layer), plan.of(layer)
-    solver = planned.solver
-    if solver is NUCLEAR:
-        return Shrunk(weight, statistics, share=planned.threshold)
-    return SameInput(weight, statistics, solver, read_survey(plan, work, layer))
+class GivenLayer:
+    """What the layer's solver may ask for (`engine.Given`), read when it is asked for."""
 
+    def __init__(self, plan: Plan, work: WorkDirectory, layer: Layer) -> None:
+        self._plan, self._work, self._layer = plan, work, layer
+        planned = plan.of(layer)
+        self.dtype = planned.dtype
+        self.threshold = planned.threshold
+        self.ridge = plan.config.compression.ridge
 
-def _rectified(plan: Plan, work: WorkDirectory, layer: Layer) -> Rectified:
-    """The problem behind the ReLU that follows the layer."""
-    statistics, _ = read_statistics(plan, work, layer)
-    assert statistics is not None
-    bias = layer.bias(plan.source)
-    return Rectified(
-        weight_of(plan, layer),
-        None if bias is None else bias.to(plan.device),
-        statistics,
-        read_inputs(plan.network, plan.sequences[CALIBRATION], layer, work.root),
-        read_survey(plan, work, layer),
-        dtype=plan.of(layer).dtype,
-        ridge=plan.config.compression.ridge,
-    )
+    @property
+    def weight(self) -> torch.Tensor:
+        return weight_of(self._plan, self._layer)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self._layer.bias(self._plan.source)
+        return None if bias is None else bias.to(self._plan.device)
+
+    @property
+    def statistics(self) -> Statistics:
+        statistics, _ = read_statistics(self._plan, self._work, self._layer)
+        assert statistics is not None
+        return statistics
+
+    @property
+    def survey(self) -> Survey:
+        return read_survey(self._plan, self._work, self._layer)
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        sequences = self._plan.sequences[CALIBRATION]
+        return read_inputs(self._plan.network, sequences, self._layer, self._work.root)
 
 
 def request_of(plan: Plan, layer: Layer, rank: int) -> Request:
@@ -73,14 +74,13 @@ def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer)
 
 
 def _fit(plan: Plan, work: WorkDirectory, layer: Layer, rank: int) -> Fitted:
-    request = request_of(plan, layer, rank)
-    if plan.of(layer).solver is RELU and request.rank != DENSE:
-        try:
-            problem = _rectified(plan, work, layer)
-        except SolveError as error:
-            return left_dense(f"could not be solved: {error}", fallback=True)
-        return fit_rectified(problem, request)
-    return fit_layer(problem_of(plan, work, layer), request)
+    if rank == DENSE:
+        return granted_dense()
+    try:
+        problems = problems_of(plan.of(layer).solver, GivenLayer(plan, work, layer))
+    except SolveError as error:
+        return left_dense(f"could not be solved: {error}", fallback=True)
+    return fit_best(problems, request_of(plan, layer, rank))
 
 
 def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fitted:

@@ -7,7 +7,7 @@ its moments are summed, the group is fitted and becomes low-rank in the compress
 
 No layer is fitted in this way to the sequences that are held back: on them each measures how much
 of the drift of its inputs it can really make up for (`engine/sequential.py`). The ranks, the
-curvature and the layers that are fitted plainly come from all sequences.
+moments of gradients and the layers that are fitted plainly come from all sequences.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -36,7 +36,7 @@ def build_report(
 
     Args:
         layers: the facts of every layer, by name (see `fit.fit_layer`).
-        loss: what `curvature` was taken of; None for other methods.
+        loss: the loss whose gradients were measured; None where no method needs them.
         sequential: whether layers were fitted to the compressed network's inputs, and why.
         written: the output, opened.
         quality: one row per evaluation text.

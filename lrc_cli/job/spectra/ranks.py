@@ -10,7 +10,6 @@ from lrc_cli.engine import (
     Infeasible,
     RankChoices,
     rank_choices,
-    rank_of,
     uniform,
     uniform_within_error,
     within_bytes,
@@ -116,8 +115,9 @@ def _choices(
         keep = choices.num_bytes <= size * layer.num_bytes
         keep &= choices.num_bytes == choices.num_bytes[keep].max() if keep.any() else keep
         return _only(choices, keep, layer, f"size {size}")
-    if planned.threshold is not None:
-        kept = choices.ranks == rank_of(spectrum, planned.threshold)
+    rank_above = planned.solver.rank_above
+    if planned.threshold is not None and rank_above is not None:
+        kept = choices.ranks == rank_above(spectrum, planned.threshold)
         return _narrowed(choices, kept if kept.any() else choices.ranks == DENSE)
     return choices
 

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 
-from lrc_cli.engine import RELU
 from lrc_cli.job.plan import Plan
 from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.threads import in_parallel
@@ -26,9 +25,9 @@ def weight_of(plan: Plan, layer: Layer) -> torch.Tensor:
 def num_workers(plan: Plan, layers: list[Layer]) -> int:
     """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
     widest = max((max(layer.shape) for layer in layers), default=0)
-    # With relu a fit runs the network, and holds the layer's inputs.
-    runs_alone = any(plan.of(layer).solver is RELU for layer in layers)
-    if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or runs_alone:
+    # Such a fit runs the network, and holds the layer's inputs.
+    reads_inputs = any(plan.of(layer).solver.reads_inputs for layer in layers)
+    if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or reads_inputs:
         return 1
     return torch.get_num_threads()
 

@@ -1,4 +1,4 @@
-"""A layer's inputs, streamed from a file, for the method relu."""
+"""A layer's inputs, streamed from a file, for a solver that reads them."""
 
 import tempfile
 from pathlib import Path

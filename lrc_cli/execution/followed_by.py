@@ -1,4 +1,4 @@
-"""Layers followed by a ReLU: which they are, their inputs, and their fit.
+"""Which layers are followed by an activation, and by nothing else.
 
 Which they are is seen in one forward pass, at the level of torch's operations: no table of names or
 of modules. What is in between may only look at the same numbers in another shape.
@@ -17,15 +17,17 @@ from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
 
-_RELU, _RELU_IN_PLACE = torch.ops.aten.relu.default, torch.ops.aten.relu_.default
+ACTIVATIONS = {"ReLU": (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)}
+"""The operation of an activation, and its form in place, by the activation's name."""
 
 
 class _Watch(TorchDispatchMode):
     """Follows tensors by their storage, to see what becomes of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str) -> None:
         super().__init__()
-        self.rectified: set[str] = set()
+        self.activation, self.in_place = ACTIVATIONS[activation]
+        self.activated: set[str] = set()
         self.otherwise: set[str] = set()
         self._owners: dict[int, str] = {}
         # A storage that was freed could lend its address to another one.
@@ -52,10 +54,10 @@ class _Watch(TorchDispatchMode):
 
     def _used(self, function: Any, address: int, result: Any) -> None:
         given = {_address(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
-        if function is _RELU_IN_PLACE:
-            self.rectified.add(self._owners.pop(address))
-        elif function is _RELU:
-            self.rectified.add(self._owners[address])
+        if function is self.in_place:
+            self.activated.add(self._owners.pop(address))
+        elif function is self.activation:
+            self.activated.add(self._owners[address])
         elif function._schema.is_mutable or given != {address}:  # else a view of it
             self.otherwise.add(self._owners[address])
 
@@ -64,15 +66,18 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def followed_by_relu(network: Network, layers: Sequence[Layer], batch: Batch) -> set[str]:
-    """The names of the layers whose outputs go into a ReLU and nowhere else, seen on one batch.
+def followed_by(
+    activation: str, network: Network, layers: Sequence[Layer], batch: Batch
+) -> set[str]:
+    """The names of the layers whose outputs go into an activation and nowhere else.
 
     Args:
+        activation: a name in ACTIVATIONS.
         batch: a micro-batch; a layer that it does not reach is not among them.
     """
-    watch = _Watch()
+    watch = _Watch(activation)
     with torch.no_grad(), watched(network, layers, lambda x, _, y: watch.follow(x.name, y)):
         with watch:
             outputs = network(batch)
         watch.returned(floating_outputs(outputs))
-    return watch.rectified - watch.otherwise
+    return watch.activated - watch.otherwise
