@@ -34,25 +34,19 @@ from lrc_cli.engine.budget.choices import (
 from lrc_cli.engine.problem import (
     Errors,
     Factors,
-    Given,
     Metric,
     References,
     SolveError,
-    Solver,
     Statistics,
     Survey,
 )
-from lrc_cli.engine.solvers.approximation import (
-    Approximation,
-    SameInput,
-    Solution,
-    problems_of,
-    survey,
-)
+from lrc_cli.engine.solver import Given, Solver
+from lrc_cli.engine.solvers.approximation import Approximation, Solution
 from lrc_cli.engine.solvers.curvature import CURVATURE
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.nuclear import NUCLEAR, Shrunk, rank_of
 from lrc_cli.engine.solvers.relu import RELU, Rectified, Unpolished
+from lrc_cli.engine.solvers.same_input import SameInput, problems_of, survey
 from lrc_cli.engine.solvers.sequential import Drift, Sequential
 from lrc_cli.engine.solvers.svd import SVD
 from lrc_cli.engine.storage.choose import pack_best

@@ -1,4 +1,4 @@
-"""Symmetric eigenproblems in float64, ordered and cleaned as the solvers need them."""
+"""Symmetric eigenproblems in float64, ordered and cleaned as the solvers need them; plain SVD."""
 
 import torch
 from torch import Tensor
@@ -65,3 +65,41 @@ def balanced(outer: Tensor, inner: Tensor) -> Factors:
     ratio = torch.sqrt(inner_norms / outer_norms)
     scale = torch.where((outer_norms > 0) & (inner_norms > 0), ratio, 1.0)
     return Factors(outer * scale, inner / scale[:, None])
+
+
+def rank_above_floor(values: Tensor) -> int:
+    """How many eigenvalues are above the numerical floor, at least 1."""
+    return max(int((values > 0).sum()), 1)
+
+
+def truncated_svd(weight: Tensor, rank: int) -> Factors:
+    """The best matrix of a rank where no data is known."""
+    directions = svd_directions(weight).truncated(rank)
+    return balanced(directions.outer, directions.inner)
+
+
+def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
+    """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
+    directions above the numerical floor, at least one.
+
+    Args:
+        vectors: (min(m, n), j), the singular vectors of the smaller side, where they are known.
+    """
+    weight = weight.double()
+    if vectors is None:
+        _, vectors = singular_pairs(weight)
+    if is_wide(weight):
+        return Factors(vectors, vectors.T @ weight)
+    outer = weight @ vectors
+    singular = torch.linalg.vector_norm(outer, dim=0)
+    return Factors(
+        outer * torch.where(singular > 0, 1 / singular, 0.0), singular[:, None] * vectors.T
+    )
+
+
+def singular_pairs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values (j,) above the numerical floor, and the vectors (k, j) of the smaller
+    side."""
+    values, vectors = eigenpairs(weight @ weight.T if is_wide(weight) else weight.T @ weight)
+    rank = rank_above_floor(values)
+    return values[:rank], vectors[:, :rank]

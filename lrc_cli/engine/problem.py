@@ -6,15 +6,11 @@ summed loss by its outputs, with T' the same for all layers. Everything here is 
 on the device of its inputs.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lrc_cli.engine.solvers.approximation import Approximation
 
 
 class SolveError(ArithmeticError):
@@ -141,124 +137,6 @@ class Survey:
     zero: Errors | None = None
     """The errors of Z = 0, in the solver's metric: traces, of which no eigenvalue is left out (a
     Gram matrix that was rounded has negative ones)."""
-
-
-Spectrum = Callable[[Tensor, Statistics], Tensor]
-
-
-class Given(Protocol):
-    """What a solver may ask for to make its problem. All is read when it is asked for, because some
-    of it is costly."""
-
-    @property
-    def weight(self) -> Tensor:
-        """W (m, n), stored dtype, on the run's device."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """b (m,), stored dtype, on the run's device; None where the layer has none."""
-
-    @property
-    def statistics(self) -> Statistics:
-        """The statistics that the solver needs."""
-
-    @property
-    def survey(self) -> Survey:
-        """What the solver's survey found."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """The calibration inputs (T, n) float32, a row for every token; takes a pass through the
-        network. Only for a solver that says so (`reads_inputs`)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the factors and a new bias are stored."""
-
-    @property
-    def ridge(self) -> float:
-        """A ridge as a share of a Gram matrix's mean diagonal. Only for a solver that says so
-        (`uses_ridge`)."""
-
-    @property
-    def threshold(self) -> float | None:
-        """Singular values to cut, as a share of the largest; None where a rank decides."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """One way to approximate a matrix (m, n) of any float dtype by one of rank r.
-
-    The matrix is an argument, not a member of the statistics: it may be a weight, the target
-    of a sequential fit or a quantisation residual.
-
-    A method is one file with a `Solver`, an entry in `SOLVERS` and one in the config's `METHODS`.
-    Everything that a job asks about a method is a field here.
-    """
-
-    name: str
-    """The name in configs and reports."""
-
-    unit: str
-    """What `spectrum` and `error` measure, in words."""
-
-    needs: frozenset[str]
-    """The fields of Statistics that must not be None: of "gram" and "fisher"."""
-
-    metric: Callable[[Statistics], Metric]
-    """The quadratic form this solver minimises."""
-
-    spectrum: Spectrum
-    """(k,) float64, descending, >= 0: the least error of rank r is spectrum[r:].sum(), in the
-    unit of `metric`. Eigenvalues only. 0 stands for "below the numerical floor"."""
-
-    factorize: Callable[[Tensor, Statistics, int], Factors]
-    """The solution of a rank in 1..min(m, n). `svd` and `curvature` lower the rank where the
-    spectrum beyond it is below the numerical floor."""
-
-    survey: Callable[[Tensor, Statistics], Survey]
-    """All of the above that does not depend on a rank, with no eigenproblem solved twice."""
-
-    spanned: Callable[[Tensor, Metric, Tensor], Factors] | None = None
-    """(weight, metric, vectors (k, r)) -> the solution from the first r of a survey's vectors; None
-    where surveys have none."""
-
-    problems: Callable[[Given], Sequence["Approximation"]] | None = None
-    """What is fitted to the layer's own inputs: problems with one judge, of whose solutions the
-    best as stored is kept, the first of equals. None: `SameInput`, this solver's own problem."""
-
-    no_center: str | None = None
-    """Why the bias cannot be fitted too (`center`), in words; None: it can."""
-
-    no_layer_error: str | None = None
-    """Why the method cannot bound a layer's output error, in words; None: it can."""
-
-    is_sequential: bool = False
-    """Whether the problem has a form on the inputs of two networks."""
-
-    predicts_loss: bool = False
-    """Whether the errors of layers add up to an increase of the loss."""
-
-    rank_above: Callable[[Tensor, float], int] | None = None
-    """(spectrum (k,), share) -> how many singular values are above that share of the largest; None:
-    the method takes no threshold."""
-
-    reads_inputs: bool = False
-    """Whether a problem holds the layer's inputs, for which the network runs. Such layers are
-    solved one at a time."""
-
-    uses_ridge: bool = False
-    """Whether a problem has a ridge."""
-
-    followed_by: str | None = None
-    """The activation that must follow a layer; None: any may."""
-
-    stand_in: "Solver | None" = None
-    """What fits a layer that the activation does not follow; given with `followed_by`."""
-
-    def error(self, difference: Tensor, statistics: Statistics) -> float:
-        """The error of W - Z = difference (m, n), in this solver's unit."""
-        return self.metric(statistics).error(difference)
 
 
 def required(value: Tensor | None, name: str) -> Tensor:

@@ -6,18 +6,14 @@ through this one interface.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from lrc_cli.engine.budget.choices import tails
-from lrc_cli.engine.problem import Errors as Errors
-from lrc_cli.engine.problem import Factors, Given, Metric, References, Solver, Statistics, Survey
-from lrc_cli.engine.solvers.svd import SVD
+from lrc_cli.engine.linalg import truncated_svd
+from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics
 from lrc_cli.engine.storage.forms import Stored, dense
 
 
@@ -59,7 +55,7 @@ class Approximation(ABC):
 
     def svd_errors(self, rank: int) -> Errors:
         """The errors of plain truncated SVD of W."""
-        return self.errors(SVD.factorize(self.weight, Statistics(), rank).dense())
+        return self.errors(truncated_svd(self.weight, rank).dense())
 
     @abstractmethod
     def optimum(self, rank: int) -> float | None:
@@ -120,7 +116,7 @@ class OnDenseInputs(Approximation):
         """(k,) float64: its sum from r on is the least plain output error of rank r."""
 
     def output_optimum(self, rank: int) -> float:
-        return _tail(self.output_spectrum, rank)
+        return tail(self.output_spectrum, rank)
 
     @property
     def energy(self) -> float:
@@ -134,100 +130,6 @@ class OnDenseInputs(Approximation):
         return None if mean is None else (self.weight - fitted) @ mean
 
 
-class SameInput(OnDenseInputs):
-    """A solver's own problem: the metric of its solutions is the measure of their errors.
-
-    Args:
-        weight: (m, n), any floating dtype.
-        survey: the solver's, of this problem, where it is known already.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        statistics: Statistics,
-        solver: Solver,
-        survey: Survey | None = None,
-    ) -> None:
-        super().__init__(weight, statistics)
-        self.solver = solver
-        self.unit = solver.unit
-        self.metric = solver.metric(statistics)
-        self._survey = survey
-        self._largest: Factors | None = None
-
-    def solve(self, rank: int) -> Solution:
-        # Solutions are nested: one of the largest rank asked for holds all smaller ones.
-        if self._largest is None or self._largest.rank < rank:
-            self._largest = self._factorize(rank)
-        zero = None if self._survey is None else self._survey.zero
-        return Solution(self._largest.truncated(rank), self.weight, zero)
-
-    def _factorize(self, rank: int) -> Factors:
-        vectors = None if self._survey is None else self._survey.vectors
-        if vectors is None or self.solver.spanned is None:
-            return self.solver.factorize(self.weight, self.statistics, rank)
-        return self.solver.spanned(self.weight, self.metric, vectors[:, :rank])
-
-    def errors(self, fitted: Tensor) -> Errors:
-        return Errors(*self.metric.errors(self.weight - fitted))
-
-    @cached_property
-    def spectrum(self) -> Tensor:
-        """The solver's spectrum, (k,) float64."""
-        if self._survey is not None:
-            return self._survey.spectrum
-        return self.solver.spectrum(self.weight, self.statistics)
-
-    @cached_property
-    def references(self) -> References:
-        """What the problem's solutions are compared with, at every rank."""
-        known = self._survey or self.solver.survey(self.weight, self.statistics)
-        assert known.references is not None
-        return known.references
-
-    def errors_of(self, stored: Stored) -> Errors:
-        # It was compared with W, in this metric, when it was packed.
-        return stored.errors
-
-    def svd_errors(self, rank: int) -> Errors:
-        return self.references.svd_errors(rank)
-
-    @property
-    def output_spectrum(self) -> Tensor:
-        return self.references.output_spectrum
-
-    def optimum(self, rank: int) -> float:
-        return _tail(self.spectrum, rank)
-
-    @property
-    def total(self) -> float:
-        return self.spectrum.sum().item()
-
-
-def problems_of(solver: Solver, given: Given) -> Sequence[Approximation]:
-    """A solver's problems on a layer's own inputs, of which the best outcome is kept.
-
-    Raises:
-        SolveError: a problem cannot be set up.
-    """
-    if solver.problems is None:
-        return [SameInput(given.weight, given.statistics, solver, given.survey)]
-    return solver.problems(given)
-
-
-def survey(solver: Solver, weight: Tensor, statistics: Statistics) -> Survey:
-    """`solver.survey`, with all of ||W X||_F^2 / T as the sum of its output curve.
-
-    A free bias takes the mean output over at every rank but 0, so that is where it belongs.
-    """
-    found = solver.survey(weight, statistics)
-    if statistics.mean is None:
-        return found
-    curve = found.output_curve.clone()
-    curve[0] += torch.sum((weight.double() @ statistics.mean) ** 2)
-    return replace(found, output_curve=curve)
-
-
-def _tail(spectrum: Tensor, rank: int) -> float:
+def tail(spectrum: Tensor, rank: int) -> float:
+    """The sum of a spectrum (k,) from a rank on."""
     return tails(spectrum)[min(rank, len(spectrum))].item()

@@ -9,7 +9,8 @@ The eigenproblem is in sides.py.
 
 import torch
 
-from lrc_cli.engine.problem import Metric, Solver, Statistics, required
+from lrc_cli.engine.problem import Metric, Statistics, required
+from lrc_cli.engine.solver import Solver
 from lrc_cli.engine.solvers.weighted import Weighted, spanned
 
 DAMPING = 1e-3

@@ -4,7 +4,8 @@ Z = U U^T W with U the leading eigenvectors of W G W^T; the error is the sum of 
 eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input side (sides.py).
 """
 
-from lrc_cli.engine.problem import Metric, Solver, Statistics, required
+from lrc_cli.engine.problem import Metric, Statistics, required
+from lrc_cli.engine.solver import Solver
 from lrc_cli.engine.solvers.weighted import Weighted, spanned
 
 

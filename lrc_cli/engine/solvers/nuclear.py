@@ -19,16 +19,8 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
-from lrc_cli.engine.problem import (
-    Errors,
-    Factors,
-    Given,
-    Metric,
-    Solver,
-    Statistics,
-    Survey,
-    required,
-)
+from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, Survey, required
+from lrc_cli.engine.solver import Given, Solver
 from lrc_cli.engine.solvers.approximation import OnDenseInputs, Solution
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import cholesky, eigenpairs
-from lrc_cli.engine.problem import Solver, Statistics
-from lrc_cli.engine.solvers.approximation import Approximation, Errors, SameInput, Solution
+from lrc_cli.engine.problem import Errors, Statistics
+from lrc_cli.engine.solver import Solver
+from lrc_cli.engine.solvers.approximation import Approximation, Solution
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
+from lrc_cli.engine.solvers.same_input import SameInput
 
 RESOLUTION = 2.0**-24
 """Of the eigenvalues of C at unit diagonal: products of activations are rounded to float32."""

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.budget.choices import tails
-from lrc_cli.engine.linalg import balanced, eigenpairs, eigenvalues, is_wide
-from lrc_cli.engine.problem import Errors, Factors, Metric, References, Solver, Statistics, Survey
-from lrc_cli.engine.solvers.weighted import rank_above_floor, side_of
+from lrc_cli.engine.linalg import (
+    balanced,
+    eigenvalues,
+    is_wide,
+    singular_pairs,
+    svd_directions,
+    truncated_svd,
+)
+from lrc_cli.engine.problem import Errors, Factors, Metric, References, Statistics, Survey
+from lrc_cli.engine.solver import Solver
+from lrc_cli.engine.solvers.weighted import side_of
 
 
 def _metric(statistics: Statistics) -> Metric:
@@ -24,8 +32,7 @@ def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
 
 
 def _factorize(weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-    directions = svd_directions(weight).truncated(rank)
-    return balanced(directions.outer, directions.inner)
+    return truncated_svd(weight, rank)
 
 
 def _spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
@@ -35,7 +42,7 @@ def _spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
 
 def _survey(weight: Tensor, statistics: Statistics) -> Survey:
     weight = weight.double()
-    values, vectors = _eigenpairs(weight)
+    values, vectors = singular_pairs(weight)
     spectrum = torch.nn.functional.pad(values, (0, min(weight.shape) - len(values)))
     errors, total = tails(spectrum), weight.square().sum().item()
     if statistics.gram is None:  # the inputs are white
@@ -54,33 +61,6 @@ def _survey(weight: Tensor, statistics: Statistics) -> Survey:
         vectors=vectors,
         references=found._replace(svd_metric=errors),
     )
-
-
-def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
-    """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
-    directions above the numerical floor, at least one.
-
-    Args:
-        vectors: (min(m, n), j), the singular vectors of the smaller side, where they are known.
-    """
-    weight = weight.double()
-    if vectors is None:
-        _, vectors = _eigenpairs(weight)
-    if is_wide(weight):
-        return Factors(vectors, vectors.T @ weight)
-    outer = weight @ vectors
-    singular = torch.linalg.vector_norm(outer, dim=0)
-    return Factors(
-        outer * torch.where(singular > 0, 1 / singular, 0.0), singular[:, None] * vectors.T
-    )
-
-
-def _eigenpairs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values (j,) above the numerical floor, and the vectors (k, j) of the smaller
-    side."""
-    values, vectors = eigenpairs(weight @ weight.T if is_wide(weight) else weight.T @ weight)
-    rank = rank_above_floor(values)
-    return values[:rank], vectors[:, :rank]
 
 
 SVD = Solver(

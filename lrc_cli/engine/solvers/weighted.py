@@ -19,7 +19,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.linalg import balanced, cholesky, eigenpairs, eigenvalues, is_wide, root
+from lrc_cli.engine.linalg import (
+    balanced,
+    cholesky,
+    eigenpairs,
+    eigenvalues,
+    is_wide,
+    rank_above_floor,
+    root,
+)
 from lrc_cli.engine.problem import (
     Errors,
     Factors,
@@ -207,11 +215,6 @@ class Tall(Side):
 def side_of(weight: Tensor, metric: Metric) -> Side:
     """The problem of a weight (m, n) of any floating dtype; the metric has a Gram matrix."""
     return (Wide if is_wide(weight) else Tall)(weight.double(), metric)
-
-
-def rank_above_floor(values: Tensor) -> int:
-    """How many eigenvalues are above the numerical floor, at least 1."""
-    return max(int((values > 0).sum()), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
