@@ -15,7 +15,7 @@ from torch import nn
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_networks
-from lrc_cli.execution.hooks import watched
+from lrc_cli.execution.hooks import around_calls, watched
 from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.placement import block_names
@@ -136,7 +136,11 @@ def find_chain(
     if len(names) < 2 and watching is None:
         return Chain()
     calls: list[tuple[str, Call]] = []
-    with watching or nullcontext(), _recording(network, names, calls):
+
+    def note(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((name, Call(args, kwargs, output)))
+
+    with watching or nullcontext(), around_calls(network.module, names, after=note):
         outputs = _run(network, batch)
     if len(names) < 2:
         return Chain()
@@ -175,27 +179,6 @@ def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
     )
-
-
-@contextmanager
-def _recording(
-    network: Network, names: Sequence[str], calls: list[tuple[str, Call]]
-) -> Iterator[None]:
-    """Within it, every call of the named modules is noted, in order."""
-
-    def attach(name: str) -> Any:
-        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append((name, Call(args, kwargs, output)))
-
-        part = network.module.get_submodule(name)
-        return part.register_forward_hook(note, with_kwargs=True)
-
-    handles = [attach(name) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def passing(
@@ -248,22 +231,19 @@ def placing(
         if now[0] not in seen:
             seen.append(now[0])
 
-    def move_to(name: str) -> Callable[..., None]:
-        def move(*_: Any) -> None:
-            now[0] = name
+    def enter(name: str, *_: Any) -> None:
+        now[0] = name
 
-        return move
+    def leave(*_: Any) -> None:
+        now[0] = TAIL
 
-    blocks = [(name, network.module.get_submodule(name)) for name in names]
-    handles = [part.register_forward_pre_hook(move_to(name)) for name, part in blocks]
-    try:
-        # A block may be a layer itself: its own hook comes before the one that leaves it.
-        with watched(network, layers, look):
-            handles += [part.register_forward_hook(move_to(TAIL)) for _, part in blocks]
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    # A block may be a layer itself: the layer is looked at before the block is left.
+    with (
+        around_calls(network.module, names, before=enter),
+        watched(network, layers, look),
+        around_calls(network.module, names, after=leave),
+    ):
+        yield found
 
 
 def segments_of(

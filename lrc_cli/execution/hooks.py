@@ -1,14 +1,59 @@
-"""Hooks on a network's layers: what each layer reads and returns."""
+"""Hooks on a network's modules, for as long as a block runs: what each module reads and returns."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
+
+Before = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+"""Called with a module's name and with the arguments that the module is about to be called with."""
+After = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
+"""Called with a module's name, the arguments of its call and what it returned. What the function
+returns itself takes the place of the module's output, unless it is None."""
+
+
+@contextmanager
+def around_calls(
+    module: nn.Module,
+    names: Iterable[str],
+    *,
+    before: Before | None = None,
+    after: After | None = None,
+) -> Iterator[None]:
+    """Within it, functions run before and after every call of some submodules.
+
+    All hooks are gone when the block ends, and when it raises. Where several blocks look at one
+    module, the outer block's functions run first.
+
+    Args:
+        names: of the submodules, as `get_submodule` takes them.
+        before: may raise, to end the pass there.
+        after: may replace what the module returned.
+    """
+
+    def put_on(name: str, hooks: ExitStack) -> None:
+        part = module.get_submodule(name)
+        if before is not None:
+            hook = part.register_forward_pre_hook(
+                lambda _, args, kwargs: before(name, args, kwargs), with_kwargs=True
+            )
+            hooks.enter_context(hook)
+        if after is not None:
+            hook = part.register_forward_hook(
+                lambda _, args, kwargs, output: after(name, args, kwargs, output), with_kwargs=True
+            )
+            hooks.enter_context(hook)
+
+    with ExitStack() as hooks:
+        for name in names:
+            put_on(name, hooks)
+        yield
 
 
 @contextmanager
@@ -19,19 +64,13 @@ def watched(
 ) -> Iterator[None]:
     """Within it, `look(layer, x, y)` runs after each layer, on what it was given and has returned;
     what it returns replaces y, unless it is None."""
+    by_name = {layer.name: layer for layer in layers}
 
-    def attach(layer: Layer) -> Any:
-        return network.module.get_submodule(layer.name).register_forward_hook(
-            lambda _, given, named, y: look(layer, [*given, *named.values()][0], y),
-            with_kwargs=True,
-        )
+    def after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> Any:
+        return look(by_name[name], [*args, *kwargs.values()][0], y)
 
-    handles = [attach(layer) for layer in layers]
-    try:
+    with around_calls(network.module, by_name, after=after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

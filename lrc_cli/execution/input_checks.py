@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lrc_cli.checkpoint.source import Source
@@ -15,6 +14,7 @@ from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.errors import InputError, is_networks
+from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network
 from lrc_cli.network.opening import vocabulary_of
@@ -52,20 +52,14 @@ def _first_not_finite(network: Network, batch: Batch) -> str | None:
     """Name of the first module without parts that makes NaN or infinity of finite inputs."""
     found: list[str] = []
 
-    def watch(name: str, part: nn.Module) -> RemovableHandle:
-        def look(_: nn.Module, args: Any, named: Any, output: Any) -> None:
-            if not found and all_finite((args, named)) and not all_finite(output):
-                found.append(name)
-
-        return part.register_forward_hook(look, with_kwargs=True)
+    def look(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        if not found and all_finite((args, kwargs)) and not all_finite(output):
+            found.append(name)
 
     parts = network.module.named_modules()
-    handles = [watch(name, part) for name, part in parts if not list(part.children())]
-    try:
+    names = [name for name, part in parts if not list(part.children())]
+    with around_calls(network.module, names, after=look):
         network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

@@ -14,6 +14,7 @@ from lrc_cli.data.padding import masks_of, unpadded
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import Chain, Segment, StopForward
+from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES, cast_on_read
 from lrc_cli.execution.walk import Keep, Pair, Walk
@@ -209,16 +210,12 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
     """
     seen: list[torch.Tensor] = []
 
-    def look(_: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
-        seen.append([*args, *named.values()][0])
+    def look(_: str, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append([*args, *kwargs.values()][0])
         raise StopForward
 
-    part = walk.network.module.get_submodule(layer.name)
-    handle = part.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with around_calls(walk.network.module, [layer.name], before=look):
         walk.run(segment, index)
-    finally:
-        handle.remove()
     return layer.layout.inputs(seen[0]) if seen else None
 
 
