@@ -53,7 +53,7 @@ from lrc_cli.job.run import compress
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS
 from lrc_cli.job.statistics.moments import PANEL
 from lrc_cli.network.opening import open_module
-from lrc_cli.runtime.progress import Phase, Progress
+from lrc_cli.runtime.progress import Phase, Progress, Seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -102,6 +102,7 @@ class Timed(Progress):
     def __init__(self, clock: Clock) -> None:
         super().__init__(quiet=True)
         self.clock = clock
+        self.seconds: Seconds = {}
 
     @contextmanager
     def phase(self, name: str, cost: float) -> Iterator[Phase]:

@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.work import Tensors, WorkDirectory
+
+Outcome = TypeVar("Outcome")
 
 NUM_BATCHES = 3
 """Micro-batches that a probe runs; the first one warms up."""
@@ -35,6 +39,50 @@ class Clock:
         now = self.now()
         self.steps.append(now - self.last)
         self.last = now
+
+
+class Timed(Stage[Outcome]):
+    """A stage of the job that does the units that it is told to, on the clock.
+
+    Args:
+        stage: the job's own.
+        units: the units to do; a unit that comes twice is done twice.
+    """
+
+    def __init__(self, stage: Stage[Outcome], units: Sequence[str], device: torch.device) -> None:
+        super().__init__(stage.work, stage.folder, units)
+        self.name, self.stage = stage.name, stage
+        self.steps, self.storing = Clock(device), Clock(device)
+        """Of the pieces of work, and of every unit that is stored."""
+
+    def missing(self) -> list[str]:
+        """See Stage."""
+        return self.units
+
+    def task(self, units: Sequence[str]) -> Task[Outcome]:
+        """See Stage."""
+        task = self.stage.task(units)
+
+        def solve(advance: Advance) -> Solved[Outcome]:
+            def step(cost: float) -> None:
+                self.steps.tick()
+                advance(cost)
+
+            self.steps.restart()
+            return task.solve(step)
+
+        return replace(task, solve=solve)
+
+    def store(self, unit: str, outcome: Outcome) -> None:
+        """See Stage."""
+        self.storing.restart()
+        self.stage.store(unit, outcome)
+        self.storing.tick()
+        self.steps.restart()
+
+    def close(self) -> None:
+        """See Stage."""
+        self.stage.close()
 
 
 def typical(steps: Sequence[float]) -> float:

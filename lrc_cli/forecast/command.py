@@ -25,10 +25,9 @@ from lrc_cli.forecast.quality import run_quality
 from lrc_cli.forecast.sequential import sequential_pieces
 from lrc_cli.job.factors.decide_sequential import decide, granted_share
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.run import make_plans
+from lrc_cli.job.run import make_plans, run_shared_stages
 from lrc_cli.job.spectra.ranks import allocate_ranks, rest_bytes
-from lrc_cli.job.spectra.survey import read_spectra, survey_layers, vectors_bytes
-from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.spectra.survey import read_spectra, vectors_bytes
 from lrc_cli.job.work import LOG, SURVEYS, Tensors, WorkDirectory
 from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
@@ -54,7 +53,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         InputError: a job cannot be done, or does not fit in memory or on the disk.
         RunError: the probe failed, or another run uses the work directory.
     """
-    with progress.phase("checks", 1), _fitting(configs[0]):
+    with progress.phase("checks", 1) as checks, _fitting(configs[0]):
         plans = make_plans(configs, force=True)
     for plan in plans:
         if plan.output.exists():
@@ -65,15 +64,14 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         known = real is not None and _has_spectra(first, real)
         with progress.phase("probe", 1), _fitting(configs[0]):
             probe = Probe(first, real, probe_directory(first, stack), progress)
-            found = _estimates(plans, probe, progress.seconds["checks"])
+            found = _estimates(plans, probe, checks.seconds)
         spectra = read_spectra(first, real) if known and real is not None else None
     if spectra is None and collect:
         with (
             WorkDirectory(first.work_dir, first.statistics_fingerprint) as work,
             progress.logged(work.root / LOG),
         ):
-            collect_statistics(first, work, progress)
-            survey_layers(first, work, progress)
+            run_shared_stages(first, work, progress)
             spectra = read_spectra(first, work)
     found["spectra"] = "reused" if known else "collected" if spectra is not None else None
     if spectra is not None:
@@ -128,12 +126,12 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     for plan in plans:
         ranks = _likely_ranks(plan, spectra)
         decision = decide(plan, probe.work, ranks)
-        factors, fitted = probe.run_factors(plan, ranks, kinds)
+        factors = probe.run_factors(plan, ranks, kinds)
         if decision.used:
             factors += sequential_pieces(probe)
             _add_streams(probe, granted_share(plan, ranks) * plan.compressible_bytes)
         if quality is None:
-            quality, memory = run_quality(plan, fitted)
+            quality, memory = run_quality(plan, probe.work, kinds)
             probe.memory.append(memory)
         granted = int(granted_share(plan, ranks) * plan.compressible_bytes)
         size = granted + rest_bytes(plan)

@@ -8,14 +8,14 @@ from typing import Any
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
 from lrc_cli.execution.segments import NO_CHAIN
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
+from lrc_cli.forecast.clocks import NUM_BATCHES, Timed, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics import sweep
-from lrc_cli.job.statistics.collect import UnitStore, is_measured, prepare
-from lrc_cli.job.statistics.moments import Moments
-from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.statistics.collect import Parts, StatisticsStage, is_measured, prepare
+from lrc_cli.job.statistics.sweep import Job
 from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
 from lrc_cli.runtime.memory import PrivateMemory
 
@@ -30,15 +30,15 @@ def run_statistics(probe: Probe) -> None:
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
         probe.whole = None if chain.names else NO_CHAIN
         return
-    job, store = prepare(plan, probe.work, plan.units, measured, probe.quiet)
-    probe.whole = None if job.chain.names else store.cut.reason
+    job, parts = prepare(plan, probe.work, probe.quiet, measured)
+    probe.whole = None if job.chain.names else parts.cut.reason
     hidden = hidden_output(job.chain.shape)  # of one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
     if not probe.missing(STATISTICS):
         return
     with PrivateMemory(plan.device) as memory:
         ran = _Pass(probe, job)
-        ran.run(store)
+        ran.run(parts)
     probe.share = ran.share
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
@@ -67,24 +67,19 @@ class _Pass:
         self.storing: list[float] = []
         """Seconds to store the statistics of each segment."""
 
-    def run(self, store: UnitStore) -> None:
-        clock, storing = Clock(self.probe.plan.device), Clock(self.probe.plan.device)
-
-        def finish(segment: Segment, moments: Moments) -> None:
-            storing.restart()
-            store.put(segment, moments)
-            storing.tick()
-            clock.restart()
-
-        # Everything is stored, to see how large it is.
-        sweep = Sweep(self.few, self.work, finished=lambda _: False, finish=finish, store_every=0.0)
-        order = [*((i, False) for i in sweep.forward), *((i, True) for i in sweep.backward)]
-        sweep.run(clock.tick)
+    def run(self, parts: Parts) -> None:
+        plan = self.probe.plan
+        # Everything that passes is stored, to see how large it is.
+        stage = StatisticsStage(plan, self.work, lambda _: (self.few, parts), store_every=0.0)
+        timed = Timed(stage, list(plan.units), plan.device)
+        run_stage(timed, self.probe.quiet)
+        way = sweep.way_of(self.few, lambda _: False, lambda *_: False)
+        order = [*((i, False) for i in way.forward), *((i, True) for i in way.backward)]
         each = len(self.few.batches)
         for place, (number, back) in enumerate(order):
             name = self.few.segments[number].name
-            self.steps[name, back] = typical(clock.steps[place * each :][:each])
-        self.storing = storing.steps
+            self.steps[name, back] = typical(timed.steps.steps[place * each :][:each])
+        self.storing = timed.storing.steps
 
     def pieces(self) -> list[Piece]:
         """Of the whole pass, less the segments that an earlier run has measured."""

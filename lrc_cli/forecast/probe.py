@@ -8,19 +8,18 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, TimedWork
+from lrc_cli.forecast.clocks import NUM_BATCHES, Timed, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.job.factors.fit import Fitted
-from lrc_cli.job.factors.problem import fit
+from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.spectra.solve import num_workers, solve_units
-from lrc_cli.job.spectra.survey import survey_layers, unit_spectra
+from lrc_cli.job.spectra.solve import num_workers
+from lrc_cli.job.spectra.survey import SpectraStage, unit_spectra
+from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
 from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
@@ -124,16 +123,14 @@ class Probe:
 
     def run_spectra(self, kinds: dict[str, list[str]]) -> None:
         """The spectra of one unit of every kind."""
-        own = {unit: self.plan.units[unit] for unit in kinds}
-        for unit in own:
+        for unit in kinds:
             self._fetch(unit)
         with PrivateMemory(self.plan.device) as memory:
-            for unit, layers in own.items():
-                clock = Clock(self.plan.device)
-                survey_layers(replace(self.plan, layers=layers), self.work, self.quiet)
-                clock.tick()
+            for unit in kinds:
+                stage = Timed(SpectraStage(self.plan, self.work), [unit], self.plan.device)
+                (seconds,) = run_stage(stage, self.quiet).values()
                 left = sum(not self.has(SURVEYS, other) for other in kinds[unit])
-                self.pieces.append(Piece(phase="spectra", seconds=clock.steps[0], times=left))
+                self.pieces.append(Piece(phase="spectra", seconds=seconds, times=left))
         self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
 
     def spectra(self, kinds: dict[str, list[str]]) -> Tensors:
@@ -152,26 +149,22 @@ class Probe:
 
     def run_factors(
         self, plan: Plan, ranks: dict[str, int], kinds: dict[str, list[str]]
-    ) -> tuple[list[Piece], dict[str, Fitted]]:
-        """The factors of one unit of every kind at one size, and their time."""
-        pieces, found = list[Piece](), dict[str, Fitted]()
+    ) -> list[Piece]:
+        """The factors of one unit of every kind at one size: stored in `work`, and their time."""
+        pieces = list[Piece]()
         with PrivateMemory(plan.device) as memory:
             for unit, units in kinds.items():
                 layers = plan.units[unit]
                 few, share = _on_few_sequences(plan, layers)
                 # As many layers side by side as there will be, though one unit has fewer.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
-                clock = Clock(plan.device)
-                solve = partial(fit, few, self.work, ranks)
-                *_, (_, fitted) = solve_units(plan, [unit] * together, solve)
-                clock.tick()
+                stage = Timed(FactorsStage(few, self.work, ranks), [unit] * together, plan.device)
+                (seconds,) = run_stage(stage, self.quiet).values()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
                 times = left * share / together
-                pieces.append(Piece(phase="factors", seconds=clock.steps[0], times=times))
-                found |= fitted
-                self.stop.stop.check()
+                pieces.append(Piece(phase="factors", seconds=seconds, times=times))
         self.memory.append(Memory(phase="factors", measured=memory.peak, gpu=memory.gpu))
-        return pieces, found
+        return pieces
 
 
 def _on_few_sequences(plan: Plan, layers: Sequence[Layer]) -> tuple[Plan, float]:

@@ -1,7 +1,7 @@
 """The probe's other half: both networks side by side over a few micro-batches, through the head,
 one block of every kind, compressed in one of them, and the tail."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ from lrc_cli.execution.chain import Segment, find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import kinds_of
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.job.factors.fit import Fitted
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.output.certify import selection_of
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.work import WorkDirectory
+from lrc_cli.network.layer import Layer
 from lrc_cli.quality import compare as comparison
 from lrc_cli.quality import held_out
 from lrc_cli.quality.compare import scoring
@@ -24,14 +25,16 @@ Run = Callable[..., Any]
 """`compare.compare` or `held_out.measure`, but for networks, sequences, `advance` and `only`."""
 
 
-def run_quality(plan: Plan, found: Mapping[str, Fitted]) -> tuple[list[Piece], Memory]:
+def run_quality(
+    plan: Plan, work: WorkDirectory, units: Iterable[str]
+) -> tuple[list[Piece], Memory]:
     """What comes after the factors: their pieces and their memory.
 
     Args:
-        found: outcomes by layer name; all others stay dense here.
+        units: those that `work` has factors of; all other layers stay dense here.
     """
     with PrivateMemory(plan.device) as memory:
-        both = _Comparison(plan, found)
+        both = _Comparison(plan, work, units)
         batch = next(plan.sequences[CALIBRATION].batches(1))
         loss = scoring(plan.network, batch, plan.tokenizer)
         pieces = [Piece(phase="verification", seconds=both.opening)]
@@ -54,9 +57,9 @@ def run_quality(plan: Plan, found: Mapping[str, Fitted]) -> tuple[list[Piece], M
 
 
 class _Comparison:
-    """The dense network, and the checkpoint opened again with the factors that were found."""
+    """The dense network, and the checkpoint opened again with the factors of some units."""
 
-    def __init__(self, plan: Plan, found: Mapping[str, Fitted]) -> None:
+    def __init__(self, plan: Plan, work: WorkDirectory, units: Iterable[str]) -> None:
         self.plan = plan
         batch = next(plan.sequences[CALIBRATION].batches(1))
         chain = find_chain(plan.network, batch)
@@ -68,11 +71,14 @@ class _Comparison:
         clock.tick()
         self.opening = clock.steps[0]
         """Seconds to open the checkpoint again and to try it out."""
-        solved = [layer for layer in plan.layers if layer.name in found]
-        for layer in solved:
-            streams.install(layer, found[layer.name].tensors(layer))
-        self.factorised = [x for x in solved if found[x.name].packed is not None]
-        self.counts = self._counts(segments, {layer.name for layer in solved})
+        self.factorised, solved = list[Layer](), set[str]()
+        for unit in units:
+            tensors, facts = work.get(plan.factors_stage, unit)
+            for layer in plan.units[unit]:
+                streams.install(layer, tensors)
+            solved |= set(facts)
+            self.factorised += [x for x in plan.units[unit] if facts[x.name]["storage"] != "dense"]
+        self.counts = self._counts(segments, solved)
 
     def _counts(self, segments: Sequence[Segment], solved: set[str]) -> dict[str, int]:
         """Segments to run -> how many are like them; of every kind one that was solved, if any."""

@@ -1,6 +1,5 @@
 """What a config will do: the checkpoint and the data, opened and checked before any work."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,6 @@ from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.engine import Solver
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.input_checks import check_sequences, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
@@ -84,15 +82,6 @@ class Plan:
     def owns(self, unit: str) -> bool:
         """Whether the unit is this process's."""
         return self.owners[unit] == self.processes.rank
-
-    @cached_property
-    def num_calls(self) -> Counter[str]:
-        """How often each layer runs in one pass, seen on the first calibration sequence."""
-        calls: Counter[str] = Counter()
-        count = watched(self.network, self.layers, lambda x, *_: calls.update([x.name]))
-        with torch.no_grad(), count:
-            self.network(next(self.sequences[CALIBRATION].batches(1)))
-        return calls
 
     @property
     def factors_stage(self) -> str:

@@ -1,31 +1,32 @@
-"""The main job: two phases over a work directory, because a global budget needs every layer's
-spectrum before any rank is known."""
+"""The main job: a plan, the stages that fill the work directory, the output.
+
+A global budget needs every layer's spectrum before any rank is known. So statistics and spectra of
+all layers come first, then the ranks, then the factors.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
-
 from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.data.purposes import purposes_of
 from lrc_cli.engine import Solver
-from lrc_cli.job.factors.decide_sequential import check_sequential, decide
-from lrc_cli.job.factors.problem import fit
-from lrc_cli.job.factors.sequential import factorize_sequentially
+from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
+from lrc_cli.job.factors.plain import FactorsStage
+from lrc_cli.job.factors.sequential import SequentialStage
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.write import finish_output, write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
 from lrc_cli.job.spectra.ranks import allocate_ranks, check_reachable
-from lrc_cli.job.spectra.solve import solve_cost, solve_units
-from lrc_cli.job.spectra.survey import read_spectra, survey_layers
-from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.spectra.survey import SpectraStage, read_spectra
+from lrc_cli.job.stage import run_stage
+from lrc_cli.job.statistics.collect import StatisticsStage, prepare
 from lrc_cli.job.work import LOG, PASSING, SHARED, WorkDirectory
 from lrc_cli.runtime.processes import ALONE, Processes
-from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.progress import Progress, Seconds
 
 
 def compress(
@@ -69,21 +70,28 @@ def compress_each(
 
     The statistics are collected once, for all of them.
     """
-    with progress.phase("checks", 1):
+    with progress.phase("checks", 1) as checks:
         plans = make_plans(configs, force=force, processes=processes)
-    _say_what_is_off(plans[0], progress)
+    first = plans[0]
+    _say_what_is_off(first, progress)
     with (
-        WorkDirectory(plans[0].work_dir, plans[0].statistics_fingerprint, processes) as work,
+        WorkDirectory(first.work_dir, first.statistics_fingerprint, processes) as work,
         progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
     ):
         if restart:
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
-        collect_statistics(plans[0], work, progress)
-        survey_layers(plans[0], work, progress)
+        shared = checks.timing | run_shared_stages(first, work, progress)
         for plan in plans:
-            if plan is not plans[0]:
-                progress.seconds.clear()  # what was shared was the first one's
-            yield _write(plan, work, force=force, progress=progress)
+            # What is shared is counted once, with the first of them.
+            seconds = shared if plan is first else {}
+            yield _write(plan, work, seconds, force=force, progress=progress)
+
+
+def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Seconds:
+    """What every size needs: the statistics and the spectra that are missing."""
+    statistics = StatisticsStage(plan, work, partial(prepare, plan, work, progress))
+    seconds = run_stage(statistics, progress)
+    return seconds | run_stage(SpectraStage(plan, work), progress)
 
 
 def make_plans(
@@ -98,23 +106,42 @@ def make_plans(
     return plans
 
 
-def _write(plan: Plan, work: WorkDirectory, *, force: bool, progress: Progress) -> dict[str, Any]:
-    """From spectra to the output, and its report."""
-    compression, factors, processes = plan.config.compression, plan.factors_stage, plan.processes
+def _write(
+    plan: Plan, work: WorkDirectory, shared: Seconds, *, force: bool, progress: Progress
+) -> dict[str, Any]:
+    """From spectra to the output, and its report.
+
+    Args:
+        shared: what the phases before this took, as far as it is counted with this output.
+    """
     ranks = allocate_ranks(plan, read_spectra(plan, work))
     decision = decide(plan, work, ranks)
+    _say_how_it_is_fitted(plan, decision, progress)
+    factors = (
+        SequentialStage(plan, work, ranks, decision.excluded)
+        if decision.used
+        else FactorsStage(plan, work, ranks)
+    )
+    seconds = shared | run_stage(factors, progress)
+    processes, folder = plan.processes, factors.folder
+    with output_directory(plan.output, force=force, processes=processes) as directory:
+        seconds |= processes.from_first(
+            lambda: write_checkpoint(plan, work, folder, directory, progress)
+        )
+        report = finish_output(
+            plan, work, folder, directory, decision.facts(), seconds, progress
+        )
+    _say_what_failed(report, progress)
+    return report
+
+
+def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) -> None:
+    compression = plan.config.compression
     if compression.sequential is not False:
         used = "on" if decision.used else "off"
         progress.note(f"compression.sequential: {used}: {decision.reason}")
     if not decision.used and not any(solver.uses_ridge for solver in plan.solvers):
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
-    factorize = factorize_sequentially if decision.used else factorize_layers
-    factorize(plan, work, ranks, factors, progress)
-    with output_directory(plan.output, force=force, processes=processes) as directory:
-        processes.from_first(lambda: write_checkpoint(plan, work, factors, directory, progress))
-        report = finish_output(plan, work, factors, directory, decision.facts(), progress)
-    _say_what_failed(report, progress)
-    return report
 
 
 def _say_what_failed(report: dict[str, Any], progress: Progress) -> None:
@@ -160,22 +187,3 @@ def _say_unused(
     value = getattr(compression, key)
     if value != (getattr(Compression, key) if default is None else default):
         progress.note(f"compression.{key}: {value} is not used: {why}")
-
-
-def factorize_layers(
-    plan: Plan, work: WorkDirectory, ranks: dict[str, int], stage: str, progress: Progress
-) -> None:
-    """Phase two: the factors of every unit that has none yet."""
-    todo = work.missing(stage, plan.units)
-    if not todo:
-        return
-    own = list(filter(plan.owns, todo))
-    cost = solve_cost(x for unit in own for x in plan.units[unit])
-    with progress.phase("factors", cost) as phase:
-        for unit, solved in solve_units(plan, own, partial(fit, plan, work, ranks)):
-            tensors: dict[str, torch.Tensor] = {}
-            for layer in plan.units[unit]:
-                tensors |= solved[layer.name].tensors(layer)
-            work.put(stage, unit, tensors, {name: fitted.facts for name, fitted in solved.items()})
-            phase.advance(solve_cost(plan.units[unit]))
-    plan.processes.wait()

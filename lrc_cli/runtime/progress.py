@@ -12,6 +12,8 @@ from tqdm import tqdm
 from lrc_cli.runtime.signals import Stop
 
 LINE_SECONDS = 15.0
+Seconds = dict[str, float]
+"""Wall time by phase."""
 
 
 class Progress:
@@ -35,8 +37,6 @@ class Progress:
         self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream or sys.stderr
         self.line_seconds = 0.0 if verbose else LINE_SECONDS
         self.has_bar = not quiet and not verbose and self.stream.isatty()
-        self.seconds: dict[str, float] = {}
-        """Wall time by phase."""
         self._log: TextIO | None = None
         self._unlogged: list[str] = []
 
@@ -76,21 +76,21 @@ class Progress:
     def phase(self, name: str, cost: float) -> Iterator["Phase"]:
         """A phase of known total cost, in any unit that is proportional to its time."""
         self.stop.check()
-        start = time.perf_counter()
         phase = Phase(self, name, cost)
         try:
             yield phase
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             phase.close()
 
 
 class Phase:
-    """A running phase; `advance` after every piece of work with the piece's cost."""
+    """A phase; `advance` after every piece of work with the piece's cost."""
 
     def __init__(self, progress: Progress, name: str, cost: float) -> None:
         self.progress, self.name, self.cost = progress, name, cost
         self.done, self.start = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        """Wall time, once the phase has ended."""
         self.last_line = self.start
         self.bar: tqdm | None = None
         if progress.has_bar:
@@ -100,6 +100,11 @@ class Phase:
             )
         else:
             progress.note(f"{name} ...")
+
+    @property
+    def timing(self) -> Seconds:
+        """The phase's wall time, once it has ended, by its name."""
+        return {self.name: self.seconds}
 
     def advance(self, cost: float) -> None:
         """A piece of this cost is done."""
@@ -122,6 +127,7 @@ class Phase:
 
     def close(self) -> None:
         """End the display; the time taken stays as a line."""
+        self.seconds = time.perf_counter() - self.start
         if self.bar is not None:
             self.bar.close()
-        self.progress.note(f"{self.name}: {time.perf_counter() - self.start:.1f} s")
+        self.progress.note(f"{self.name}: {self.seconds:.1f} s")

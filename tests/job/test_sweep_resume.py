@@ -1,6 +1,7 @@
 """A pass over the calibration data that ends anywhere goes on there, to the same bytes."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from lrc_cli.config import load_config
 from lrc_cli.job.plan import make_plan
-from lrc_cli.job.statistics.collect import collect_statistics
+from lrc_cli.job.stage import run_stage
+from lrc_cli.job.statistics.collect import StatisticsStage, prepare
 from lrc_cli.job.statistics.sweep import Sweep
 from lrc_cli.job.work import PASSING, STATISTICS, WorkDirectory
 from lrc_cli.runtime.progress import Progress
@@ -97,7 +99,8 @@ def config(folder: Path, name: str, case: str) -> Any:
 def collect(job: Any) -> Path:
     plan = make_plan(job)
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
-        collect_statistics(plan, work, Progress(quiet=True))
+        progress = Progress(quiet=True)
+        run_stage(StatisticsStage(plan, work, partial(prepare, plan, work, progress)), progress)
     return plan.work_dir
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import make_network
 from lrc_cli.execution.segments import find_cut
-from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import WorkDirectory
 from lrc_cli.runtime.join import joined
@@ -89,12 +88,6 @@ def measure(environment: dict[str, str], path: str, root: str, center: bool, to:
     cut = find_cut(network, layers, graded, next(given.batches(1)))
     found: dict[str, Tensor] = {}
     with joined() as processes, WorkDirectory(Path(root), {}, processes) as work:
-
-        def finish(_: Any, moments: Moments) -> None:
-            moments.sum_to({layer.name: processes.size - 1 for layer in layers}, processes)
-            for kind, sums in (("gram", moments.grams), ("fisher", moments.fishers)):
-                found.update({f"{kind} {name}": gram.mean() for name, gram in sums.items()})
-
         job = Job(
             network=network,
             chain=cut.chain,
@@ -106,7 +99,10 @@ def measure(environment: dict[str, str], path: str, root: str, center: bool, to:
             seed=0,
             center=center,
         )
-        Sweep(job, work, finished=lambda _: False, finish=finish).run(lambda _: None)
+        for _, moments in Sweep(job, work, finished=lambda _: False).run(lambda _: None):
+            moments.sum_to({layer.name: processes.size - 1 for layer in layers}, processes)
+            for kind, sums in (("gram", moments.grams), ("fisher", moments.fishers)):
+                found.update({f"{kind} {name}": gram.mean() for name, gram in sums.items()})
         if processes.rank == processes.size - 1:
             torch.save(found, to)
 

@@ -82,12 +82,10 @@ def measured(
     )
     found: dict[str, moments.Moments] = {}
 
-    def finish(segment: Segment, measured: moments.Moments) -> None:
-        found[segment.name] = measured
-
     with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
-        sweep = Sweep(job, work, finished=lambda s: s.name in found, finish=finish)
-        sweep.run(lambda _: None)
+        sweep = Sweep(job, work, finished=lambda s: s.name in found)
+        for segment, measured in sweep.run(lambda _: None):
+            found[segment.name] = measured
         left = [file for stage in PASSING for file in (Path(root) / stage).rglob("*.safetensors")]
         assert not left, "what was on the way is still there"
     grams = {name: gram.mean() for part in found.values() for name, gram in part.grams.items()}

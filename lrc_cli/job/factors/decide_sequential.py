@@ -1,12 +1,16 @@
 """Whether a run is sequential, and which of its layers can be."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, Solver
 from lrc_cli.errors import InputError
+from lrc_cli.execution.hooks import watched
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
@@ -33,6 +37,10 @@ class Decision:
 
     held_back: int = 0
     """Calibration sequences that no layer is fitted to."""
+
+    excluded: Mapping[str, str | None] = field(default_factory=dict)
+    """Why a layer is fitted plainly, by layer name, as far as its calls, its method and its tokens
+    tell; None: it is not. Empty where that does not matter."""
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
@@ -88,8 +96,11 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
         )
         return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
-    able = [layer for layer in layers if excluded(plan, work, layer) is None]
-    short = [x for x in layers if _not_able(plan, x) is None and _is_short(plan, work, x)]
+    calls = count_calls(plan)
+    unable = {layer.name: _not_able(plan, calls, layer) for layer in plan.layers}
+    excluded = {x.name: unable[x.name] or _too_short(plan, work, x) for x in plan.layers}
+    able = [layer for layer in layers if excluded[layer.name] is None]
+    short = [x for x in layers if unable[x.name] is None and excluded[x.name] is not None]
     numbers = (
         f"{len(able)} of {len(layers)} factorised layers run once, have one of the methods"
         f" {' and '.join(_methods())} and at least {MIN_TOKENS} tokens for each input"
@@ -103,7 +114,7 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
         few = f"{len(short)} have fewer tokens, more than {MOST_SHORT:.0%} of the weights"
         return Decision(used=False, reason=f"{why}; {numbers}; {few}")
     enough = compression.sequential is True or 2 * len(able) >= len(layers)
-    return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}")
+    return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}", excluded=excluded)
 
 
 def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
@@ -117,32 +128,35 @@ def num_held_back(plan: Plan) -> int:
     return plan.config.compression.num_held_back(len(plan.sequences[CALIBRATION]))
 
 
-def excluded(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
-    """Why a layer is fitted plainly, as far as its calls, its method and its tokens tell; None: it
-    is not."""
-    reason = _not_able(plan, layer)
-    if reason is None and _is_short(plan, work, layer):
-        tokens, n = _tokens(plan, work, layer), layer.shape[1]
-        return f"{tokens} tokens to fit to are fewer than {MIN_TOKENS} for each of its {n} inputs"
-    return reason
+def count_calls(plan: Plan) -> Counter[str]:
+    """How often each layer runs in one pass of the network over the first calibration sequence."""
+    calls: Counter[str] = Counter()
+    count = watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name]))
+    with torch.no_grad(), count:
+        plan.network(next(plan.sequences[CALIBRATION].batches(1)))
+    return calls
 
 
-def _not_able(plan: Plan, layer: Layer) -> str | None:
+def _not_able(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
     """Why a layer could not be fitted sequentially, whatever its tokens."""
     if layer.tied_to:
         return TIED
-    if plan.num_calls[layer.name] > 1:
+    if calls[layer.name] > 1:
         return "it runs several times in a pass, on several inputs"
     solver = plan.of(layer).solver
     return None if solver.is_sequential else f"not with method {solver.name}"
 
 
+def _too_short(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
+    """Why a layer has too few tokens to be fitted sequentially; None: it has enough."""
+    tokens, n = _tokens(plan, work, layer), layer.shape[1]
+    if tokens >= MIN_TOKENS * n:
+        return None
+    return f"{tokens} tokens to fit to are fewer than {MIN_TOKENS} for each of its {n} inputs"
+
+
 def _size(layers: Sequence[Layer]) -> int:
     return sum(m * n for m, n in (layer.shape for layer in layers))
-
-
-def _is_short(plan: Plan, work: WorkDirectory, layer: Layer) -> bool:
-    return _tokens(plan, work, layer) < MIN_TOKENS * layer.shape[1]
 
 
 def _tokens(plan: Plan, work: WorkDirectory, layer: Layer) -> int:

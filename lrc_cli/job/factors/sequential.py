@@ -10,115 +10,151 @@ of the drift of its inputs it can really make up for (`engine/sequential.py`). T
 moments of gradients and the layers that are fitted plainly come from all sequences.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-
-import torch
 
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.execution.chain import Segment, find_chain, segments_of
-from lrc_cli.job.factors.decide_sequential import TIED, excluded, num_held_back
+from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
 from lrc_cli.job.factors.fit import Fitted, fit_layer
+from lrc_cli.job.factors.plain import PHASE, contents_of
 from lrc_cli.job.factors.problem import fit, request_of
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
 from lrc_cli.job.spectra.survey import dense_reason
+from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, read_statistics
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.layer import Layer
-from lrc_cli.runtime.progress import Phase, Progress
 from lrc_cli.runtime.spill import HostMemory
 
 Drifts = tuple[Drift, Drift | None]
 """Moments over what is fitted to, and over what is held back."""
+UNREACHED = "the first calibration sequences do not reach it"
 WALK_COST = 0.05
 """Of a multiplication in a forward pass, in those of an eigenproblem."""
 
 
-def factorize_sequentially(
-    plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], stage: str, progress: Progress
-) -> None:
-    """Phase two: the factors of every unit that has none yet."""
-    missing = work.missing(stage, plan.units)
-    if not missing:
-        return
-    sequences = plan.sequences[CALIBRATION]
-    size = micro_batch(sequences, MICRO_BATCH_TOKENS)
-    fitted, held_back = sequences.split(len(sequences) - num_held_back(plan))
-    held = list(held_back.batches(size))
-    batches = [*fitted.batches(size), *held]
-    chain = find_chain(plan.network, next(sequences.batches(1)))
-    segments = segments_of(plan.network, chain, plan.layers, batches[0])
-    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    own = plan.processes.share(len(batches))
-    own_held = sum(index >= len(batches) - len(held) for index in own)
-    factors = HostMemory(0, work.root)  # those of a deep network are as large as its checkpoint
-    streams = Streams(plan, chain, [batches[i] for i in own], own_held, memory.keep, factors.hold)
-    fits = _Fits(plan, work, ranks, stage, streams, missing)
-    todo = fits.start(segments)
-    cost = sum(_segment_cost(plan, work, segment) for segment in todo)
-    with progress.phase("factors", cost) as phase:
-        for segment in todo:
-            for group in _groups(work, segment):
-                fits.add(segment, group, phase)
-            streams.advance(segment)
-            phase.advance(_advance_cost(plan, segment))
-    plan.processes.wait()
+class SequentialStage(Stage[dict[str, Fitted]]):
+    """The factors of every layer, in the order in which the layers run.
 
-
-class _Fits:
-    """The layers' outcomes; a unit is stored as soon as all its layers have one.
-
-    A unit that an earlier run stored is put into the compressed network as it is. Of several
-    processes each fits some of the layers that read one input; then all install them.
+    All processes walk together, each with its share of the data, and each fits some of the layers
+    that read one input.
 
     Args:
-        missing: the units that are not stored.
+        ranks: what the budget grants, by layer name.
+        excluded: why a layer is fitted plainly, by layer name; None: it is not, as far as its
+            calls, its method and its tokens tell.
     """
+
+    name = PHASE
 
     def __init__(
         self,
         plan: Plan,
         work: WorkDirectory,
         ranks: Mapping[str, int],
-        stage: str,
-        streams: Streams,
-        missing: Collection[str],
+        excluded: Mapping[str, str | None],
     ) -> None:
-        self.plan, self.work, self.ranks = plan, work, ranks
-        self.stage, self.streams = stage, streams
-        self.left = {layer.name for unit in missing for layer in plan.units[unit]}
+        super().__init__(work, plan.factors_stage, plan.units)
+        self.plan, self.ranks, self.excluded = plan, ranks, excluded
+
+    def task(self, units: Sequence[str]) -> Task[dict[str, Fitted]]:
+        """See Stage. What an earlier run stored is put into the compressed network as it is."""
+        plan, sequences = self.plan, self.plan.sequences[CALIBRATION]
+        size = micro_batch(sequences, MICRO_BATCH_TOKENS)
+        fitted, held_back = sequences.split(len(sequences) - num_held_back(plan))
+        held = list(held_back.batches(size))
+        batches = [*fitted.batches(size), *held]
+        chain = find_chain(plan.network, next(sequences.batches(1)))
+        segments = segments_of(plan.network, chain, plan.layers, batches[0])
+        memory = HostMemory(plan.config.runtime.memory_bytes, self.work.root)
+        own = plan.processes.share(len(batches))
+        own_held = sum(index >= len(batches) - len(held) for index in own)
+        # The factors of a deep network are as large as its checkpoint.
+        factors = HostMemory(0, self.work.root)
+        streams = Streams(
+            plan, chain, [batches[i] for i in own], own_held, memory.keep, factors.hold
+        )
+        fits = _Fits(self, streams, units)
+        fits.install_stored()
+        early = fits.early(segments)
+        in_turn = fits.in_turn(segments)
+        cost = sum(solve_cost(layers) for layers in early.values())
+        cost += sum(_segment_cost(plan, self.work, segment) for segment in in_turn)
+
+        def solve(advance: Advance) -> Solved[dict[str, Fitted]]:
+            for reason, layers in early.items():
+                yield from fits.add_plainly(layers, reason, advance)
+            for segment in in_turn:
+                for group in _groups(self.work, segment):
+                    yield from fits.add(segment, group, advance)
+                streams.advance(segment)
+                advance(_advance_cost(plan, segment))
+
+        return Task(cost=cost, solve=solve)
+
+    def store(self, unit: str, outcome: dict[str, Fitted]) -> None:
+        """See Stage."""
+        self.work.put(self.folder, unit, *contents_of(self.plan.units[unit], outcome))
+
+
+class _Fits:
+    """The layers' outcomes: a unit is handed out as soon as all its layers have one.
+
+    Of several processes each fits some of the layers that read one input; then all install them.
+
+    Args:
+        missing: the units that are not stored.
+    """
+
+    def __init__(self, stage: SequentialStage, streams: Streams, missing: Sequence[str]) -> None:
+        self.stage, self.plan, self.work = stage, stage.plan, stage.work
+        self.streams = streams
+        self.left = {layer.name for unit in missing for layer in self.plan.units[unit]}
         """Layers that have no outcome."""
         self.fitted: dict[str, Fitted] = {}
 
-    def start(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Install what is there already and what no segment reaches.
-
-        Returns:
-            The segments to walk through: up to the last one with a layer that is left to fit.
-        """
-        reached = {layer.name for segment in segments for layer in segment.layers}
+    def install_stored(self) -> None:
+        """Put what is there already into the compressed network."""
         for layer in self.plan.layers:
             if layer.name not in self.left:
                 # What comes before it in the network is not influenced, so it may come early.
-                self.streams.install(layer, self.work.get(self.stage, layer.unit)[0])
-        beyond = [x for x in self._open(self.plan.layers) if x.name not in reached]
-        reason = "the first calibration sequences do not reach it"
-        self._solve(partial(self._plain, reason=reason), beyond)
-        # The embedding runs first, so the head that it is tied to cannot come in its turn.
-        tied = [x for x in self._open(self.plan.layers) if x.name in reached and x.tied_to]
-        self._solve(partial(self._plain, reason=TIED), tied)
-        last = max((i for i, s in enumerate(segments) if self._open(s.layers)), default=-1)
+                self.streams.install(layer, self.work.get(self.stage.folder, layer.unit)[0])
+
+    def early(self, segments: Sequence[Segment]) -> dict[str, list[Layer]]:
+        """The layers that are fitted plainly before the walk, by the reason."""
+        reached = {layer.name for segment in segments for layer in segment.layers}
+        layers = self._open(self.plan.layers)
+        return {
+            UNREACHED: [x for x in layers if x.name not in reached],
+            # The embedding runs first, so the head that it is tied to cannot come in its turn.
+            TIED: [x for x in layers if x.name in reached and x.tied_to],
+        }
+
+    def in_turn(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments to walk through: up to the last one with a layer to fit there."""
+        is_last = [any(not x.tied_to for x in self._open(s.layers)) for s in segments]
+        last = max((i for i, has_some in enumerate(is_last) if has_some), default=-1)
         return list(segments[: last + 1])
 
     def _open(self, layers: Sequence[Layer]) -> list[Layer]:
         return [x for x in layers if x.name in self.left]
 
-    def add(self, segment: Segment, group: list[Layer], phase: Phase) -> None:
+    def add_plainly(
+        self, layers: Sequence[Layer], reason: str, advance: Advance
+    ) -> Solved[dict[str, Fitted]]:
+        """Fit layers to the inputs that they have in the dense network."""
+        yield from self._solve(partial(self._plain, reason=reason), layers)
+        advance(solve_cost(layers))
+
+    def add(
+        self, segment: Segment, group: list[Layer], advance: Advance
+    ) -> Solved[dict[str, Fitted]]:
         """Fit the layers that read one input, to which both networks have come."""
         todo = self._open(group)
         if not todo:
@@ -128,11 +164,13 @@ class _Fits:
         drifts = None
         if first is not None:
             share = _group_cost(self.plan, segment, first) / max(len(self.streams.batches), 1)
-            drifts = self.streams.drift(segment, first, partial(phase.advance, share))
-        self._solve(partial(self._fit, drifts, reasons), todo)
-        phase.advance(solve_cost(todo))
+            drifts = self.streams.drift(segment, first, partial(advance, share))
+        yield from self._solve(partial(self._fit, drifts, reasons), todo)
+        advance(solve_cost(todo))
 
-    def _solve(self, solve: Callable[[Layer], Fitted], layers: Sequence[Layer]) -> None:
+    def _solve(
+        self, solve: Callable[[Layer], Fitted], layers: Sequence[Layer]
+    ) -> Solved[dict[str, Fitted]]:
         """Every process fits its share of the layers; all get and keep them all."""
         processes = self.plan.processes
         owners = processes.owners({layer.name: layer.solve_cost for layer in layers})
@@ -142,12 +180,25 @@ class _Fits:
         everywhere = {k: fitted for part in processes.gather(found) for k, fitted in part.items()}
         for layer in layers:
             self._keep(layer, everywhere[layer.name])
+            if self._is_complete(layer.unit):
+                members = self.plan.units[layer.unit]
+                done = {member.name: self.fitted.pop(member.name) for member in members}
+                if self.plan.owns(layer.unit):
+                    yield layer.unit, done
+
+    def _keep(self, layer: Layer, fitted: Fitted) -> None:
+        self.left.remove(layer.name)
+        self.fitted[layer.name] = fitted
+        self.streams.install(layer, fitted.tensors(layer))
+
+    def _is_complete(self, unit: str) -> bool:
+        return all(member.name in self.fitted for member in self.plan.units[unit])
 
     def _reason(self, layer: Layer) -> str | None:
         """Why a layer is not fitted to the compressed network's inputs."""
-        if self.ranks[layer.name] == DENSE or dense_reason(self.work, layer):
+        if self.stage.ranks[layer.name] == DENSE or dense_reason(self.work, layer):
             return "it stays dense"
-        return excluded(self.plan, self.work, layer)
+        return self.stage.excluded[layer.name]
 
     def _fit(
         self, drifts: Drifts | None, reasons: Mapping[str, str | None], layer: Layer
@@ -157,8 +208,9 @@ class _Fits:
             return self._plain(layer, reason)
         if drifts is None:
             return self._plain(layer, "the tokens that reach it depend on the layers before it")
+        rank = self.stage.ranks[layer.name]
         try:
-            fitted = _fit_drifts(self.plan, self.work, layer, drifts, self.ranks[layer.name])
+            fitted = _fit_drifts(self.plan, self.work, layer, drifts, rank)
         except SolveError as error:
             return self._plain(layer, f"could not be solved: {error}", failed=True)
         if fitted.facts["fallback"]:
@@ -166,24 +218,9 @@ class _Fits:
         return fitted
 
     def _plain(self, layer: Layer, reason: str, *, failed: bool = False) -> Fitted:
-        fitted = fit(self.plan, self.work, self.ranks, layer)
+        fitted = fit(self.plan, self.work, self.stage.ranks, layer)
         facts = {"sequential": False, "sequential_reason": reason, "sequential_failed": failed}
         return replace(fitted, facts=fitted.facts | facts)
-
-    def _keep(self, layer: Layer, fitted: Fitted) -> None:
-        self.left.remove(layer.name)
-        self.fitted[layer.name] = fitted
-        self.streams.install(layer, fitted.tensors(layer))
-        members = self.plan.units[layer.unit]
-        if any(member.name not in self.fitted for member in members):
-            return
-        done = {member: self.fitted.pop(member.name) for member in members}
-        tensors: dict[str, torch.Tensor] = {}
-        for member, outcome in done.items():
-            tensors |= outcome.tensors(member)
-        facts = {member.name: outcome.facts for member, outcome in done.items()}
-        if self.plan.owns(layer.unit):
-            self.work.put(self.stage, layer.unit, tensors, facts)
 
 
 def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:

@@ -28,7 +28,7 @@ from lrc_cli.quality.certificate import (
 from lrc_cli.quality.compare import scoring
 from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
 from lrc_cli.runtime.files import hash_path
-from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.text import count
 
 NUM_SELECTION = 16
@@ -41,9 +41,20 @@ PREDICTIONS = {
 Facts = Mapping[str, dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certified:
+    """The outcome of the measurements on held-out sequences."""
+
+    certificate: dict[str, Any]
+    """The `certificate` of report.json; without statements, but with a note, where the config asks
+    for none or no sequence was left."""
+    seconds: Seconds = dataclasses.field(default_factory=dict)
+    """What the measurements took, by phase."""
+
+
 def certify(
     plan: Plan, network: Network, facts: Facts, keep: Keep, progress: Progress
-) -> dict[str, Any]:
+) -> Certified:
     """Measure the written network on held-out sequences and state what follows.
 
     Args:
@@ -51,22 +62,19 @@ def certify(
         facts: of every layer, by name; `errors.held_out` is added where the layer was measured.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
 
-    Returns:
-        The `certificate` of report.json; without statements, but with a note, where the config
-        asks for none or no sequence was left.
-
     Raises:
         RunError: a network's outputs are not finite.
     """
     if plan.config.certification is None:
-        return no_certificate(NOT_ASKED)
+        return Certified(certificate=no_certificate(NOT_ASKED))
     if CERTIFICATION not in plan.sequences:
-        return no_certificate(NO_SEQUENCES)
+        return Certified(certificate=no_certificate(NO_SEQUENCES))
     loss = scoring(plan.network, next(plan.sequences[CALIBRATION].batches(1)), plan.tokenizer)
     chosen = selection_of(plan.sequences)
-    selection = _measure(plan, network, facts, chosen, loss, keep, progress, "selection")
+    selection, took = _measure(plan, network, facts, chosen, loss, keep, progress, "selection")
     drawn = plan.sequences[CERTIFICATION]
-    found = _measure(plan, network, facts, drawn, loss, keep, progress, CERTIFICATION)
+    found, more = _measure(plan, network, facts, drawn, loss, keep, progress, CERTIFICATION)
+    seconds = took | more
     errors = _errors(found, facts)
     tolerances = tolerances_of(_errors(selection, facts))
     tolerances = {name: t for name, t in tolerances.items() if name in errors}
@@ -77,8 +85,9 @@ def certify(
     header = _header(plan, drawn, chosen, loss)
     header["not_covered"] = [name for name in factorised if name not in tolerances]
     if not found.values and not tolerances:
-        return no_certificate("none could be issued: nothing could be measured by sequence")
-    return make_certificate(
+        why = "none could be issued: nothing could be measured by sequence"
+        return Certified(certificate=no_certificate(why), seconds=seconds)
+    certificate = make_certificate(
         found.values,
         {name: errors[name] for name in tolerances},
         clips=clips_of(selection.values),
@@ -87,6 +96,7 @@ def certify(
         quantile=plan.config.certification.quantile,
         header=header,
     )
+    return Certified(certificate=certificate, seconds=seconds)
 
 
 def held_out(errors: LayerErrors, tolerance: float, worst: float) -> dict[str, Any]:
@@ -122,9 +132,10 @@ def _measure(
     keep: Keep,
     progress: Progress,
     name: str,
-) -> Measured:
+) -> tuple[Measured, Seconds]:
+    """What was measured, and the seconds that it took, by phase."""
     with progress.phase(name, len(sequences)) as phase:
-        return measure(
+        measured = measure(
             plan.network,
             network,
             sequences,
@@ -136,6 +147,7 @@ def _measure(
             keep=keep,
             processes=plan.processes,
         )
+    return measured, phase.timing
 
 
 def _factorised(plan: Plan, facts: Facts) -> list[Layer]:

@@ -32,16 +32,20 @@ from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
 from lrc_cli.runtime.files import copy_file, write_json, write_text
 from lrc_cli.runtime.memory import peak_memory
-from lrc_cli.runtime.progress import Progress
+from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.runtime.spill import HostMemory
 
 
 def write_checkpoint(
     plan: Plan, work: WorkDirectory, stage: str, directory: Path, progress: Progress
-) -> None:
-    """Stream the compressed weights and everything that belongs to them into a directory."""
+) -> Seconds:
+    """Stream the compressed weights and everything that belongs to them into a directory.
+
+    Returns:
+        The seconds that it took, by phase.
+    """
     entries = list(_entries(plan, work, stage))
-    with progress.phase("writing", 1):
+    with progress.phase("writing", 1) as phase:
         metadata = {
             "format_version": FORMAT_VERSION,
             "tool_version": __version__,
@@ -57,6 +61,7 @@ def write_checkpoint(
         for file in plan.source.side_files():
             copy_file(file, directory / file.relative_to(plan.source.path))
         write_text(directory / "lrc.yaml", to_yaml(plan.config))
+    return phase.timing
 
 
 def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[str, Any]]:
@@ -174,6 +179,7 @@ def finish_output(
     stage: str,
     directory: Path,
     sequential: dict[str, Any],
+    seconds: Seconds,
     progress: Progress,
 ) -> dict[str, Any]:
     """Reload what was written, check and measure it, and write the report and the manifest.
@@ -183,9 +189,10 @@ def finish_output(
     Args:
         directory: what `write_checkpoint` wrote into.
         sequential: whether the layers were fitted sequentially, and why.
+        seconds: what the phases until now took, for the report.
     """
     written = open_source(directory, factorised=True)
-    with progress.phase("verification", 1):
+    with progress.phase("verification", 1) as phase:
         plan.processes.from_first(lambda: _check_written(written, plan.config.output.dtype))
         module, written = open_module(
             written,
@@ -195,9 +202,11 @@ def finish_output(
         network = make_network(module, device=plan.device, dtype=plan.network.dtype)
         _check_forward(network, plan)
     memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    quality = _measure(plan, network, memory, progress)
+    seconds = seconds | phase.timing
+    quality, took = _measure(plan, network, memory, progress)
+    seconds |= took
     facts = {name: fact for unit in plan.units for name, fact in work.facts(stage, unit).items()}
-    certificate = certify(plan, network, facts, memory.keep, progress)
+    certified = certify(plan, network, facts, memory.keep, progress)
     report = build_report(
         plan,
         layers=facts,
@@ -205,11 +214,11 @@ def finish_output(
         sequential=sequential,
         written=written,
         quality=quality,
-        certificate=certificate,
+        certificate=certified.certificate,
         worst_case=worst_case(
             plan.network.module, network.module, plan.sequences[CALIBRATION].inputs
         ),
-        seconds=progress.seconds,
+        seconds=seconds | certified.seconds,
         memory=peak_memory(plan.device),
     )
     report["gates"] = check_gates(plan.config.gates, report)
@@ -255,10 +264,11 @@ def _check_forward(network: Network, plan: Plan) -> None:
 
 def _measure(
     plan: Plan, network: Network, memory: HostMemory, progress: Progress
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Seconds]:
+    """A row for every text, and the seconds that they took, by phase."""
     names = plan.evaluation_names
     if not names:
-        return []
+        return [], {}
     probe = next(plan.sequences[names[0]].batches(1))
     loss = scoring(plan.network, probe, plan.tokenizer)
     rows = []
@@ -277,7 +287,7 @@ def _measure(
             )
             data = {"population": sequences.population, "sha256": sequences.sha256}
             rows.append({"text": name, **row, **data})
-    return rows
+    return rows, phase.timing
 
 
 def read_report(directory: Path) -> dict[str, Any]:

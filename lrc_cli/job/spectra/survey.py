@@ -1,35 +1,42 @@
 """Phase one, eigenproblems: what is known of every layer at every rank, and where it lies."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from lrc_cli.engine import Errors, References, SolveError, Survey, survey
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.spectra.solve import solve_cost, solve_units, weight_of
+from lrc_cli.job.spectra.solve import weight_of
+from lrc_cli.job.stage import LayerStage
 from lrc_cli.job.statistics.collect import read_statistics
 from lrc_cli.job.work import SURVEYS, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
-from lrc_cli.runtime.progress import Progress
 
 SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "zero"
 
 
-def survey_layers(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
-    """The surveys of every unit that has none yet."""
-    todo = work.missing(SURVEYS, plan.units)
-    if not todo:
-        return
-    own = list(filter(plan.owns, todo))
-    cost = solve_cost(x for unit in own for x in plan.units[unit])
-    with progress.phase("spectra", cost) as phase:
-        for unit, solved in solve_units(plan, own, partial(_survey, plan, work)):
-            tensors = {key: tensor for found, _ in solved.values() for key, tensor in found.items()}
-            reasons = {name: reason for name, (_, reason) in solved.items() if reason}
-            work.put(SURVEYS, unit, tensors, {"dense": reasons})
-            phase.advance(solve_cost(plan.units[unit]))
-    plan.processes.wait()
+class SpectraStage(LayerStage[tuple[Tensors, str]]):
+    """What is known of every layer at every rank.
+
+    A layer's result: the tensors of its survey, or none and the reason why the layer stays dense.
+    """
+
+    name = "spectra"
+
+    def __init__(self, plan: Plan, work: WorkDirectory) -> None:
+        super().__init__(plan, work, SURVEYS)
+
+    def solve(self, layer: Layer) -> tuple[Tensors, str]:
+        """See LayerStage."""
+        return _survey(self.plan, self.work, layer)
+
+    def contents(
+        self, unit: str, results: Mapping[str, tuple[Tensors, str]]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """See LayerStage."""
+        tensors = {key: tensor for found, _ in results.values() for key, tensor in found.items()}
+        return tensors, {"dense": {name: reason for name, (_, reason) in results.items() if reason}}
 
 
 def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str]:

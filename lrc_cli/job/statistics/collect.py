@@ -1,6 +1,7 @@
 """Phase one, data: which statistics are missing, one pass that collects them, where they lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lrc_cli.execution.chain import Segment
 from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.execution.segments import Cut, find_cut
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.statistics.sweep import Job, Sweep
 from lrc_cli.job.work import (
@@ -31,45 +33,108 @@ from lrc_cli.runtime.spill import HostMemory
 MICRO_BATCH_TOKENS = 2048
 
 
-def collect_statistics(plan: Plan, work: WorkDirectory, progress: Progress) -> None:
-    """Gram matrices of every unit that has none yet, in one pass over the calibration data."""
-    missing = {unit: plan.units[unit] for unit in work.missing(STATISTICS, plan.units)}
-    for unit, layers in missing.items():
-        if plan.owns(unit) and not any(is_measured(plan, layer) for layer in layers):
-            work.put(STATISTICS, unit, {}, _facts(layers, {}, None))
-    measured = [x for layers in missing.values() for x in layers if is_measured(plan, x)]
-    if measured:
-        _measure(plan, work, missing, measured, progress)
-    work.drop(PASSING)
+Prepare = Callable[[Sequence[Layer]], tuple[Job, "Parts"]]
+"""The pass that measures some layers, and what makes parts of units of its outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one segment says about a unit: the moments of the unit's layers that run there."""
+
+    stage: str
+    """Where it waits for other parts of the unit."""
+    others: Sequence[str]
+    """Where the other parts lie, one for each other segment in which layers of the unit run."""
+    tensors: Tensors
+    layers: Mapping[str, Any]
+    """Facts by layer name."""
+    loss: Loss | None
+
+
+UNMEASURED = Part(stage="", others=(), tensors={}, layers={}, loss=None)
+"""What is known about a unit that no layer's method needs data for."""
+
+
+class StatisticsStage(Stage[Part]):
+    """Gram matrices of every layer's inputs, and of the gradients by its outputs where its method
+    asks for them, in one pass over the calibration data.
+
+    All processes measure every unit, each on its share of the data.
+
+    Args:
+        prepare: called once, with the layers to measure, if there are any.
+        store_every: see Sweep.
+    """
+
+    name = "statistics"
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: WorkDirectory,
+        prepare: Prepare,
+        *,
+        store_every: float | None = None,
+    ) -> None:
+        super().__init__(work, STATISTICS, plan.units)
+        self.plan, self.prepare, self.store_every = plan, prepare, store_every
+
+    def task(self, units: Sequence[str]) -> Task[Part]:
+        """See Stage."""
+        members = self.plan.units
+        layers = [x for unit in units for x in members[unit] if is_measured(self.plan, x)]
+        measured = {layer.unit for layer in layers}
+        others = [unit for unit in units if unit not in measured and self.plan.owns(unit)]
+        if not layers:
+            return Task(cost=0.0, solve=lambda _: _unmeasured(others))
+        job, parts = self.prepare(layers)
+        memory = HostMemory(self.plan.config.runtime.memory_bytes, self.work.root)
+        sweep = Sweep(
+            job,
+            self.work,
+            finished=parts.has,
+            keep=memory.keep,
+            store_every=self.store_every,
+        )
+
+        def solve(advance: Advance) -> Solved[Part]:
+            yield from _unmeasured(others)
+            for segment, moments in sweep.run(advance):
+                yield from parts.of(segment, moments)
+                del moments  # they leave memory before the next segment is measured
+
+        return Task(cost=sweep.cost, solve=solve)
+
+    def store(self, unit: str, outcome: Part) -> None:
+        """Store a part of a unit, or the whole unit with the last part."""
+        if not all(self.work.has(stage, unit) for stage in outcome.others):
+            self.work.put(outcome.stage, unit, outcome.tensors, outcome.layers)
+            return
+        tensors, measured = outcome.tensors, dict(outcome.layers)
+        for stage in outcome.others:
+            more, more_facts = self.work.get(stage, unit)
+            tensors, measured = tensors | more, measured | more_facts
+        facts = _facts(self.plan.units[unit], measured, outcome.loss)
+        self.work.put(STATISTICS, unit, tensors, facts)
+
+    def close(self) -> None:
+        """See Stage."""
+        self.work.drop(PASSING)
+
+
+def _unmeasured(units: Sequence[str]) -> Solved[Part]:
+    for unit in units:
+        yield unit, UNMEASURED
 
 
 def is_measured(plan: Plan, layer: Layer) -> bool:
     return "gram" in plan.of(layer).solver.needs
 
 
-def _measure(
-    plan: Plan,
-    work: WorkDirectory,
-    units: Mapping[str, list[Layer]],
-    layers: Sequence[Layer],
-    progress: Progress,
-) -> None:
-    """Collect the Gram matrices of `layers` and store them with those of their units."""
-    job, store = prepare(plan, work, units, layers, progress)
-    memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
-    sweep = Sweep(job, work, finished=store.has, finish=store.put, keep=memory.keep)
-    with progress.phase("statistics", sweep.cost) as phase:
-        sweep.run(phase.advance)
-
-
 def prepare(
-    plan: Plan,
-    work: WorkDirectory,
-    units: Mapping[str, list[Layer]],
-    layers: Sequence[Layer],
-    progress: Progress,
-) -> tuple[Job, "UnitStore"]:
-    """The pass that measures `layers`, and what stores its outcome by `units`."""
+    plan: Plan, work: WorkDirectory, progress: Progress, layers: Sequence[Layer]
+) -> tuple[Job, "Parts"]:
+    """The pass that measures `layers`, and what makes parts of units of its outcome."""
     graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
@@ -87,7 +152,7 @@ def prepare(
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    return job, UnitStore(plan, work, units, cut, loss)
+    return job, Parts(plan, work, cut, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -114,22 +179,14 @@ def _facts(
     }
 
 
-class UnitStore:
-    """Stores segments' statistics by unit.
+class Parts:
+    """Makes parts of units of what a pass measures, segment by segment.
 
     A unit whose layers run in several segments waits, in the stage PARTS, for the last of them.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        work: WorkDirectory,
-        units: Mapping[str, list[Layer]],
-        cut: Cut,
-        loss: Loss | None,
-    ) -> None:
-        self.plan, self.work, self.units = plan, work, units
-        self.cut, self.loss = cut, loss
+    def __init__(self, plan: Plan, work: WorkDirectory, cut: Cut, loss: Loss | None) -> None:
+        self.plan, self.work, self.cut, self.loss = plan, work, cut, loss
 
     def has(self, segment: Segment) -> bool:
         """Whether the segment was measured."""
@@ -138,11 +195,11 @@ class UnitStore:
             for unit in {layer.unit for layer in segment.layers}
         )
 
-    def put(self, segment: Segment, moments: Moments) -> None:
-        """Store what all processes have measured in a segment: each unit by its owner.
+    def of(self, segment: Segment, moments: Moments) -> Iterator[tuple[str, Part]]:
+        """What all processes have measured in a segment: each unit's part, at the unit's owner.
 
         Raises:
-            RunError: it is not finite, or the disk is full.
+            RunError: it is not finite.
         """
         units = {layer.name: layer.unit for layer in segment.layers}
         owners = {name: self.plan.owners[unit] for name, unit in units.items()}
@@ -150,25 +207,23 @@ class UnitStore:
         for unit in filter(self.plan.owns, dict.fromkeys(units.values())):
             layers = [layer for layer in segment.layers if layer.unit == unit]
             moments.check_finite([layer.name for layer in layers])
-            tensors = _packed(layers, moments)
-            facts = {layer.name: self._fact(layer.name, units, moments) for layer in layers}
-            self._put_unit(segment, unit, tensors, facts)
+            yield (
+                unit,
+                Part(
+                    stage=_parts(segment),
+                    others=self._others(segment, unit),
+                    tensors=_packed(layers, moments),
+                    layers={layer.name: self._fact(layer.name, units, moments) for layer in layers},
+                    loss=self.loss,
+                ),
+            )
 
-    def _put_unit(
-        self, segment: Segment, unit: str, tensors: Tensors, facts: dict[str, Any]
-    ) -> None:
-        others = [
+    def _others(self, segment: Segment, unit: str) -> list[str]:
+        return [
             _parts(other)
             for other in self.cut.segments
             if other is not segment and any(layer.unit == unit for layer in other.layers)
         ]
-        if not all(self.work.has(stage, unit) for stage in others):
-            self.work.put(_parts(segment), unit, tensors, facts)
-            return
-        for stage in others:
-            more, more_facts = self.work.get(stage, unit)
-            tensors, facts = tensors | more, facts | more_facts
-        self.work.put(STATISTICS, unit, tensors, _facts(self.units[unit], facts, self.loss))
 
     def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
         """Where a layer's Gram matrices lie: that of its inputs is stored once, with the leader."""

@@ -16,9 +16,8 @@ together. Nothing depends on how many they are, so others may go on.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +41,8 @@ from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 
+Measured = Generator[tuple[Segment, Moments], None, None]
+"""Segments with the moments that one process has summed in them."""
 STORE_EVERY = 10.0
 """Seconds: what a run that goes on may have to run through again, beside the segment it was in."""
 BACKWARD_COST = 3.0
@@ -67,12 +68,74 @@ class Job:
     center: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What a pass has left to do: numbers of segments."""
+
+    unfinished: Collection[int]
+    """To be measured."""
+    forward: range
+    """To be run forwards, in this order."""
+    backward: range
+    """To be run again with gradients, and backwards: last to first."""
+
+
+def first_graded(job: Job) -> int:
+    """The number of the first segment that is measured backwards; of all, if none is."""
+    graded = (i for i, segment in enumerate(job.segments) if graded_layers(job, segment))
+    return min(graded, default=len(job.segments))
+
+
+def graded_layers(job: Job, segment: Segment) -> list[Layer]:
+    """The segment's layers whose output gradients are measured."""
+    return [layer for layer in segment.layers if layer.name in job.graded]
+
+
+def way_of(
+    job: Job, finished: Callable[[Segment], bool], has: Callable[[str, Segment], bool]
+) -> Way:
+    """What is left of a pass.
+
+    Args:
+        finished: whether a segment was measured before.
+        has: whether an earlier run has stored the INPUTS or GRADIENTS of a segment.
+    """
+    segments = enumerate(job.segments)
+    unfinished = {i for i, x in segments if x.layers and not finished(x)}
+    return Way(
+        unfinished=unfinished,
+        forward=_forward(job, unfinished, has),
+        backward=_backward(job, unfinished, has),
+    )
+
+
+def _forward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment], bool]) -> range:
+    segments, first = job.segments, first_graded(job)
+    if any(has(GRADIENTS, segment) for segment in segments):
+        return range(0)
+    end = len(segments) - 1
+    if first == len(segments):
+        end = max(i for i, segment in enumerate(segments) if segment.layers) + 1
+    latest = min([*(i for i in unfinished if i < first), end, len(segments) - 1])
+    known = [i for i in range(latest + 1) if has(INPUTS, segments[i])]
+    return range(max(known, default=0), end)
+
+
+def _backward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment], bool]) -> range:
+    """Last to first."""
+    segments, first = job.segments, first_graded(job)
+    start = max((i for i in unfinished if i >= first), default=first - 1)
+    # A segment with no layer to measure leaves nothing but the gradient.
+    while first <= start < len(segments) - 1 and not has(GRADIENTS, segments[start + 1]):
+        start += 1
+    return range(start, first - 1, -1)
+
+
 class Sweep:
     """The pass over the data.
 
     Args:
         finished: whether a segment was measured before.
-        finish: called with a measured segment, once, by all processes.
         keep: what becomes of tensors between two segments; see `HostMemory.keep`.
         store_every: in place of STORE_EVERY.
     """
@@ -83,12 +146,10 @@ class Sweep:
         work: WorkDirectory,
         *,
         finished: Callable[[Segment], bool],
-        finish: Callable[[Segment, Moments], None],
         keep: Keep = torch.Tensor.detach,
         store_every: float | None = None,
     ) -> None:
-        self.job, self.work, self.finished, self.finish = job, work, finished, finish
-        self.keep = keep
+        self.job, self.work, self.keep = job, work, keep
         self.store_every = STORE_EVERY if store_every is None else store_every
         self.gradients: dict[int, Tensors] = {}
         """By micro-batch, those by the input of the segment that ran backwards last."""
@@ -105,43 +166,8 @@ class Sweep:
         self.walk = Walk(job.network, job.chain, [batch for batch, _ in prepared], keep)
         self.own = work.processes.share(len(prepared))
         """Numbers of the micro-batches that are this process's."""
-        self.unfinished, self.forward, self.backward = work.processes.from_first(self._left)
-
-    @cached_property
-    def first_graded(self) -> int:
-        """The number of the first segment that is measured backwards; of all, if none is."""
-        segments = self.job.segments
-        graded = (i for i, s in enumerate(segments) if any(self._graded(s)))
-        return min(graded, default=len(segments))
-
-    def _graded(self, segment: Segment) -> list[Layer]:
-        return [layer for layer in segment.layers if layer.name in self.job.graded]
-
-    def _left(self) -> tuple[set[int], range, range]:
-        """Numbers of the segments that are left to measure, to walk through, to run backwards."""
-        segments = enumerate(self.job.segments)
-        unfinished = {i for i, x in segments if x.layers and not self.finished(x)}
-        return unfinished, self._forward(unfinished), self._backward(unfinished)
-
-    def _forward(self, unfinished: Collection[int]) -> range:
-        segments, first = self.job.segments, self.first_graded
-        if any(self._has(GRADIENTS, segment) for segment in segments):
-            return range(0)
-        end = len(segments) - 1
-        if first == len(segments):
-            end = max(i for i, segment in enumerate(segments) if segment.layers) + 1
-        latest = min([*(i for i in unfinished if i < first), end, len(segments) - 1])
-        known = [i for i in range(latest + 1) if self._has(INPUTS, segments[i])]
-        return range(max(known, default=0), end)
-
-    def _backward(self, unfinished: Collection[int]) -> range:
-        """Last to first."""
-        segments, first = self.job.segments, self.first_graded
-        start = max((i for i in unfinished if i >= first), default=first - 1)
-        # A segment with no layer to measure leaves nothing but the gradient.
-        while first <= start < len(segments) - 1 and not self._has(GRADIENTS, segments[start + 1]):
-            start += 1
-        return range(start, first - 1, -1)
+        self.first_graded = first_graded(job)
+        self.way = work.processes.from_first(lambda: way_of(job, finished, self._has))
 
     def _has(self, stage: str, segment: Segment) -> bool:
         stage = f"{stage}/{segment.name}"
@@ -163,8 +189,8 @@ class Sweep:
     @property
     def cost(self) -> float:
         """Of what is left to do, in the unit of `advance`."""
-        forward = sum(self._cost(i) for i in self.forward)
-        return forward + BACKWARD_COST * sum(self._cost(i) for i in self.backward)
+        forward = sum(self._cost(i) for i in self.way.forward)
+        return forward + BACKWARD_COST * sum(self._cost(i) for i in self.way.backward)
 
     def _cost(self, number: int) -> float:
         """Of one segment's forward run, over all data: multiplications per token."""
@@ -174,41 +200,47 @@ class Sweep:
         blocks = sum(_num_parameters(module.get_submodule(x)) for x in self.job.chain.names)
         return float(_num_parameters(module) - blocks) if name != HEAD else 1.0
 
-    def run(self, advance: Callable[[float], None]) -> None:
+    def run(self, advance: Callable[[float], None]) -> Measured:
         """Measure what is left.
 
         Args:
             advance: called with the cost of every step that is done.
 
+        Yields:
+            Every measured segment with what this process has summed. The segment must be stored
+            before the next one is asked for: what it was measured on is deleted then.
+
         Raises:
             RunError: an activation or a gradient is NaN or infinite, or the disk is full.
         """
-        if self.job.chain.names and (not self.forward or self.forward.start):
+        if self.job.chain.names and (not self.way.forward or self.way.forward.start):
             self._enter()
         with Background(self.work) as aside:
-            for number in self.forward:
-                self._walk(number, aside, advance)
+            for number in self.way.forward:
+                yield from self._walk(number, aside, advance)
             self.walk.hidden.clear()
-            for number in self.backward:
-                self._return(number, aside, advance)
+            for number in self.way.backward:
+                yield from self._return(number, aside, advance)
 
     def _enter(self) -> None:
         """Bring the walk to where an earlier run has come."""
         for index in self.own:
             self.walk.run(self.job.segments[0], index)
-            if self.forward:
-                self.walk.hidden[index] = self._input(self.job.segments[self.forward.start], index)
+            if self.way.forward:
+                self.walk.hidden[index] = self._input(
+                    self.job.segments[self.way.forward.start], index
+                )
 
     def _input(self, segment: Segment, index: int) -> torch.Tensor:
         return self.work.get(f"{INPUTS}/{segment.name}", str(index))[0]["hidden"]
 
-    def _walk(self, number: int, aside: Background, advance: Callable[[float], None]) -> None:
+    def _walk(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
         """Run a segment forwards; measure it if no gradients are wanted of it."""
         segments, is_before = self.job.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
-        measures = is_before and number in self.unfinished
+        measures = is_before and number in self.way.unfinished
         returns = number + 1 >= self.first_graded
-        stores = returns or (number + 1 in self.forward and self._is_due())
+        stores = returns or (number + 1 in self.way.forward and self._is_due())
         moments = self._moments(segment)
         for index in self.own:
             masks = masks_of(self.walk.batches[index])
@@ -223,14 +255,14 @@ class Sweep:
             advance(self._cost(number) / len(self.own))
         aside.flush()
         if measures:
-            self.finish(segment, moments)
+            yield segment, moments
         if is_before:
             self.work.processes.wait()
             self._passed.append((INPUTS, segment))
             if stores:
                 self._forget_passed()
 
-    def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> None:
+    def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
         """Run a segment again with gradients, and backwards, and measure it."""
         segments, first = self.job.segments, self.first_graded
         segment, above = segments[number], segments[number + 1 : number + 2]
@@ -253,8 +285,8 @@ class Sweep:
                 aside.put(stage, str(index), self.gradients[index], {})
             advance(BACKWARD_COST * self._cost(number) / len(self.own))
         aside.flush()
-        if number in self.unfinished:
-            self.finish(segment, moments)
+        if number in self.way.unfinished:
+            yield segment, moments
         # Nobody's inputs go before the segment is stored: the next run would miss them.
         self.work.processes.wait()
         self._passed += [(INPUTS, segment), *((GRADIENTS, follower) for follower in above)]
@@ -271,7 +303,7 @@ class Sweep:
     ) -> Tensors:
         """One micro-batch: from the gradients by its output to those by `hidden`, by probe."""
         loss, network, segment = self.job.loss, self.job.network, self.job.segments[number]
-        layers = segment.layers if number in self.unfinished else []
+        layers = segment.layers if number in self.way.unfinished else []
         below: Tensors = {}
         assert loss is not None
         masks = masks_of(self.walk.batches[index])
@@ -310,7 +342,7 @@ class Sweep:
             yield output, None if gradient is None else gradient.to(output.device, copy=True)
 
     def _moments(self, segment: Segment) -> Moments:
-        graded, device = self._graded(segment), self.job.network.device
+        graded, device = graded_layers(self.job, segment), self.job.network.device
         return Moments(self.job.leaders, graded, device, center=self.job.center)
 
 
