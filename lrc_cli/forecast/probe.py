@@ -1,7 +1,7 @@
 """What was measured of a job, and its solves: the layers of one unit of every kind.
 
-What the solves work on are the statistics that `passing.py` has collected from a few micro-batches,
-or the job's own where it has them.
+The solves work on the statistics that `data_pass.py` has collected from a few micro-batches, or on
+the job's own where it has them.
 """
 
 import tempfile

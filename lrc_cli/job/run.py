@@ -128,9 +128,7 @@ def _write(
         seconds |= processes.from_first(
             lambda: write_checkpoint(plan, work, folder, directory, progress)
         )
-        report = finish_output(
-            plan, work, folder, directory, decision.facts(), seconds, progress
-        )
+        report = finish_output(plan, work, folder, directory, decision.facts(), seconds, progress)
     _say_what_failed(report, progress)
     return report
 

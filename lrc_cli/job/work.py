@@ -1,7 +1,7 @@
 """The work directory: one atomic file per finished unit, so that nothing is computed twice.
 
     <root>/fingerprint.json            what the statistics were collected on
-    <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and gather.py
+    <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and collect.py
     <root>/run.log                     what the runs have said, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/surveys/<unit>              what does not depend on a layer's rank: eigenvalues,
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
 STATISTICS, SURVEYS = "statistics", "surveys"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
-"""On the way to the statistics: see sweep.py and gather.py. Deleted as soon as they are used."""
+"""On the way to the statistics: see sweep.py and collect.py. Deleted as soon as they are used."""
 SHARED = STATISTICS, SURVEYS
 """What every size uses again."""
 MOST_WAITING = 2
