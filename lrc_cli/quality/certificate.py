@@ -1,6 +1,6 @@
 """From values per sequence to statements that hold together at a confidence (docs/theory.md, C2).
 
-Pure: no networks, no files. The bounds are `engine/bounds.py`'s, the words `report/sentences.py`'s.
+Pure: no networks, no files. The bounds come from engine/bounds.py, the words from sentences.py.
 M statements are made at (1 - confidence) / M each, so that by the union bound all of them hold
 together with the probability `confidence` over the draw of the sequences.
 """

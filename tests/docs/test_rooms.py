@@ -131,3 +131,29 @@ def test_verification_reaches_nothing_that_it_checks() -> None:
     starts = {module for module in modules() if room(module) == "verify"}
     found = {room(module) for module in reached(starts)}
     assert "verify" in found and not found & {"engine", "job", "forecast", "commands"}
+
+
+def there() -> set[str]:
+    """The package's files and folders, and the tests of the documentation, as paths after "/"."""
+    files = {"/" + file.relative_to(PACKAGE).as_posix() for file in modules().values()}
+    files |= {"/" + file.relative_to(ROOT).as_posix() for file in ROOT.glob("tests/docs/*.py")}
+    return files | {f"{file.rpartition('/')[0]}/" for file in files} | {"/lrc_cli/", "/tests/"}
+
+
+def is_there(name: str) -> bool:
+    return any(file.endswith(f"/{name}") for file in there())
+
+
+def test_every_file_and_folder_that_the_page_names_is_there() -> None:
+    """A page that leads a newcomer from file to file must not send anybody to a file that moved."""
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", PAGE.read_text("utf-8")))
+    assert len(named) > 15 and sorted(filter(lambda name: not is_there(name), named)) == []
+
+
+def test_every_file_that_the_code_names_is_there() -> None:
+    named = {
+        (module, name)
+        for module, file in modules().items()
+        for name in re.findall(r"\b[\w/]+\.py\b", file.read_text("utf-8"))
+    }
+    assert len(named) > 15 and sorted(x for x in named if not is_there(x[1])) == []

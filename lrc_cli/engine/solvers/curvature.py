@@ -4,7 +4,7 @@ F is damped by 1e-3 of its mean eigenvalue and handled as mean * (normalised mat
 gradients are tiny (F is about 1e-12). Where no gradient ever arrived (F = 0) the normalised
 matrix is the identity and the scale 0: the solution is that of `frobenius`, at no cost.
 
-The eigenproblem is in sides.py.
+The eigenproblem is in weighted.py.
 """
 
 import torch

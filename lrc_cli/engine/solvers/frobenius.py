@@ -1,7 +1,7 @@
 """D0': min over rank(Z) <= r of ||(W - Z) X||_F^2 / T, with no inverse of the Gram matrix.
 
 Z = U U^T W with U the leading eigenvectors of W G W^T; the error is the sum of the remaining
-eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input side (sides.py).
+eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input side (weighted.py).
 """
 
 from lrc_cli.engine.problem import Metric, Statistics, required

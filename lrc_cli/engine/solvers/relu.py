@@ -30,7 +30,7 @@ class Rectified(Approximation):
     """The problem of one layer, which keeps its own bias if it has one and gains none.
 
     A matrix is judged with the best bias found for it, rounded as it will be stored: the layer's
-    own, the one that keeps the mean outputs, and what a few steps make of them (rectifier.py).
+    own, the one that keeps the mean outputs, and what a few steps make of them (relu_errors.py).
 
     Args:
         weight: W (m, n), any floating dtype.

@@ -2,7 +2,7 @@
 
 With Y = relu(W X + b) and Q = Z X + b^, per token and with a ridge l as for sequential fitting:
 
-    h(Z) = min over b^ of sum L(Q) / T  +  l/2 ||S (W - Z)||_F^2  convex, L as in rectifier.py
+    h(Z) = min over b^ of sum L(Q) / T  +  l/2 ||S (W - Z)||_F^2  convex, L as in relu_errors.py
     P(Z) = h(Z) + c ||Z R||_*                                     R R^T = G + l I, G around the mean
 
 S^2 is the diagonal matrix of the shares of tokens for which an output is alive, so that the ridge,

@@ -6,7 +6,7 @@ in groups that read one input, in the order in which they run: both networks run
 its moments are summed, the group is fitted and becomes low-rank in the compressed network.
 
 No layer is fitted in this way to the sequences that are held back: on them each measures how much
-of the drift of its inputs it can really make up for (`engine/sequential.py`). The ranks, the
+of the drift of its inputs it can really make up for (engine/solvers/sequential.py). The ranks, the
 moments of gradients and the layers that are fitted plainly come from all sequences.
 """
 
