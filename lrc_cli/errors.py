@@ -1,4 +1,4 @@
-"""Errors a user can mend: a cause, a remedy and the exit code of `lrc`."""
+"""Errors that a user can mend have a cause, a remedy and an exit code of `lrc`."""
 
 
 class LrcError(Exception):
@@ -6,7 +6,7 @@ class LrcError(Exception):
 
     Args:
         message: the cause, in one sentence without a full stop.
-        remedy: what the user can do about it, or None where there is nothing to add.
+        remedy: the user's next step, or None where there is nothing to add.
     """
 
     exit_code = 1
@@ -30,7 +30,7 @@ class RunError(LrcError):
 
 
 class GateMissed(LrcError):
-    """The output is written, and misses a gate that the config sets."""
+    """The output is written, and misses a gate of the config."""
 
     exit_code = 3
 
@@ -42,7 +42,7 @@ class StrictFallback(LrcError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU torch raises a class of its own, on a CPU none."""
+    """Whether memory ran out. torch has a class for this error on a GPU, but not on a CPU."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return named or "DefaultCPUAllocator" in str(error)
 

@@ -1,16 +1,16 @@
-"""Numbers, sizes, names and errors in words: the one place that rounds what people read."""
+"""Numbers, sizes, names and errors become words here, the only place that rounds for people."""
 
 import math
 from typing import Any
 
 EMPTY = "–"  # noqa: RUF001 - an en dash, in table cells that have nothing to say
-"""Stands for a value that was not measured or does not apply."""
+"""The sign for a value that was not measured or does not apply."""
 
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def byte_size(value: float | None) -> str:
-    """Bytes in decimal units with three or four digits: 1534705664 -> "1.53 GB"."""
+    """A number of bytes in decimal units with three or four digits: 1534705664 -> "1.53 GB"."""
     if value is None:
         return EMPTY
     power = 0
@@ -26,24 +26,24 @@ def count(value: int | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share: 0.79779 -> "79.8%"; what is not zero never reads as zero."""
+    """A share: 0.79779 -> "79.8%". A share above zero never reads as zero."""
     if value is None:
         return EMPTY
     return "<0.1%" if 0 < value < 0.0005 else f"{value:.1%}"
 
 
 def small(value: float | None) -> str:
-    """An error or a divergence, three significant digits."""
+    """An error or a divergence with three significant digits."""
     return EMPTY if value is None else _finite(value, f"{value:.3g}")
 
 
 def layer_error(value: float | None, floor: float = 0.0) -> str:
-    """An error of a layer; below the numerical floor only that it is below is known."""
+    """An error of a layer. Below the numerical floor the text says only that it is below."""
     return f"< {small(floor)}" if value is not None and value < floor else small(value)
 
 
 def error_gap(stored: float | None, optimum: float | None, floor: float = 0.0) -> str:
-    """What an error is above its optimum, and in relation to it: "0.0002 (+1.7%)"."""
+    """The difference of an error and its optimum, and the relative one: "0.0002 (+1.7%)"."""
     if stored is None or optimum is None:
         return EMPTY
     if max(stored, optimum) < floor:
@@ -53,7 +53,7 @@ def error_gap(stored: float | None, optimum: float | None, floor: float = 0.0) -
 
 
 def perplexity(value: float | None) -> str:
-    """20.4371 -> "20.44"; from a thousand on without a fraction, from ten millions on 1.7e+07."""
+    """A perplexity: 20.4371 -> "20.44"; no fraction from 1000 on, an exponent from 1e7 on."""
     if value is None:
         return EMPTY
     if value < 1000:
@@ -69,7 +69,7 @@ def factor(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Wall time: 7.888 -> "7.9 s", 371 -> "6 min 11 s", 7300 -> "2 h 2 min"."""
+    """A wall time: 7.888 -> "7.9 s", 371 -> "6 min 11 s", 7300 -> "2 h 2 min"."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

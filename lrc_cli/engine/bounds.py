@@ -1,8 +1,9 @@
-"""Upper confidence bounds from a random draw of sequences: of a quantile, and of a mean.
+"""A random draw of sequences gives upper confidence bounds of a quantile and of a mean.
 
-The unit is the sequence, never the token. Every bound holds with probability 1 - delta over the
-draw, for any population: `population` is its size where sequences are drawn uniformly without
-replacement, None where they are independent. Orders are found in exact arithmetic.
+The draw counts sequences, never tokens. Every bound holds with probability 1 - delta over the
+draw, for any population. `population` is the size of the population where sequences are drawn
+uniformly without replacement, and None where draws are independent. Orders are found in exact
+arithmetic.
 """
 
 import math
@@ -12,12 +13,12 @@ from fractions import Fraction
 from itertools import accumulate
 
 BISECTION_WIDTH = 1e-10
-"""Of a mean bound, as a share of the interval that the values lie in."""
+"""The width at which the bisection of a mean bound ends, as a share of the values' interval."""
 _KAPPA = 7 / 3 + 3 / math.sqrt(2)
 
 
 def sequences_needed(quantile: float, delta: float) -> int:
-    """The smallest N with quantile^N <= delta: from fewer, even the largest value bounds nothing.
+    """The smallest N with quantile^N <= delta. From fewer values even the largest bounds nothing.
 
     Raises:
         ValueError: `quantile` or `delta` is not between 0 and 1.
@@ -32,15 +33,15 @@ def sequences_needed(quantile: float, delta: float) -> int:
 def quantile_order(
     num_drawn: int, quantile: float, delta: float, population: int | None = None
 ) -> int | None:
-    """Which of the drawn values bounds the population's quantile; None: too few were drawn.
+    """The order of the drawn value that bounds the population's quantile; None: too few draws.
 
-    The population's quantile is its smallest value that at least the share `quantile` of it does
-    not exceed. The k-th smallest of N drawn values misses it only if k of them lie below it. That
-    has at most the probability P(Bin(N, quantile) >= k) for independent draws, and without
-    replacement P(H >= k), H hypergeometric: ceil(quantile P) - 1 of the P values can lie below.
-    With a population both tails must be at most delta: the larger k is taken, so the statement
-    does not lean on the draw being without replacement. A population that was drawn whole needs
-    no probability: k = ceil(quantile P).
+    The population's quantile is the smallest value that at least the share `quantile` of the
+    population does not exceed. The k-th smallest of N drawn values misses the quantile only if k
+    drawn values lie below it. For independent draws this has at most the probability
+    P(Bin(N, quantile) >= k). Without replacement it has at most P(H >= k), H hypergeometric,
+    because ceil(quantile P) - 1 of the P values can lie below. With a population both tails must be
+    at most delta: the larger k is taken, so the statement also holds for independent draws. A
+    population that was drawn whole needs no probability: k = ceil(quantile P).
 
     Returns:
         The smallest such k, counted from 1, or None.
@@ -67,7 +68,7 @@ def quantile_bound(
 ) -> float | None:
     """An upper confidence bound of the population's quantile: the `quantile_order`-th smallest.
 
-    Nothing is assumed of the values but the draw. None: too few were drawn.
+    Nothing is assumed about the values but the draw. None: too few values were drawn.
 
     Raises:
         ValueError: as `quantile_order`, or a value is not a number.
@@ -88,14 +89,14 @@ def mean_bound(
 ) -> float:
     """An upper confidence bound of the population's mean, by betting (see `capital`).
 
-    "The mean is m" is rejected where its capital reaches 1 / delta, which by Ville's inequality has
-    at most the probability delta if it is true. The capital does not decrease in m: bisection finds
-    the smallest rejected mean, to `BISECTION_WIDTH` of upper - lower and rounded up. The bound is
-    never below the mean of the drawn values, is `upper` where nothing smaller is rejected, and is
-    the exact mean where the whole population was drawn.
+    "The mean is m" is rejected where its capital reaches 1 / delta. If the mean is m, this has at
+    most the probability delta, by Ville's inequality. The capital does not decrease in m, so
+    bisection finds the smallest rejected mean, to `BISECTION_WIDTH` of upper - lower and rounded
+    up. The bound is never below the mean of the drawn values. It is `upper` where nothing smaller
+    is rejected, and the exact mean where the whole population was drawn.
 
     Args:
-        values: in [lower, upper], in the order of the draw.
+        values: the drawn values, in [lower, upper], in the order of the draw.
         lower: a limit that was known before the draw, as is `upper`.
         population: number of sequences drawn from, without replacement; None: independent draws.
 
@@ -133,7 +134,7 @@ def capital(
     delta: float,
     population: int | None = None,
 ) -> float:
-    """The most that a gambler made who bet against means as large as `mean`, from a stake of 1.
+    """The largest capital of a gambler who bets against means as large as `mean`, from 1.
 
     Waudby-Smith & Ramdas 2020, "Estimating means of bounded random variables by betting" (and
     "Confidence sequences for sampling without replacement"). With y = (x - lower) /
@@ -146,13 +147,15 @@ def capital(
         b_i      = min(lambda_i, 0.5 / (1 - mu_i)), lambda_i where mu_i = 1
         K_t      = prod_{i<=t} (1 + b_i (mu_i - y_i))
 
-    Returned is max over t of K_t. If m is the mean, y_i has the expectation mu_i given what came
-    before it, on which b_i depends alone, so K is a martingale; b_i (1 - mu_i) <= 0.5 keeps it
-    positive. mu_i > 1: what is left cannot have that mean, the capital is infinite. mu_i < 0: m is
-    impossibly small, every later factor is below 1, and the capital keeps the most it had.
+    The function returns max over t of K_t. If m is the mean, y_i has the expectation mu_i given the
+    values before, and b_i depends on these values alone. So K is a martingale, and
+    b_i (1 - mu_i) <= 0.5 keeps K positive. Where mu_i > 1 the values that are left cannot have this
+    mean, and the capital is infinite. Where mu_i < 0 m is impossibly small, every later factor is
+    below 1, and the capital keeps its maximum.
 
-    K_t does not decrease in m, because mu_i increases and each factor does not decrease in it:
-    where b = lambda its slope is lambda, where b = 0.5 / (1 - mu) it is 0.5 (1 - y) / (1 - mu)^2.
+    K_t does not decrease in m, because mu_i increases in m and no factor decreases in mu_i. Where
+    b = lambda a factor has the slope lambda; where b = 0.5 / (1 - mu) it has the slope
+    0.5 (1 - y) / (1 - mu)^2.
 
     Raises:
         ValueError: as `mean_bound`, or `upper` is not above `lower`.
@@ -173,15 +176,16 @@ def bernstein_mean_bound(
     delta: float,
     population: int | None = None,
 ) -> float:
-    """An upper confidence bound of the mean by an empirical Bernstein inequality, to compare with.
+    """An upper confidence bound of the mean by an empirical Bernstein inequality, for comparison.
 
-    Without replacement Bardenet & Maillard 2015 (arXiv 1309.4029, theorem 4.3): with s^2 the
-    variance with 1/N, B = upper - lower and kappa = 7/3 + 3/sqrt(2),
+    Without replacement the bound is from Bardenet & Maillard 2015 (arXiv 1309.4029, theorem 4.3):
+    with s^2 the variance with 1/N, B = upper - lower and kappa = 7/3 + 3/sqrt(2),
 
         mean + s sqrt(2 rho ln(5/delta) / N) + kappa B ln(5/delta) / N,
         rho = 1 - (N - 1)/P where 2 N <= P, else (1 - N/P) (1 + 1/N).
 
-    Independent draws, Maurer & Pontil 2009 (theorem 4), with V the variance with 1/(N - 1):
+    For independent draws it is from Maurer & Pontil 2009 (theorem 4), V the variance with
+    1/(N - 1):
 
         mean + sqrt(2 V ln(2/delta) / N) + 7 B ln(2/delta) / (3 (N - 1)).
 
@@ -273,7 +277,7 @@ def _first_within(counts: Iterator[int], num_drawn: int, limit: Fraction) -> int
 
 
 def _exact(share: float) -> Fraction:
-    """The decimal that was written: 0.95 is 19/20, not the float beside it."""
+    """The fraction of the written decimal: 0.95 is 19/20, not the nearest float."""
     return Fraction(repr(float(share)))
 
 

@@ -1,4 +1,4 @@
-"""Symmetric eigenproblems in float64, ordered and cleaned as the solvers need them; plain SVD."""
+"""Symmetric eigenproblems and plain SVD are solved here in float64, ordered and cleaned."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's 
 
 
 def is_wide(matrix: Tensor) -> bool:
-    """Whether (m, n) has the smaller one of its two eigenproblems, or none smaller, on side m."""
+    """Whether the eigenproblem on side m of a matrix (m, n) is no larger than the other one."""
     return matrix.shape[0] <= matrix.shape[1]
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Eigenvalues (k,) of a positive semidefinite (k, k), descending, 0 below the floor."""
+    """The eigenvalues (k,) of a positive semidefinite (k, k), descending, 0 below the floor."""
     try:
         values = torch.linalg.eigvalsh(matrix)
     except LinAlgError as error:
@@ -23,7 +23,7 @@ def eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (k,) as `eigenvalues`, and the eigenvectors (k, k) as columns."""
+    """The eigenvalues (k,), as `eigenvalues` gives them, and the eigenvectors (k, k) as columns."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError as error:
@@ -32,7 +32,7 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cleaned(values: Tensor) -> Tensor:
-    """Descending values with everything at or below k * eps * the largest set to 0."""
+    """The descending values, with each value at or below k * eps * the largest set to 0."""
     if not torch.isfinite(values).all():
         raise SolveError("the eigenvalues are not finite")
     floor = len(values) * torch.finfo(values.dtype).eps * values[0].clamp(min=0.0)
@@ -40,7 +40,7 @@ def _cleaned(values: Tensor) -> Tensor:
 
 
 def root(gram: Tensor) -> Tensor:
-    """R (n, n) with G = R R^T, for a G that may be singular: then no Cholesky factor is had."""
+    """A root R (n, n) with G = R R^T. A singular G has no Cholesky factor, but has such a root."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.item() == 0 and bool(torch.isfinite(factor).all()):
@@ -50,7 +50,7 @@ def root(gram: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor, name: str = "curvature") -> Tensor:
-    """Lower triangular C with C C^T = matrix; SolveError where it is not positive definite."""
+    """The lower triangular C with C C^T = matrix. Raises SolveError if not positive definite."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0 or not torch.isfinite(factor).all():
@@ -59,7 +59,7 @@ def cholesky(matrix: Tensor, name: str = "curvature") -> Tensor:
 
 
 def balanced(outer: Tensor, inner: Tensor) -> Factors:
-    """The same product with |outer[:, i]| = |inner[i]|, so that neither leaves fp16's range."""
+    """Factors of the same product with |outer[:, i]| = |inner[i]|: neither leaves fp16's range."""
     outer_norms = torch.linalg.vector_norm(outer, dim=0)
     inner_norms = torch.linalg.vector_norm(inner, dim=1)
     ratio = torch.sqrt(inner_norms / outer_norms)
@@ -68,7 +68,7 @@ def balanced(outer: Tensor, inner: Tensor) -> Factors:
 
 
 def rank_above_floor(values: Tensor) -> int:
-    """How many eigenvalues are above the numerical floor, at least 1."""
+    """The number of eigenvalues above the numerical floor, at least 1."""
     return max(int((values > 0).sum()), 1)
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes: `runtime.device`, and each process's own GPU."""
+"""The key `runtime.device` decides where a run computes; each process gets a GPU of its own."""
 
 import torch
 
@@ -7,10 +7,10 @@ from lrc_cli.runtime.processes import ALONE, Processes
 
 
 def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
-    """The torch device of `runtime.device`; of several processes each gets a GPU of its own.
+    """The torch device of `runtime.device`. Each of several processes gets a GPU of its own.
 
     Raises:
-        InputError: the device is not there, or not for every process.
+        InputError: the device is absent, or there are too few GPUs for all processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Files: flushed, copied, hashed, written as JSON; and whether any can be written somewhere."""
+"""Files are flushed, copied, hashed and written as JSON here, and places are tried for writing."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
+    """The JSON of a value with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, flushed to the disk at the end; what the system complains of has its name."""
+    """A new file, flushed to the disk at the end. Errors of the system get the file's name."""
     try:
         with path.open("wb") as handle:
             yield handle
@@ -72,15 +72,16 @@ def sync_directory(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def hash_path(path: Path) -> str:
-    """Of a file `hash_file`; of a folder that of the list which `sha256sum` makes of its files.
+    """The sha256 of a file or a folder.
 
-    Hidden files do not count; the list is sorted by name.
+    The hash of a folder is taken of the list that `sha256sum` makes of its files. Hidden files do
+    not count, and the list is sorted by name.
     """
     if not path.is_dir():
         return hash_file(path)
@@ -94,8 +95,10 @@ def hash_path(path: Path) -> str:
 
 
 def check_writable(directory: Path, key: str) -> None:
-    """Raise InputError, naming the config's key, if nothing can be made in the directory, or in the
-    nearest one on the way to it that is there."""
+    """Raise InputError if nothing can be made in the directory; the error names the config's key.
+
+    Where the directory is absent its nearest existing parent is tried.
+    """
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -107,9 +110,10 @@ def check_writable(directory: Path, key: str) -> None:
 
 
 def why_not_writable(directory: Path) -> str | None:
-    """What the system says if nothing can be made in a directory; None: something can.
+    """The system's message if nothing can be made in a directory; None: something can be made.
 
-    It is tried: asked by os.access, root may write everywhere, in /proc and on read-only disks too.
+    A directory is made for a trial, because os.access lets root write everywhere, also in /proc and
+    on read-only disks.
     """
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".lrc-", dir=directory))

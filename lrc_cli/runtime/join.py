@@ -1,4 +1,4 @@
-"""The processes of one job, found: torchrun has started several, or this process is alone."""
+"""This module finds the processes of one job: several that torchrun has started, or this one."""
 
 import os
 from collections.abc import Iterator
@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from lrc_cli.runtime.processes import ALONE, Processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells every process in its environment."""
+"""The variables that torchrun sets in the environment of every process."""
 
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that torchrun has started with this one, or one alone.
+    """The processes that torchrun has started with this process, or this process alone.
 
-    Whatever ends one of them within it ends the others too: they leave by SystemExit, in silence
-    and with the exit code of the one that failed first, whose error is raised there.
+    An error that ends one process within the context ends the others too. The process that failed
+    first raises its error. The others leave by SystemExit, in silence and with the first one's exit
+    code.
     """
     if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE

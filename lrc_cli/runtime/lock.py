@@ -1,7 +1,7 @@
-"""Locks between processes: a file that is held as long as it is open, so that no crash leaves one.
+"""A lock between processes is a file that is held as long as it is open: no crash leaves a lock.
 
-flock on a file, not on a directory: network file systems lend exclusive locks on writable handles
-only.
+The lock is flock on a file, not on a directory, because network file systems lend exclusive locks
+on writable handles only.
 """
 
 import fcntl
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 
 def lock_file(file: Path) -> BinaryIO | None:
-    """Take the lock `file`; None where another process (or handle) holds it.
+    """Take the lock `file`; None where another process (or handle) holds the lock.
 
-    Closing the handle gives the lock back. The holder may delete the file before it does.
+    Closing the handle gives the lock back. The holder may delete the file before closing.
     """
     while True:
         handle = file.open("ab")
@@ -22,7 +22,7 @@ def lock_file(file: Path) -> BinaryIO | None:
         except BlockingIOError:
             handle.close()
             return None
-        # Deleted between our opening and locking it, it is not the file that others will find.
+        # The file may have been deleted before we locked it: others would find another file then.
         if _is_at(file, handle):
             return handle
         handle.close()

@@ -1,4 +1,4 @@
-"""Memory of this process and of its machine, as the system counts it."""
+"""The system counts the memory of this process and of its machine, and this module reads it."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ import torch
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes: resident on the host (pages of mapped files included) and on the GPU."""
+    """The peak bytes, resident on the host (pages of mapped files included) and on the GPU."""
     peak = {"host_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
         peak["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
@@ -25,7 +25,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def private_bytes() -> int:
-    """Anonymous resident memory of this process, in bytes (Linux; 0 elsewhere)."""
+    """The anonymous resident memory of this process, in bytes (Linux; 0 elsewhere)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -34,7 +34,7 @@ def private_bytes() -> int:
 
 
 class PrivateMemory:
-    """Within it, the peak of `private_bytes` is watched by a thread."""
+    """A context in which a thread watches the peak of `private_bytes`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peak, self._ended = device, private_bytes(), threading.Event()
@@ -62,13 +62,15 @@ class PrivateMemory:
 
     @property
     def gpu(self) -> int:
-        """Peak bytes allocated on the GPU; 0 without one."""
+        """The peak bytes allocated on the GPU; 0 without a GPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
 def available_bytes() -> int:
-    """What this process may take altogether, what it has now included: of the machine's memory and
-    its control group's."""
+    """The bytes that this process may take altogether, including its present memory.
+
+    Both the machine's memory and the process's control groups limit this number.
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -80,11 +82,12 @@ def available_bytes() -> int:
 
 
 def group_limits(groups: Sequence[str], root: Path) -> Iterator[int]:
-    """Bytes that a process's control groups allow it, and those that they lie in.
+    """The limits in bytes of a process's control groups and of the groups above them.
 
     Args:
         groups: the lines of /proc/self/cgroup: "0::/a/b", or "4:memory:/a/b" in version 1.
-        root: where control groups are mounted; of version 1 those of memory in `memory`.
+        root: the directory where control groups are mounted; in version 1 the groups of memory
+            are mounted in `memory` below it.
     """
     for line in groups:
         _, kinds, path = line.split(":", 2)

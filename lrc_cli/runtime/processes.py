@@ -1,7 +1,7 @@
-"""The processes that work on one job together: who does what, and what they tell each other.
+"""The processes of one job share out the work and exchange values here.
 
-A process alone is the same object, to whom every exchange hands back what it gave. So nothing that
-takes part asks how many there are. `joined` gives the processes that torchrun has started.
+A single process is the same kind of object, and every exchange returns its own value. So no other
+code asks how many processes there are. `join.joined` gives the processes that torchrun has started.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,21 +22,24 @@ class Processes:
     """
 
     rank, size, local_rank = 0, 1, 0
-    """This process's number, how many there are, and its number on its machine."""
+    """This process's number, the number of processes, and this process's number on its machine."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks to the user and writes what there is one of."""
+        """Whether this process speaks to the user and writes the files that are written once."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` equal pieces of work are this process's; neighbours stay together."""
+        """This process's pieces of `count` equal pieces of work; neighbours stay together."""
         least, more = divmod(count, self.size)
         start = self.rank * least + min(self.rank, more)
         return range(start, start + least + (self.rank < more))
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """The rank that does each piece of work: the dearest first, to whom has least to do."""
+        """The rank that does each piece of work.
+
+        The dearest pieces are given away first, always to the process that has least to do.
+        """
         load = [0.0] * self.size
         owners: dict[str, int] = {}
         for name in sorted(costs, key=lambda name: -costs[name]):
@@ -45,18 +48,19 @@ class Processes:
         return owners
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank, in each of them."""
+        """The values of all processes, by rank; every process gets the list."""
         return [value]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
-        """What `compute` returns in the first process; the others wait for it."""
+        """The value that `compute` returns in the first process; the others wait for the value."""
         return compute()
 
     def sum_to(self, owner: int | None, tensor: "torch.Tensor") -> None:
         """Add up a tensor over the processes, in place.
 
         Args:
-            owner: the rank that gets the sum, while the others keep nothing of use; None: all do.
+            owner: the rank that gets the sum; the others keep nothing of use. None: all get the
+                sum.
         """
 
     def wait(self) -> None:
@@ -67,7 +71,7 @@ ALONE = Processes()
 
 
 def check_alone(command: str, processes: Processes) -> None:
-    """Raise InputError where several processes have started a command that is one process's."""
+    """Raise InputError where several processes have started a command for one process."""
     if processes.size > 1:
         raise InputError(
             f"lrc {command}: works in one process, and torchrun has started {processes.size}",

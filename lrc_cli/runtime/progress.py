@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar with a cost-weighted ETA on a terminal, else plain lines."""
+"""Progress goes to standard error: a bar with a cost-weighted ETA on a terminal, else lines."""
 
 import sys
 import time
@@ -17,13 +17,13 @@ Seconds = dict[str, float]
 
 
 class Progress:
-    """Shows phases of work and times them; between steps it looks for a stop request.
+    """The display and the clock of phases of work, which also looks for a stop request.
 
     Args:
-        stop: checked at every step; None never stops.
-        quiet: show nothing but what `say` says.
-        verbose: a line for every step in place of the bar.
-        stream: where to write; None: standard error.
+        stop: the request that is checked at every step; None never stops.
+        quiet: whether to show nothing but the lines of `say`.
+        verbose: whether to show a line for every step in place of the bar.
+        stream: the stream to write to; None: standard error.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Progress:
         self._unlogged: list[str] = []
 
     def note(self, text: str) -> None:
-        """One line for the user, unless it should be quiet."""
+        """Show one line to the user, unless quiet was asked for."""
         self._record(text)
         if not self.quiet:
             tqdm.write(text, file=self.stream)
 
     def say(self, text: str) -> None:
-        """One line for the user, whatever they want."""
+        """Show one line to the user, also if quiet was asked for."""
         self._record(text)
         tqdm.write(text, file=self.stream)
 
@@ -60,7 +60,7 @@ class Progress:
 
     @contextmanager
     def logged(self, file: Path) -> Iterator[None]:
-        """Within it, every line is appended to a file too; those from before it come first."""
+        """A context in which every line is appended to a file too; earlier lines come first."""
         with file.open("a", encoding="utf-8", buffering=1) as self._log:
             self._log.writelines(self._unlogged)
             self._unlogged.clear()
@@ -84,7 +84,7 @@ class Progress:
 
 
 class Phase:
-    """A phase; `advance` after every piece of work with the piece's cost."""
+    """A phase of work; call `advance` after every piece of work with the piece's cost."""
 
     def __init__(self, progress: Progress, name: str, cost: float) -> None:
         self.progress, self.name, self.cost = progress, name, cost
@@ -107,7 +107,7 @@ class Phase:
         return {self.name: self.seconds}
 
     def advance(self, cost: float) -> None:
-        """A piece of this cost is done."""
+        """Count a piece of this cost as done."""
         self.done += cost
         if self.bar is not None:
             self.bar.update(cost)
@@ -120,7 +120,7 @@ class Phase:
         if now - self.last_line < self.progress.line_seconds or not self.done:
             return
         self.last_line = now
-        # The cost is an estimate, and a sum in another order: more may be done than was announced.
+        # The cost is an estimate, summed in another order: more may be done than was announced.
         share = min(self.done / self.cost, 1.0)
         left = (now - self.start) * (1 / share - 1)
         self.progress.note(f"{self.name}: {share:.0%}, about {left:.0f} s left")

@@ -1,4 +1,4 @@
-"""Signals: a first one ends a run between two units, a second one at once."""
+"""A first signal ends a run between two units of work; a second signal ends it at once."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ from lrc_cli.errors import LrcError
 
 
 class Interrupted(LrcError):
-    """The run was asked to stop and did, between two pieces of work."""
+    """The run was asked to stop, and stopped between two pieces of work."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
@@ -18,10 +18,10 @@ class Interrupted(LrcError):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once: stop after the current piece of work; twice: stop at once.
+    """A request to stop: the first signal waits for the current piece of work, the second does not.
 
     Args:
-        quiet: do not answer a signal in words.
+        quiet: whether a signal is left without an answer in words.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -29,7 +29,7 @@ class Stop:
         self.quiet = quiet
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handle a signal."""
         if self.number is not None:
             raise Interrupted(number)
         self.number = number
@@ -44,7 +44,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(*, quiet: bool = False) -> Iterator[Stop]:
-    """Within it, SIGINT and SIGTERM ask for a stop instead of killing the process.
+    """A context in which SIGINT and SIGTERM ask for a stop instead of killing the process.
 
     Args:
         quiet: see `Stop`.

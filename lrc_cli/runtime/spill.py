@@ -1,4 +1,4 @@
-"""Tensors outside private memory: between two segments, and for formats that cannot be mapped."""
+"""Tensors spill out of private memory here: between two segments, and for unmappable formats."""
 
 import mmap
 import os
@@ -13,17 +13,17 @@ from lrc_cli.errors import RunError
 from lrc_cli.runtime.files import tensor_bytes
 
 ALIGNMENT = 64
-"""Bytes: as torch aligns tensors in memory, on which rounding may depend."""
+"""The number of bytes to which torch aligns tensors in memory; rounding may depend on it."""
 
 
 class HostMemory:
-    """Keeps tensors on the host; those that the limit leaves no room for go to files.
+    """The host's memory for tensors; tensors that the limit leaves no room for go to files.
 
-    Such a file has no name: it is gone with its tensor, and with the process.
+    Such a file has no name. It is gone with its tensor, and with the process.
 
     Args:
         limit: bytes that kept tensors may take together; None: no limit.
-        directory: where the files go.
+        directory: the directory of the files.
     """
 
     def __init__(self, limit: int | None, directory: Path) -> None:
@@ -32,7 +32,7 @@ class HostMemory:
         """Bytes of private memory that kept tensors take now."""
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same numbers on the host, in memory of their own: private, or a mapped file's.
+        """The same numbers on the host, in separate memory: private, or a mapped file's.
 
         Raises:
             RunError: the disk is full.
@@ -53,7 +53,7 @@ class HostMemory:
         return self.hold({"": tensor})[""]
 
     def hold(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same numbers in one file, whatever the limit.
+        """The same numbers in one file, without regard to the limit.
 
         Raises:
             RunError: the disk is full.
@@ -66,10 +66,10 @@ class HostMemory:
                     places[name] = file.tell()
                     file.write(tensor_bytes(tensor.cpu()))
                 file.flush()
-                # Python's mmap would keep a descriptor for each, of which there are 1024.
+                # Python's mmap would keep a descriptor for each file, and a process has only 1024.
                 name, size = f"/dev/fd/{file.fileno()}", file.tell()
                 mapped = torch.from_file(name, size=size, dtype=torch.uint8)
-        except (OSError, RuntimeError) as error:  # torch's errors are of the second kind
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError
             why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise RunError(
                 f"{self.directory}: activations cannot be written ({why})",
@@ -91,7 +91,7 @@ class Spool:
         self._size = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor that is a view of the mapped file, to be filled; takes no private memory.
+        """A tensor to be filled, a view of the mapped file that takes no private memory.
 
         Raises:
             RunError: the disk is full.
@@ -101,7 +101,7 @@ class Spool:
             return torch.empty(shape, dtype=dtype)
         offset = self._size + -self._size % mmap.ALLOCATIONGRANULARITY
         try:
-            # Room that is only promised would end the process once it is written to.
+            # Without this call a full disk would kill the process when it writes to the view.
             os.posix_fallocate(self._file.fileno(), offset, num_bytes)
         except OSError as error:
             raise RunError(

@@ -1,4 +1,4 @@
-"""Independent solves side by side: on a CPU a small eigenproblem hardly uses a second core."""
+"""Independent solves run side by side: on a CPU a small eigenproblem hardly uses a second core."""
 
 import ctypes
 import math
@@ -15,10 +15,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TRIM_EVERY = 2.0
-"""Seconds between two calls of malloc_trim, which takes some 20 ms, and as long for what is needed
-again."""
+"""Seconds between two calls of malloc_trim. A call takes some 20 ms, and getting memory back takes
+as long."""
 _trimmed = -math.inf
-"""When it was called last, by time.monotonic()."""
+"""The time of the last call, by time.monotonic()."""
 
 
 def in_parallel(
@@ -28,13 +28,14 @@ def in_parallel(
     *,
     cost: Callable[[Item], float] = lambda _: 0.0,
 ) -> Iterator[list[Result]]:
-    """Results by group, by single-threaded workers; 1 runs them here, in turn.
+    """The results by group, from single-threaded workers; one worker runs here, in turn.
 
     While the caller stores one group's results, the next group is being solved. torch releases the
     interpreter's lock inside its operations, so threads are enough.
 
     Args:
-        cost: what takes most of a group begins first, so that no worker is left with it at the end.
+        cost: the cost of an item. The dearest item of a group begins first, so that no worker has
+            to finish it alone at the end.
     """
 
     if num_workers == 1:
@@ -68,7 +69,8 @@ def _by_threads(
         ) as workers:
             try:
                 for group in groups:
-                    # Enough ahead that no worker waits, and no more: results take memory.
+                    # Groups begin early enough that no worker waits, and no earlier: results take
+                    # memory.
                     while waiting and sum(map(len, waiting)) - len(waiting[0]) >= num_workers:
                         yield [future.result() for future in waiting.popleft()]
                     waiting.append(begin(group))
@@ -81,10 +83,10 @@ def _by_threads(
 
 
 def _trim() -> None:
-    """Give what was freed back to the system; without, memory creeps up from block to block.
+    """Give freed memory back to the system, so that memory does not creep up from block to block.
 
-    glibc keeps it, scattered among what is still used; other allocators have no such call. Not
-    after every solve: getting memory back costs as much as a fifth of one.
+    glibc keeps freed memory, scattered among used memory; other allocators have no such call. The
+    call is not made after every solve: getting memory back costs as much as a fifth of a solve.
     """
     global _trimmed
     if time.monotonic() - _trimmed >= TRIM_EVERY:

@@ -1,8 +1,8 @@
-"""Processes of torch.distributed: gloo for tensors on the CPU and objects, NCCL for CUDA tensors.
+"""torch.distributed connects processes: gloo for CPU tensors and objects, NCCL for CUDA tensors.
 
-A process that fails writes its exit code into the store that all share. The others see it there:
-in their main thread when an exchange breaks, or else in a thread that keeps looking, because one
-that waits inside NCCL, or computes for long, would not notice.
+A process that fails writes its exit code into the store that all processes share. The others see
+the code in their main thread when an exchange breaks, or else in a thread that keeps looking. The
+thread is needed because a process that waits inside NCCL, or computes for long, would not notice.
 """
 
 import os
@@ -24,20 +24,20 @@ Value = TypeVar("Value")
 
 FAILED, ENDED = "lrc: the first failure", "lrc: how many have failed"
 FOREVER = timedelta(days=30)
-"""How long an exchange may take: one waits as long as the slowest works."""
+"""The longest time of an exchange: a process waits as long as the slowest process works."""
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 15.0
-"""How often to look whether another process failed, and how long the main thread then has."""
+"""The time between two looks for a failed process, and the time that the main thread then has."""
 OUTLAST_SECONDS = 3.0
-"""How long the process that holds the store waits for others to fail too."""
+"""The time that the process with the store waits for other processes to fail too."""
 
 
 class Group(Processes):
-    """The processes that torchrun has started, seen from one of them."""
+    """The processes that torchrun has started, seen from one process."""
 
     def __init__(self) -> None:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.store, self.rank, self.size = next(rendezvous("env://"))
-        # Another client: a blocking call of the main thread would lock this one out.
+        # The thread needs a client of its own: a blocking call of the main thread locks others out.
         self._watched = self.store.clone()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo",
@@ -48,7 +48,7 @@ class Group(Processes):
         )
         self._left = threading.Event()
         self._seen: int | None = None
-        """The exit code of the first that failed, once it was seen."""
+        """The exit code of the first process that failed, once it was seen."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def gather(self, value: Value) -> list[Value]:
@@ -87,21 +87,24 @@ class Group(Processes):
         """Tell the others that this process ends with an error.
 
         Returns:
-            None if it is the first to fail, so that its error is the one to show; else the exit
-            code of the one that was.
+            None if this process is the first to fail, so that its error is shown; else the exit
+            code of the process that failed first.
         """
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         mine = f"{self.rank} {code}"
         try:
             first = self.store.compare_set(FAILED, "", mine).decode()
-        except RuntimeError:  # the store is gone with the process that held it, which failed first,
-            return self._seen  # or with its machine
+        except RuntimeError:  # the store is gone with the process or the machine that held it
+            return self._seen
         with suppress(RuntimeError):
             self._outlast()
         return None if first == mine else int(first.split()[1])
 
     def _outlast(self) -> None:
-        """Wait a little for the others, if the store ends with this process: all would speak."""
+        """Wait a little for the others if the store ends with this process.
+
+        Without the store every process would print its own error.
+        """
         ended, deadline = self.store.add(ENDED, 1), time.monotonic() + OUTLAST_SECONDS
         if not self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return

@@ -1,9 +1,9 @@
-"""Share one budget between layers.
+"""One budget is shared out between layers here.
 
 Every function takes the choices of each layer and returns the index of one choice per layer.
-The main tool is Lagrangian relaxation (Everett 1963): for a multiplier each layer picks
-argmin objective + multiplier * resource on its own; bisect the multiplier until the resource
-fits, then spend what is left greedily. The result never exceeds the limit and is within one
+The main tool is Lagrangian relaxation (Everett 1963). For a multiplier each layer picks
+argmin objective + multiplier * resource on its own. The multiplier is bisected until the resource
+fits, and what is left is spent greedily. The result never exceeds the limit and is within one
 step of one layer of the optimum. Errors need not be convex or monotone in the bytes.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from lrc_cli.engine.budget.choices import Choices
 
 BISECTIONS = 64
-"""Halvings of the multiplier's exponent: beyond float64's resolution."""
+"""The number of halvings of the multiplier's exponent, beyond float64's resolution."""
 
 RANGE = 24.0
-"""Multipliers from 10^-RANGE to 10^RANGE, objective and resource scaled to at most 1."""
+"""Multipliers go from 10^-RANGE to 10^RANGE, with objective and resource scaled to at most 1."""
 
 
 class Infeasible(ValueError):
@@ -27,26 +27,26 @@ class Infeasible(ValueError):
     def __init__(self, limit: float, smallest: float, unit: str) -> None:
         self.limit = limit
         self.smallest = smallest
-        """The smallest reachable value of what was limited."""
+        """The smallest reachable value of the limited quantity."""
         self.unit = unit
-        """What was limited, "bytes" or "error"."""
+        """The limited quantity, "bytes" or "error"."""
         super().__init__(f"{limit:g} {unit} cannot be reached, the smallest is {smallest:g}")
 
 
 def within_bytes(layers: Sequence[Choices], budget: float) -> list[int]:
-    """The least total error in at most `budget` bytes. Raises Infeasible."""
+    """The picks with the least total error in at most `budget` bytes. Raises Infeasible."""
     num_bytes, errors = _table(layers)
     return _constrained(errors, num_bytes, budget, "bytes")
 
 
 def within_error(layers: Sequence[Choices], bound: float) -> list[int]:
-    """The fewest bytes with a total error of at most `bound`. Raises Infeasible."""
+    """The picks with the fewest bytes and a total error of at most `bound`. Raises Infeasible."""
     num_bytes, errors = _table(layers)
     return _constrained(num_bytes, errors, bound, "error")
 
 
 def within_layer_error(layers: Sequence[Choices], bound: float) -> list[int]:
-    """Per layer, the fewest bytes with an error of at most `bound`. Raises Infeasible."""
+    """Each layer's pick with the fewest bytes and an error up to `bound`. Raises Infeasible."""
     num_bytes, errors = _table(layers)
     worst = errors.amin(dim=1).max().item()
     if worst > bound:
@@ -55,7 +55,10 @@ def within_layer_error(layers: Sequence[Choices], bound: float) -> list[int]:
 
 
 def uniform(layers: Sequence[Choices], dense_bytes: Sequence[int], share: float) -> list[int]:
-    """Per layer, the least error in at most `share` of its own dense bytes. Raises Infeasible."""
+    """Each layer's pick with the least error in at most `share` of its dense bytes.
+
+    Raises Infeasible.
+    """
     num_bytes, errors = _table(layers)
     shares = num_bytes / torch.tensor(dense_bytes, dtype=torch.float64)[:, None]
     smallest = shares.amin(dim=1).max().item()
@@ -67,7 +70,7 @@ def uniform(layers: Sequence[Choices], dense_bytes: Sequence[int], share: float)
 def uniform_within_error(
     layers: Sequence[Choices], dense_bytes: Sequence[int], bound: float
 ) -> list[int]:
-    """The smallest share, the same for every layer, with a total error of at most `bound`.
+    """The picks at the smallest share, equal for all layers, with a total error up to `bound`.
 
     Raises Infeasible.
     """
@@ -87,7 +90,7 @@ def uniform_within_error(
 
 
 def _first(holds: Callable[[int], bool], count: int) -> int:
-    """The first index in 0..count - 1 from which a monotone condition holds (the last does)."""
+    """The first index in 0..count - 1 at which a monotone condition holds; the last one holds."""
     low, high = 0, count - 1
     while low < high:
         middle = (low + high) // 2
@@ -111,7 +114,7 @@ def _table(layers: Sequence[Choices]) -> tuple[Tensor, Tensor]:
 
 
 def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
-    """Per row, the index of the least `first`, ties broken by the least `second`."""
+    """The index of each row's least `first`, ties broken by the least `second`."""
     tied = first == first.amin(dim=1, keepdim=True)
     return torch.where(tied, second, torch.inf).argmin(dim=1)
 
@@ -125,7 +128,7 @@ def _total(values: Tensor, picks: Tensor) -> float:
 
 
 def _constrained(objective: Tensor, resource: Tensor, limit: float, unit: str) -> list[int]:
-    """Least total objective with a total resource of at most `limit`."""
+    """The picks with the least total objective and a total resource of at most `limit`."""
     leanest = _lexicographic(resource, objective)
     if _total(resource, leanest) > limit:
         raise Infeasible(limit, _total(resource, leanest), unit)

@@ -1,14 +1,14 @@
-"""What a ReLU does to errors, entry by entry, and the biases that make up for it.
+"""Errors behind a ReLU are measured here, entry by entry, and biases that lower them are found.
 
-For pre-activations Q (T, k) and targets Y = relu(.) >= 0 of the same shape, columns being outputs:
+Pre-activations Q (T, k) and targets Y = relu(.) >= 0 have the same shape; columns are outputs:
 
     true error  f(Q) = 1/2 (Y - relu(Q))^2
     majorant    L(Q) = 1/2 relu(Q)^2 - Y Q + 1/2 Y^2 = f(Q) + Y relu(-Q)
 
-L is convex, at least f, and equal to it where Q >= 0: the smallest such function, for a convex one
-cannot fall faster on the left of 0 than it does at 0 (docs/theory.md, after Zhang & Saab
-2025). f itself has the quadratic majorant f(P) + f'(P) (Q - P) + 1/2 (Q - P)^2 at every P, which is
-what the steps that lower f rest on.
+L is convex, at least f, and equal to f where Q >= 0. L is the smallest such function, because a
+convex function cannot fall faster on the left of 0 than at 0 (docs/theory.md, after Zhang & Saab
+2025). f itself has the quadratic majorant f(P) + f'(P) (Q - P) + 1/2 (Q - P)^2 at every P, on which
+the steps that lower f rest.
 """
 
 import torch
@@ -19,31 +19,32 @@ REFINING_STEPS = 4
 
 
 def majorant(pre: Tensor, target: Tensor) -> Tensor:
-    """L(Q), entry by entry."""
+    """The majorant L(Q), entry by entry."""
     return 0.5 * pre.relu().square() - target * pre + 0.5 * target.square()
 
 
 def majorant_slope(pre: Tensor, target: Tensor) -> Tensor:
-    """L'(Q) = relu(Q) - Y; its own slope is 0 or 1."""
+    """The slope L'(Q) = relu(Q) - Y, whose own slope is 0 or 1."""
     return pre.relu() - target
 
 
 def true_error(pre: Tensor, target: Tensor) -> Tensor:
-    """f(Q), entry by entry."""
+    """The true error f(Q), entry by entry."""
     return 0.5 * (target - pre.relu()).square()
 
 
 def true_slope(pre: Tensor, target: Tensor) -> Tensor:
-    """f'(Q): Q - Y where Q > 0, else 0."""
+    """The slope f'(Q): Q - Y where Q > 0, else 0."""
     return torch.where(pre > 0, pre - target, torch.zeros_like(pre))
 
 
 def best_offset(pre: Tensor, target: Tensor) -> Tensor:
     """The b (k,) that minimises the sum over the rows of L(Q + b), for every column.
 
-    The root of sum relu(Q + b) = sum Y, which is convex, increasing and piecewise linear in b.
-    Newton's method from b = mean(Y - Q), where the left side is too large, comes down to it in
-    finitely many steps. A column whose Y is zero throughout takes the largest b that keeps it dead.
+    b is the root of sum relu(Q + b) = sum Y, whose left side is convex, increasing and piecewise
+    linear in b. Newton's method from b = mean(Y - Q), where the left side is too large, comes down
+    to the root in finitely many steps. A column whose Y is zero throughout takes the largest b that
+    keeps the column dead.
 
     Args:
         pre: Q, (T, k).
@@ -65,14 +66,14 @@ def best_offset(pre: Tensor, target: Tensor) -> Tensor:
 def refined_offset(pre: Tensor, target: Tensor, starts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """A b (k,), rounded to `dtype`, whose sum over the rows of f(Q + b) is low, for every column.
 
-    f is not convex in b: every start is followed by steps to the mean of Y - Q over the rows that
-    are alive, and of all that was seen the best is taken. So no start does better than the result.
+    f is not convex in b. So every start is followed by steps to the mean of Y - Q over the rows
+    that are alive, and the best of all tried biases is taken. No start does better than the result.
 
     Args:
         pre: Q, (T, k).
         target: Y, (T, k).
-        starts: each (k,), float64.
-        dtype: in which b will be stored.
+        starts: biases to start from, each (k,) float64.
+        dtype: the dtype in which b will be stored.
     """
     best, least = starts[0], torch.full_like(starts[0], torch.inf)
     for start in starts:

@@ -1,4 +1,4 @@
-"""The convex programme for a layer followed by a ReLU, its truncation, and the polish after it.
+"""The convex programme for a layer before a ReLU is solved, truncated and polished here.
 
 With Y = relu(W X + b) and Q = Z X + b^, per token and with a ridge l as for sequential fitting:
 
@@ -8,16 +8,16 @@ With Y = relu(W X + b) and Q = Z X + b^, per token and with a ridge l as for seq
 S^2 is the diagonal matrix of the shares of tokens for which an output is alive, so that the ridge,
 like the error, does not ask for what the ReLU cuts off.
 
-The nuclear norm is that of the outputs, and the bias stays outside of it (docs/theory.md,
-after Zhang & Saab 2025). In the coordinates A = Z R the curvature of h is at most 1, because that
-of L is: proximal gradient steps have length 1, and where nothing dies one of them from anywhere
-gives the solution. What is left is cut to rank r and polished by the steps
+The nuclear norm is taken of the outputs, and the bias stays outside of this norm (docs/theory.md,
+after Zhang & Saab 2025). In the coordinates A = Z R the curvature of h is at most 1, because the
+curvature of L is at most 1. So proximal gradient steps have length 1, and where nothing dies one
+step from anywhere gives the solution. The solution is cut to rank r and polished by the steps
 A <- truncated(A - gradient), which lower the true error
 
     1/2 ||Y - relu(Q)||_F^2 / T  +  l/2 ||S (W - Z)||_F^2
 
-because it has a quadratic majorant of curvature 1, whose least value over rank r a truncated
-singular value decomposition gives.
+The true error has a quadratic majorant of curvature 1. A truncated singular value decomposition
+gives the least value of this majorant over rank r, so no step raises the error.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,10 +37,10 @@ from lrc_cli.engine.solvers.relu_errors import (
 )
 
 CHUNK_ELEMENTS = 2**24
-"""Of (tokens, outputs) that are held at a time."""
+"""The number of entries of a (tokens, outputs) matrix that are held at a time."""
 
 TOLERANCE = 5e-3
-"""Of the certified gap, relative to the objective."""
+"""The certified gap at which the steps end, relative to the objective."""
 
 MAX_STEPS, CHECK_EVERY = 200, 5
 POLISH_STEPS, POLISH_PATIENCE, POLISH_GAIN = 60, 5, 1e-3
@@ -50,13 +50,13 @@ class Convex(NamedTuple):
     """A solution of the convex programme."""
 
     point: Tensor
-    """A = Z R, (m, n) float64."""
+    """The matrix A = Z R, (m, n) float64."""
     penalty: float
-    """c."""
+    """The weight c of the nuclear norm."""
     objective: float
-    """P(Z)."""
+    """The value P(Z)."""
     gap: float
-    """A proven bound: P(Z) exceeds the least value by at most this."""
+    """A proven bound: P(Z) exceeds the least value by at most this number."""
     steps: int
 
 
@@ -64,9 +64,9 @@ class Polished(NamedTuple):
     """A matrix of rank r with its bias."""
 
     point: Tensor
-    """A = Z R, (m, n) float64."""
+    """The matrix A = Z R, (m, n) float64."""
     centre: Tensor
-    """(m,) what Q is at the mean input: b^ + Z mean."""
+    """The value (m,) of Q at the mean input: b^ + Z mean."""
     value: float
     """The true error with the ridge."""
 
@@ -76,19 +76,19 @@ class _Pass(NamedTuple):
 
     value: float
     gradient: Tensor
-    """By A, (m, n)."""
+    """The gradient by A, (m, n)."""
     centre: Tensor
-    """(m,) of the bias that was used."""
+    """The centre (m,) of the bias that was used."""
     centre_gradient: Tensor
-    """By the centre, (m,)."""
+    """The gradient by the centre, (m,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Programme:
     """One layer's data. Products are taken in the activations' dtype, everything else in float64.
 
-    The activations are streamed: X may be a view of a file, Y is computed again block by block. The
-    memory it takes is some chunks of CHUNK_ELEMENTS and some dozen (m, n) matrices in float64.
+    The activations are streamed: X may be a view of a file, and Y is computed again some columns at
+    a time. Memory is some chunks of CHUNK_ELEMENTS and some dozen (m, n) matrices in float64.
     """
 
     weight: Tensor
@@ -100,7 +100,7 @@ class Programme:
     mean: Tensor
     """The mean input (n,) float64 where the bias is free; zeros where there is none."""
     free_bias: bool
-    """Whether the layer has a bias, that may change. Else it is zero and stays zero."""
+    """Whether the layer has a bias, which may change. Otherwise the bias is zero and stays zero."""
     root: Tensor
     """R (n, n) float64, lower triangular."""
     ridge: Tensor
@@ -111,44 +111,46 @@ class Programme:
         return torch.linalg.solve_triangular(self.root, point, upper=False, left=False)
 
     def blocks(self) -> Iterator[slice]:
-        """Outputs that are taken together."""
+        """The slices of outputs that are taken together."""
         size = max(1, CHUNK_ELEMENTS // max(len(self.inputs), 1))
         for start in range(0, len(self.weight), size):
             yield slice(start, start + size)
 
     def targets(self, block: slice) -> Tensor:
-        """(T, k) some columns of Y^T."""
+        """Some columns (T, k) of Y^T."""
         outputs = self.products(self.weight, block)
         if self.bias is not None:
             outputs += self.bias[block].to(outputs.dtype)
         return outputs.relu_()
 
     def products(self, matrix: Tensor, block: slice) -> Tensor:
-        """(T, k) the outputs of some rows of Z, without a bias."""
+        """The outputs (T, k) of some rows of Z, without a bias."""
         return self.inputs @ matrix[block].to(self.inputs.dtype).T
 
     def convex(
         self, rank: int, *, tolerance: float = TOLERANCE, max_steps: int = MAX_STEPS
     ) -> Convex:
-        """Accelerated proximal gradient steps, restarted where they turn back.
+        """The solution after accelerated proximal gradient steps, restarted where they turn back.
 
         The penalty is singular value r + 1 of the gradient at Z = 0, above which the r leading
-        directions enter; where nothing dies that gives a solution of rank r exactly.
+        directions enter. Where nothing dies this penalty gives a solution of rank r exactly.
 
-        The gap follows from convexity, for any A whose bias is the best one:
+        The gap follows from convexity, for any A whose bias is the best bias:
         P(A) - P(A*) <= <G, A> + c ||A||_* + max(||G||_2 - c, 0) P(A) / c, where G is the gradient
         of h, because c ||A*||_* <= P(A*) <= P(A).
 
         Args:
             rank: r, which sets the penalty.
-            tolerance: of the gap, relative to the objective.
+            tolerance: the gap at which the steps end, relative to the objective.
         """
+        # The gradient at Z = 0 sets the penalty.
         zero = self._pass(torch.zeros_like(self.weight), None)
         bounds = eigenvalues(_small(zero.gradient)).sqrt()
         penalty = bounds[rank].item() if rank < len(bounds) else 0.0
         start = self.weight @ self.root
         if penalty <= 1e-6 * bounds[0].item():  # W itself, whose error is zero, costs nothing
             return Convex(start, 0.0, 0.0, 0.0, 0)
+        # Steps with momentum follow, until the gap is small enough.
         current, nuclear = _shrunk(start, penalty)
         ahead, momentum = current, 1.0
         for step in range(max_steps + 1):
@@ -169,11 +171,11 @@ class Programme:
     def polished(
         self, point: Tensor, rank: int, centre: Tensor | None = None, max_steps: int = POLISH_STEPS
     ) -> Polished:
-        """The true error, lowered from a start, never raised.
+        """The matrix whose true error was lowered from a start, and never raised.
 
         Args:
-            point: A, (m, n), of any rank; it is truncated first.
-            centre: (m,) of the bias to start from; None: the best one of the majorant.
+            point: A, (m, n), of any rank; A is truncated first.
+            centre: the centre (m,) of the first bias; None: the best bias of the majorant.
         """
         best = _truncated(point, rank)
         if centre is None:
@@ -186,7 +188,7 @@ class Programme:
             there = self._pass(tried, here.centre - here.centre_gradient)
             if there.value <= here.value:
                 previous, best, here, turn = best, tried, there, turn + 1
-            elif turn == 0:  # a plain step cannot rise: rounding is all that is left
+            elif turn == 0:  # a plain step cannot raise the error: only rounding is left
                 break
             else:
                 previous, turn = best, 0
@@ -197,7 +199,7 @@ class Programme:
         return Polished(best, here.centre, here.value)
 
     def _pass(self, point: Tensor, centre: Tensor | None) -> _Pass:
-        """The value and gradient of h, at its best bias; or of the true error, at `centre`."""
+        """The value and gradient of h at its best bias, or of the true error at `centre`."""
         matrix = self.unwhitened(point)
         cost, slope = (majorant, majorant_slope) if centre is None else (true_error, true_slope)
         base = torch.zeros_like(matrix[:, 0]) if centre is None else centre
@@ -259,12 +261,12 @@ def _gap(here: _Pass, point: Tensor, nuclear: float, penalty: float, objective: 
 
 
 def _small(matrix: Tensor) -> Tensor:
-    """The smaller one of A A^T and A^T A: its eigenvalues are the squared singular values."""
+    """The smaller of A A^T and A^T A, whose eigenvalues are the squared singular values."""
     return matrix @ matrix.T if is_wide(matrix) else matrix.T @ matrix
 
 
 def _filtered(matrix: Tensor, gains: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """A with its singular values s multiplied by gains(s), and s (k,), descending."""
+    """The matrix A with singular values s multiplied by gains(s), and s (k,), descending."""
     values, vectors = eigenpairs(_small(matrix))
     singular = values.sqrt()
     scaled = vectors * gains(singular)
@@ -274,7 +276,7 @@ def _filtered(matrix: Tensor, gains: Callable[[Tensor], Tensor]) -> tuple[Tensor
 
 
 def _shrunk(matrix: Tensor, penalty: float) -> tuple[Tensor, float]:
-    """The proximal step of the nuclear norm: s becomes (s - c)_+; and the nuclear norm it has."""
+    """The proximal step of the nuclear norm, s becomes (s - c)_+, and the result's nuclear norm."""
 
     def gains(s: Tensor) -> Tensor:
         return (1 - penalty / s.clamp(min=penalty)).clamp(min=0)

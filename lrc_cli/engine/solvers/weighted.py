@@ -1,14 +1,15 @@
-"""min over rank(Z) <= r of scale * tr(F D G D^T), D = W - Z, on the smaller side of W (m, n).
+"""Solvers here minimise scale * tr(F D G D^T), D = W - Z, over rank(Z) <= r.
 
-Wide (m <= n): with F = L^T L and U the leading eigenvectors of A = L W G W^T L^T, Z has the outer
-factor L^-1 U and the inner one U^T L W. Tall: with G = R R^T and P the leading eigenvectors of
-A = R^T W^T F W R, the outer factor is V = W R P and the inner one (V^T F V)^-1 V^T F W; no root of
-F is needed, and no inverse of G. The error that is left is the sum of A's other eigenvalues
-(Eckart-Young). Where F is the identity its root is left out.
+The eigenproblem is on the smaller side of W (m, n). Where W is wide (m <= n), let F = L^T L and let
+U be the leading eigenvectors of A = L W G W^T L^T. Then Z has the outer factor L^-1 U and the inner
+factor U^T L W. Where W is tall, let G = R R^T and let P be the leading eigenvectors of
+A = R^T W^T F W R. Then the outer factor is V = W R P and the inner factor is (V^T F V)^-1 V^T F W.
+Tall W needs no root of F and no inverse of G. The error that is left is the sum of A's other
+eigenvalues (Eckart-Young). Where F is the identity its root is left out.
 
-Everything about W is in a few matrices of the smaller side, which its references share: plain SVD
+A few matrices of the smaller side hold everything about W, and the references share them. Plain SVD
 leaves D = sum over i >= r of u_i (s_i v_i)^T, so its errors at all ranks are tail sums of one
-matrix, and the eigenvalues of W G W^T are those of the least output error.
+matrix. The eigenvalues of W G W^T give the least output errors.
 """
 
 from abc import ABC, abstractmethod
@@ -39,8 +40,8 @@ from lrc_cli.engine.problem import (
 )
 
 INDEPENDENT = 1e-10
-"""Squared lengths of directions, as a share of the largest, from which on they can be told apart
-by their products: a Gram matrix of vectors loses half of their digits."""
+"""The least squared length of a direction, as a share of the largest, at which products tell
+directions apart: a Gram matrix of vectors loses half of their digits."""
 
 
 class Side(ABC):
@@ -66,13 +67,20 @@ class Side(ABC):
 
     @abstractmethod
     def factors(self, vectors: Tensor) -> Factors:
-        """The solution whose directions are the columns of `vectors` (k, r), A's leading
-        eigenvectors, found in their dtype: float64 or float32. Raises SolveError."""
+        """The solution whose directions are the columns of `vectors` (k, r).
+
+        The vectors are A's leading eigenvectors. The solution is found in their dtype, float64 or
+        float32. Raises SolveError.
+        """
 
     @abstractmethod
     def output_curve(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """(j,): [r:].sum() is the plain output error of this problem's solution of rank r, from
-        A's eigenvalues (j,) and eigenvectors (k, j)."""
+        """The terms (j,) of the plain output error: [r:].sum() is the error at rank r.
+
+        Args:
+            values: A's eigenvalues (j,).
+            vectors: A's eigenvectors (k, j).
+        """
 
     @property
     @abstractmethod
@@ -81,7 +89,7 @@ class Side(ABC):
 
     @abstractmethod
     def references(self, least: Tensor | None = None) -> References:
-        """What solutions are compared with.
+        """The errors that solutions are compared with.
 
         Args:
             least: the spectrum of the least output error, where it is known.
@@ -89,11 +97,11 @@ class Side(ABC):
 
 
 class Wide(Side):
-    """m <= n."""
+    """The problem of a wide weight, m <= n."""
 
     @cached_property
     def _outputs(self) -> Tensor:
-        """W G W^T, (m, m)."""
+        """The matrix W G W^T, (m, m)."""
         return self.weight @ self.gram @ self.weight.T
 
     @cached_property
@@ -110,7 +118,7 @@ class Wide(Side):
         weight, size = _scaled(self.weight, vectors.dtype)
         if self._left is None:
             return _balanced(vectors, vectors.T @ weight, size)
-        left, _ = _scaled(self._left, vectors.dtype)  # its size leaves one factor for the other
+        left, _ = _scaled(self._left, vectors.dtype)  # one factor undoes the size in the other
         outer = torch.linalg.solve_triangular(left, vectors, upper=True)
         return _balanced(outer, (vectors.T @ left) @ weight, size)
 
@@ -140,21 +148,21 @@ class Wide(Side):
 
 
 class Tall(Side):
-    """m > n."""
+    """The problem of a tall weight, m > n."""
 
     @cached_property
     def _right(self) -> Tensor:
-        """R (n, n) of G = R R^T."""
+        """The root R (n, n) of G = R R^T."""
         return root(self.gram)
 
     @cached_property
     def _squared(self) -> Tensor:
-        """W^T W, (n, n)."""
+        """The matrix W^T W, (n, n)."""
         return self.weight.T @ self.weight
 
     @cached_property
     def _weighted(self) -> Tensor:
-        """W^T F W, (n, n)."""
+        """The matrix W^T F W, (n, n)."""
         if self.fisher is None:
             return self._squared
         return self.weight.T @ (self.fisher @ self.weight)
@@ -165,7 +173,7 @@ class Tall(Side):
 
     def factors(self, vectors: Tensor) -> Factors:
         weight, size = _scaled(self.weight, vectors.dtype)
-        right, _ = _scaled(self._right, vectors.dtype)  # the inner factor undoes its size, and F's
+        right, _ = _scaled(self._right, vectors.dtype)  # the inner factor undoes R's size, and F's
         outer = weight @ (right @ vectors)
         weighted = outer
         if self.fisher is not None:
@@ -173,10 +181,10 @@ class Tall(Side):
         normal = outer.T @ weighted
         squares = normal.diagonal()
         if self.fisher is None and bool((squares <= INDEPENDENT * squares.amax()).any()):
-            # Also directions that no input excites: they keep what they can of W.
+            # Some directions may be excited by no input: QR keeps as much of W as it can.
             u, _ = torch.linalg.qr(outer)
             return _balanced(u, u.T @ weight, size)
-        # Eigenvectors make `normal` diagonal, but rounded ones do not quite.
+        # Exact eigenvectors make `normal` diagonal, but rounded eigenvectors do not quite.
         alive = squares > 0
         scale = torch.where(alive, squares.rsqrt(), 0.0)
         normal = normal * scale[:, None] * scale
@@ -232,7 +240,7 @@ class Weighted:
         return side_of(weight, self.metric(statistics))
 
     def _eigenpairs(self, side: Side) -> tuple[Tensor, Tensor]:
-        """All values (k,), and the vectors (k, j) that solutions may use."""
+        """All eigenvalues (k,), and the eigenvectors (k, j) that solutions may use."""
         values, vectors = eigenpairs(side.matrix)
         return values, vectors[:, : rank_above_floor(values)] if self.capped else vectors
 
@@ -251,7 +259,7 @@ class Weighted:
         """As Solver.survey."""
         side = self._side(weight, statistics)
         values, vectors = self._eigenpairs(side)
-        # Without F it is the least output error that the solver itself minimises.
+        # Without F the solver itself minimises the output error.
         least = values if side.fisher is None else None
         return Survey(
             spectrum=side.scale * values,
@@ -263,24 +271,24 @@ class Weighted:
 
 
 def spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
-    """As Solver.spanned, in the dtype of the vectors.
+    """The same as Solver.spanned, in the dtype of the vectors.
 
-    In float32 the directions are off by eps of the largest one, whatever theirs is, times the
-    condition of F's root where there is F, so the error, at its least, by the square of that share
-    of that of Z = 0.
+    In float32 every direction is off by eps of the largest direction's length, also where its own
+    length is small. Where there is F, the condition of F's root multiplies this. At its least the
+    error is off by the square of this share, times the error of Z = 0.
     """
     return side_of(weight, metric).factors(vectors)
 
 
 def _scaled(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The matrix over a power of four, which fits float32 whatever its size, and that power."""
+    """The matrix over a power of four, so that any matrix fits float32, and the power."""
     _, exponent = torch.frexp(matrix.abs().amax())
     size = 4.0 ** (int(exponent) // 2)
     return (matrix / size).to(dtype), size
 
 
 def _balanced(outer: Tensor, inner: Tensor, size: float) -> Factors:
-    """`balanced` factors of size * outer @ inner, in float64."""
+    """The `balanced` factors of size * outer @ inner, in float64."""
     outer, inner = balanced(outer, inner)
     return Factors(outer.double() * size**0.5, inner.double() * size**0.5)
 
@@ -290,7 +298,7 @@ def _padded(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _tail_sums(terms: Tensor) -> Tensor:
-    """(k + 1,): entry r sums the terms (k,) or (k, k) whose indices are all r or more."""
+    """The tail sums (k + 1,): entry r adds the terms (k,) or (k, k) whose indices are >= r."""
     sums = terms.flip(0).cumsum(0)
     if terms.ndim == 2:
         sums = sums.flip(1).cumsum(1).diagonal()

@@ -1,9 +1,9 @@
-"""Choice of the rows of an interpolative decomposition, in blocks of neighbouring rows.
+"""The rows of an interpolative decomposition are chosen here, in row groups of neighbours.
 
 For a basis Q (m, r) of the range of Z and a set J of r rows, Z = P [I; T] Z_J holds exactly
 with T = Q_R Q_J^-1. Rounding T and Z_J costs in proportion to T, so J is chosen for a small
-||T||_F: a greedy start, then swaps that enlarge |det Q_J| while ||T||_F falls (block maximum
-volume; Goreinov et al. 2010 for single rows).
+||T||_F: a greedy start, then swaps that enlarge |det Q_J| while ||T||_F falls (maximum volume,
+which Goreinov et al. 2010 have for single rows). `block` is the number of rows in a row group.
 """
 
 from dataclasses import dataclass
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 MAX_SWAPS = 20
-"""Swaps tried per layer; 0 to 5 are usual for blocks of 8."""
+"""The number of swaps that are tried per layer; 0 to 5 are usual for row groups of 8."""
 
 LARGEST = 1e3
-"""Entries of T above this mean that no well-conditioned set of blocks was found."""
+"""A larger entry of T means that no well-conditioned set of row groups was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pivots:
-    """The chosen rows and the coefficients of the others."""
+    """The chosen rows and the coefficients of the other rows."""
 
     order: Tensor
-    """(m / block,) int64: the blocks of rows, the r / block chosen ones first."""
+    """The row groups (m / block,) int64, the r / block chosen groups first."""
 
     coefficients: Tensor
-    """T (m - r, r), in the dtype of the basis: row i of the others is T[i] @ (the chosen rows)."""
+    """T (m - r, r), in the dtype of the basis: other row i is T[i] @ (the chosen rows)."""
 
 
 def select(basis: Tensor, block: int) -> Pivots | None:
     """Pivots for orthonormal columns `basis` (m, r), r < m, float64 or float32; `block` divides m.
 
-    None where every choice of whole blocks is badly conditioned (zero rows spread over all
-    blocks, say); blocks of 1 always succeed.
+    The result is None where every choice of whole row groups is badly conditioned (zero rows spread
+    over all groups, say). Groups of one row always succeed.
     """
     basis = basis.contiguous()  # QR's is column-major, which makes thin products slow
     chosen = _partial_pivoting(basis) if block == 1 else _greedy(basis, block)
@@ -45,18 +45,19 @@ def select(basis: Tensor, block: int) -> Pivots | None:
 
 
 def _partial_pivoting(basis: Tensor) -> Tensor:
-    """(r,) int64: the rows that LU with partial pivoting moves to the top."""
+    """The rows (r,) int64 that LU with partial pivoting moves to the top."""
     packed, exchanges = torch.linalg.lu_factor(basis)
     permutation, _, _ = torch.lu_unpack(packed, exchanges, unpack_data=False)
     return permutation.argmax(dim=0)[: basis.shape[1]]
 
 
 def _greedy(basis: Tensor, block: int) -> Tensor | None:
-    """(r / block,) int64: repeatedly the block whose rows, less their projection on the rows
-    chosen so far, have the largest Gram determinant; None where all of these vanish.
+    """The chosen row groups (r / block,) int64; None where all determinants vanish.
 
-    That is the Cholesky factor of Q Q^T (m, m), of rank r, with blocks as pivots; neither it nor
-    the remainder is formed. Both arrays lie by columns, which makes the thin products fast.
+    Each step takes the group whose rows, less their projection on the rows chosen so far, have the
+    largest Gram determinant. This is the Cholesky factor of Q Q^T (m, m), of rank r, with row
+    groups as pivots. Neither Q Q^T nor the remainder is formed. Both arrays lie by columns, which
+    makes the thin products fast.
     """
     num_blocks, rank = len(basis) // block, basis.shape[1]
     rows, columns = basis.view(num_blocks, block, rank), basis.T.contiguous()
@@ -82,7 +83,7 @@ def _greedy(basis: Tensor, block: int) -> Tensor | None:
 
 
 def _improved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
-    """Swap outside block i for chosen block j with the largest |det T_ij| while T shrinks."""
+    """Swap outside group i for chosen group j with the largest |det T_ij| while T shrinks."""
     pivots = _solved(basis, chosen, block)
     for _ in range(MAX_SWAPS):
         volumes = _block_volumes(pivots.coefficients, block)
@@ -99,7 +100,7 @@ def _improved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
 
 
 def _solved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
-    """Pivots of the given blocks, both parts in ascending order (contiguous reads)."""
+    """Pivots of the given row groups, both parts in ascending order (contiguous reads)."""
     num_blocks = len(basis) // block
     is_chosen = torch.zeros(num_blocks, dtype=torch.bool, device=basis.device)
     is_chosen[chosen] = True
@@ -113,7 +114,7 @@ def _solved(basis: Tensor, chosen: Tensor, block: int) -> Pivots:
 
 
 def _block_volumes(coefficients: Tensor, block: int) -> Tensor:
-    """|det T_ij| of every block of T: ((m - r) / block, r / block)."""
+    """The volumes |det T_ij| of pairs of row groups: ((m - r) / block, r / block)."""
     if block == 1:
         return coefficients.abs()
     outside, inside = (size // block for size in coefficients.shape)

@@ -1,4 +1,4 @@
-"""Least squares after rounding: the second factor is fitted against the stored first one."""
+"""After rounding, least squares fits the second factor against the stored first factor."""
 
 from functools import cached_property
 
@@ -8,27 +8,28 @@ from torch import Tensor
 from lrc_cli.engine.problem import Errors, Metric
 
 COARSE_EPS = 1e-3
-"""Rounding from which on float32 decides as well as float64: bfloat16's. Its square, which is the
-ridge, is mostly above what a Cholesky factor in float32 loses; where it is not, float64 is used."""
+"""The least rounding, bfloat16's, for which float32 decides as well as float64. The ridge is the
+square of the rounding. It is mostly above what a Cholesky factor in float32 loses; otherwise
+float64 is used."""
 
 RESOLVED = 1e-6
-"""Share of the errors of Z = 0 from which on an error may be taken as what is left of them: that
-costs six of float64's sixteen digits."""
+"""The least share of the errors of Z = 0 at which an error may be found as a remainder of these
+errors: the difference costs six of float64's sixteen digits."""
 
 
 class Refit:
     """The coefficients T (k, r) for which Z = [rows; T @ rows] (m, n) is closest to the target.
 
-    f(T) = scale * tr(F (target - Z) G (target - Z)^T). All it takes are products with `rows`:
+    The distance is f(T) = scale * tr(F (target - Z) G (target - Z)^T). It needs only the products
     N = rows G rows^T and C = target G rows^T, so that nothing as large as G is multiplied again.
 
     Args:
-        start: (k, r), what is corrected.
-        target: (m, n). Its first m - k rows, r of them or none, are approximated by `rows`
+        start: the coefficients (k, r) that are corrected.
+        target: the matrix (m, n). Its first m - k rows, r rows or none, are approximated by `rows`
             themselves.
-        rows: (r, n).
-        metric: its F (m, m) in the order of the target's rows.
-        dtype: in which T is found and compared. Errors are always float64.
+        rows: the stored rows (r, n).
+        metric: the metric, with F (m, m) in the order of the target's rows.
+        dtype: the dtype in which T is found and compared. Errors are always float64.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Refit:
 
     @cached_property
     def _own(self) -> Tensor | None:
-        """F of the rows that are fitted, (k, k)."""
+        """The part (k, k) of F for the rows that are fitted."""
         fisher, fixed = self.metric.fisher, self.num_fixed
         return None if fisher is None else fisher[fixed:, fixed:].to(self.start.dtype)
 
@@ -58,10 +59,11 @@ class Refit:
 
     @cached_property
     def _residual(self) -> Tensor:
-        """(k, r): half the steepest descent of f / scale at `start`, times F_RR^-1.
+        """Half the steepest descent (k, r) of f / scale at `start`, times F_RR^-1.
 
-        The error E = target - rows of the fixed rows counts too: curvature lets the others make up
-        for it, as if they aimed at F_RR^-1 F_RJ E more. No solution depends on F otherwise.
+        The error E = target - rows of the fixed rows counts too. Curvature lets the other rows make
+        up for E, as if their target were larger by F_RR^-1 F_RJ E. No solution depends on F
+        otherwise.
         """
         fixed, fisher = self.num_fixed, self.metric.fisher
         residual = self._cross[fixed:].to(self.start) - self.start @ self._coarse_normal
@@ -77,12 +79,12 @@ class Refit:
         return residual
 
     def solution(self, unit: float) -> Tensor:
-        """The least f, with a ridge.
+        """The T with the least f, with a ridge.
 
         Only the correction to `start` is solved for, so that directions in which G is singular
-        leave it as it is. The ridge, unit^2 times the diagonal, is what rounding the entries to
-        relative `unit` costs: below it a smaller residual is not worth larger entries. Returns
-        `start` where even that system is singular.
+        leave `start` as it is. The ridge, unit^2 times the diagonal, is the cost of rounding the
+        entries to relative `unit`: below this cost a smaller residual is not worth larger entries.
+        The result is `start` where even the system with the ridge is singular.
         """
         for normal in (self._coarse_normal, self._normal):  # float32 fails first
             diagonal = normal.diagonal()
@@ -94,8 +96,11 @@ class Refit:
         return self.start
 
     def change(self, old: Tensor, new: Tensor) -> float:
-        """(f(new) - f(old)) / scale: with D = new - old and s = `start`,
-        -tr(F_RR D (2 S - 2 (old - s) N - D N)^T), S the residual."""
+        """The change (f(new) - f(old)) / scale.
+
+        With D = new - old, s = `start` and the residual S the change is
+        -tr(F_RR D (2 S - 2 (old - s) N - D N)^T).
+        """
         old, new = old.to(self.start), new.to(self.start)
         step = new - old
         slope = 2 * self._residual - (old + new - 2 * self.start) @ self._coarse_normal
@@ -103,11 +108,11 @@ class Refit:
         return -torch.sum(weighted * slope).item()
 
     def errors(self, coefficients: Tensor, zero: Errors | None = None) -> Errors:
-        """f and the plain output error of coefficients T (k, r).
+        """The distance f and the plain output error of coefficients T (k, r).
 
         Args:
-            zero: both errors of Z = 0. Where they are known, and what is left of them is not lost
-                in their rounding, no difference of matrices is multiplied.
+            zero: both errors of Z = 0. Where these errors are known, and the remainder is not lost
+                in rounding, no difference of matrices is multiplied.
         """
         if zero is not None:
             found = self._remaining(coefficients, zero)
@@ -117,7 +122,7 @@ class Refit:
         return Errors(*self.metric.errors(self.target - fitted))
 
     def _remaining(self, coefficients: Tensor, zero: Errors) -> Errors:
-        """tr(F (C0 - Y (2 C - Y N)^T)) with Y = [I; T], C0 what `zero` is the trace of."""
+        """The errors tr(F (C0 - Y (2 C - Y N)^T)) with Y = [I; T]; `zero` is the trace with C0."""
         fisher, fixed = self.metric.fisher, self.num_fixed
         above = torch.eye(fixed, len(self.rows)).to(coefficients)
         gained = 2 * self._cross - torch.cat([self._normal[:fixed], coefficients @ self._normal])
@@ -132,5 +137,5 @@ class Refit:
 
 
 def deciding_dtype(stored: torch.dtype) -> torch.dtype:
-    """In which dtype to find what is then rounded to the stored one."""
+    """The dtype in which numbers are found that are then rounded to the stored dtype."""
     return torch.float32 if torch.finfo(stored).eps >= COARSE_EPS else torch.float64
