@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
 FLOOR_TESTS ?= tests
-# A worker a core; a file's tests stay together, so that its fixtures are made once.
-PYTEST := -m pytest -n auto --dist loadfile
+# A worker a core; a file's tests stay together, so that its fixtures are made once. Files start in
+# the order of tests/conftest.py: by default those with the fewest tests, which are long, start last.
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test bench tasks docs floor clean

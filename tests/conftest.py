@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of the command: tiny checkpoints, written once per session."""
+"""Fixtures shared by all tests: tiny checkpoints, written once per session; long tests first."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ pytest.register_assert_rewrite("command_helpers", "sequential_helpers")
 
 # Threads cost more than they give at these sizes.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that no worker ends alone with one."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The soft threshold: KKT, challengers, exact ranks, curves, degenerate layers, rounding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,15 +23,6 @@ from lrc_cli.engine import (
 from lrc_cli.engine.solvers.nuclear import energies_of
 
 Solve = Callable[[Tensor, Statistics, int], Factors]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread, long where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def outputs(matrix: Tensor, statistics: Statistics) -> Tensor:

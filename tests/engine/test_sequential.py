@@ -27,15 +27,6 @@ RIDGE = 1e-2
 Fit = Callable[["Case", int], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread, long where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A layer with what it reads in the dense and in the compressed network."""

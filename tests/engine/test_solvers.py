@@ -1,7 +1,5 @@
 """Every solver against float64 references: optimality, spectra, degenerate layers."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from engine_helpers import CASES, SHAPES, case, eckart_young, gaussian, reference_error
@@ -12,15 +10,6 @@ from lrc_cli.engine import SOLVERS, Factors, SolveError, Solver, Statistics
 BEST = ["svd", "frobenius", "curvature"]
 """Those whose solution of a rank is the best of that rank in a quadratic form."""
 DATA_DRIVEN = ["frobenius", "curvature"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread, long where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ranks(weight: Tensor) -> range:

@@ -1,7 +1,5 @@
 """Stored forms: exact where they should be, bounded, refitted, and counted to the byte."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from engine_helpers import DEVICES, SHAPES, case, gaussian, second_moments
@@ -25,15 +23,6 @@ from lrc_cli.engine import (
 from lrc_cli.job.work import compress_gram, expand_gram
 
 LOW = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread, long where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def applied(packed: Packed, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.long
 WIDTH, FEED_FORWARD, BYTES = 512, 1536, 1_080_000_000
 COMPRESSED = tuple(f"model.layers.{i}.self_attn" for i in (0, 20, 40, 60))
 SAMPLE_SECONDS = 0.005

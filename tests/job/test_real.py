@@ -34,7 +34,7 @@ print(AutoTokenizer.from_pretrained(sys.argv[1]).decode(
 """
 
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 """The real model's run is minutes alone, and several times that on a machine that others share."""
 
 
@@ -56,10 +56,14 @@ def texts(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_cores() -> Iterator[None]:
-    """conftest's one thread suits tiny models, not these."""
+def fair_share_of_the_cores() -> Iterator[None]:
+    """The machine's cores, shared by the workers: conftest's one thread suits tiny models.
+
+    More threads than free cores wait for each other, which takes longer than one thread does.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
     yield
     torch.set_num_threads(before)
 

@@ -24,6 +24,7 @@ from lrc_cli.job.work import PASSING
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 
+pytestmark = pytest.mark.long
 Changes = dict[str, Any]
 
 SEQUENTIAL: Changes = {"compression.sequential": True, "calibration.num_sequences": 100}

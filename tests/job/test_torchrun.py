@@ -30,6 +30,7 @@ from lrc_cli.job.work import WorkDirectory
 from lrc_cli.runtime.join import joined
 from lrc_cli.runtime.processes import Processes
 
+pytestmark = pytest.mark.long
 Changes = dict[str, Any]
 SIZES = (1, 2, 4)
 CERTIFIED = {"certification.num_sequences": 100, "certification.part": [0.6, 1.0]}
