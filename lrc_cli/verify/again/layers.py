@@ -30,6 +30,7 @@ from lrc_cli.verify.again.moments import (
 )
 from lrc_cli.verify.again.networks import Bench
 from lrc_cli.verify.again.tolerances import judge_bias, judge_errors
+from lrc_cli.verify.methods import unknown_method
 
 PARALLEL_WIDTH = 2048
 """Layers up to this width are solved side by side on a CPU."""
@@ -42,7 +43,10 @@ def measure_layers(bench: Bench) -> None:
     paired: list[Checked] = []
     for checked in bench.checked:
         row = bench.row(checked)
-        if row["errors"]["output"]["inputs"] == "white":
+        unknown = unknown_method(row)
+        if unknown is not None:
+            _leave_unchecked(bench, checked, unknown)
+        elif row["errors"]["output"]["inputs"] == "white":
             white.append(checked)
         else:
             (paired if row.get("sequential") is True else plain).append(checked)
@@ -82,6 +86,17 @@ def measure_layers(bench: Bench) -> None:
     _judge_plain(bench, plain, inputs, fishers)
     for checked in paired:
         _judge(bench, [checked], partial(_paired, bench, pairs, held, fishers))
+
+
+def _leave_unchecked(bench: Bench, checked: Checked, reason: str) -> None:
+    """Say that a layer's errors and its bias are not measured."""
+    name = checked.layer.name
+    for id, what in (
+        ("c1.output", f"the output errors of {name}"),
+        ("c1.metric", f"the errors of {name} in the metric of its method"),
+        ("c1.bias", f"the bias of {name} is the one that its method asks for"),
+    ):
+        bench.findings.not_checked(id, what, reason)
 
 
 def _behind(checked: Checked, rank: int) -> Behind:

@@ -19,6 +19,7 @@ from lrc_cli.network.layouts import layout_of, linear_shape
 from lrc_cli.network.opening import Opened, open_module
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
 from lrc_cli.verify.files.written import Written, fused_of
+from lrc_cli.verify.methods import KNOWN
 from lrc_cli.verify.statements import Findings
 
 
@@ -119,12 +120,13 @@ def _checked_copies(copies: dict[str, str], original: Source, findings: Findings
 
 
 def _may_change(written: Written, key: str) -> bool:
-    """Whether it is the bias of a factorised layer whose method has a bias of its own."""
+    """Whether a tensor is the bias of a factorised layer whose method has, or may have, its own."""
     named = [(x["method"], written.keys.get(x["name"])) for x in written.factorised]
     methods = {method for method, keys in named if keys is not None and keys.bias == key}
     if written.config is None or not methods:
         return False
-    return written.config.compression.center or "relu" in methods
+    own_bias = any(method == "relu" or method not in KNOWN for method in methods)
+    return written.config.compression.center or own_bias
 
 
 def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str | None:

@@ -1,0 +1,17 @@
+"""Which methods verification knows. It says of any other that nothing was checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+KNOWN = frozenset({"svd", "frobenius", "nuclear", "relu", "curvature"})
+"""The methods whose metric and whose bias verification finds by its own way."""
+
+
+def unknown_method(row: Mapping[str, Any]) -> str | None:
+    """Why what a layer's method says cannot be checked; None where it can.
+
+    Args:
+        row: the report's row of the layer.
+    """
+    method = row["method"]
+    return None if method in KNOWN else f"verification knows nothing of the method {method}"
