@@ -121,8 +121,17 @@ class Source:
 
         Args:
             fused: by the stored tensor's key; a tensor that is passed over stays so.
+
+        Raises:
+            InputError: a tensor holds nothing for each of several experts.
         """
         here = {key: how for key, how in fused.items() if key in self.tensors}
+        for key in here:
+            if len(self.tensors[key].shape) < 2:
+                raise InputError(
+                    f"{key} has shape {self.tensors[key].shape}, which holds no experts' matrices",
+                    "restore the file",
+                )
         return replace(self, fused={**self.fused, **here})
 
     @property

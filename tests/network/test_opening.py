@@ -9,7 +9,9 @@ from families import FAMILIES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrc_cli.checkpoint.fused import Fused
 from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.errors import InputError
 from lrc_cli.network.opening import open_module
 
 
@@ -88,6 +90,13 @@ def test_a_copy_is_no_part_either(tmp_path: Path) -> None:
     passed = stored.without_copies({key: "another"}).apart(view.fused)
     assert key not in passed.tensors and key not in passed.fused
     assert all(whole != key for whole, _ in passed.parts.values())
+
+
+def test_a_vector_is_not_taken_apart(tmp_path: Path) -> None:
+    save_file({"bias": torch.zeros(3)}, tmp_path / "vector.safetensors")
+    source = open_source(tmp_path / "vector.safetensors")
+    with pytest.raises(InputError, match=r"bias has shape \(3,\), which holds no experts"):
+        source.apart({"bias": Fused(experts="experts", part="down_proj.weight")})
 
 
 def test_a_source_is_frozen(tmp_path: Path) -> None:

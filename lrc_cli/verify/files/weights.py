@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def check_weights(written: Written, findings: Findings) -> None:
     with findings.guard("metadata", "the files' metadata is right"):
         _check_metadata(written, source, findings)
     with findings.guard("table", "the layer table is right"):
-        _check_table(written, source, findings)
+        _check_table(source, findings)
     with findings.guard("table", "the marks of experts are right"):
         _check_marks(written, source, findings)
     with findings.guard("layers.shape", "the report's layers are those of the files"):
@@ -80,9 +81,8 @@ def _check_index(source: Source, findings: Findings) -> None:
 def _check_metadata(written: Written, source: Source, findings: Findings) -> None:
     facts = (written.report or {}).get("provenance", {})
     for file in source.files:
-        with open_tensors(file) as handle:
-            metadata = handle.metadata() or {}
-        record = json.loads(metadata.get("lrc", "{}"))
+        metadata = _metadata(file)
+        record = _record(metadata)
         stated = {
             "format_version": record.get("format_version"),
             "tool_version": record.get("tool_version"),
@@ -100,34 +100,53 @@ def _check_metadata(written: Written, source: Source, findings: Findings) -> Non
         what = f"the metadata of {file.name} agrees with the report"
         findings.equal("metadata", what, stated, found)
         if source.config is None:
-            written.table = record.get("layers", {})
             factory = written.config.model.factory if written.config else None
             what = f"{file.name} names the config's factory"
             findings.equal("metadata", what, record.get("factory"), factory)
 
 
-def _check_table(written: Written, source: Source, findings: Findings) -> None:
+def _metadata(file: Path) -> dict[str, str]:
+    with open_tensors(file) as handle:
+        return handle.metadata() or {}
+
+
+def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What lrc wrote into a file's metadata."""
+    record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
+    return record
+
+
+def _stated_table(source: Source) -> Mapping[str, Mapping[str, Any]]:
+    """The layer table of config.json, or of the metadata: disk name -> storage, rank, block."""
+    if source.config is None:
+        record = _record(_metadata(source.files[-1]))
+    else:
+        record = source.config.get("quantization_config") or {}
+    table: Mapping[str, Mapping[str, Any]] = record.get("layers", {})
+    return table
+
+
+def _check_table(source: Source, findings: Findings) -> None:
     """The table names exactly the layers whose tensors are factors, and says what they are."""
     if source.config is not None:
         quantization = source.config.get("quantization_config") or {}
-        written.table = quantization.get("layers", {})
         if quantization:
             stated = quantization.get("format_version")
             what = "config.json states the format version"
             findings.equal("table", what, stated, FORMAT_VERSION)
-    tensors = source.tensors
+    table, tensors = _stated_table(source), source.tensors
     found = {key.removesuffix(f".{UP}") for key in tensors if key.endswith(f".{UP}")}
     found = {layer for layer in found if Keys.of(layer, tensors).weight in tensors} | {
         key.removesuffix(f".{PERM}") for key in tensors if key.endswith(f".{PERM}")
     }
-    for layer in sorted({*found, *written.table}):
+    for layer in sorted({*found, *table}):
         what = f"the layer table and the tensors of {layer} agree"
-        if layer not in written.table:
+        if layer not in table:
             findings.judge("table", what, "the table has no such layer, the tensors are factors")
             continue
         keys = Keys.of(layer, tensors)
         shapes = {end: _shape(source, key) for end, key in keys.factors.items()}
-        problem = factor_problem(shapes, written.table[layer])
+        problem = factor_problem(shapes, table[layer])
         if problem is None and shapes[PERM]:
             problem = _perm_problem(source.read(keys.perm))
         findings.judge("table", what, problem)
@@ -135,11 +154,11 @@ def _check_table(written: Written, source: Source, findings: Findings) -> None:
 
 def _check_marks(written: Written, source: Source, findings: Findings) -> None:
     """What stands in the place of experts' fused tensors is the ranks of their matrices."""
-    fused = (written.report or {}).get("fused", {})
+    fused, table = (written.report or {}).get("fused", {}), _stated_table(source)
     for key in marks_of(written):
         ranks = source.read(key).tolist()
         layers = [Keys(x).layer for x in Fused(**fused[key]).keys(len(ranks))]
-        found = [written.table.get(layer, {}).get("rank", 0) for layer in layers]
+        found = [table.get(layer, {}).get("rank", 0) for layer in layers]
         findings.equal("table", f"{key} has the ranks of its experts", ranks, found)
 
 
@@ -189,7 +208,7 @@ def _check_layers(written: Written, source: Source, findings: Findings) -> None:
     factorised = {keys.layer for keys in known if keys is not None}
     if len(factorised) == len(written.factorised):
         what = "the report's factorised layers are those of the layer table"
-        findings.equal("layers.shape", what, sorted(factorised), sorted(written.table))
+        findings.equal("layers.shape", what, sorted(factorised), sorted(_stated_table(source)))
     biases = gained_biases(written)
     for layer in written.layers:
         keys, what = written.keys.get(layer["name"]), f"the report has the sizes of {layer['name']}"

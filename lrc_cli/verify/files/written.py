@@ -43,7 +43,7 @@ PROVENANCE = (
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """An output; what could not be opened is None, and a statement says why."""
 
@@ -51,9 +51,7 @@ class Written:
     report: dict[str, Any] | None = None
     source: Source | None = None
     config: Config | None = None
-    table: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The layer table of config.json, or of the metadata: disk name -> storage, rank, block."""
-    keys: dict[str, Keys] = field(default_factory=dict)
+    keys: Mapping[str, Keys] = field(default_factory=dict)
     """The report's layer names -> disk names, for the layers where files alone tell."""
 
     @property
@@ -69,32 +67,51 @@ class Written:
 
 def open_written(directory: Path, findings: Findings) -> Written:
     """Open report.json, lrc.yaml and the weights; each that cannot be is a failed statement."""
-    written = Written(directory=directory)
+    report = _open_report(directory, findings)
+    config = _open_config(directory, findings)
+    source = _open_weights(directory, report, findings)
+    keys: Mapping[str, Keys] = {}
+    with findings.guard("layers.names", "the report's layers are named like tensors"):
+        keys = _disk_names(report, source)
+    return Written(directory=directory, report=report, source=source, config=config, keys=keys)
+
+
+def _open_report(directory: Path, findings: Findings) -> dict[str, Any] | None:
     what = "report.json can be read"
     with findings.guard("report.open", what):
         report = read_json(directory / REPORT)
         if findings.judge("report.open", what, _form_problem(report)):
-            written.report = report
+            return report
+    return None
+
+
+def _open_config(directory: Path, findings: Findings) -> Config | None:
     what = "lrc.yaml is a config"
     with findings.guard("config.open", what):
-        written.config = load_config(directory / "lrc.yaml")
+        config = load_config(directory / "lrc.yaml")
         findings.judge("config.open", what, None)
+        return config
+    return None
+
+
+def _open_weights(
+    directory: Path, report: dict[str, Any] | None, findings: Findings
+) -> Source | None:
+    """The weights, with the fused experts apart that the report names."""
     what = "the weight files can be read, as their index names them"
+    source = None
     with findings.guard("weights.open", what):
-        written.source = open_source(directory, factorised=True)
+        source = open_source(directory, factorised=True)
         findings.judge("weights.open", what, None)
     what = "the tensors of fused experts are found as the report says"
     with findings.guard("weights.fused", what):
-        if written.source is not None:
-            written.source = written.source.apart(fused_of(written, written.source))
-    with findings.guard("layers.names", "the report's layers are named like tensors"):
-        written.keys = _disk_names(written)
-    return written
+        return None if source is None else source.apart(fused_of(report, source))
+    return source
 
 
-def fused_of(written: Written, source: Source) -> dict[str, Fused]:
+def fused_of(report: dict[str, Any] | None, source: Source) -> dict[str, Fused]:
     """How to see the fused tensors that a checkpoint holds as they are: not those with marks."""
-    stated = (written.report or {}).get("fused", {})
+    stated = (report or {}).get("fused", {})
     found = {key: Fused(**entry) for key, entry in stated.items()}
     there = source.tensors
     return {key: x for key, x in found.items() if key in there and not is_mark(there[key])}
@@ -146,14 +163,14 @@ def _form_problem(report: dict[str, Any]) -> str | None:
     return f"provenance has no {missing[0]}" if missing else None
 
 
-def _disk_names(written: Written) -> dict[str, Keys]:
+def _disk_names(report: dict[str, Any] | None, source: Source | None) -> dict[str, Keys]:
     """Layer names are module names; disk names may have a prefix more or less."""
-    if written.source is None:
+    if report is None or source is None:
         return {}
-    skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
-    free = {Keys(key).layer: Keys(key) for key in written.source.tensors if key not in skipped}
+    skipped = {entry["name"] for entry in report["skipped"]}
+    free = {Keys(key).layer: Keys(key) for key in source.tensors if key not in skipped}
     names = {}
-    for layer in written.layers:
+    for layer in report["layers"]:
         name = layer["name"]
         exact = [stem for stem in free if stem in (name, layer.get("tied_to"))]
         related = [s for s in free if f".{s}".endswith(f".{name}") or f".{name}".endswith(f".{s}")]

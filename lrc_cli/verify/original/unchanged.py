@@ -86,7 +86,7 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     original = original.without_copies(
         _checked_copies(report.get("copies", {}), original, findings)
     )
-    original = original.apart(fused_of(written, original))
+    original = original.apart(fused_of(written.report, original))
     for key, info in original.tensors.items():
         factor = Keys(key).up
         if factor in source.tensors and factor not in original.tensors:
@@ -193,7 +193,7 @@ def open_layers(
             findings.judge("original.layers", what, f"found {type(part).__name__} {shape}")
             continue
         findings.judge("original.layers", what, None)
-        written.keys[name] = keys = Keys(key, stored.get(id(getattr(part, "bias", None))))
+        keys = Keys(key, stored.get(id(getattr(part, "bias", None))))
         layers.append(
             Layer(
                 name=name,
