@@ -24,8 +24,8 @@ from random_llama import llama_config, write_job, write_llama
 
 from lrc_cli import load
 from lrc_cli.config import load_config
-from lrc_cli.job.output.write import read_report
 from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.report.record import read_record
 
 FULL_BLOCKS, FULL_SECONDS = 32, 300.0
 MEMORY_LIMIT = 24e9
@@ -148,9 +148,9 @@ def compress_random(
 def check(output: Path, blocks: int) -> None:
     """Exit unless the output loads with its factors and kept what was asked for."""
     layers = [layer for _, layer in low_rank_layers(load(output))]
-    report = read_report(output)
-    fallbacks = [layer["name"] for layer in report["layers"] if layer["fallback"]]
-    if not layers or fallbacks or not report["target"]["met"]:
+    record = read_record(output)
+    fallbacks = [layer.name for layer in record.fallen_back]
+    if not layers or fallbacks or not record.target.met:
         sys.exit(f"{len(layers)} layers of {blocks} blocks are factorised; fell back: {fallbacks}")
 
 

@@ -6,19 +6,19 @@ one that is dense. A vector never has a fused tensor's shape, so that a loader t
 the format fails.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.runtime.json_records import JsonRecord
 
 MARK_DTYPE = torch.int32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fused:
+class Fused(JsonRecord):
     """How a fused tensor is taken apart."""
 
     experts: str
@@ -45,10 +45,6 @@ class Fused:
     def take(self, whole: Tensor, index: int) -> Tensor:
         """A part of the tensor: a view."""
         return whole[index].T if self.is_transposed else whole[index]
-
-    def record(self) -> dict[str, Any]:
-        """As JSON, for the report."""
-        return asdict(self)
 
 
 def is_mark(info: TensorInfo) -> bool:

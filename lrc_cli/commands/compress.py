@@ -23,8 +23,7 @@ from lrc_cli.errors import StrictFallback
 
 if TYPE_CHECKING:
     from lrc_cli.config import Config
-
-Report = dict[str, Any]
+    from lrc_cli.report.record import Record
 
 
 @click.command(
@@ -89,19 +88,20 @@ def compress(
             check_alone("compress --dry-run", processes)
             show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
             return
-        reports = []
+        records = []
         speaks = processes.is_first
         with stop_on_signals(quiet=not speaks) as stop:
             progress = Progress(stop=stop, quiet=quiet or not speaks, verbose=verbose)
-            for job, report in run_jobs(configs, progress=progress, processes=processes, **options):
-                reports.append(report)
+            for job, record in run_jobs(configs, progress=progress, processes=processes, **options):
+                records.append(record)
                 if speaks and not as_json:
                     click.echo(job.output.path)
                 if speaks and not as_json and not quiet:
-                    click.echo(summary(report), err=True)
+                    click.echo(summary(record), err=True)
         if speaks and as_json:
+            reports = [record.to_json() for record in records]
             click.echo(json.dumps(reports if sizes else reports[0], indent=2))
-        conclude(reports, junit if speaks else None, strict=strict)
+        conclude(records, junit if speaks else None, strict=strict)
 
 
 def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
@@ -115,8 +115,8 @@ def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
             check_junit_path(junit, Path(config.output.path))
 
 
-def conclude(reports: Sequence[Report], junit: Path | None, *, strict: bool) -> None:
-    """Write the JUnit file, then fail for what the reports say.
+def conclude(records: "Sequence[Record]", junit: Path | None, *, strict: bool) -> None:
+    """Write the JUnit file, then fail for what the records say.
 
     Raises:
         GateMissed: in any of the jobs.
@@ -127,30 +127,31 @@ def conclude(reports: Sequence[Report], junit: Path | None, *, strict: bool) -> 
     from lrc_cli.report.junit import write_junit
 
     if junit is not None:
-        write_junit(junit, reports, strict=strict)
-    fail_if_missed(*reports)
-    fallen = [layer["name"] for report in reports for layer in not_as_asked(report)]
+        write_junit(junit, records, strict=strict)
+    fail_if_missed(*records)
+    fallen = [layer.name for record in records for layer in not_as_asked(record)]
     if strict and fallen:
         raise StrictFallback(
             f"{len(fallen)} layers fell back, the first is {fallen[0]}", "see report.json"
         )
 
 
-def summary(report: Report) -> str:
+def summary(record: "Record") -> str:
     """What a run came to, in a few lines."""
     from lrc_cli.quality.sentences import main_statements
 
-    size = report["size"]
+    size = record.size
     lines = [
-        f"kept {size['kept_compressible']:.1%} of the compressible weights,"
-        f" {size['kept_checkpoint']:.1%} of the checkpoint's bytes"
+        f"kept {size.kept_compressible:.1%} of the compressible weights,"
+        f" {size.kept_checkpoint:.1%} of the checkpoint's bytes"
     ]
-    for row in report["quality"]:
-        if "perplexity_after" in row:
-            before, after = row["perplexity_before"], row["perplexity_after"]
-            lines.append(f"{row['text']}: perplexity {before:.2f} -> {after:.2f}")
+    for row in record.quality:
+        scores = row.scores
+        if scores.perplexity_after is not None:
+            change = f"{scores.perplexity_before:.2f} -> {scores.perplexity_after:.2f}"
+            lines.append(f"{row.text}: perplexity {change}")
         else:
-            lines.append(f"{row['text']}: relative output error {row['relative_output_error']:.3f}")
-    if report["certificate"]["statements"]:
-        lines += ["certificate:", *(f"- {x}" for x in main_statements(report["certificate"]))]
+            lines.append(f"{row.text}: relative output error {scores.relative_output_error:.3f}")
+    if record.certificate.statements:
+        lines += ["certificate:", *(f"- {x}" for x in main_statements(record.certificate))]
     return "\n".join(lines)

@@ -145,7 +145,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
                 "target": {"name": target, "value": value},
                 "output": str(plan.output),
                 "checkpoint_bytes": size,
-                "sequential": decision.facts(),
+                "sequential": decision.record().to_json(),
                 "seconds": seconds_by_phase(own),
             }
         )

@@ -1,19 +1,17 @@
 """Jobs of one config that differ in their size: finished ones are left as they are."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lrc_cli.config import Config
 from lrc_cli.job.fingerprints import already_done
-from lrc_cli.job.output.write import read_report
 from lrc_cli.job.run import compress_each
 from lrc_cli.report.gates import check_gates
+from lrc_cli.report.record import Record, read_record
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress
-
-Report = dict[str, Any]
 
 
 def run_jobs(
@@ -23,8 +21,8 @@ def run_jobs(
     restart: bool,
     progress: Progress,
     processes: Processes = ALONE,
-) -> Iterator[tuple[Config, Report]]:
-    """Every job with its report; without `force` and `restart`, finished ones are not run again.
+) -> Iterator[tuple[Config, Record]]:
+    """Every job with its record; without `force` and `restart`, finished ones are not run again.
 
     Args:
         configs: jobs that differ in `compression.size` and `output.path` only.
@@ -43,6 +41,5 @@ def run_jobs(
         directory = Path(config.output.path)
         if processes.is_first:
             progress.say(f"{directory}: already what the config asks for")
-        report = processes.from_first(partial(read_report, directory))
-        report["gates"] = check_gates(config.gates, report)
-        yield config, report
+        record = processes.from_first(partial(read_record, directory))
+        yield config, replace(record, gates=check_gates(config.gates, record))

@@ -25,6 +25,7 @@ from lrc_cli.job.spectra.survey import SpectraStage, read_spectra
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare
 from lrc_cli.job.work import LOG, PASSING, SHARED, WorkDirectory
+from lrc_cli.report.record import Record
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
 
@@ -55,7 +56,7 @@ def compress(
     (report,) = compress_each(
         [config], force=force, restart=restart, progress=progress, processes=processes
     )
-    return report
+    return report.to_json()
 
 
 def compress_each(
@@ -65,7 +66,7 @@ def compress_each(
     restart: bool,
     progress: Progress,
     processes: Processes = ALONE,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """As `compress`, for configs that differ in the target and in `output.path` only.
 
     The statistics are collected once, for all of them.
@@ -108,8 +109,8 @@ def make_plans(
 
 def _write(
     plan: Plan, work: WorkDirectory, shared: Seconds, *, force: bool, progress: Progress
-) -> dict[str, Any]:
-    """From spectra to the output, and its report.
+) -> Record:
+    """From spectra to the output, and its record.
 
     Args:
         shared: what the phases before this took, as far as it is counted with this output.
@@ -128,7 +129,7 @@ def _write(
         seconds |= processes.from_first(
             lambda: write_checkpoint(plan, work, folder, directory, progress)
         )
-        report = finish_output(plan, work, folder, directory, decision.facts(), seconds, progress)
+        report = finish_output(plan, work, folder, directory, decision.record(), seconds, progress)
     _say_what_failed(report, progress)
     return report
 
@@ -142,11 +143,12 @@ def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) ->
         _say_unused(compression, "ridge", "no layer is fitted with one", progress)
 
 
-def _say_what_failed(report: dict[str, Any], progress: Progress) -> None:
-    if not report["target"]["met"]:
-        name, value = report["target"]["name"], report["target"]["value"]
-        progress.note(f"compression.{name}: {value} is missed: see the layers that fell back")
-    if all(layer["storage"] == "dense" for layer in report["layers"]):
+def _say_what_failed(report: Record, progress: Progress) -> None:
+    target = report.target
+    if not target.met:
+        missed = f"compression.{target.name}: {target.value} is missed"
+        progress.note(f"{missed}: see the layers that fell back")
+    if not report.factorised:
         progress.note("no layer was factorised: see the reasons in the report")
 
 

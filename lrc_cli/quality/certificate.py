@@ -7,17 +7,23 @@ together with the probability `confidence` over the draw of the sequences.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from lrc_cli.engine.bounds import mean_bound, quantile_order, sequences_needed
+from lrc_cli.quality.certificate_record import (
+    CANNOT,
+    CERTIFIED,
+    Certificate,
+    CertificateData,
+    SequenceValues,
+    Statement,
+)
 from lrc_cli.quality.sentences import assumptions, statement_text
 
 Values = Mapping[str, Sequence[float]]
-Statement = dict[str, Any]
 
 ALL_LAYERS, LAYER_ERROR = "all_layers", "layer_error"
-CERTIFIED, CANNOT = "certified", "cannot certify"
 CLIP_FACTOR = 4.0
 """A mean is bounded after clipping at so many times the largest value on selection data."""
 LEAST_CLIP = 1e-6
@@ -33,11 +39,6 @@ UNITS = {
 }
 NOT_ASKED = "none was asked for: the configuration has no certification section"
 NO_SEQUENCES = "none could be issued: no sequence was left for certification"
-
-
-def no_certificate(note: str) -> dict[str, Any]:
-    """The entry of a report that certifies nothing, and why."""
-    return {"statements": [], "note": note}
 
 
 def clips_of(selection: Values) -> dict[str, float]:
@@ -62,8 +63,8 @@ def make_certificate(
     tolerances: Mapping[str, float],
     confidence: float,
     quantile: float,
-    header: Mapping[str, Any],
-) -> dict[str, Any]:
+    data: CertificateData,
+) -> Certificate:
     """The `certificate` of report.json.
 
     Args:
@@ -71,52 +72,50 @@ def make_certificate(
         layers: by layer, its errors likewise; may be empty.
         clips: of `clips_of`.
         tolerances: of `tolerances_of`, for the same layers.
-        header: what was drawn and how: unit, sequence_length, sampling, population with its size,
-            data_sha256, selection, predictions (what kind they are), activation_dtype, not_covered.
+        data: what was drawn and how.
 
     Returns:
-        The header's entries, the values, and statements with their bounds and sentences. There is
-        one statement per layer only where the sequences suffice for M + L statements.
+        Statements with their bounds and sentences, and all that they follow from. There is one
+        statement per layer only where the sequences suffice for M + L statements.
     """
-    kept = {name: list(found) for name, found in values.items()}
+    quantities = {name: tuple(found) for name, found in values.items()}
     if layers:
-        kept[ALL_LAYERS] = _worst_ratio(layers, tolerances)
-    num_sequences = len(next(iter(kept.values())))
+        quantities[ALL_LAYERS] = _worst_ratio(layers, tolerances)
+    num_sequences = len(next(iter(quantities.values())))
     base = 2 * len(values) + bool(layers)
-    risk, population = 1 - confidence, header["population"]["size"]
+    risk, population = 1 - confidence, data.population.size
     with_layers = risk / (base + len(layers))
     suffices = quantile_order(num_sequences, quantile, with_layers, population) is not None
-    own = dict(layers) if suffices else {}
-    certificate: dict[str, Any] = {
-        "confidence": confidence,
-        "quantile": quantile,
-        "num_statements": base + len(own),
-        "num_sequences": num_sequences,
-        **header,
-        "tolerances": dict(tolerances),
-        "clips": dict(clips),
-        "values": kept | ({"layers": {name: list(x) for name, x in own.items()}} if own else {}),
-        "note": None,
-    }
-    delta = risk / certificate["num_statements"]
-    statements = list(_statements(certificate, kept, delta))
+    own = {name: tuple(found) for name, found in layers.items()} if suffices else {}
+    certificate = Certificate(
+        confidence=confidence,
+        quantile=quantile,
+        num_statements=base + len(own),
+        num_sequences=num_sequences,
+        data=data,
+        tolerances=dict(tolerances),
+        clips=dict(clips),
+        values=SequenceValues(quantities=quantities, layers=own or None),
+        note=None,
+        statements=(),
+        assumptions=(),
+    )
+    delta = risk / certificate.num_statements
+    statements = list(_statements(certificate, quantities, delta))
     statements += [_quantile(certificate, LAYER_ERROR, x, delta, layer=n) for n, x in own.items()]
     if layers and not own:
         statements.append(_too_many(certificate, with_layers))
-    for statement in statements:
-        statement["text"] = statement_text(statement, certificate)
-    return certificate | {"statements": statements, "assumptions": assumptions(certificate)}
+    told = tuple(replace(x, text=statement_text(x, certificate)) for x in statements)
+    return replace(certificate, statements=told, assumptions=assumptions(certificate))
 
 
-def _worst_ratio(layers: Values, tolerances: Mapping[str, float]) -> list[float]:
+def _worst_ratio(layers: Values, tolerances: Mapping[str, float]) -> tuple[float, ...]:
     """Per sequence the largest error / tolerance of any layer: one value, so one statement."""
     each = ([error / tolerances[name] for error in found] for name, found in layers.items())
-    return [max(ratios) for ratios in zip(*each, strict=True)]
+    return tuple(max(ratios) for ratios in zip(*each, strict=True))
 
 
-def _statements(
-    certificate: Mapping[str, Any], values: Values, delta: float
-) -> Iterator[Statement]:
+def _statements(certificate: Certificate, values: Values, delta: float) -> Iterator[Statement]:
     for quantity, found in values.items():
         if quantity != ALL_LAYERS:
             yield _mean(certificate, quantity, found, delta)
@@ -124,9 +123,9 @@ def _statements(
 
 
 def _mean(
-    certificate: Mapping[str, Any], quantity: str, values: Sequence[float], delta: float
+    certificate: Certificate, quantity: str, values: Sequence[float], delta: float
 ) -> Statement:
-    limit = certificate["clips"].get(quantity, 1.0)
+    limit = certificate.clips.get(quantity, 1.0)
     lower = -limit if quantity == "loss_difference" else 0.0
     clipped = [min(max(value, lower), limit) for value in values]
     bound = mean_bound(
@@ -134,66 +133,69 @@ def _mean(
         lower=lower,
         upper=limit,
         delta=delta,
-        population=certificate["population"]["size"],
+        population=certificate.data.population.size,
     )
-    return _statement(certificate, quantity, "mean", values, delta) | {
-        "status": CERTIFIED,
-        "bound": bound,
-        "observed": math.fsum(clipped) / len(clipped),
-        "clip": [lower, limit],
-        "num_clipped": sum(a != b for a, b in zip(values, clipped, strict=True)),
-    }
+    return replace(
+        _statement(certificate, quantity, "mean", values, delta),
+        status=CERTIFIED,
+        bound=bound,
+        observed=math.fsum(clipped) / len(clipped),
+        clip=(lower, limit),
+        num_clipped=sum(a != b for a, b in zip(values, clipped, strict=True)),
+    )
 
 
 def _quantile(
-    certificate: Mapping[str, Any],
+    certificate: Certificate,
     quantity: str,
     values: Sequence[float],
     delta: float,
     layer: str | None = None,
 ) -> Statement:
-    share, population = certificate["quantile"], certificate["population"]["size"]
+    share, population = certificate.quantile, certificate.data.population.size
     order = quantile_order(len(values), share, delta, population)
     ordered = sorted(values)
-    statement = _statement(certificate, quantity, "quantile", values, delta, layer)
-    return statement | {
-        "status": CANNOT if order is None else CERTIFIED,
-        "bound": None if order is None else ordered[order - 1],
-        "observed": ordered[math.ceil(Fraction(repr(share)) * len(values)) - 1],
-        "order": order,
-        "num_needed": sequences_needed(share, delta),
-    }
+    return replace(
+        _statement(certificate, quantity, "quantile", values, delta, layer),
+        status=CANNOT if order is None else CERTIFIED,
+        bound=None if order is None else ordered[order - 1],
+        observed=ordered[math.ceil(Fraction(repr(share)) * len(values)) - 1],
+        order=order,
+        num_needed=sequences_needed(share, delta),
+    )
 
 
-def _too_many(certificate: Mapping[str, Any], delta: float) -> Statement:
+def _too_many(certificate: Certificate, delta: float) -> Statement:
     """Says that the sequences do not suffice for statements on single layers; claims nothing."""
     statement = _statement(certificate, LAYER_ERROR, "quantile", (), delta)
-    return statement | {"num_needed": sequences_needed(certificate["quantile"], delta)}
+    return replace(statement, num_needed=sequences_needed(certificate.quantile, delta))
 
 
 def _statement(
-    certificate: Mapping[str, Any],
+    certificate: Certificate,
     quantity: str,
     kind: str,
     values: Sequence[float],
     delta: float,
     layer: str | None = None,
 ) -> Statement:
+    """A statement that certifies nothing and has no text yet."""
     stem = f"{quantity}.{layer}" if layer is not None else quantity
-    per_token = quantity == "kl" and "loss_difference" in certificate["values"]
-    return {
-        "id": f"{stem}.{kind}",
-        "quantity": quantity,
-        "kind": kind,
-        "layer": layer,
-        "status": CANNOT,
-        "bound": None,
-        "observed": None,
-        "worst": max(values, default=None),
-        "unit": UNITS[quantity] + (" per token" if per_token else ""),
-        "clip": None,
-        "num_clipped": 0,
-        "delta": delta,
-        "order": None,
-        "num_needed": None,
-    }
+    per_token = quantity == "kl" and "loss_difference" in certificate.values.quantities
+    return Statement(
+        id=f"{stem}.{kind}",
+        quantity=quantity,
+        kind=kind,
+        layer=layer,
+        status=CANNOT,
+        bound=None,
+        observed=None,
+        worst=max(values, default=None),
+        unit=UNITS[quantity] + (" per token" if per_token else ""),
+        clip=None,
+        num_clipped=0,
+        delta=delta,
+        order=None,
+        num_needed=None,
+        text="",
+    )

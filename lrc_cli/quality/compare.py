@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lrc_cli.execution.chain import Segment, find_chain
 from lrc_cli.execution.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.walk import Keep, Pair
+from lrc_cli.quality.records import Scores
 from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 1024
@@ -56,7 +57,7 @@ def compare(
     keep: Keep = torch.Tensor.detach,
     only: Collection[str] | None = None,
     processes: Processes = ALONE,
-) -> dict[str, Any]:
+) -> Scores:
     """Run both networks over the same sequences, segment by segment.
 
     Args:
@@ -93,7 +94,7 @@ def compare(
             advance(len(sequences) / len(own) / len(names))
     parts = map(astuple, processes.gather(sums))
     total = _Sums(*map(sum, zip(*parts, strict=True)))
-    return {"num_sequences": len(sequences), **_result(total, loss)}
+    return _scores(total, loss, len(sequences))
 
 
 def _add(sums: _Sums, old: Any, new: Any, labels: torch.Tensor | None, masks: Masks) -> None:
@@ -121,31 +122,32 @@ def _add_predictions(sums: _Sums, old: torch.Tensor, new: torch.Tensor) -> None:
     sums.agree += int((old.argmax(-1) == new.argmax(-1)).sum())
 
 
-def _result(sums: _Sums, loss: Loss) -> dict[str, Any]:
-    result: dict[str, Any] = {"num_scored": sums.tokens}
+def _scores(sums: _Sums, loss: Loss, num_sequences: int) -> Scores:
+    scores = Scores(num_sequences=num_sequences, num_scored=sums.tokens)
     if loss.kind == "output":
         if not math.isfinite(sums.difference + sums.energy):
             raise RunError("evaluation: the outputs are not finite", "set runtime.dtype: float32")
-        result["relative_output_error"] = (
+        error = (
             math.sqrt(sums.difference / max(sums.energy, sums.difference / LARGEST_RATIO**2))
             if sums.difference
             else 0.0
         )
+        scores = replace(scores, relative_output_error=error)
         if not sums.kl and not sums.agree:
-            return result
+            return scores
     else:
         before, after = sums.nll_before / sums.tokens, sums.nll_after / sums.tokens
         if not math.isfinite(before + after):
             raise RunError("evaluation: the loss is not finite", "set runtime.dtype: float32")
-        result |= {
-            "scored": loss.description,
-            "loss_before": before,
-            "loss_after": after,
-            "perplexity_before": _exp(before),
-            "perplexity_after": _exp(after),
-        }
-    result |= {"kl": sums.kl / sums.tokens, "top1_agreement": sums.agree / sums.tokens}
-    return result
+        scores = replace(
+            scores,
+            scored=loss.description,
+            loss_before=before,
+            loss_after=after,
+            perplexity_before=_exp(before),
+            perplexity_after=_exp(after),
+        )
+    return replace(scores, kl=sums.kl / sums.tokens, top1_agreement=sums.agree / sums.tokens)
 
 
 def _exp(value: float) -> float:

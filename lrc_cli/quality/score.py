@@ -19,6 +19,7 @@ from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.factories import ask_for_factory
 from lrc_cli.network.opening import open_module
 from lrc_cli.quality.compare import compare, scoring
+from lrc_cli.quality.records import QualityRow
 from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.memory import peak_memory
 from lrc_cli.runtime.progress import Progress
@@ -84,10 +85,11 @@ def score_directory(
     rows = []
     with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
         for name, sequences in texts.items():
-            row = compare(
+            scores = compare(
                 before, after, sequences, loss=loss, seed=config.runtime.seed, advance=phase.advance
             )
-            rows.append({"text": name, **row, "sha256": sequences.sha256})
+            row = QualityRow(text=name, scores=scores, sha256=sequences.sha256)
+            rows.append(row.to_json())
     return {
         "directory": str(directory),
         "against": str(original.path),

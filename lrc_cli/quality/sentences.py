@@ -1,13 +1,10 @@
 """The certificate in words: every sentence is a function of the certificate's own figures."""
 
 import math
-from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
 
+from lrc_cli.quality.certificate_record import CERTIFIED, Certificate, NoCertificate, Statement
 from lrc_cli.text import count, small
-
-Certificate = Mapping[str, Any]
 
 DIGITS = 4
 """Significant digits of a bound."""
@@ -27,62 +24,64 @@ def share(value: float) -> str:
     return f"{(Decimal(repr(value)) * 100).normalize():f} %"
 
 
-def statement_text(statement: Mapping[str, Any], certificate: Certificate) -> str:
+def statement_text(statement: Statement, certificate: Certificate) -> str:
     """One statement in words.
 
     Args:
-        statement: an entry of the certificate's statements; its `text` is not looked at.
-        certificate: the rest: header, tolerances and clips.
+        statement: its `text` is not looked at.
+        certificate: its statements are not looked at.
     """
-    if statement["status"] != "certified":
+    if statement.status != CERTIFIED:
         return _cannot(statement, certificate)
-    start = f"Together with the other statements at {share(certificate['confidence'])} confidence"
-    if certificate["num_statements"] == 1:
-        start = f"At {share(certificate['confidence'])} confidence"
-    words = {"mean": _mean, "quantile": _quantile}[statement["kind"]]
+    start = f"Together with the other statements at {share(certificate.confidence)} confidence"
+    if certificate.num_statements == 1:
+        start = f"At {share(certificate.confidence)} confidence"
+    words = {"mean": _mean, "quantile": _quantile}[statement.kind]
     return f"{start}: {words(statement, certificate)}."
 
 
-def _cannot(statement: Mapping[str, Any], certificate: Certificate) -> str:
-    numbers = f"N = {certificate['num_sequences']} < {statement['num_needed']} needed"
-    if statement["quantity"] == "layer_error" and statement["layer"] is None:
-        number = count(len(certificate["tolerances"]))
+def _cannot(statement: Statement, certificate: Certificate) -> str:
+    numbers = f"N = {certificate.num_sequences} < {statement.num_needed} needed"
+    if statement.quantity == "layer_error" and statement.layer is None:
+        number = count(len(certificate.tolerances))
         return f"cannot certify: {numbers} for a statement on each of the {number} layers as well"
     return f"cannot certify: {numbers}"
 
 
-def _mean(statement: Mapping[str, Any], certificate: Certificate) -> str:
-    where = certificate["population"]["description"]
-    low, high = statement["clip"]
-    evidence = f"{_drawn(certificate)}, whose mean is {small(statement['observed'])}"
-    if statement["quantity"] != "top1_disagreement":
+def _mean(statement: Statement, certificate: Certificate) -> str:
+    where = certificate.data.population.description
+    assert statement.clip is not None
+    low, high = statement.clip
+    evidence = f"{_drawn(certificate)}, whose mean is {small(statement.observed)}"
+    if statement.quantity != "top1_disagreement":
         limits = f"above {high:.6g} count as {high:.6g}"
         if low < 0:
             limits += f" and below {low:.6g} as {low:.6g}"
-        evidence += f"; values {limits}, {statement['num_clipped']} of them did"
+        evidence += f"; values {limits}, {statement.num_clipped} of them did"
     name, value = _name(statement, certificate), _value(statement)
     return f"over {where}, {name} is on average at most {value} ({evidence})"
 
 
-def _quantile(statement: Mapping[str, Any], certificate: Certificate) -> str:
-    most = f"for at least {share(certificate['quantile'])} of"
-    where = certificate["population"]["description"]
-    order = f"the {_ordinal(statement['order'])} smallest value"
-    if statement["order"] == certificate["num_sequences"]:
+def _quantile(statement: Statement, certificate: Certificate) -> str:
+    most = f"for at least {share(certificate.quantile)} of"
+    where = certificate.data.population.description
+    assert statement.order is not None
+    order = f"the {_ordinal(statement.order)} smallest value"
+    if statement.order == certificate.num_sequences:
         order = "the largest value"
     evidence = f"({_drawn(certificate)}, {order})"
     return f"{most} {where}, {_claim(statement, certificate)} {evidence}"
 
 
-def _claim(statement: Mapping[str, Any], certificate: Certificate) -> str:
+def _claim(statement: Statement, certificate: Certificate) -> str:
     value = _value(statement)
-    if statement["quantity"] == "all_layers":
-        number = len(certificate["tolerances"])
+    if statement.quantity == "all_layers":
+        number = len(certificate.tolerances)
         every = (
             "the one factorised layer" if number == 1 else f"every one of {count(number)} layers"
         )
-        chosen = certificate["selection"]["num_sequences"]
-        sizes = certificate["tolerances"].values()
+        chosen = certificate.data.selection.num_sequences
+        sizes = certificate.tolerances.values()
         return (
             f"{every} has an output error of at most {value} times its tolerance, its largest error"
             f" on {count(chosen)} calibration sequences ({small(min(sizes))} to"
@@ -91,32 +90,33 @@ def _claim(statement: Mapping[str, Any], certificate: Certificate) -> str:
     return f"{_name(statement, certificate)} is at most {value}"
 
 
-def _name(statement: Mapping[str, Any], certificate: Certificate) -> str:
+def _name(statement: Statement, certificate: Certificate) -> str:
     """What is measured on one sequence."""
-    what, unit = certificate["predictions"], _unit(certificate)
+    what, unit = certificate.data.predictions, _unit(certificate)
     return {
         "kl": f"the KL divergence of the {what} (dense to compressed), averaged over the {unit},",
         "top1_disagreement": f"the share of the {unit}'s {what} whose most likely outcome changes",
         "loss_difference": f"the increase of the loss of the {what}, averaged over the {unit},",
         "relative_output_error": "the error of the network's output relative to its norm",
-        "layer_error": f"the output error of {statement['layer']}",
-    }[statement["quantity"]]
+        "layer_error": f"the output error of {statement.layer}",
+    }[statement.quantity]
 
 
-def _value(statement: Mapping[str, Any]) -> str:
-    if statement["quantity"] == "top1_disagreement":
-        return f"{rounded_up(Decimal(statement['bound']) * 100)} %"
-    unit = statement["unit"]
-    return rounded_up(statement["bound"]) + (f" {unit}" if unit.startswith("nats") else "")
+def _value(statement: Statement) -> str:
+    assert statement.bound is not None
+    if statement.quantity == "top1_disagreement":
+        return f"{rounded_up(Decimal(statement.bound) * 100)} %"
+    unit = statement.unit
+    return rounded_up(statement.bound) + (f" {unit}" if unit.startswith("nats") else "")
 
 
 def _drawn(certificate: Certificate) -> str:
-    number = count(certificate["num_sequences"])
+    number = count(certificate.num_sequences)
     return f"{number} {_unit(certificate)}s drawn without replacement"
 
 
 def _unit(certificate: Certificate) -> str:
-    return "row" if certificate["sequence_length"] is None else "block"
+    return "row" if certificate.data.sequence_length is None else "block"
 
 
 def _ordinal(number: int) -> str:
@@ -125,19 +125,19 @@ def _ordinal(number: int) -> str:
     return f"{count(number)}{end}"
 
 
-def main_statements(certificate: Certificate) -> list[str]:
+def main_statements(certificate: Certificate | NoCertificate) -> list[str]:
     """The sentences that are about the whole network, and that layers have their own if so."""
-    statements = certificate["statements"]
-    lines = [s["text"] for s in statements if s["layer"] is None and s["status"] == "certified"]
-    missing = [s for s in statements if s["layer"] is None and s["status"] != "certified"]
-    lines += [f"{title(s)}: {s['text']}." for s in missing]
-    number = sum(s["layer"] is not None for s in statements)
+    statements = certificate.statements
+    lines = [s.text for s in statements if s.layer is None and s.status == CERTIFIED]
+    missing = [s for s in statements if s.layer is None and s.status != CERTIFIED]
+    lines += [f"{title(s)}: {s.text}." for s in missing]
+    number = sum(s.layer is not None for s in statements)
     if number:
         lines.append(f"Each of {count(number)} layers has a statement of its own, in report.html.")
     return lines
 
 
-def title(statement: Mapping[str, Any]) -> str:
+def title(statement: Statement) -> str:
     """What a statement is about, in a few words."""
     names = {
         "kl": "KL divergence",
@@ -145,50 +145,50 @@ def title(statement: Mapping[str, Any]) -> str:
         "loss_difference": "increase of the loss",
         "relative_output_error": "relative output error",
         "all_layers": "all layers at once, error / tolerance",
-        "layer_error": statement["layer"] or "single layers",
+        "layer_error": statement.layer or "single layers",
     }
-    return f"{names[statement['quantity']]}, {statement['kind']}"
+    return f"{names[statement.quantity]}, {statement.kind}"
 
 
-def assumptions(certificate: Certificate) -> list[str]:
-    """What the statements rest on, in sentences."""
-    confidence = share(certificate["confidence"])
-    selection = certificate["selection"]
+def assumptions(certificate: Certificate) -> tuple[str, ...]:
+    """What the statements rest on, in sentences; its statements are not looked at."""
+    confidence = share(certificate.confidence)
+    selection = certificate.data.selection
     lines = [
-        f"The probability, {confidence} for all {count(certificate['num_statements'])} statements"
+        f"The probability, {confidence} for all {count(certificate.num_statements)} statements"
         " together, is over the random draw of the certification data and over nothing else: the"
         " draw, a permutation by a seed, must not have been chosen by its outcome.",
         "The population is finite and named; its members were drawn uniformly without replacement."
         " Nothing is assumed of how values are distributed, or of the tokens within a sequence.",
         "Nothing was fitted to or chosen on the certification data. Tolerances and clipping limits"
-        f" come from {count(selection['num_sequences'])} calibration sequences"
-        f" ({count(selection['num_tokens'])} tokens or rows).",
+        f" come from {count(selection.num_sequences)} calibration sequences"
+        f" ({count(selection.num_tokens)} tokens or rows).",
         "Everything was measured with the weights as written, read back from the files, and with"
-        f" activations in {certificate['activation_dtype']}.",
+        f" activations in {certificate.data.activation_dtype}.",
     ]
-    if certificate["tolerances"]:
+    if certificate.tolerances:
         lines.append(
             "A layer's output error is ||(W - Z) x|| / ||W x|| over a sequence, x its inputs in the"
             " dense network; of a layer fitted sequentially it is ||W x - Z x~|| / ||W x||, x~ its"
             " inputs in the compressed network. It counts as 2^24 at most."
         )
-    if certificate["not_covered"]:
-        names = ", ".join(certificate["not_covered"][:3])
-        more = len(certificate["not_covered"]) - 3
+    if certificate.data.not_covered:
+        names = ", ".join(certificate.data.not_covered[:3])
+        more = len(certificate.data.not_covered) - 3
         names += f" and {count(more)} more" if more > 0 else ""
         lines.append(
             f"No statement covers {names}: their tokens could not be followed by sequence through"
             " both networks."
         )
-    return lines
+    return tuple(lines)
 
 
 def not_promised(certificate: Certificate) -> list[str]:
     """What the statements do not say, in sentences; for a certificate that has some."""
     return [
-        f"The certificate speaks of {certificate['population']['description']} and of nothing else:"
+        f"The certificate speaks of {certificate.data.population.description} and of nothing else:"
         " not of other texts, languages or tasks, and not of data that change over time.",
-        f"Its unit is one {certificate['unit']}: a share of them may exceed a bound, and single"
+        f"Its unit is one {certificate.data.unit}: a share of them may exceed a bound, and single"
         " tokens may exceed any.",
         "It holds for the weights as stored and for the precision they were measured in, not after"
         " another conversion, quantisation or training.",

@@ -13,12 +13,13 @@ or skip connections.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrc_cli.network.low_rank.modules import LowRankLayer, affine
+from lrc_cli.quality.records import OwnError, WorstCase
 
 LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Identity: lambda _: 1.0,
@@ -47,14 +48,22 @@ class _Chain:
     """E_l of the inputs, (N,) float64."""
     lipschitz: float = 1.0
     """Of what came since the last linear layer."""
-    layers: list[dict[str, float]] = field(default_factory=list)
-    """Per linear layer: its largest own error, and the factor on what came before it."""
+    layers: list["_Linear"] = field(default_factory=list)
+
+
+class _Linear(NamedTuple):
+    """A linear layer that both networks have passed."""
+
+    error: float
+    """Its largest own error."""
+    factor: float
+    """What it multiplies the errors that come before it with."""
 
 
 @torch.no_grad()
 def worst_case(
     dense: nn.Module, compressed: nn.Module, inputs: Mapping[str, Tensor]
-) -> dict[str, Any] | None:
+) -> WorstCase | None:
     """The largest output error that the product bound allows on any of the inputs.
 
     Both networks are followed in float64 with their weights as they are read.
@@ -66,10 +75,8 @@ def worst_case(
         inputs: one floating-point tensor whose first dimension counts the inputs.
 
     Returns:
-        `bound` and `measured`: the largest ||f~(x) - f(x)||_2 over the inputs, allowed and found;
-        `output_norm`: the largest ||f(x)||_2; `layers`: for each linear layer its largest own
-        error and its `amplification`, the factor by which that may grow up to the output; and
-        `label`, `inputs`, `num_inputs`. None: the network is not of that kind, or not compressed.
+        The bound, with what was measured beside it. None: the network is not of that kind, or not
+        compressed.
     """
     parts = _paired(dense, compressed)
     if parts is None or len(inputs) != 1:
@@ -85,15 +92,15 @@ def worst_case(
         else:
             chain.lipschitz *= _constant(old)
             chain.dense, chain.compressed = old(chain.dense), new(chain.compressed)
-    return {
-        "label": "worst case",
-        "inputs": "calibration",
-        "num_inputs": len(x),
-        "bound": (chain.bound * chain.lipschitz).max().item(),
-        "measured": _norms(chain.dense - chain.compressed).max().item(),
-        "output_norm": _norms(chain.dense).max().item(),
-        "layers": _amplified(chain),
-    }
+    return WorstCase(
+        label="worst case",
+        inputs="calibration",
+        num_inputs=len(x),
+        bound=(chain.bound * chain.lipschitz).max().item(),
+        measured=_norms(chain.dense - chain.compressed).max().item(),
+        output_norm=_norms(chain.dense).max().item(),
+        layers=_amplified(chain),
+    )
 
 
 def _linear(chain: _Chain, old: nn.Module, new: nn.Module) -> None:
@@ -103,17 +110,17 @@ def _linear(chain: _Chain, old: nn.Module, new: nn.Module) -> None:
     chain.bound = own + factor * chain.bound
     chain.dense = chain.dense @ weight.T + bias
     chain.compressed = chain.compressed @ fitted.T + new_bias
-    chain.layers.append({"error": own.max().item(), "factor": factor})
+    chain.layers.append(_Linear(error=own.max().item(), factor=factor))
     chain.lipschitz = 1.0
 
 
-def _amplified(chain: _Chain) -> list[dict[str, float]]:
+def _amplified(chain: _Chain) -> tuple[OwnError, ...]:
     """Each layer's own error with the product of the factors behind it."""
     product, found = chain.lipschitz, []
     for layer in reversed(chain.layers):
-        found.append({"error": layer["error"], "amplification": product})
-        product *= layer["factor"]
-    return found[::-1]
+        found.append(OwnError(error=layer.error, amplification=product))
+        product *= layer.factor
+    return tuple(reversed(found))
 
 
 def _paired(dense: nn.Module, compressed: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None:

@@ -5,11 +5,9 @@ from typing import Any
 
 import yaml
 
+from lrc_cli.quality.certificate_record import NoCertificate
 from lrc_cli.quality.sentences import main_statements
 from lrc_cli.report.facts import (
-    Report,
-    factorised,
-    fallen_back,
     layers_fell_back,
     limits,
     measured_in,
@@ -17,13 +15,15 @@ from lrc_cli.report.facts import (
     settings,
     summary,
 )
+from lrc_cli.report.record import Record
 from lrc_cli.report.tables import (
     Table,
     gates_table,
+    left_dense_table,
     provenance_table,
     quality_table,
-    reasons_table,
     size_table,
+    skipped_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
 from lrc_cli.text import count
@@ -37,70 +37,70 @@ MAX_FALLBACKS = 20
 """How many fallen layers are listed by name."""
 
 
-def render_card(report: Report) -> str:
+def render_card(record: Record) -> str:
     """README.md of the output.
 
     Args:
-        report: report.json, see `build_report`.
+        record: what report.json holds.
 
     Returns:
         Markdown with YAML front matter. Names that come from the checkpoint, the data or the
         config are escaped.
     """
     sections = [
-        _front_matter(report),
-        f"# {_escape(report['model'])}, low-rank compressed\n\n{_escape(summary(report))}",
-        *_gates(report),
-        _size(report),
-        _quality(report),
-        _loading(report),
-        _layers(report),
-        _certificate(report),
-        _limits(report),
-        f"## Configuration\n\n{_fenced('yaml', report['provenance']['config'])}",
-        f"## Versions and hashes\n\n{VERIFYING}\n\n{_table(provenance_table(report))}",
+        _front_matter(record),
+        f"# {_escape(record.model)}, low-rank compressed\n\n{_escape(summary(record))}",
+        *_gates(record),
+        _size(record),
+        _quality(record),
+        _loading(record),
+        _layers(record),
+        _certificate(record),
+        _limits(record),
+        f"## Configuration\n\n{_fenced('yaml', record.provenance.config)}",
+        f"## Versions and hashes\n\n{VERIFYING}\n\n{_table(provenance_table(record))}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(report: Report) -> str:
-    values: dict[str, Any] = {"base_model": report["model"]}
-    if report["architecture"] is not None:
+def _front_matter(record: Record) -> str:
+    values: dict[str, Any] = {"base_model": record.model}
+    if record.architecture is not None:
         values["library_name"] = "transformers"
-    values["tags"] = ["lrc", "low-rank", "compression", report["method"]]
+    values["tags"] = ["lrc", "low-rank", "compression", record.method]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _gates(report: Report) -> list[str]:
-    missed = [f"**Gate missed: {_escape(text)}.**" for text in missed_gates(report)]
-    return [*missed, f"## Gates\n\n{_table(gates_table(report))}"] if report.get("gates") else []
+def _gates(record: Record) -> list[str]:
+    missed = [f"**Gate missed: {_escape(text)}.**" for text in missed_gates(record)]
+    return [*missed, f"## Gates\n\n{_table(gates_table(record))}"] if record.gates else []
 
 
-def _size(report: Report) -> str:
-    files = count(report["size"]["file_bytes"])
+def _size(record: Record) -> str:
+    files = count(record.size.file_bytes)
     note = f"The weight files take {files} bytes, headers included."
-    return f"## Size\n\n{_table(size_table(report))}\n\n{note}"
+    return f"## Size\n\n{_table(size_table(record))}\n\n{note}"
 
 
-def _quality(report: Report) -> str:
-    worst = [_escape(note)] if (note := worst_case_note(report)) else []
-    if not report["quality"]:
+def _quality(record: Record) -> str:
+    worst = [_escape(note)] if (note := worst_case_note(record)) else []
+    if not record.quality:
         return "\n\n".join(
             ["## Quality", "Not measured: the configuration names no evaluation data.", *worst]
         )
-    measured = [_table(quality_table(report)), _escape(measured_in(report))]
+    measured = [_table(quality_table(record)), _escape(measured_in(record))]
     return "\n\n".join(["## Quality", *measured, *worst])
 
 
-def _loading(report: Report) -> str:
-    if not factorised(report):
+def _loading(record: Record) -> str:
+    if not record.factorised:
         note = "No layer is factorised: this checkpoint loads like the original, without lrc."
         return f"## Loading\n\n{note}"
-    version = report["provenance"]["lrc_version"]
+    version = record.provenance.lrc_version
     return "\n\n".join(
         [
             "## Loading",
-            _fenced("python", _loading_lines(report)),
+            _fenced("python", _loading_lines(record)),
             f"This needs lrc (`lrc_cli`, written with version {_escape(version)}). Without it"
             " loading fails loudly, on purpose: a factorised layer keeps its dense key for a"
             " tensor of another shape, so a loader that does not know the format reports a shape"
@@ -110,8 +110,8 @@ def _loading(report: Report) -> str:
     )
 
 
-def _loading_lines(report: Report) -> str:
-    model, architecture = settings(report)["model"], report["architecture"]
+def _loading_lines(record: Record) -> str:
+    model, architecture = settings(record)["model"], record.architecture
     path = '"path/to/this/directory"'
     if architecture is None or model.get("factory"):
         factory = model.get("factory") or "package.module:function"
@@ -125,45 +125,46 @@ def _loading_lines(report: Report) -> str:
     )
 
 
-def _layers(report: Report) -> str:
-    dense = [x for x in report["layers"] if x["storage"] == "dense" and not x["fallback"]]
-    parts = ["## Layers that are not factorised", _fallbacks(report)]
+def _layers(record: Record) -> str:
+    dense = [x for x in record.layers if x.facts.is_dense and not x.facts.fallback]
+    parts = ["## Layers that are not factorised", _fallbacks(record)]
     if dense:
-        parts += ["Left dense by choice:", _table(reasons_table(dense, "layers", "bytes_after"))]
-    if report["skipped"]:
-        skipped = reasons_table(report["skipped"], "tensors", "bytes")
-        parts += ["Not compressible:", _table(skipped)]
+        parts += ["Left dense by choice:", _table(left_dense_table(dense))]
+    if record.skipped:
+        parts += ["Not compressible:", _table(skipped_table(record.skipped))]
     return "\n\n".join(parts)
 
 
-def _fallbacks(report: Report) -> str:
-    fallen = fallen_back(report)
+def _fallbacks(record: Record) -> str:
+    fallen = record.fallen_back
     if not fallen:
         return "No layer fell back."
-    lines = [f"- {_escape(x['name'])}: {_escape(x['reason'])}" for x in fallen[:MAX_FALLBACKS]]
+    lines = [
+        f"- {_escape(x.name)}: {_escape(x.facts.reason or '')}" for x in fallen[:MAX_FALLBACKS]
+    ]
     if len(fallen) > MAX_FALLBACKS:
         lines.append(f"- and {len(fallen) - MAX_FALLBACKS} more, see report.json")
-    return f"**{layers_fell_back(report)}:**\n\n" + "\n".join(lines)
+    return f"**{layers_fell_back(record)}:**\n\n" + "\n".join(lines)
 
 
-def _certificate(report: Report) -> str:
-    certificate = report["certificate"]
-    if not certificate["statements"]:
-        return f"## Certificate\n\nThere is none: {_escape(certificate['note'])}."
-    data = f"Certification data: sha256 {certificate['data_sha256']}."
+def _certificate(record: Record) -> str:
+    certificate = record.certificate
+    if isinstance(certificate, NoCertificate):
+        return f"## Certificate\n\nThere is none: {_escape(certificate.note or '')}."
+    data = f"Certification data: sha256 {certificate.data.data_sha256}."
     return "\n\n".join(
         [
             "## Certificate",
             "\n".join(f"- {_escape(line)}" for line in main_statements(certificate)),
             "What this rests on:",
-            "\n".join(f"- {_escape(line)}" for line in certificate["assumptions"]),
+            "\n".join(f"- {_escape(line)}" for line in certificate.assumptions),
             _escape(data),
         ]
     )
 
 
-def _limits(report: Report) -> str:
-    lines = [f"- {_escape(line)}" for line in limits(report)]
+def _limits(record: Record) -> str:
+    lines = [f"- {_escape(line)}" for line in limits(record)]
     return "## What is not promised\n\n" + "\n".join(lines)
 
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from lrc_cli.report.facts import kept
 from lrc_cli.report.markup import Markup, element, join
+from lrc_cli.report.record import LayerRecord
 from lrc_cli.text import duration, percent, small
 
-Layer = dict[str, Any]
 Scale = Callable[[float], float]
 """From a value to a vertical coordinate."""
 
@@ -23,21 +22,21 @@ ERRORS = {"svd": "plain SVD of that rank", "stored": "stored", "optimum": "optim
 """What is drawn per layer, from back to front."""
 
 
-def families(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+def families(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
     """Layers that differ in numbers only (blocks, experts) together, e.g. `layers.*.q_proj`.
 
     Layers without a sibling share one group.
     """
-    groups: dict[str, list[Layer]] = {}
+    groups: dict[str, list[LayerRecord]] = {}
     for layer in layers:
-        pieces = ["*" if piece.isdecimal() else piece for piece in layer["name"].split(".")]
+        pieces = ["*" if piece.isdecimal() else piece for piece in layer.name.split(".")]
         groups.setdefault(".".join(pieces), []).append(layer)
     singles = [group[0] for group in groups.values() if len(group) == 1]
     several = {name: group for name, group in groups.items() if len(group) > 1}
     return several | ({SINGLES: singles} if singles else {})
 
 
-def share_chart(layers: Sequence[Layer]) -> Markup:
+def share_chart(layers: Sequence[LayerRecord]) -> Markup:
     """Bytes after / before, a bar per layer, a panel per family."""
     top = max([1.0, *map(kept, layers)])
 
@@ -48,7 +47,7 @@ def share_chart(layers: Sequence[Layer]) -> Markup:
     return _panels(layers, ticks, vertical, _bar, "Kept bytes of")
 
 
-def error_chart(layers: Sequence[Layer]) -> Markup:
+def error_chart(layers: Sequence[LayerRecord]) -> Markup:
     """Plain relative output error of the stored factors, the optimum and plain SVD, on a log axis.
 
     Layers left dense have no mark; they keep their place.
@@ -105,10 +104,10 @@ def time_chart(timing: Mapping[str, float]) -> Markup:
 
 
 def _panels(
-    layers: Sequence[Layer],
+    layers: Sequence[LayerRecord],
     ticks: Mapping[str, float],
     vertical: Scale,
-    mark: Callable[[Layer, float, float, Scale], Markup],
+    mark: Callable[[LayerRecord, float, float, Scale], Markup],
     label: str,
 ) -> Markup:
     """One panel per family, all on the same vertical scale."""
@@ -133,10 +132,10 @@ def _grid_line(text: str, y: float) -> Markup:
     )
 
 
-def _bar(layer: Layer, x: float, width: float, vertical: Scale) -> Markup:
+def _bar(layer: LayerRecord, x: float, width: float, vertical: Scale) -> Markup:
     share = kept(layer)
-    state = "fallback" if layer["fallback"] else "dense" if layer["storage"] == "dense" else ""
-    title = f"{layer['name']}: {percent(share)} kept, {_form(layer)}"
+    state = "fallback" if layer.facts.fallback else "dense" if layer.facts.is_dense else ""
+    title = f"{layer.name}: {percent(share)} kept, {_form(layer)}"
     y = vertical(share)
     return element(
         "rect",
@@ -149,19 +148,19 @@ def _bar(layer: Layer, x: float, width: float, vertical: Scale) -> Markup:
     )
 
 
-def _form(layer: Layer) -> str:
-    if layer["fallback"]:
-        return f"fell back to dense ({layer['reason']})"
-    return "dense" if layer["storage"] == "dense" else f"{layer['storage']} of rank {layer['rank']}"
+def _form(layer: LayerRecord) -> str:
+    if layer.facts.fallback:
+        return f"fell back to dense ({layer.facts.reason})"
+    return "dense" if layer.facts.is_dense else f"{layer.facts.storage} of rank {layer.facts.rank}"
 
 
-def _point(layer: Layer, x: float, width: float, vertical: Scale) -> Markup:
+def _point(layer: LayerRecord, x: float, width: float, vertical: Scale) -> Markup:
     errors = _output(layer)
     if not errors:
         return Markup()
     numbers = ", ".join(f"{words} {small(errors[name])}" for name, words in ERRORS.items())
     symbols = [_symbol(name, x, vertical(errors[name]), width) for name in ERRORS]
-    title = element("title", f"{layer['name']}, rank {layer['rank']}: {numbers}")
+    title = element("title", f"{layer.name}, rank {layer.facts.rank}: {numbers}")
     return element("g", title, *symbols, class_="point")
 
 
@@ -172,6 +171,6 @@ def _symbol(name: str, x: float, y: float, width: float) -> Markup:
     return element("circle", class_=name, cx=x, cy=y, r=radius)
 
 
-def _output(layer: Layer) -> dict[str, float]:
-    errors = layer.get("errors")
-    return {name: errors["output"][name] for name in ERRORS} if errors else {}
+def _output(layer: LayerRecord) -> dict[str, float]:
+    errors = layer.facts.errors
+    return {} if errors is None else {name: getattr(errors.output, name) for name in ERRORS}

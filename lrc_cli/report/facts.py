@@ -5,86 +5,76 @@ from typing import Any
 
 import yaml
 
+from lrc_cli.quality.certificate_record import NoCertificate
+from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.sentences import not_promised
+from lrc_cli.report.record import Gate, LayerRecord, Record
 from lrc_cli.text import byte_size, count, percent
 
-Report = dict[str, Any]
-"""report.json, parsed; see docs/ and `build_report`."""
 
-
-def factorised(report: Report) -> list[dict[str, Any]]:
-    """The layers that were replaced by factors."""
-    return [layer for layer in report["layers"] if layer["storage"] != "dense"]
-
-
-def fallen_back(report: Report) -> list[dict[str, Any]]:
-    """The layers that were meant to be factorised and could not be."""
-    return [layer for layer in report["layers"] if layer["fallback"]]
-
-
-def not_as_asked(report: Report) -> list[dict[str, Any]]:
+def not_as_asked(record: Record) -> list[LayerRecord]:
     """The layers that --strict minds: those that fell back, and those whose sequential solve failed
     and that were fitted plainly instead."""
-    return [x for x in report["layers"] if x["fallback"] or x.get("sequential_failed")]
+    return [x for x in record.layers if x.facts.fallback or x.facts.sequential_failed]
 
 
-def settings(report: Report) -> dict[str, Any]:
+def settings(record: Record) -> dict[str, Any]:
     """The resolved config, parsed."""
-    parsed: dict[str, Any] = yaml.safe_load(report["provenance"]["config"])
+    parsed: dict[str, Any] = yaml.safe_load(record.provenance.config)
     return parsed
 
 
-def summary(report: Report) -> str:
+def summary(record: Record) -> str:
     """What was done, in two sentences."""
-    size, target = report["size"], report["target"]
+    size, target = record.size, record.target
     of = {"compressible": "the compressible weights", "checkpoint": "the whole checkpoint"}
-    aim = f"{target['name']} {target['value']:g}"
-    if target["name"] == "size":
-        aim += f" of {of.get(target['of'], target['of'])}"
-    if target["name"] == "threshold":
+    aim = f"{target.name} {target.value:g}"
+    if target.name == "size":
+        aim += f" of {of.get(target.of or '', target.of)}"
+    if target.name == "threshold":
         aim += " of each layer's largest singular value"
     loss = ""
-    if report["method"] == "curvature" and report["loss"]:
-        loss = f" of the {report['loss']['description']}"
-    center = settings(report).get("compression", {}).get("center", False)
+    if record.method == "curvature" and record.loss:
+        loss = f" of the {record.loss.description}"
+    center = settings(record).get("compression", {}).get("center", False)
     bias = " and a bias fitted with them" if center else ""
     return (
-        f"{len(factorised(report))} of {len(report['layers'])} compressible layers are replaced by"
-        f" low-rank factors{bias}, fitted with the method {report['method']}{loss}"
-        f" ({report['allocation']} allocation, target: {aim})."
-        f" The compressible weights keep {percent(size['kept_compressible'])} of their bytes,"
-        f" the whole checkpoint {percent(size['kept_checkpoint'])}."
+        f"{len(record.factorised)} of {len(record.layers)} compressible layers are replaced by"
+        f" low-rank factors{bias}, fitted with the method {record.method}{loss}"
+        f" ({record.allocation} allocation, target: {aim})."
+        f" The compressible weights keep {percent(size.kept_compressible)} of their bytes,"
+        f" the whole checkpoint {percent(size.kept_checkpoint)}."
     )
 
 
-def stored_dtypes(report: Report) -> str:
+def stored_dtypes(record: Record) -> str:
     """The dtypes of the compressible weights as written."""
-    return ", ".join(sorted({layer["dtype"] for layer in report["layers"]}))
+    return ", ".join(sorted({layer.dtype for layer in record.layers}))
 
 
-def measured_in(report: Report) -> str:
+def measured_in(record: Record) -> str:
     """In which precision the quality was measured."""
-    dtypes = stored_dtypes(report) or "the stored dtype"
-    activations = report["provenance"]["activation_dtype"]
+    dtypes = stored_dtypes(record) or "the stored dtype"
+    activations = record.provenance.activation_dtype
     return f"Measured with the weights as stored ({dtypes}); activations computed in {activations}."
 
 
-def perplexity_ratio(row: dict[str, Any]) -> float | None:
+def perplexity_ratio(row: QualityRow) -> float | None:
     """After / before, from the losses: these stay finite where a perplexity does not."""
-    if row.get("loss_before") is None or row.get("loss_after") is None:
+    rise = row.scores.loss_increase
+    if rise is None:
         return None
-    difference = row["loss_after"] - row["loss_before"]
-    return math.exp(difference) if difference < 700 else math.inf
+    return math.exp(rise) if rise < 700 else math.inf
 
 
-def kept(layer: dict[str, Any]) -> float:
+def kept(layer: LayerRecord) -> float:
     """Bytes after / before of one layer."""
-    return float(layer["bytes_after"] / layer["bytes_before"]) if layer["bytes_before"] else 1.0
+    return layer.bytes_after / layer.bytes_before if layer.bytes_before else 1.0
 
 
-def error_note(report: Report) -> str:
+def error_note(record: Record) -> str:
     """What the errors of the layer table are, in words; empty where nothing is factorised."""
-    errors = [layer["errors"] for layer in factorised(report)]
+    errors = record.errors
     if not errors:
         return ""
     words = {
@@ -92,19 +82,20 @@ def error_note(report: Report) -> str:
         "compressed": "the compressed network's inputs (||W X - Z X~|| / ||W X||, calibration"
         " sequences that were held back excepted)",
     }
-    kinds = sorted({error["output"]["inputs"] for error in errors})
+    kinds = sorted({error.output.inputs for error in errors})
     inputs = " or ".join(words.get(kind, f"{kind} inputs") for kind in kinds)
-    units = " / ".join(sorted({error["metric"]["unit"] for error in errors}))
+    units = " / ".join(sorted({error.metric.unit for error in errors}))
     return (
         f"Output error: ||(W - Z) X|| / ||W X|| on {inputs}, of the stored factors, of the best"
         " matrix of that rank and of plain SVD of that rank. Metric error: what the method"
-        f" minimises ({units}), of the same three.{_thresholds(report)}"
+        f" minimises ({units}), of the same three.{_thresholds(record)}"
     )
 
 
-def _thresholds(report: Report) -> str:
+def _thresholds(record: Record) -> str:
     """Where nuclear cut, in a sentence."""
-    shares = [x["threshold_share"] for x in factorised(report) if "threshold_share" in x]
+    found = [x.facts.threshold_share for x in record.factorised]
+    shares = [share for share in found if share is not None]
     if not shares:
         return ""
     least, most = f"{min(shares):.3g}", f"{max(shares):.3g}"
@@ -112,10 +103,10 @@ def _thresholds(report: Report) -> str:
     return f" Thresholds l: {span} of the largest singular value of each layer's outputs."
 
 
-def held_out_note(report: Report) -> str:
+def held_out_note(record: Record) -> str:
     """What the errors on certification data are, in words; empty where there are none."""
-    found = [layer.get("errors", {}).get("held_out") for layer in report["layers"]]
-    numbers = {errors["num_sequences"] for errors in found if errors}
+    found = [layer.facts.held_out for layer in record.layers]
+    numbers = {errors.num_sequences for errors in found if errors is not None}
     if not numbers:
         return ""
     return (
@@ -128,68 +119,68 @@ def held_out_note(report: Report) -> str:
     )
 
 
-def loss_estimate(report: Report) -> str:
+def loss_estimate(record: Record) -> str:
     """The predicted loss increase beside the measured ones; empty where nothing predicts it."""
-    metrics = [layer["errors"]["metric"] for layer in factorised(report)]
-    measured = [
-        f"{row['loss_after'] - row['loss_before']:+.3g} on {row['text']}"
-        for row in report["quality"]
-        if "loss_after" in row
-    ]
-    methods = {layer["method"] for layer in factorised(report)}
+    metrics = [errors.metric for errors in record.errors]
+    rises = [(row.scores.loss_increase, row.text) for row in record.quality]
+    measured = [f"{rise:+.3g} on {text}" for rise, text in rises if rise is not None]
+    methods = {layer.method for layer in record.factorised}
     # Other losses are per other units than the perplexity's, and methods of other metrics.
-    if methods != {"curvature"} or (report["loss"] or {}).get("kind") != "next_token":
+    if methods != {"curvature"} or record.loss is None or record.loss.kind != "next_token":
         return ""
     # The errors of a sequential fit hold what it inherits: their sum would count that many times.
-    if any("inherited" in metric for metric in metrics):
+    if any(metric.inherited is not None for metric in metrics):
         return ""
-    total = sum(metric["stored"] for metric in metrics)
+    total = sum(metric.stored for metric in metrics)
     text = f"The layers' estimated loss increases add up to {total:.3g} nats per token"
     return f"{text}; measured: {', '.join(measured)}." if measured else f"{text}."
 
 
-def memory_note(report: Report) -> str:
+def memory_note(record: Record) -> str:
     """Peak memory in words."""
     names = {
         "host_resident": "resident on the host, pages of mapped files included",
         "gpu_allocated": "allocated on the GPU",
     }
-    peaks = [f"{byte_size(n)} {names.get(key, key)}" for key, n in report["memory"].items()]
+    peaks = [f"{byte_size(n)} {names.get(key, key)}" for key, n in record.memory.items()]
     return f"Peak memory: {'; '.join(peaks)}." if peaks else ""
 
 
-def limits(report: Report) -> list[str]:
+def limits(record: Record) -> list[str]:
     """What the figures do not promise, in sentences."""
-    certificate = report["certificate"]
-    note = certificate.get("note") or "none was asked for"
-    missing = [f"There is no certificate ({note}): no figure is a guarantee."]
+    certificate = record.certificate
+    if isinstance(certificate, NoCertificate):
+        note = certificate.note or "none was asked for"
+        first = [f"There is no certificate ({note}): no figure is a guarantee."]
+    else:
+        first = not_promised(certificate)
     return [
-        *(not_promised(certificate) if certificate["statements"] else missing),
+        *first,
         "The layer errors belong to the calibration data, or to white inputs where none was used:"
         " they bound nothing on other data.",
         "Quality was measured on the evaluation data only, with activations in"
-        f" {report['provenance']['activation_dtype']}; other data, tasks, languages and precisions"
+        f" {record.provenance.activation_dtype}; other data, tasks, languages and precisions"
         " may suffer more.",
         "Whether a factorised layer is faster than the dense one depends on its size and on the"
         " hardware.",
     ]
 
 
-def layers_fell_back(report: Report) -> str:
+def layers_fell_back(record: Record) -> str:
     """How many layers fell back, with the verb."""
-    number = len(fallen_back(report))
+    number = len(record.fallen_back)
     return f"{number} layer{'' if number == 1 else 's'} fell back to dense"
 
 
-def missed_gates(report: Report) -> list[str]:
+def missed_gates(record: Record) -> list[str]:
     """The gates that are missed, each in words."""
-    return [gate_missed(gate) for gate in report.get("gates", ()) if not gate["met"]]
+    return [gate_missed(gate) for gate in record.gates if not gate.met]
 
 
-def gate_missed(gate: dict[str, Any]) -> str:
+def gate_missed(gate: Gate) -> str:
     """One missed gate in words."""
-    limit = f"gates.{gate['name']}: {gate['limit']:g} is missed"
-    if gate["measured"] is None:
-        return f"{limit}: {gate['reason']}"
-    rest = f" ({gate['reason']})" if gate["reason"] else ""
-    return f"{limit}: {gate['measured']:.6g} on {gate['where']}{rest}"
+    limit = f"gates.{gate.name}: {gate.limit:g} is missed"
+    if gate.measured is None:
+        return f"{limit}: {gate.reason}"
+    rest = f" ({gate.reason})" if gate.reason else ""
+    return f"{limit}: {gate.measured:.6g} on {gate.where}{rest}"

@@ -1,14 +1,13 @@
 """report.html: one page that needs neither network nor scripts."""
 
+from collections.abc import Iterable
 from importlib.resources import files
 
+from lrc_cli.quality.certificate_record import NoCertificate
 from lrc_cli.quality.sentences import main_statements
 from lrc_cli.report.charts import error_chart, error_legend, share_chart, time_chart
 from lrc_cli.report.facts import (
-    Report,
     error_note,
-    factorised,
-    fallen_back,
     held_out_note,
     layers_fell_back,
     limits,
@@ -20,6 +19,7 @@ from lrc_cli.report.facts import (
     summary,
 )
 from lrc_cli.report.markup import Markup, element, join
+from lrc_cli.report.record import Record
 from lrc_cli.report.tables import (
     Column,
     Table,
@@ -30,8 +30,8 @@ from lrc_cli.report.tables import (
     make_table,
     provenance_table,
     quality_table,
-    reasons_table,
     size_table,
+    skipped_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
 from lrc_cli.text import byte_size, count, duration, factor, percent, perplexity, small
@@ -45,35 +45,35 @@ HEAD = (
 )
 
 
-def render_html(report: Report) -> str:
+def render_html(record: Record) -> str:
     """report.html as text: style and charts inline, every name escaped.
 
     Args:
-        report: report.json, see `build_report`.
+        record: what report.json holds.
     """
-    title = f"{report['model']}, low-rank compressed"
+    title = f"{record.model}, low-rank compressed"
     style = Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))
     head = element("head", Markup(HEAD), element("title", title), element("style", style))
     body = element(
         "body",
         element("h1", title),
-        element("p", summary(report)),
-        _alarm(report),
-        *(element("p", f"Gate missed: {text}.", class_="alarm") for text in missed_gates(report)),
-        _tiles(report),
-        _section("Quality", *_quality(report)),
-        *_gates(report),
-        _section("Certificate", *_certificate(report)),
-        _section("Size", *_size(report)),
-        _section("Kept bytes per layer", *_shares(report)),
-        _section("Error per layer", *_errors(report)),
-        _section("Time and memory", *_costs(report)),
-        _section("Layers", *_layers(report)),
-        _section("Layers on held-out data", *_held_out(report)),
-        _section("Not compressible", *_skipped(report)),
-        _section("What is not promised", _list(limits(report))),
-        _section("Versions and hashes", _table(provenance_table(report), "hashes")),
-        _section("Configuration", element("pre", report["provenance"]["config"])),
+        element("p", summary(record)),
+        _alarm(record),
+        *(element("p", f"Gate missed: {text}.", class_="alarm") for text in missed_gates(record)),
+        _tiles(record),
+        _section("Quality", *_quality(record)),
+        *_gates(record),
+        _section("Certificate", *_certificate(record)),
+        _section("Size", *_size(record)),
+        _section("Kept bytes per layer", *_shares(record)),
+        _section("Error per layer", *_errors(record)),
+        _section("Time and memory", *_costs(record)),
+        _section("Layers", *_layers(record)),
+        _section("Layers on held-out data", *_held_out(record)),
+        _section("Not compressible", *_skipped(record)),
+        _section("What is not promised", _list(limits(record))),
+        _section("Versions and hashes", _table(provenance_table(record), "hashes")),
+        _section("Configuration", element("pre", record.provenance.config)),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -82,7 +82,7 @@ def _section(title: str, *children: str) -> Markup:
     return element("section", element("h2", title), *children)
 
 
-def _list(lines: list[str]) -> Markup:
+def _list(lines: Iterable[str]) -> Markup:
     return element("ul", *(element("li", line) for line in lines))
 
 
@@ -90,34 +90,30 @@ def _note(text: str) -> Markup:
     return element("p", text, class_="note") if text else Markup()
 
 
-def _alarm(report: Report) -> Markup:
-    fallen = fallen_back(report)
+def _alarm(record: Record) -> Markup:
+    fallen = record.fallen_back
     if not fallen:
         return Markup()
-    text = f"{layers_fell_back(report)}; the first is {fallen[0]['name']}."
+    text = f"{layers_fell_back(record)}; the first is {fallen[0].name}."
     return element("p", text, class_="alarm")
 
 
-def _tiles(report: Report) -> Markup:
-    size = report["size"]
+def _tiles(record: Record) -> Markup:
+    size = record.size
     tiles = [
-        (percent(size["kept_compressible"]), "of the compressible weights' bytes kept"),
-        (percent(size["kept_checkpoint"]), "of the whole checkpoint's bytes kept"),
-        (percent(size["kept_parameters"]), "of the parameters kept"),
+        (percent(size.kept_compressible), "of the compressible weights' bytes kept"),
+        (percent(size.kept_checkpoint), "of the whole checkpoint's bytes kept"),
+        (percent(size.kept_parameters), "of the parameters kept"),
     ]
-    for row in report["quality"]:
-        if "perplexity_after" in row:
-            before, after = row["perplexity_before"], row["perplexity_after"]
+    for row in record.quality:
+        before, after = row.scores.perplexity_before, row.scores.perplexity_after
+        if after is not None:
             ratio = factor(perplexity_ratio(row))
-            tiles.append(
-                (
-                    f"{perplexity(before)} → {perplexity(after)}",
-                    f"perplexity, {row['text']}: {ratio}",
-                )
-            )
+            change = f"{perplexity(before)} → {perplexity(after)}"
+            tiles.append((change, f"perplexity, {row.text}: {ratio}"))
         else:
-            error = small(row.get("relative_output_error"))
-            tiles.append((error, f"relative output error, {row['text']}"))
+            error = small(row.scores.relative_output_error)
+            tiles.append((error, f"relative output error, {row.text}"))
     return element(
         "div",
         *(
@@ -128,90 +124,90 @@ def _tiles(report: Report) -> Markup:
     )
 
 
-def _quality(report: Report) -> list[Markup]:
-    if not report["quality"]:
+def _quality(record: Record) -> list[Markup]:
+    if not record.quality:
         return [element("p", "Not measured: the configuration names no evaluation data.")]
-    return [_table(quality_table(report)), _note(measured_in(report))]
+    return [_table(quality_table(record)), _note(measured_in(record))]
 
 
-def _gates(report: Report) -> list[Markup]:
-    gates = report.get("gates", [])
-    missed = {index for index, gate in enumerate(gates) if not gate["met"]}
-    return [_section("Gates", _table(gates_table(report), alarms=missed))] if gates else []
+def _gates(record: Record) -> list[Markup]:
+    missed = {index for index, gate in enumerate(record.gates) if not gate.met}
+    table = _table(gates_table(record), alarms=missed)
+    return [_section("Gates", table)] if record.gates else []
 
 
-def _size(report: Report) -> list[Markup]:
-    files_note = f"The weight files take {count(report['size']['file_bytes'])} bytes with headers."
-    return [_table(size_table(report)), _note(files_note)]
+def _size(record: Record) -> list[Markup]:
+    files_note = f"The weight files take {count(record.size.file_bytes)} bytes with headers."
+    return [_table(size_table(record)), _note(files_note)]
 
 
-def _shares(report: Report) -> list[Markup]:
+def _shares(record: Record) -> list[Markup]:
     kinds = {"": "factorised", "dense": "left dense", "fallback": "fell back to dense"}
     legend = [
         element("span", element("span", class_=f"swatch {kind}"), words)
         for kind, words in kinds.items()
     ]
     note = "Bytes after / before, one panel per family of layers, in the network's order."
-    return [_note(note), element("p", *legend, class_="legend"), share_chart(report["layers"])]
+    return [_note(note), element("p", *legend, class_="legend"), share_chart(record.layers)]
 
 
-def _errors(report: Report) -> list[Markup]:
-    if not factorised(report):
+def _errors(record: Record) -> list[Markup]:
+    if not record.factorised:
         return [element("p", "No layer is factorised, so none has an error.")]
     return [
-        _note(f"{error_note(report)} The charts show the output error on a logarithmic axis."),
-        _note(loss_estimate(report)),
-        _note(worst_case_note(report)),
+        _note(f"{error_note(record)} The charts show the output error on a logarithmic axis."),
+        _note(loss_estimate(record)),
+        _note(worst_case_note(record)),
         error_legend(),
-        error_chart(report["layers"]),
+        error_chart(record.layers),
     ]
 
 
-def _costs(report: Report) -> list[Markup]:
-    total = duration(sum(report["timing"].values()))
-    return [time_chart(report["timing"]), _note(f"In all {total}. {memory_note(report)}")]
+def _costs(record: Record) -> list[Markup]:
+    total = duration(sum(record.timing.values()))
+    return [time_chart(record.timing), _note(f"In all {total}. {memory_note(record)}")]
 
 
-def _layers(report: Report) -> list[Markup]:
-    fallen = {index for index, layer in enumerate(report["layers"]) if layer["fallback"]}
-    return [_table(layer_table(report), "names", tall=True, alarms=fallen)]
+def _layers(record: Record) -> list[Markup]:
+    fallen = {index for index, layer in enumerate(record.layers) if layer.facts.fallback}
+    return [_table(layer_table(record), "names", tall=True, alarms=fallen)]
 
 
-def _certificate(report: Report) -> list[Markup]:
-    certificate = report["certificate"]
-    if not certificate["statements"]:
-        return [element("p", f"There is none: {certificate['note']}.")]
-    own = [s["text"] for s in certificate["statements"] if s["layer"] is not None]
+def _certificate(record: Record) -> list[Markup]:
+    certificate = record.certificate
+    if isinstance(certificate, NoCertificate):
+        return [element("p", f"There is none: {certificate.note}.")]
+    own = [s.text for s in certificate.statements if s.layer is not None]
     opener = element("summary", f"The statements on {count(len(own))} single layers")
     return [
         _list(main_statements(certificate)),
         element("details", opener, _list(own)) if own else Markup(),
-        _table(certificate_table(report), tall=True),
+        _table(certificate_table(record), tall=True),
         _note("What this rests on:"),
-        _list(certificate["assumptions"]),
-        _note(f"Certification data: sha256 {certificate['data_sha256']}."),
+        _list(certificate.assumptions),
+        _note(f"Certification data: sha256 {certificate.data.data_sha256}."),
     ]
 
 
-def _held_out(report: Report) -> list[Markup]:
-    note = held_out_note(report)
+def _held_out(record: Record) -> list[Markup]:
+    note = held_out_note(record)
     if not note:
         return [element("p", "Not measured.")]
-    return [_note(note), _table(held_out_table(report), "names", tall=True)]
+    return [_note(note), _table(held_out_table(record), "names", tall=True)]
 
 
-def _skipped(report: Report) -> list[Markup]:
-    if not report["skipped"]:
+def _skipped(record: Record) -> list[Markup]:
+    if not record.skipped:
         return [element("p", "Every tensor belongs to a compressible layer.")]
     columns: list[Column] = [
-        ("tensor", "l", lambda x: x["name"]),
-        ("bytes", "r", lambda x: byte_size(x["bytes"])),
-        ("share of checkpoint", "r", lambda x: percent(x["share"])),
-        ("reason", "l", lambda x: x["reason"]),
+        ("tensor", "l", lambda x: x.name),
+        ("bytes", "r", lambda x: byte_size(x.bytes)),
+        ("share of checkpoint", "r", lambda x: percent(x.share)),
+        ("reason", "l", lambda x: x.reason),
     ]
-    every = _table(make_table(columns, report["skipped"]), "names", tall=True)
-    opener = element("summary", f"All {count(len(report['skipped']))} tensors")
-    by_reason = _table(reasons_table(report["skipped"], "tensors", "bytes"))
+    every = _table(make_table(columns, record.skipped), "names", tall=True)
+    opener = element("summary", f"All {count(len(record.skipped))} tensors")
+    by_reason = _table(skipped_table(record.skipped))
     return [by_reason, element("details", opener, every)]
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from lrc_cli.errors import InputError
-from lrc_cli.report.facts import Report, gate_missed, not_as_asked
+from lrc_cli.quality.certificate_record import CERTIFIED
+from lrc_cli.report.facts import gate_missed, not_as_asked
+from lrc_cli.report.record import Record
 from lrc_cli.runtime.files import why_not_writable, write_text
 
 SUITE = "lrc"
@@ -15,47 +17,47 @@ PERPLEXITIES = ("perplexity_before", "perplexity_after")
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def render_junit(*reports: Report, strict: bool = False) -> str:
+def render_junit(*records: Record, strict: bool = False) -> str:
     """A test suite for every report: a case per gate, the target, the layers that fell back, the
     certificate.
 
     Args:
-        reports: report.json, see `build_report`; `gates` as checked now.
+        records: of one or several jobs, their gates as checked now.
         strict: whether a layer that fell back counts as a failure (`--strict`).
 
     Returns:
         XML text. A statement that could not be certified is skipped, not failed.
     """
-    suites = [_suite(report, strict=strict) for report in reports]
+    suites = [_suite(record, strict=strict) for record in records]
     root = suites[0]
     if len(suites) > 1:
         root = ElementTree.Element("testsuites")
-        for suite, report in zip(suites, reports, strict=True):
-            suite.set("name", f"{SUITE} {report['target']['name']} {report['target']['value']:g}")
+        for suite, record in zip(suites, records, strict=True):
+            suite.set("name", f"{SUITE} {record.target.name} {record.target.value:g}")
             root.append(suite)
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
-def _suite(report: Report, *, strict: bool) -> ElementTree.Element:
-    seconds = f"{sum(report['timing'].values()):.3f}"
+def _suite(record: Record, *, strict: bool) -> ElementTree.Element:
+    seconds = f"{sum(record.timing.values()):.3f}"
     suite = ElementTree.Element("testsuite", name=SUITE, time=seconds)
     properties = ElementTree.SubElement(suite, "properties")
-    for name, value in _properties(report).items():
+    for name, value in _properties(record).items():
         ElementTree.SubElement(properties, "property", name=_clean(name), value=_clean(value))
-    for gate in report.get("gates", ()):
-        failure = None if gate["met"] else gate_missed(gate)
-        _case(suite, "gates", f"{gate['name']} <= {gate['limit']:g}", failure=failure)
+    for gate in record.gates:
+        failure = None if gate.met else gate_missed(gate)
+        _case(suite, "gates", f"{gate.name} <= {gate.limit:g}", failure=failure)
     if strict:
-        _case(suite, "strict", "no layer fell back", failure=_fallen(report))
-    target = report["target"]
-    name = f"{target['name']} {target['value']:g}"
-    missed = None if target["met"] else f"compression.{name} is missed"
+        _case(suite, "strict", "no layer fell back", failure=_fallen(record))
+    target = record.target
+    name = f"{target.name} {target.value:g}"
+    missed = None if target.met else f"compression.{name} is missed"
     _case(suite, "target", name, failure=missed)
-    for statement in report["certificate"]["statements"]:
-        skipped = None if statement["status"] == "certified" else statement["text"]
-        _case(suite, "certificate", statement["id"], skipped=skipped)
+    for statement in record.certificate.statements:
+        skipped = None if statement.status == CERTIFIED else statement.text
+        _case(suite, "certificate", statement.id, skipped=skipped)
     cases = suite.findall("testcase")
     suite.set("tests", str(len(cases)))
     suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
@@ -78,23 +80,23 @@ def check_junit_path(path: Path, output: Path) -> None:
         raise InputError(f"--junit: {path} lies in the output directory", "give another path")
 
 
-def write_junit(path: Path, reports: Sequence[Report], *, strict: bool = False) -> None:
+def write_junit(path: Path, records: Sequence[Record], *, strict: bool = False) -> None:
     """Write `render_junit` whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    write_text(partial, render_junit(*reports, strict=strict))
+    write_text(partial, render_junit(*records, strict=strict))
     partial.replace(path)
 
 
-def _properties(report: Report) -> dict[str, str]:
-    size = report["size"]
-    found = {name: f"{size[name]:.6g}" for name in RATIOS}
-    for row in report["quality"]:
-        found |= {f"{key}.{row['text']}": f"{row[key]:.6g}" for key in PERPLEXITIES if key in row}
+def _properties(record: Record) -> dict[str, str]:
+    found = {name: f"{getattr(record.size, name):.6g}" for name in RATIOS}
+    for row in record.quality:
+        values = {key: getattr(row.scores, key) for key in PERPLEXITIES}
+        found |= {f"{key}.{row.text}": f"{x:.6g}" for key, x in values.items() if x is not None}
     return found
 
 
-def _fallen(report: Report) -> str | None:
-    names = [layer["name"] for layer in not_as_asked(report)]
+def _fallen(record: Record) -> str | None:
+    names = [layer.name for layer in not_as_asked(record)]
     number = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
     return f"{number} fell back: {', '.join(names)}" if names else None
 

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrc_cli.quality.certificate_record import Statement
+from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.sentences import rounded_up, title
-from lrc_cli.report.facts import Report, kept, perplexity_ratio
+from lrc_cli.report.facts import kept, perplexity_ratio
+from lrc_cli.report.record import DrawnSequences, LayerRecord, Record, SkippedTensor
 from lrc_cli.text import (
     EMPTY,
     byte_size,
@@ -47,79 +50,82 @@ def make_table(columns: Sequence[Column], items: Iterable[Any]) -> Table:
     )
 
 
-def size_table(report: Report) -> Table:
+def size_table(record: Record) -> Table:
     """Bytes and parameters before and after, with the names of the three ratios."""
-    size = report["size"]
+    size = record.size
     rows = [
-        ("compressible weights, bytes", "compressible_bytes", "kept_compressible"),
-        ("all tensors, bytes", "checkpoint_bytes", "kept_checkpoint"),
-        ("all tensors, parameters", "parameters", "kept_parameters"),
+        ("compressible weights, bytes", size.compressible_bytes, "kept_compressible"),
+        ("all tensors, bytes", size.checkpoint_bytes, "kept_checkpoint"),
+        ("all tensors, parameters", size.parameters, "kept_parameters"),
     ]
     columns: list[Column] = [
         ("", "l", lambda row: row[0]),
-        ("before", "r", lambda row: count(size[row[1]]["before"])),
-        ("after", "r", lambda row: count(size[row[1]]["after"])),
-        ("kept", "r", lambda row: percent(size[row[2]])),
+        ("before", "r", lambda row: count(row[1].before)),
+        ("after", "r", lambda row: count(row[1].after)),
+        ("kept", "r", lambda row: percent(getattr(size, row[2]))),
         ("name in report.json", "l", lambda row: row[2]),
     ]
     return make_table(columns, rows)
 
 
-def quality_table(report: Report) -> Table:
+def quality_table(record: Record) -> Table:
     """One row per evaluation text."""
     columns: list[Column] = [
-        ("text", "l", lambda row: row["text"]),
-        ("perplexity before", "r", lambda row: perplexity(row.get("perplexity_before"))),
-        ("after", "r", lambda row: perplexity(row.get("perplexity_after"))),
+        ("text", "l", lambda row: row.text),
+        ("perplexity before", "r", lambda row: perplexity(row.scores.perplexity_before)),
+        ("after", "r", lambda row: perplexity(row.scores.perplexity_after)),
         ("after / before", "r", lambda row: factor(perplexity_ratio(row))),
-        ("relative output error", "r", lambda row: small(row.get("relative_output_error"))),
-        ("KL divergence, nats", "r", lambda row: small(row.get("kl"))),
-        ("top-1 agreement", "r", lambda row: percent(row.get("top1_agreement"))),
+        ("relative output error", "r", lambda row: small(row.scores.relative_output_error)),
+        ("KL divergence, nats", "r", lambda row: small(row.scores.kl)),
+        ("top-1 agreement", "r", lambda row: percent(row.scores.top1_agreement)),
         ("sequences", "r", _drawn),
-        ("scored positions", "r", lambda row: count(row.get("num_scored"))),
+        ("scored positions", "r", lambda row: count(row.scores.num_scored)),
     ]
-    return make_table(columns, report["quality"])
+    return make_table(columns, record.quality)
 
 
-def gates_table(report: Report) -> Table:
+def gates_table(record: Record) -> Table:
     """One row per gate."""
     columns: list[Column] = [
-        ("gate", "l", lambda gate: gate["name"]),
-        ("limit", "r", lambda gate: f"{gate['limit']:g}"),
-        ("measured", "r", lambda gate: small(gate["measured"])),
-        ("where", "l", lambda gate: gate["where"] or EMPTY),
-        ("", "l", lambda gate: "met" if gate["met"] else "missed"),
-        ("note", "l", lambda gate: gate["reason"] or EMPTY),
+        ("gate", "l", lambda gate: gate.name),
+        ("limit", "r", lambda gate: f"{gate.limit:g}"),
+        ("measured", "r", lambda gate: small(gate.measured)),
+        ("where", "l", lambda gate: gate.where or EMPTY),
+        ("", "l", lambda gate: "met" if gate.met else "missed"),
+        ("note", "l", lambda gate: gate.reason or EMPTY),
     ]
-    return make_table(columns, report.get("gates", ()))
+    return make_table(columns, record.gates)
 
 
-def _drawn(row: dict[str, Any]) -> str:
-    if row.get("population") is None:
-        return count(row.get("num_sequences"))
-    return f"{count(row['num_sequences'])} of {count(row['population'])}"
+def _drawn(row: QualityRow) -> str:
+    number = count(row.scores.num_sequences)
+    return number if row.population is None else f"{number} of {count(row.population)}"
 
 
-def layer_table(report: Report) -> Table:
+def layer_table(record: Record) -> Table:
     """One row per compressible layer, in the network's order."""
 
-    def error(layer: dict[str, Any], kind: str, of: str) -> str:
-        found = layer.get("errors", {}).get(kind, {})
-        return layer_error(found.get(of), found.get("floor", 0.0))
+    def error(layer: LayerRecord, kind: str, of: str) -> str:
+        if layer.facts.errors is None:
+            return EMPTY
+        found = getattr(layer.facts.errors, kind)
+        return layer_error(getattr(found, of), found.floor)
 
-    def gap(layer: dict[str, Any], kind: str) -> str:
-        found = layer.get("errors", {}).get(kind, {})
-        return error_gap(found.get("stored"), found.get("optimum"), found.get("floor", 0.0))
+    def gap(layer: LayerRecord, kind: str) -> str:
+        if layer.facts.errors is None:
+            return EMPTY
+        found = getattr(layer.facts.errors, kind)
+        return error_gap(found.stored, found.optimum, found.floor)
 
     columns: list[Column] = [
-        ("layer", "l", lambda x: x["name"]),
-        ("kind", "l", lambda x: x["kind"]),
-        ("shape", "r", lambda x: " x ".join(map(str, x["shape"]))),
-        ("method", "l", lambda x: x["method"]),
-        ("storage", "l", lambda x: "dense, fell back" if x["fallback"] else x["storage"]),
-        ("rank", "r", lambda x: count(x.get("rank"))),
-        ("before", "r", lambda x: byte_size(x["bytes_before"])),
-        ("after", "r", lambda x: byte_size(x["bytes_after"])),
+        ("layer", "l", lambda x: x.name),
+        ("kind", "l", lambda x: x.kind),
+        ("shape", "r", lambda x: " x ".join(map(str, x.shape))),
+        ("method", "l", lambda x: x.method),
+        ("storage", "l", lambda x: "dense, fell back" if x.facts.fallback else x.facts.storage),
+        ("rank", "r", lambda x: count(x.facts.rank)),
+        ("before", "r", lambda x: byte_size(x.bytes_before)),
+        ("after", "r", lambda x: byte_size(x.bytes_after)),
         ("kept", "r", lambda x: percent(kept(x))),
         ("output error", "r", lambda x: error(x, "output", "stored")),
         ("its optimum", "r", lambda x: error(x, "output", "optimum")),
@@ -129,20 +135,20 @@ def layer_table(report: Report) -> Table:
         ("its optimum", "r", lambda x: error(x, "metric", "optimum")),
         ("gap", "r", lambda x: gap(x, "metric")),
         ("plain SVD", "r", lambda x: error(x, "metric", "svd")),
-        ("why", "l", lambda x: x.get("reason") or EMPTY),
+        ("why", "l", lambda x: x.facts.reason or EMPTY),
     ]
-    return make_table(columns, report["layers"])
+    return make_table(columns, record.layers)
 
 
-def held_out_table(report: Report) -> Table:
+def held_out_table(record: Record) -> Table:
     """One row per layer that was measured on certification data; see `held_out_note`."""
 
     def error(kind: str) -> Callable[[Any], str]:
-        return lambda layer: small(layer["errors"]["held_out"][kind])
+        return lambda layer: small(getattr(layer.facts.held_out, kind))
 
-    layers = [x for x in report["layers"] if "held_out" in x.get("errors", {})]
+    layers = [x for x in record.layers if x.facts.held_out is not None]
     columns: list[Column] = [
-        ("layer", "l", lambda x: x["name"]),
+        ("layer", "l", lambda x: x.name),
         ("inherited", "r", error("inherited")),
         ("new", "r", error("new")),
         ("deployed", "r", error("deployed")),
@@ -153,46 +159,52 @@ def held_out_table(report: Report) -> Table:
     return make_table(columns, layers)
 
 
-def certificate_table(report: Report) -> Table:
+def certificate_table(record: Record) -> Table:
     """One row per statement of the certificate."""
 
-    def bound(statement: dict[str, Any]) -> str:
-        if statement["bound"] is None:
-            return f"{statement['status']}: {count(statement['num_needed'])} needed"
-        return rounded_up(statement["bound"])
+    def bound(statement: Statement) -> str:
+        if statement.bound is None:
+            return f"{statement.status}: {count(statement.num_needed)} needed"
+        return rounded_up(statement.bound)
 
     columns: list[Column] = [
         ("statement", "l", title),
         ("bound", "r", bound),
-        ("unit", "l", lambda s: s["unit"]),
-        ("in the sample", "r", lambda s: small(s["observed"])),
-        ("worst in the sample", "r", lambda s: small(s["worst"])),
-        ("order", "r", lambda s: count(s["order"])),
-        ("clipped at", "r", lambda s: small(s["clip"][1] if s["clip"] else None)),
-        ("delta", "r", lambda s: small(s["delta"])),
+        ("unit", "l", lambda s: s.unit),
+        ("in the sample", "r", lambda s: small(s.observed)),
+        ("worst in the sample", "r", lambda s: small(s.worst)),
+        ("order", "r", lambda s: count(s.order)),
+        ("clipped at", "r", lambda s: small(s.clip[1] if s.clip else None)),
+        ("delta", "r", lambda s: small(s.delta)),
     ]
-    return make_table(columns, report["certificate"]["statements"])
+    return make_table(columns, record.certificate.statements)
 
 
-def reasons_table(items: Iterable[dict[str, Any]], what: str, size: str) -> Table:
-    """Layers or tensors counted by reason.
+def left_dense_table(layers: Iterable[LayerRecord]) -> Table:
+    """Layers that are dense by choice, counted by reason."""
+    return _reasons_table([(x.facts.reason or "", x.bytes_after, None) for x in layers], "layers")
+
+
+def skipped_table(skipped: Iterable[SkippedTensor]) -> Table:
+    """Tensors that are not compressible, counted by reason."""
+    return _reasons_table([(x.reason, x.bytes, x.share) for x in skipped], "tensors")
+
+
+def _reasons_table(items: Sequence[tuple[str, int, float | None]], what: str) -> Table:
+    """One row per reason.
 
     Args:
+        items: reason, bytes, and share of the checkpoint if it is known.
         what: heading of the count.
-        size: the key of an item's bytes.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[tuple[str, int, float | None]]] = {}
     for item in items:
-        groups.setdefault(item["reason"], []).append(item)
+        groups.setdefault(item[0], []).append(item)
     columns: list[Column] = [
         ("reason", "l", lambda group: group[0]),
         (what, "r", lambda group: count(len(group[1]))),
-        ("bytes", "r", lambda group: byte_size(sum(item[size] for item in group[1]))),
-        (
-            "share of checkpoint",
-            "r",
-            lambda group: percent(_sum_or_none(item.get("share") for item in group[1])),
-        ),
+        ("bytes", "r", lambda group: byte_size(sum(item[1] for item in group[1]))),
+        ("share of checkpoint", "r", lambda group: percent(_sum_or_none(x[2] for x in group[1]))),
     ]
     return make_table(columns, groups.items())
 
@@ -202,32 +214,32 @@ def _sum_or_none(values: Iterable[float | None]) -> float | None:
     return sum(found) if found else None
 
 
-def provenance_table(report: Report) -> Table:
+def provenance_table(record: Record) -> Table:
     """Versions, hardware, seed, hashes and the data that were drawn."""
-    facts, sequential = report["provenance"], report["sequential"]
-    device = " ".join(filter(None, (facts["device"], facts.get("device_name"))))
+    facts, sequential = record.provenance, record.sequential
+    device = " ".join(filter(None, (facts.device, facts.device_name)))
     pairs = [
-        ("lrc", facts["lrc_version"]),
-        ("Python", f"{facts['python']} on {facts['platform']}"),
-        *facts["packages"].items(),
+        ("lrc", facts.lrc_version),
+        ("Python", f"{facts.python} on {facts.platform}"),
+        *facts.packages.items(),
         ("device", device),
-        ("activations", facts["activation_dtype"]),
-        ("seed", str(facts["seed"])),
-        ("sequential fitting", f"{'on' if sequential['used'] else 'off'}: {sequential['reason']}"),
-        ("held back from it", f"{count(sequential['held_back'])} calibration sequences"),
-        ("total time", duration(sum(report["timing"].values()))),
-        ("sha256 of the config", facts["config_sha256"]),
-        *((f"sha256 of source {k}", v) for k, v in facts["checkpoint_sha256"].items()),
-        *((f"sha256 of data {k}", v) for k, v in facts["data_files_sha256"].items()),
-        *((f"{name} data", _sequences(drawn)) for name, drawn in facts["sequences"].items()),
-        *((f"evaluation data {r['text']}", f"sha256 {r['sha256']}") for r in report["quality"]),
+        ("activations", facts.activation_dtype),
+        ("seed", str(facts.seed)),
+        ("sequential fitting", f"{'on' if sequential.used else 'off'}: {sequential.reason}"),
+        ("held back from it", f"{count(sequential.held_back)} calibration sequences"),
+        ("total time", duration(sum(record.timing.values()))),
+        ("sha256 of the config", facts.config_sha256),
+        *((f"sha256 of source {k}", v) for k, v in facts.checkpoint_sha256.items()),
+        *((f"sha256 of data {k}", v) for k, v in facts.data_files_sha256.items()),
+        *((f"{name} data", _sequences(drawn)) for name, drawn in facts.sequences.items()),
+        *((f"evaluation data {r.text}", f"sha256 {r.sha256}") for r in record.quality),
     ]
     columns: list[Column] = [("", "l", lambda pair: pair[0]), ("", "l", lambda pair: pair[1])]
     return make_table(columns, pairs)
 
 
-def _sequences(drawn: dict[str, Any]) -> str:
+def _sequences(drawn: DrawnSequences) -> str:
     return (
-        f"{count(drawn['num_sequences'])} of {count(drawn['population'])} sequences,"
-        f" {count(drawn['num_tokens'])} tokens, sha256 {drawn['sha256']}"
+        f"{count(drawn.num_sequences)} of {count(drawn.population)} sequences,"
+        f" {count(drawn.num_tokens)} tokens, sha256 {drawn.sha256}"
     )

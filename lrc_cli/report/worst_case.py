@@ -1,18 +1,18 @@
 """The worst-case bound of plain feed-forward networks, in words."""
 
-from lrc_cli.report.facts import Report
+from lrc_cli.report.record import Record
 from lrc_cli.text import count, small
 
 
-def worst_case_note(report: Report) -> str:
+def worst_case_note(record: Record) -> str:
     """One labelled sentence; empty for networks that have no such bound."""
-    found = report.get("worst_case")
+    found = record.worst_case
     if found is None:
         return ""
     return (
         f"Worst case, from the product of the layers' norms: on each of the"
-        f" {count(found['num_inputs'])} {found['inputs']} inputs the output changes by at most"
-        f" {small(found['bound'])} (2-norm); the largest change measured there is"
-        f" {small(found['measured'])}, the largest output {small(found['output_norm'])}."
+        f" {count(found.num_inputs)} {found.inputs} inputs the output changes by at most"
+        f" {small(found.bound)} (2-norm); the largest change measured there is"
+        f" {small(found.measured)}, the largest output {small(found.output_norm)}."
         " It bounds nothing on other inputs."
     )

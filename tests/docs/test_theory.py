@@ -15,14 +15,14 @@ from lrc_cli.engine.solvers.nuclear import UNIT as NUCLEAR_UNIT
 from lrc_cli.engine.solvers.relu import UNIT as RELU_UNIT
 from lrc_cli.quality.certificate import (
     ALL_LAYERS,
-    CANNOT,
-    CERTIFIED,
     LAYER_ERROR,
     UNITS,
     make_certificate,
 )
+from lrc_cli.quality.certificate_record import CANNOT, CERTIFIED, CertificateData
 from lrc_cli.quality.held_out import ERRORS
 from lrc_cli.report.facts import loss_estimate
+from lrc_cli.report.record import parse_record
 from lrc_cli.report.tables import Table, held_out_table, layer_table
 from lrc_cli.report.worst_case import worst_case_note
 
@@ -73,17 +73,11 @@ def test_every_row_leads_to_a_section_or_is_a_plain_measurement() -> None:
         assert row.sections or row.proof.startswith("measurements: "), row
 
 
-HEADER = (
-    *("unit", "sequence_length", "sampling", "population", "data_sha256", "selection"),
-    *("predictions", "activation_dtype", "not_covered"),
-)
-
-
 def certificates() -> list[dict[str, Any]]:
     """Of every quantity: too few sequences, enough, enough for single layers too."""
     report = small_report()
     certify(report)
-    header = {key: report["certificate"][key] for key in HEADER}
+    data = CertificateData.from_json(report["certificate"], "report.json")
     quantities = sorted(set(UNITS) - {ALL_LAYERS, LAYER_ERROR})
     found = []
     for num_sequences, quantile in ((20, 0.95), (120, 0.95), (240, 0.9)):
@@ -96,8 +90,8 @@ def certificates() -> list[dict[str, Any]]:
                 tolerances={"up": 0.3, "down": 0.3},
                 confidence=0.95,
                 quantile=quantile,
-                header=header,
-            )
+                data=data,
+            ).to_json()
         )
     return found
 
@@ -127,7 +121,7 @@ DESCRIBING = {
 def test_every_error_of_a_layer_has_its_section(made: Callable[[Any], Table]) -> None:
     report = small_report()
     certify(report)
-    errors = set(made(report).head) - DESCRIBING
+    errors = set(made(parse_record(report)).head) - DESCRIBING
     assert len(errors) > 4
     for heading in errors:
         assert_explained(heading)
@@ -157,10 +151,11 @@ def test_every_figure_that_a_problem_adds_is_explained() -> None:
 def test_every_sentence_about_figures_has_its_section() -> None:
     report = small_report()
     report["worst_case"] = dict.fromkeys(("bound", "measured", "output_norm"), 1.0)
-    report["worst_case"] |= {"num_inputs": 3, "inputs": "calibration"}
+    report["worst_case"] |= {"label": "", "num_inputs": 3, "inputs": "calibration", "layers": []}
+    record = parse_record(report)
     for note, start in (
-        (loss_estimate(report), "The layers' estimated loss increases add up to"),
-        (worst_case_note(report), "Worst case"),
+        (loss_estimate(record), "The layers' estimated loss increases add up to"),
+        (worst_case_note(record), "Worst case"),
     ):
         assert note.startswith(start)
         assert_explained(f'"{start}')

@@ -161,10 +161,10 @@ def test_the_rounding_of_the_bias_is_a_part_of_the_reported_error() -> None:
     bias = 50 * gaussian(16, seed=8).to(torch.bfloat16)
     request = Request(rank=8, rank_multiple=1, storage="factors", dtype=torch.bfloat16, bias=bias)
     fitted = fit_layer(task, request)
-    assert fitted.packed is not None and fitted.bias is not None
+    assert fitted.packed is not None and fitted.bias is not None and fitted.facts.errors
     change = fitted.bias.double() - bias.double()
     difference = output_difference(weight, dense(fitted.packed), change, x)
-    stored = fitted.facts["errors"]["output"]["stored"]
+    stored = fitted.facts.errors.output.stored
     energy = (weight @ x).square().sum()
     assert stored == pytest.approx((difference.square().sum() / energy).sqrt().item(), rel=1e-9)
 

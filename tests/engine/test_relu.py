@@ -311,13 +311,13 @@ def test_rounded_it_is_still_not_above_frobenius(kind: str, storage: str) -> Non
     fitted = fit_best([judge, Unpolished(judge)], request)
     plain = SameInput(data[0], statistics(x), FROBENIUS)
     packed = pack_best(plain, 8, dtype, storage=storage).packed
-    assert fitted.packed is not None
+    assert fitted.packed is not None and fitted.facts.errors is not None
     new = None if fitted.bias is None else fitted.bias.double()
     error = behind_relu(data, dense(fitted.packed), new)
     assert error <= behind_relu(data, dense(packed), data[1]) * (1 + 1e-9)
-    stored = fitted.facts["errors"]["metric"]["stored"]
+    stored = fitted.facts.errors.metric.stored
     assert stored == pytest.approx(error, rel=1e-6, abs=1e-12)
-    assert fitted.facts["errors"]["metric"]["optimum"] is None
+    assert fitted.facts.errors.metric.optimum is None
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +15,13 @@ from lrc_cli.quality.certificate import (
     clips_of,
     make_certificate,
     tolerances_of,
+)
+from lrc_cli.quality.certificate_record import (
+    Certificate,
+    CertificateData,
+    Population,
+    Selection,
+    Statement,
 )
 from lrc_cli.quality.sentences import (
     assumptions,
@@ -28,31 +35,28 @@ from lrc_cli.quality.sentences import (
 LANGUAGE = ("kl", "top1_disagreement", "loss_difference")
 
 
-def header(size: int = 2000, *, text: bool = True) -> dict[str, Any]:
-    """What `guarantee.certify` says of the draw."""
+def drawn_data(size: int = 2000, *, text: bool = True) -> CertificateData:
+    """What `certify` says of the draw."""
     members = "blocks of 32 tokens" if text else "rows"
-    return {
-        "sequence_length": 32 if text else None,
-        "unit": "sequence of 32 tokens" if text else "row",
-        "sampling": "uniformly at random without replacement",
-        "population": {
-            "description": f"the {size:,} {members} of words.txt that calibration left free",
-            "file": "words.txt",
-            "part": [0.0, 1.0],
-            "size": size,
-            "file_sha256": "ab" * 32,
-        },
-        "data_sha256": "cd" * 32,
-        "selection": {
-            "purpose": "calibration",
-            "num_sequences": 16,
-            "num_tokens": 512,
-            "sha256": "ef" * 32,
-        },
-        "predictions": "next-token predictions" if text else "predictions",
-        "activation_dtype": "float32",
-        "not_covered": [],
-    }
+    return CertificateData(
+        sequence_length=32 if text else None,
+        unit="sequence of 32 tokens" if text else "row",
+        sampling="uniformly at random without replacement",
+        population=Population(
+            description=f"the {size:,} {members} of words.txt that calibration left free",
+            file="words.txt",
+            part=(0.0, 1.0),
+            size=size,
+            file_sha256="ab" * 32,
+        ),
+        data_sha256="cd" * 32,
+        selection=Selection(
+            purpose="calibration", num_sequences=16, num_tokens=512, sha256="ef" * 32
+        ),
+        predictions="next-token predictions" if text else "predictions",
+        activation_dtype="float32",
+        not_covered=(),
+    )
 
 
 def drawn(number: int, seed: int = 0, scale: float = 1.0) -> list[float]:
@@ -60,7 +64,7 @@ def drawn(number: int, seed: int = 0, scale: float = 1.0) -> list[float]:
     return [scale * chance.random() for _ in range(number)]
 
 
-def certify(number: int, num_layers: int = 3, **changes: Any) -> dict[str, Any]:
+def certify(number: int, num_layers: int = 3, **changes: Any) -> Certificate:
     """A language model's certificate from made-up values; `changes` are keywords."""
     values = {name: drawn(number, seed) for seed, name in enumerate(LANGUAGE)}
     layers = {f"layers.{i}.w": drawn(number, 10 + i, 0.3) for i in range(num_layers)}
@@ -69,33 +73,33 @@ def certify(number: int, num_layers: int = 3, **changes: Any) -> dict[str, Any]:
         "tolerances": dict.fromkeys(layers, 0.2),
         "confidence": 0.95,
         "quantile": 0.95,
-        "header": header(),
+        "data": drawn_data(),
     }
     return make_certificate(values, layers, **(given | changes))
 
 
-def named(certificate: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {statement["id"]: statement for statement in certificate["statements"]}
+def named(certificate: Certificate) -> dict[str, Statement]:
+    return {statement.id: statement for statement in certificate.statements}
 
 
 def test_a_language_model_gets_seven_statements_that_share_the_risk() -> None:
     certificate = certify(97, num_layers=210)
-    claims = [s for s in certificate["statements"] if s["status"] == "certified"]
-    assert [s["id"] for s in claims] == [
+    claims = [s for s in certificate.statements if s.status == "certified"]
+    assert [s.id for s in claims] == [
         *(f"{name}.{kind}" for name in LANGUAGE for kind in ("mean", "quantile")),
         "all_layers.quantile",
     ]
-    assert certificate["num_statements"] == 7 and certificate["num_sequences"] == 97
-    assert sum(s["delta"] for s in claims) == pytest.approx(0.05)
+    assert certificate.num_statements == 7 and certificate.num_sequences == 97
+    assert sum(s.delta for s in claims) == pytest.approx(0.05)
 
 
 def test_one_sequence_too_few_is_said() -> None:
     statements = named(certify(96))
     for name in ("kl.quantile", "loss_difference.quantile", "all_layers.quantile"):
-        assert statements[name]["status"] == "cannot certify"
-        assert statements[name]["bound"] is None
-        assert statements[name]["text"] == "cannot certify: N = 96 < 97 needed"
-    assert statements["kl.mean"]["status"] == "certified", "a mean has a bound of any number"
+        assert statements[name].status == "cannot certify"
+        assert statements[name].bound is None
+        assert statements[name].text == "cannot certify: N = 96 < 97 needed"
+    assert statements["kl.mean"].status == "certified", "a mean has a bound of any number"
 
 
 @pytest.mark.parametrize(("number", "num_needed"), [(20, 59), (1, 59)])
@@ -108,25 +112,25 @@ def test_a_single_statement_needs_59(number: int, num_needed: int) -> None:
         tolerances={"w": 0.2},
         confidence=0.95,
         quantile=0.95,
-        header=header(),
+        data=drawn_data(),
     )
-    (statement, _) = certificate["statements"]
-    assert statement["text"] == f"cannot certify: N = {number} < {num_needed} needed"
+    (statement, _) = certificate.statements
+    assert statement.text == f"cannot certify: N = {number} < {num_needed} needed"
 
 
 def test_layers_get_statements_of_their_own_where_the_sequences_suffice() -> None:
     needed = sequences_needed(0.95, 0.05 / 17)
     few, enough = certify(needed - 1, num_layers=10), certify(needed, num_layers=10)
-    assert few["num_statements"] == 7 and "layers" not in few["values"]
-    assert named(few)["layer_error.quantile"]["text"] == (
+    assert few.num_statements == 7 and few.values.layers is None
+    assert named(few)["layer_error.quantile"].text == (
         f"cannot certify: N = {needed - 1} < {needed} needed for a statement on each of the"
         " 10 layers as well"
     )
-    assert enough["num_statements"] == 17 and len(enough["values"]["layers"]) == 10
-    own = [s for s in enough["statements"] if s["layer"] is not None]
-    assert {s["layer"] for s in own} == set(enough["tolerances"])
-    assert sum(s["delta"] for s in enough["statements"]) == pytest.approx(0.05)
-    assert all(s["status"] == "certified" for s in enough["statements"])
+    assert enough.num_statements == 17 and len(enough.values.layers or {}) == 10
+    own = [s for s in enough.statements if s.layer is not None]
+    assert {s.layer for s in own} == set(enough.tolerances)
+    assert sum(s.delta for s in enough.statements) == pytest.approx(0.05)
+    assert all(s.status == "certified" for s in enough.statements)
 
 
 def test_all_layers_at_once_is_the_largest_error_by_tolerance() -> None:
@@ -138,10 +142,10 @@ def test_all_layers_at_once_is_the_largest_error_by_tolerance() -> None:
         tolerances={"a": 0.1, "b": 0.2},
         confidence=0.5,
         quantile=0.5,
-        header=header(),
+        data=drawn_data(),
     )
-    assert certificate["values"]["all_layers"] == pytest.approx([1.5, 4.0])
-    assert named(certificate)["all_layers.quantile"]["worst"] == pytest.approx(4.0)
+    assert certificate.values.quantities["all_layers"] == pytest.approx([1.5, 4.0])
+    assert named(certificate)["all_layers.quantile"].worst == pytest.approx(4.0)
 
 
 def test_a_quantile_bound_is_a_value_of_the_sample_and_covers_the_population() -> None:
@@ -157,9 +161,9 @@ def test_a_quantile_bound_is_a_value_of_the_sample_and_covers_the_population() -
             tolerances={},
             confidence=0.8,
             quantile=0.9,
-            header=header(300, text=False),
+            data=drawn_data(300, text=False),
         )
-        bound = named(certificate)["relative_output_error.quantile"]["bound"]
+        bound = named(certificate)["relative_output_error.quantile"].bound
         assert bound in values
         misses += bound < quantile
     assert misses <= 0.1 * 200 + 3 * math.sqrt(0.1 * 0.9 * 200)
@@ -175,73 +179,74 @@ def test_means_are_of_clipped_values_and_say_so() -> None:
         tolerances={},
         confidence=0.95,
         quantile=0.9,
-        header=header(),
+        data=drawn_data(),
     )
     statements = named(certificate)
     mean = statements["loss_difference.mean"]
-    assert mean["clip"] == [-2.0, 2.0] and mean["num_clipped"] == 2 and mean["worst"] == 9.0
-    assert mean["observed"] == pytest.approx((0.5 + 9.7) / 100)
-    assert "values above 2 count as 2 and below -2 as -2, 2 of them did" in mean["text"]
-    assert statements["kl.mean"]["num_clipped"] == 1
-    assert "values above 1 count as 1, 1 of them did" in statements["kl.mean"]["text"]
-    expected = mean_bound(
-        [1.0, *kl[1:]], lower=0.0, upper=1.0, delta=mean["delta"], population=2000
-    )
-    assert statements["kl.mean"]["bound"] == expected
-    assert statements["kl.quantile"]["clip"] is None
-    assert statements["kl.quantile"]["worst"] == 7.0
+    assert mean.clip == (-2.0, 2.0) and mean.num_clipped == 2 and mean.worst == 9.0
+    assert mean.observed == pytest.approx((0.5 + 9.7) / 100)
+    assert "values above 2 count as 2 and below -2 as -2, 2 of them did" in mean.text
+    assert statements["kl.mean"].num_clipped == 1
+    assert "values above 1 count as 1, 1 of them did" in statements["kl.mean"].text
+    expected = mean_bound([1.0, *kl[1:]], lower=0.0, upper=1.0, delta=mean.delta, population=2000)
+    assert statements["kl.mean"].bound == expected
+    assert statements["kl.quantile"].clip is None
+    assert statements["kl.quantile"].worst == 7.0
 
 
 def test_more_confidence_never_lowers_a_bound() -> None:
     certificates = [certify(150, confidence=c) for c in (0.5, 0.8, 0.95)]
     for name in ("kl.mean", "kl.quantile", "top1_disagreement.mean", "all_layers.quantile"):
-        bounds = [named(certificate)[name]["bound"] for certificate in certificates]
+        bounds = [named(certificate)[name].bound for certificate in certificates]
         assert bounds == sorted(bounds) and bounds[0] < bounds[-1], name
 
 
 def test_every_bound_is_at_or_above_what_was_observed() -> None:
-    for statement in certify(150)["statements"]:
-        assert statement["bound"] >= statement["observed"]
-        assert statement["worst"] >= statement["observed"]
+    for statement in certify(150).statements:
+        assert statement.bound >= statement.observed
+        assert statement.worst >= statement.observed
 
 
 def test_a_certificate_is_json_and_its_sentences_follow_from_it() -> None:
     for number in (20, 97, 150):
         certificate = certify(number)
-        read = json.loads(json.dumps(certificate))
+        text = json.dumps(certificate.to_json())
+        read = Certificate.from_json(json.loads(text), "report.json")
         assert read == certificate
-        for statement in read["statements"]:
-            text = statement.pop("text")
-            assert text == statement_text(statement, read) and "\n" not in text
-        assert read["assumptions"] == assumptions(read)
+        for statement in read.statements:
+            assert statement.text == statement_text(replace(statement, text=""), read)
+            assert "\n" not in statement.text
+        assert read.assumptions == assumptions(read)
 
 
 def test_a_sentence_names_the_bound_the_share_and_the_population() -> None:
     certificate = certify(128, num_layers=210)
-    text = named(certificate)["kl.quantile"]["text"]
+    text = named(certificate)["kl.quantile"].text
     for piece in (
         "at 95 % confidence",
         "for at least 95 % of the 2,000 blocks of 32 tokens of words.txt",
-        f"is at most {rounded_up(named(certificate)['kl.quantile']['bound'])} nats per token",
+        f"is at most {rounded_up(named(certificate)['kl.quantile'].bound)} nats per token",
         "128 blocks drawn without replacement",
         "largest value",
     ):
         assert piece in text
     assert any("nothing else" in line for line in not_promised(certificate))
-    assert main_statements(certificate)[0] == named(certificate)["kl.mean"]["text"]
+    assert main_statements(certificate)[0] == named(certificate)["kl.mean"].text
 
 
 def test_an_edited_figure_changes_the_sentence() -> None:
     certificate = certify(128)
-    for statement in certificate["statements"]:
-        if statement["status"] == "certified":
-            edited = {**statement, "bound": 0.5 * statement["bound"]}
-            assert statement_text(edited, certificate) != statement["text"]
+    for statement in certificate.statements:
+        if statement.status == "certified":
+            assert statement.bound is not None
+            edited = replace(statement, bound=0.5 * statement.bound)
+            assert statement_text(edited, certificate) != statement.text
 
 
 def test_layers_that_were_not_followed_are_named() -> None:
-    certificate = certify(128, header=header() | {"not_covered": [f"e.{i}" for i in range(5)]})
-    assert any("e.0, e.1, e.2 and 2 more" in line for line in certificate["assumptions"])
+    names = tuple(f"e.{i}" for i in range(5))
+    certificate = certify(128, data=replace(drawn_data(), not_covered=names))
+    assert any("e.0, e.1, e.2 and 2 more" in line for line in certificate.assumptions)
 
 
 def test_limits_come_from_selection_data() -> None:

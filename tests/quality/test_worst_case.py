@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lrc_cli.network.layouts import LINEAR
 from lrc_cli.network.low_rank.modules import LowRankModule, replace_modules
 from lrc_cli.network.low_rank.slots import low_rank_module
+from lrc_cli.quality.records import OwnError, WorstCase
 from lrc_cli.quality.worst_case import LIPSCHITZ, worst_case
 
 
@@ -50,7 +50,7 @@ def factorised(module: nn.Module, rank: int, *, interpolative: bool = False) -> 
     return found.eval()
 
 
-def bounded(module: nn.Module, other: nn.Module, x: Tensor) -> dict[str, Any]:
+def bounded(module: nn.Module, other: nn.Module, x: Tensor) -> WorstCase:
     found = worst_case(module, other, {"x": x})
     assert found is not None
     return found
@@ -75,9 +75,9 @@ def test_no_input_exceeds_the_bound(activation: nn.Module, interpolative: bool) 
     found = bounded(module, other, x)
     with torch.no_grad():
         error = (module.double()(x.double()) - other.double()(x.double())).norm(dim=1).max().item()
-    assert found["measured"] == pytest.approx(error, rel=1e-9)
-    assert 0 < error <= found["bound"]
-    assert (found["label"], found["inputs"], found["num_inputs"]) == (
+    assert found.measured == pytest.approx(error, rel=1e-9)
+    assert 0 < error <= found.bound
+    assert (found.label, found.inputs, found.num_inputs) == (
         "worst case",
         "calibration",
         200,
@@ -90,14 +90,14 @@ def test_an_adversary_who_climbs_the_error_stays_below_its_bound(activation: nn.
     other = factorised(module.float(), 3).double()
     module = module.double()
     x = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    start = bounded(module, other, x)["measured"]
+    start = bounded(module, other, x).measured
     for _ in range(60):
         x = x.detach().requires_grad_()
         (module(x) - other(x)).square().sum().backward()
         assert x.grad is not None
         x = x + 0.3 * x.grad / x.grad.norm(dim=1, keepdim=True)
     found = bounded(module, other, x.detach())
-    assert start < found["measured"] <= found["bound"]
+    assert start < found.measured <= found.bound
 
 
 @pytest.mark.parametrize("kind", LIPSCHITZ)
@@ -113,8 +113,8 @@ def test_the_constants_are_the_largest_slopes(kind: type[nn.Module]) -> None:
 def test_one_linear_layer_is_bounded_by_its_own_error() -> None:
     module = randomised(nn.Sequential(nn.Linear(12, 10)), seed=6)
     found = bounded(module, factorised(module, 3), torch.randn(50, 12))
-    assert found["bound"] == pytest.approx(found["measured"], rel=1e-9)
-    assert found["layers"] == [{"error": found["bound"], "amplification": 1.0}]
+    assert found.bound == pytest.approx(found.measured, rel=1e-9)
+    assert found.layers == (OwnError(error=found.bound, amplification=1.0),)
 
 
 def test_it_is_tight_for_a_linear_network_whose_errors_line_up() -> None:
@@ -129,9 +129,9 @@ def test_it_is_tight_for_a_linear_network_whose_errors_line_up() -> None:
         }
         replace_modules(other, {copied: low_rank_module(copied, factors, LINEAR, (4, 4))})
     found = bounded(module, other, torch.eye(4)[:1])
-    assert found["measured"] == 27 - 8
-    assert found["bound"] == pytest.approx(27 - 8, rel=1e-12)
-    assert [layer["amplification"] for layer in found["layers"]] == [4.0, 2.0, 1.0]
+    assert found.measured == 27 - 8
+    assert found.bound == pytest.approx(27 - 8, rel=1e-12)
+    assert [layer.amplification for layer in found.layers] == [4.0, 2.0, 1.0]
 
 
 def test_only_the_layers_own_errors_count_behind_a_flat_activation() -> None:
@@ -140,7 +140,7 @@ def test_only_the_layers_own_errors_count_behind_a_flat_activation() -> None:
     found = bounded(module, other, torch.randn(30, 8, generator=torch.Generator().manual_seed(1)))
     assert isinstance(other[2], LowRankModule)
     norm = torch.linalg.matrix_norm(other[2].up.weight @ other[2].weight, 2).item()
-    assert found["layers"][0]["amplification"] == pytest.approx(0.25 * norm, rel=1e-5)
+    assert found.layers[0].amplification == pytest.approx(0.25 * norm, rel=1e-5)
 
 
 class Skip(nn.Sequential):
@@ -190,8 +190,8 @@ def test_a_part_that_runs_twice_counts_twice() -> None:
     shared = nn.LeakyReLU(2.0)
     module = randomised(nn.Sequential(nn.Linear(6, 6), shared, nn.Linear(6, 6), shared), seed=9)
     found = bounded(module, factorised(module, 2), torch.randn(20, 6))
-    assert [layer["amplification"] >= 2.0 for layer in found["layers"]] == [True, True]
-    assert found["layers"][1]["amplification"] == 2.0
+    assert [layer.amplification >= 2.0 for layer in found.layers] == [True, True]
+    assert found.layers[1].amplification == 2.0
 
 
 def test_the_report_of_an_mlp_has_the_bound_and_says_worst_case(

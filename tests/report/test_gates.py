@@ -11,13 +11,14 @@ import process_helpers
 import pytest
 import report_helpers
 from pico import Models
+from report_helpers import render_card, render_html
 
 from lrc_cli.checkpoint.manifest import matches_manifest
 from lrc_cli.config import Gates
 from lrc_cli.errors import GateMissed
-from lrc_cli.report import render_card, render_html
-from lrc_cli.report.gates import check_gates, fail_if_missed
-from lrc_cli.report.junit import render_junit
+from lrc_cli.report import gates as gate_checks
+from lrc_cli.report import junit
+from lrc_cli.report.record import Gate, parse_record
 
 Changes = dict[str, Any]
 
@@ -37,6 +38,26 @@ def read_report(directory: Path) -> Any:
     return json.loads((directory / "report.json").read_text())
 
 
+def check_gates(gates: Gates, report: Changes) -> tuple[Gate, ...]:
+    return gate_checks.check_gates(gates, parse_record(report))
+
+
+def fail_if_missed(report: Changes) -> None:
+    gate_checks.fail_if_missed(parse_record(report))
+
+
+def render_junit(report: Changes, *, strict: bool = False) -> str:
+    return junit.render_junit(parse_record(report), strict=strict)
+
+
+def statement(name: str, status: str, text: str) -> Changes:
+    """A statement of a certificate, as far as JUnit shows it."""
+    unknown = dict.fromkeys(("bound", "observed", "worst", "clip", "order", "num_needed", "layer"))
+    quantity, _, kind = name.partition(".")
+    known = {"id": name, "quantity": quantity, "kind": kind, "status": status, "text": text}
+    return unknown | known | {"unit": "nats", "num_clipped": 0, "delta": 0.01}
+
+
 def with_gates(**limits: float) -> Any:
     """The small report, a layer and a text of it measured, with its gates checked."""
     report = report_helpers.small_report()
@@ -45,7 +66,7 @@ def with_gates(**limits: float) -> Any:
         held_out = {"deployed": deployed, **others, "tolerance": 0.5, "num_sequences": 8}
         layer["errors"]["held_out"] = held_out
     report["quality"][1]["loss_after"] = math.log(30.6)
-    report["gates"] = check_gates(Gates(**limits), report)
+    report["gates"] = [gate.to_json() for gate in check_gates(Gates(**limits), report)]
     return report
 
 
@@ -84,10 +105,10 @@ def test_what_was_not_measured_is_missed_with_the_reason() -> None:
     for gate, reason in zip(
         check_gates(gates, report), ["no text has a perplexity", "no factorised layer"], strict=True
     ):
-        assert not gate["met"] and gate["measured"] is None and gate["where"] is None
-        assert gate["reason"].startswith("not measured: ") and reason in gate["reason"]
+        assert not gate.met and gate.measured is None and gate.where is None
+        assert gate.reason and gate.reason.startswith("not measured: ") and reason in gate.reason
     report["quality"], report["layers"] = [], []
-    reasons = [gate["reason"] for gate in check_gates(gates, report)]
+    reasons = [gate.reason or "" for gate in check_gates(gates, report)]
     assert "no evaluation data" in reasons[0] and "no layer is factorised" in reasons[1]
 
 
@@ -95,7 +116,7 @@ def test_a_ruined_network_misses_although_its_perplexity_overflows() -> None:
     report = report_helpers.small_report()
     report["quality"][0]["loss_after"] = 1e5
     (gate,) = check_gates(Gates(max_perplexity_increase=1e9), report)
-    assert not gate["met"] and gate["where"] == "wikipedia"
+    assert not gate.met and gate.where == "wikipedia"
 
 
 def test_every_missed_gate_is_named() -> None:
@@ -140,9 +161,10 @@ def message(case: ElementTree.Element, kind: str) -> str:
 
 def test_junit_has_a_case_for_everything_promised() -> None:
     report = with_gates(max_perplexity_increase=0.25, max_layer_error=0.9)
+    report_helpers.certify(report)
     report["certificate"]["statements"] = [
-        {"id": "kl.mean", "status": "certified", "text": "at most 0.3"},
-        {"id": "kl.quantile", "status": "cannot certify", "text": "N = 20 < 59 needed"},
+        statement("kl.mean", "certified", "at most 0.3"),
+        statement("kl.quantile", "cannot certify", "N = 20 < 59 needed"),
     ]
     report["target"]["met"] = False
     found = cases(render_junit(report, strict=True))

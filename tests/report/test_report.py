@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
-from report_helpers import Page, certify, dense_layer, factorised_layer, small_report, text_row
+from report_helpers import (
+    Page,
+    certify,
+    dense_layer,
+    factorised_layer,
+    render_card,
+    render_html,
+    small_report,
+    text_row,
+)
 
-from lrc_cli.report.card import render_card
-from lrc_cli.report.html import render_html
 from lrc_cli.text import (
     byte_size,
     duration,
@@ -233,7 +240,7 @@ def test_estimated_loss_increase_stands_beside_the_measured(report: dict[str, An
 
 
 def test_only_nats_of_the_next_token_are_added_up(report: dict[str, Any]) -> None:
-    report["loss"] = {"kind": "output", "description": "half the squared change"}
+    report["loss"] = {"kind": "output", "description": "half the squared change", "unit": "none"}
     assert "estimated loss increases" not in Page(render_html(report)).text
 
 

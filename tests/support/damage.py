@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from report_helpers import assumptions, render_card, render_html, statement_text
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc_cli.checkpoint.manifest import build_manifest
-from lrc_cli.quality.sentences import assumptions, statement_text
-from lrc_cli.report import render_card, render_html
 
 Mutation = Callable[[Path], None]
 

@@ -6,9 +6,34 @@ from typing import Any
 
 import yaml
 
-from lrc_cli.quality.certificate import NOT_ASKED, make_certificate, no_certificate
+from lrc_cli.quality import sentences
+from lrc_cli.quality.certificate import NOT_ASKED, make_certificate
+from lrc_cli.quality.certificate_record import Certificate, CertificateData, Statement
+from lrc_cli.report import card, html
+from lrc_cli.report.record import parse_record
 
 VOID = {"meta"}
+
+
+def render_card(report: dict[str, Any]) -> str:
+    """README.md of a report.json."""
+    return card.render_card(parse_record(report))
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """report.html of a report.json."""
+    return html.render_html(parse_record(report))
+
+
+def statement_text(statement: dict[str, Any], certificate: dict[str, Any]) -> str:
+    """The sentence of a statement of a report.json."""
+    told = Statement.from_json(statement, "a statement")
+    return sentences.statement_text(told, Certificate.from_json(certificate, "a certificate"))
+
+
+def assumptions(certificate: dict[str, Any]) -> list[str]:
+    """What the statements of a report.json rest on."""
+    return list(sentences.assumptions(Certificate.from_json(certificate, "a certificate")))
 
 
 def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[str, Any]:
@@ -34,8 +59,15 @@ def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[
                 "optimum": 0.0121,
                 "svd": 0.0456,
                 "total": 0.5,
+                "floor": 2.0**-24 * 0.5,
             },
-            "output": {"inputs": "calibration", "stored": stored, "optimum": 0.2345, "svd": 0.3456},
+            "output": {
+                "inputs": "calibration",
+                "stored": stored,
+                "optimum": 0.2345,
+                "svd": 0.3456,
+                "floor": 2.0**-12,
+            },
         },
     }
 
@@ -82,8 +114,12 @@ def small_report() -> dict[str, Any]:
         "model": "small",
         "architecture": "LlamaForCausalLM",
         "method": "curvature",
-        "loss": {"description": "negative log-likelihood of the next token", "kind": "next_token"},
-        "target": {"name": "size", "value": 0.8, "of": "compressible"},
+        "loss": {
+            "description": "negative log-likelihood of the next token",
+            "kind": "next_token",
+            "unit": "nats per token",
+        },
+        "target": {"name": "size", "value": 0.8, "of": "compressible", "met": True},
         "allocation": "global",
         "sequential": {"used": False, "reason": "not in this version", "held_back": 0},
         "size": {
@@ -107,7 +143,7 @@ def small_report() -> dict[str, Any]:
             {"name": "model.norm.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
             {"name": "model.norm2.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
         ],
-        "certificate": no_certificate(NOT_ASKED),
+        "certificate": {"statements": [], "note": NOT_ASKED},
         "timing": {"checks": 7.888, "statistics": 371.0, "factors": 0.294},
         "memory": {"host_resident": 1534705664},
         "provenance": {
@@ -156,36 +192,42 @@ def certify(report: dict[str, Any], *, per_layer: bool = False, file: str = "tex
             "tolerance": 0.3333,
             "num_sequences": 120,
         }
-    report["certificate"] = make_certificate(
+    certificate = make_certificate(
         {"kl": ramp, "top1_disagreement": ramp},
         {layer["name"]: ramp for layer in layers},
         clips={"kl": 0.9},
         tolerances={layer["name"]: 0.3333 for layer in layers},
         confidence=0.95,
         quantile=0.9 if per_layer else 0.96,
-        header={
-            "sequence_length": 64,
-            "unit": "sequence of 64 tokens",
-            "sampling": "uniformly at random without replacement",
-            "population": {
-                "description": f"the 6,584 blocks of {file} that calibration left free",
-                "file": file,
-                "part": [0.0, 1.0],
-                "size": 6584,
-                "file_sha256": "5d78" * 16,
-            },
-            "data_sha256": "922e" * 16,
-            "selection": {
-                "purpose": "calibration",
-                "num_sequences": 8,
-                "num_tokens": 512,
-                "sha256": "711e" * 16,
-            },
-            "predictions": "next-token predictions",
-            "activation_dtype": "float32",
-            "not_covered": [],
-        },
+        data=CertificateData.from_json(certificate_data(file), "a test"),
     )
+    report["certificate"] = certificate.to_json()
+
+
+def certificate_data(file: str) -> dict[str, Any]:
+    """What a certificate says of the draw from a file."""
+    return {
+        "sequence_length": 64,
+        "unit": "sequence of 64 tokens",
+        "sampling": "uniformly at random without replacement",
+        "population": {
+            "description": f"the 6,584 blocks of {file} that calibration left free",
+            "file": file,
+            "part": [0.0, 1.0],
+            "size": 6584,
+            "file_sha256": "5d78" * 16,
+        },
+        "data_sha256": "922e" * 16,
+        "selection": {
+            "purpose": "calibration",
+            "num_sequences": 8,
+            "num_tokens": 512,
+            "sha256": "711e" * 16,
+        },
+        "predictions": "next-token predictions",
+        "activation_dtype": "float32",
+        "not_covered": [],
+    }
 
 
 class Page(HTMLParser):

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from lrc_cli.job.methods import methods_that
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.layer import Layer
+from lrc_cli.report.record import SequentialDecision
 
 MIN_TOKENS = 15
 """For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
@@ -42,9 +42,9 @@ class Decision:
     """Why a layer is fitted plainly, by layer name, as far as its calls, its method and its tokens
     tell; None: it is not. Empty where that does not matter."""
 
-    def facts(self) -> dict[str, Any]:
-        """For the report."""
-        return {"used": self.used, "reason": self.reason, "held_back": self.held_back}
+    def record(self) -> SequentialDecision:
+        """The decision as it is in the report."""
+        return SequentialDecision(used=self.used, reason=self.reason, held_back=self.held_back)
 
 
 def check_sequential(plan: Plan) -> None:

@@ -6,7 +6,6 @@ All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -21,6 +20,8 @@ from lrc_cli.engine import (
     pack_best,
 )
 from lrc_cli.network.layer import Layer
+from lrc_cli.report.record import DENSE as DENSE_STORAGE
+from lrc_cli.report.record import LayerErrors, LayerFacts, MetricErrors, OutputErrors
 
 RESOLUTION = 2.0**-24
 """Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured
@@ -34,7 +35,7 @@ class Fitted:
     packed: Packed | None
     bias: torch.Tensor | None = None
     """The new bias (m,), stored dtype; None where the old one stays."""
-    facts: dict[str, Any]
+    facts: LayerFacts
     """For the report; see `fit_layer`."""
 
     def on_host(self) -> "Fitted":
@@ -79,7 +80,8 @@ def left_dense(reason: str, *, fallback: bool) -> Fitted:
     Args:
         fallback: True where the layer was meant to be factorised and could not be.
     """
-    return Fitted(packed=None, facts={"storage": "dense", "reason": reason, "fallback": fallback})
+    facts = LayerFacts(storage=DENSE_STORAGE, reason=reason, fallback=fallback)
+    return Fitted(packed=None, facts=facts)
 
 
 def granted_dense() -> Fitted:
@@ -104,16 +106,16 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
     if stored is None:
         return left_dense("no smaller form meets max_layer_error", fallback=False)
     packed, (errors, bias) = stored.packed, _measured(problem, stored, request)
-    facts = {
-        "storage": packed.storage,
-        "rank": packed.rank,
-        "block": packed.block,
-        "reason": stored.reason,
-        "fallback": False,
-        "max_coefficient": packed.up.abs().max().item() if packed.perm is not None else None,
-        "errors": _errors(problem, packed, errors),
+    facts = LayerFacts(
+        storage=packed.storage,
+        rank=packed.rank,
+        block=packed.block,
+        reason=stored.reason,
+        fallback=False,
+        max_coefficient=packed.up.abs().max().item() if packed.perm is not None else None,
+        errors=_errors(problem, packed, errors),
         **problem.facts,
-    }
+    )
     return Fitted(packed=packed, bias=bias, facts=facts)
 
 
@@ -162,26 +164,25 @@ def _measured(
     return problem.offset(errors, bias.to(exact) - exact), bias
 
 
-def _errors(problem: Approximation, packed: Packed, stored: Errors) -> dict[str, Any]:
+def _errors(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:
     rank, energy = packed.rank, problem.energy
     svd = problem.svd_errors(rank)
-    return {
-        "metric": {
-            "unit": problem.unit,
-            "stored": stored.metric,
-            "optimum": problem.optimum(rank),
-            "svd": svd.metric,
-            "total": problem.total,
-            "floor": RESOLUTION * problem.total,
-        },
-        "output": {
-            "inputs": problem.inputs,
-            "stored": _relative(stored.output, energy),
-            "optimum": _relative(problem.output_optimum(rank), energy),
-            "svd": _relative(svd.output, energy),
-            "floor": math.sqrt(RESOLUTION),
-        },
-    }
+    metric = MetricErrors(
+        unit=problem.unit,
+        stored=stored.metric,
+        optimum=problem.optimum(rank),
+        svd=svd.metric,
+        total=problem.total,
+        floor=RESOLUTION * problem.total,
+    )
+    output = OutputErrors(
+        inputs=problem.inputs,
+        stored=_relative(stored.output, energy),
+        optimum=_relative(problem.output_optimum(rank), energy),
+        svd=_relative(svd.output, energy),
+        floor=math.sqrt(RESOLUTION),
+    )
+    return LayerErrors(metric=metric, output=output)
 
 
 def _relative(error: float, energy: float) -> float:
@@ -197,5 +198,5 @@ def fit_best(problems: Sequence[Approximation], request: Request) -> Fitted:
 
 def _stored_error(fitted: Fitted) -> float:
     """The error in the problem's unit; zero where the layer stays dense."""
-    error: float = 0.0 if fitted.packed is None else fitted.facts["errors"]["metric"]["stored"]
-    return error
+    errors = fitted.facts.errors
+    return 0.0 if errors is None else errors.metric.stored

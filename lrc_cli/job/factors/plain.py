@@ -1,11 +1,12 @@
 """Phase two where `compression.sequential` is off: every layer is fitted to the inputs that it has
 in the dense network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lrc_cli.job.factors.fit import Fitted
 from lrc_cli.job.factors.problem import fit
+from lrc_cli.job.factors.stored import contents_of
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import LayerStage
 from lrc_cli.job.work import Tensors, WorkDirectory
@@ -34,13 +35,3 @@ class FactorsStage(LayerStage[Fitted]):
     def contents(self, unit: str, results: Mapping[str, Fitted]) -> tuple[Tensors, dict[str, Any]]:
         """See LayerStage."""
         return contents_of(self.plan.units[unit], results)
-
-
-def contents_of(
-    layers: Sequence[Layer], fitted: Mapping[str, Fitted]
-) -> tuple[Tensors, dict[str, Any]]:
-    """What is written of a unit: the factors of its layers by their disk names, and the facts."""
-    tensors: Tensors = {}
-    for layer in layers:
-        tensors |= fitted[layer.name].tensors(layer)
-    return tensors, {layer.name: fitted[layer.name].facts for layer in layers}

@@ -93,5 +93,5 @@ def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fit
     if fitted.packed is None or not 0 < tokens < layer.shape[1]:
         return fitted
     few = f"fitted to {tokens} tokens, fewer than its {layer.shape[1]} inputs"
-    reason = "; ".join(filter(None, (fitted.facts["reason"], few)))
-    return replace(fitted, facts=fitted.facts | {"reason": reason})
+    reason = "; ".join(filter(None, (fitted.facts.reason, few)))
+    return replace(fitted, facts=replace(fitted.facts, reason=reason))

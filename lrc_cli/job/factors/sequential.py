@@ -20,8 +20,9 @@ from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
 from lrc_cli.execution.chain import Segment, find_chain, segments_of
 from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
 from lrc_cli.job.factors.fit import Fitted, fit_layer
-from lrc_cli.job.factors.plain import PHASE, contents_of
+from lrc_cli.job.factors.plain import PHASE
 from lrc_cli.job.factors.problem import fit, request_of
+from lrc_cli.job.factors.stored import contents_of
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
@@ -213,14 +214,16 @@ class _Fits:
             fitted = _fit_drifts(self.plan, self.work, layer, drifts, rank)
         except SolveError as error:
             return self._plain(layer, f"could not be solved: {error}", failed=True)
-        if fitted.facts["fallback"]:
-            return self._plain(layer, fitted.facts["reason"], failed=True)
+        if fitted.facts.fallback:
+            return self._plain(layer, fitted.facts.reason or "", failed=True)
         return fitted
 
     def _plain(self, layer: Layer, reason: str, *, failed: bool = False) -> Fitted:
         fitted = fit(self.plan, self.work, self.stage.ranks, layer)
-        facts = {"sequential": False, "sequential_reason": reason, "sequential_failed": failed}
-        return replace(fitted, facts=fitted.facts | facts)
+        facts = replace(
+            fitted.facts, sequential=False, sequential_reason=reason, sequential_failed=failed
+        )
+        return replace(fitted, facts=facts)
 
 
 def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:
@@ -244,9 +247,11 @@ def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, r
         fisher=fisher,
     )
     fitted = fit_layer(problem, request_of(plan, layer, rank))
-    if fitted.packed is not None:
-        fitted.facts["errors"]["metric"]["inherited"] = problem.inherited
-    return replace(fitted, facts=fitted.facts | {"sequential": True})
+    facts = replace(fitted.facts, sequential=True)
+    if facts.errors is not None:
+        metric = replace(facts.errors.metric, inherited=problem.inherited)
+        facts = replace(facts, errors=replace(facts.errors, metric=metric))
+    return replace(fitted, facts=facts)
 
 
 def _groups(work: WorkDirectory, segment: Segment) -> list[list[Layer]]:

@@ -6,7 +6,6 @@ any certification sequence is looked at.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from lrc_cli.data.draw import Purpose, Sequences
 from lrc_cli.data.kinds import member, members
@@ -22,11 +21,18 @@ from lrc_cli.quality.certificate import (
     Values,
     clips_of,
     make_certificate,
-    no_certificate,
     tolerances_of,
+)
+from lrc_cli.quality.certificate_record import (
+    Certificate,
+    CertificateData,
+    NoCertificate,
+    Population,
+    Selection,
 )
 from lrc_cli.quality.compare import scoring
 from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
+from lrc_cli.report.record import HeldOutErrors, LayerFacts
 from lrc_cli.runtime.files import hash_path
 from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.text import count
@@ -38,16 +44,18 @@ PREDICTIONS = {
     "masked_token": "predictions of masked tokens",
 }
 
-Facts = Mapping[str, dict[str, Any]]
+Facts = Mapping[str, LayerFacts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certified:
     """The outcome of the measurements on held-out sequences."""
 
-    certificate: dict[str, Any]
-    """The `certificate` of report.json; without statements, but with a note, where the config asks
-    for none or no sequence was left."""
+    certificate: Certificate | NoCertificate
+    """What can be stated; nothing where the config asks for no certificate or no sequence was left.
+    """
+    held_out: Mapping[str, HeldOutErrors] = dataclasses.field(default_factory=dict)
+    """The errors of every layer that could be measured, by name."""
     seconds: Seconds = dataclasses.field(default_factory=dict)
     """What the measurements took, by phase."""
 
@@ -59,16 +67,16 @@ def certify(
 
     Args:
         network: what was written, opened again.
-        facts: of every layer, by name; `errors.held_out` is added where the layer was measured.
+        facts: what became of every layer, by name.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
 
     Raises:
         RunError: a network's outputs are not finite.
     """
     if plan.config.certification is None:
-        return Certified(certificate=no_certificate(NOT_ASKED))
+        return Certified(certificate=NoCertificate(note=NOT_ASKED))
     if CERTIFICATION not in plan.sequences:
-        return Certified(certificate=no_certificate(NO_SEQUENCES))
+        return Certified(certificate=NoCertificate(note=NO_SEQUENCES))
     loss = scoring(plan.network, next(plan.sequences[CALIBRATION].batches(1)), plan.tokenizer)
     chosen = selection_of(plan.sequences)
     selection, took = _measure(plan, network, facts, chosen, loss, keep, progress, "selection")
@@ -78,15 +86,14 @@ def certify(
     errors = _errors(found, facts)
     tolerances = tolerances_of(_errors(selection, facts))
     tolerances = {name: t for name, t in tolerances.items() if name in errors}
-    for name, tolerance in tolerances.items():
-        worst = max(errors[name])
-        facts[name]["errors"]["held_out"] = held_out(found.layers[name], tolerance, worst)
-    factorised = [layer.name for layer in _factorised(plan, facts)]
-    header = _header(plan, drawn, chosen, loss)
-    header["not_covered"] = [name for name in factorised if name not in tolerances]
+    by_layer = {
+        name: held_out(found.layers[name], tolerance, max(errors[name]))
+        for name, tolerance in tolerances.items()
+    }
     if not found.values and not tolerances:
-        why = "none could be issued: nothing could be measured by sequence"
-        return Certified(certificate=no_certificate(why), seconds=seconds)
+        note = "none could be issued: nothing could be measured by sequence"
+        return Certified(certificate=NoCertificate(note=note), held_out=by_layer, seconds=seconds)
+    not_covered = [x.name for x in _factorised(plan, facts) if x.name not in tolerances]
     certificate = make_certificate(
         found.values,
         {name: errors[name] for name in tolerances},
@@ -94,21 +101,24 @@ def certify(
         tolerances=tolerances,
         confidence=plan.config.certification.confidence,
         quantile=plan.config.certification.quantile,
-        header=header,
+        data=_data(plan, drawn, chosen, loss, not_covered),
     )
-    return Certified(certificate=certificate, seconds=seconds)
+    return Certified(certificate=certificate, held_out=by_layer, seconds=seconds)
 
 
-def held_out(errors: LayerErrors, tolerance: float, worst: float) -> dict[str, Any]:
+def held_out(errors: LayerErrors, tolerance: float, worst: float) -> HeldOutErrors:
     """A layer's `errors.held_out` (C3): over all sequences together, relative to ||W x||.
 
     Args:
         tolerance: what its error on selection data allows for one sequence.
         worst: its largest error on one certification sequence.
     """
-    overall = {kind: errors.overall(kind) for kind in ERRORS}
-    counts = {"num_sequences": len(errors.energy)}
-    return overall | {"worst_sequence": worst, "tolerance": tolerance} | counts
+    return HeldOutErrors(
+        **{kind: errors.overall(kind) for kind in ERRORS},
+        worst_sequence=worst,
+        tolerance=tolerance,
+        num_sequences=len(errors.energy),
+    )
 
 
 def selection_of(sequences: Mapping[str, Sequences]) -> Sequences:
@@ -151,41 +161,44 @@ def _measure(
 
 
 def _factorised(plan: Plan, facts: Facts) -> list[Layer]:
-    return [layer for layer in plan.layers if facts[layer.name]["storage"] != "dense"]
+    return [layer for layer in plan.layers if not facts[layer.name].is_dense]
 
 
 def _errors(measured: Measured, facts: Facts) -> Values:
     """By layer, each sequence's error: on the inputs that the layer was fitted to."""
-    kinds = {name: "deployed" if facts[name].get("sequential") else "same_input" for name in facts}
+    kinds = {name: "deployed" if x.sequential else "same_input" for name, x in facts.items()}
     return {name: x.relative(kinds[name]).tolist() for name, x in measured.layers.items()}
 
 
-def _header(plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss) -> dict[str, Any]:
+def _data(
+    plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss, not_covered: list[str]
+) -> CertificateData:
     """What was drawn, from what, and what was chosen on which data."""
     purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
     unit = member(purpose.path)
     length = purpose.sequence_length if unit == "block" else None
-    return {
-        "sequence_length": length,
-        "unit": unit if length is None else f"sequence of {length} tokens",
-        "sampling": "uniformly at random without replacement",
-        "population": {
-            "description": _population(purpose, drawn.population),
-            "file": purpose.path.name,
-            "part": list(purpose.part),
-            "size": drawn.population,
-            "file_sha256": hash_path(purpose.path),
-        },
-        "data_sha256": drawn.sha256,
-        "selection": {
-            "purpose": CALIBRATION,
-            "num_sequences": len(chosen),
-            "num_tokens": chosen.num_tokens,
-            "sha256": plan.sequences[CALIBRATION].sha256,
-        },
-        "predictions": PREDICTIONS.get(loss.kind, "predictions"),
-        "activation_dtype": str(plan.network.dtype).removeprefix("torch."),
-    }
+    return CertificateData(
+        sequence_length=length,
+        unit=unit if length is None else f"sequence of {length} tokens",
+        sampling="uniformly at random without replacement",
+        population=Population(
+            description=_population(purpose, drawn.population),
+            file=purpose.path.name,
+            part=purpose.part,
+            size=drawn.population,
+            file_sha256=hash_path(purpose.path),
+        ),
+        data_sha256=drawn.sha256,
+        selection=Selection(
+            purpose=CALIBRATION,
+            num_sequences=len(chosen),
+            num_tokens=chosen.num_tokens,
+            sha256=plan.sequences[CALIBRATION].sha256,
+        ),
+        predictions=PREDICTIONS.get(loss.kind, "predictions"),
+        activation_dtype=str(plan.network.dtype).removeprefix("torch."),
+        not_covered=tuple(not_covered),
+    )
 
 
 def _population(purpose: Purpose, size: int) -> str:

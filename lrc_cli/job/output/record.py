@@ -1,10 +1,10 @@
-"""Assemble report.json: the one record that the card, the page and scripts are made from."""
+"""From a finished run to its record, which report.json is."""
 
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -14,103 +14,135 @@ from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.job.fingerprints import data_hashes, report_code_hash
 from lrc_cli.job.plan import Plan
+from lrc_cli.network.layer import Layer
+from lrc_cli.quality.certificate_record import Certificate, NoCertificate
+from lrc_cli.quality.records import QualityRow, WorstCase
+from lrc_cli.report.record import (
+    SCHEMA_VERSION,
+    BeforeAfter,
+    DrawnSequences,
+    HeldOutErrors,
+    LayerFacts,
+    LayerRecord,
+    LossRecord,
+    Provenance,
+    Record,
+    SequentialDecision,
+    Size,
+    SkippedTensor,
+    Target,
+)
 
-SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
-def build_report(
+def build_record(
     plan: Plan,
     *,
-    layers: Mapping[str, dict[str, Any]],
-    loss: dict[str, Any] | None,
-    sequential: dict[str, Any],
+    layers: Mapping[str, LayerFacts],
+    held_out: Mapping[str, HeldOutErrors],
+    loss: LossRecord | None,
+    sequential: SequentialDecision,
     written: Source,
-    quality: list[dict[str, Any]],
-    certificate: dict[str, Any],
-    worst_case: dict[str, Any] | None,
+    quality: list[QualityRow],
+    certificate: Certificate | NoCertificate,
+    worst_case: WorstCase | None,
     seconds: Mapping[str, float],
     memory: Mapping[str, int],
-) -> dict[str, Any]:
-    """The report as plain values.
+) -> Record:
+    """The record, without gates.
 
     Args:
-        layers: the facts of every layer, by name (see `fit.fit_layer`).
+        layers: what became of every layer, by name.
+        held_out: errors on certification data, by the name of the layer.
         loss: the loss whose gradients were measured; None where no method needs them.
         sequential: whether layers were fitted to the compressed network's inputs, and why.
         written: the output, opened.
         quality: one row per evaluation text.
-        certificate: of `guarantee.certify`.
-        worst_case: of `feedforward.worst_case`; None for other networks.
+        certificate: what `certify` has stated.
+        worst_case: the worst-case bound; None for networks that have none.
         seconds: wall time by phase.
         memory: peak bytes.
     """
     compression = plan.config.compression
     target, value = compression.target
     size = _size(plan, written)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": plan.source.path.name,
-        "architecture": next(iter((plan.source.config or {}).get("architectures") or ()), None),
-        "method": compression.method,
-        "loss": loss,
-        "target": {
-            "name": target,
-            "value": value,
-            "of": compression.size_of if target == "size" else None,
-            "met": _target_met(plan, layers, size),
-        },
-        "allocation": compression.allocation,
-        "sequential": _what_became_of(sequential, layers),
-        "size": size,
-        "quality": quality,
-        "layers": [_layer(plan, written, layer, layers[layer.name]) for layer in plan.layers],
-        "skipped": [
-            {
-                "name": skipped.name,
-                "reason": skipped.reason,
-                "bytes": skipped.num_bytes,
-                "share": skipped.num_bytes / plan.source.num_bytes,
-            }
+    return Record(
+        schema_version=SCHEMA_VERSION,
+        model=plan.source.path.name,
+        architecture=next(iter((plan.source.config or {}).get("architectures") or ()), None),
+        method=compression.method,
+        loss=loss,
+        target=Target(
+            name=target,
+            value=value,
+            of=compression.size_of if target == "size" else None,
+            met=_target_met(plan, layers, size),
+        ),
+        allocation=compression.allocation,
+        sequential=_what_became_of(sequential, layers),
+        size=size,
+        quality=tuple(quality),
+        layers=tuple(
+            _layer(plan, written, layer, _with_held_out(layers[layer.name], held_out, layer.name))
+            for layer in plan.layers
+        ),
+        skipped=tuple(
+            SkippedTensor(
+                name=skipped.name,
+                reason=skipped.reason,
+                bytes=skipped.num_bytes,
+                share=skipped.num_bytes / plan.source.num_bytes,
+            )
             for skipped in plan.skipped
-        ],
-        "copies": plan.source.copies,
-        "fused": {key: fused.record() for key, fused in plan.source.fused.items()},
-        "certificate": certificate,
-        "worst_case": worst_case,
-        "timing": {name: round(value, 3) for name, value in seconds.items()},
-        "memory": dict(memory),
-        "provenance": _provenance(plan),
-    }
+        ),
+        copies=plan.source.copies,
+        fused=plan.source.fused,
+        certificate=certificate,
+        worst_case=worst_case,
+        timing={name: round(value, 3) for name, value in seconds.items()},
+        memory=dict(memory),
+        provenance=_provenance(plan),
+    )
+
+
+def _with_held_out(
+    facts: LayerFacts, held_out: Mapping[str, HeldOutErrors], name: str
+) -> LayerFacts:
+    if name not in held_out:
+        return facts
+    assert facts.errors is not None
+    return replace(facts, errors=replace(facts.errors, held_out=held_out[name]))
 
 
 def _what_became_of(
-    sequential: dict[str, Any], layers: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
+    sequential: SequentialDecision, layers: Mapping[str, LayerFacts]
+) -> SequentialDecision:
     """The decision to fit sequentially, as it turned out."""
-    if not sequential["used"] or any(x.get("sequential") is True for x in layers.values()):
+    if not sequential.used or any(facts.sequential for facts in layers.values()):
         return sequential
-    reason = f"{sequential['reason']}, and each of them was fitted plainly in the end"
-    return {"used": False, "reason": reason, "held_back": 0}
+    reason = f"{sequential.reason}, and each of them was fitted plainly in the end"
+    return SequentialDecision(used=False, reason=reason)
 
 
-def _target_met(plan: Plan, layers: Mapping[str, dict[str, Any]], size: Mapping[str, Any]) -> bool:
+def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> bool:
     """Whether what was written meets the target; a layer that fell back may have spoilt it."""
     compression = plan.config.compression
-    errors = [facts["errors"] for facts in layers.values() if "errors" in facts]
+    errors = [facts.errors for facts in layers.values() if facts.errors is not None]
     if compression.size is not None:
-        return bool(size[f"kept_{compression.size_of}"] <= compression.size)
+        kept = {"compressible": size.kept_compressible, "checkpoint": size.kept_checkpoint}
+        return kept[compression.size_of] <= compression.size
     if compression.max_layer_error is not None:
-        return all(e["output"]["stored"] <= compression.max_layer_error for e in errors)
+        return all(e.output.stored <= compression.max_layer_error for e in errors)
     if compression.threshold is not None:
-        return not any(facts["fallback"] for facts in layers.values())
+        return not any(facts.fallback for facts in layers.values())
     assert compression.max_loss_increase is not None
     # What a sequential fit inherits is predicted with the layers that it comes from.
-    own = (e["metric"]["stored"] - e["metric"].get("inherited", 0.0) for e in errors)
+    own = (e.metric.stored - (e.metric.inherited or 0.0) for e in errors)
     return sum(own) <= compression.max_loss_increase
 
 
-def _size(plan: Plan, written: Source) -> dict[str, Any]:
+def _size(plan: Plan, written: Source) -> Size:
     compressible = {layer.keys.weight for layer in plan.layers}
     rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
     # Tensors that are not compressible keep their bytes unless output.dtype converts them.
@@ -122,64 +154,60 @@ def _size(plan: Plan, written: Source) -> dict[str, Any]:
     parameters_after = sum(
         i.num_elements for k, i in written.tensors.items() if not k.endswith(".perm")
     )
-    return {
-        "compressible_bytes": {"before": plan.source.num_bytes - rest, "after": after},
-        "checkpoint_bytes": {"before": plan.source.num_bytes, "after": written.num_bytes},
-        "parameters": {"before": parameters, "after": parameters_after},
-        "kept_compressible": after / (plan.source.num_bytes - rest),
-        "kept_checkpoint": written.num_bytes / plan.source.num_bytes,
-        "kept_parameters": parameters_after / parameters,
-        "file_bytes": sum(file.stat().st_size for file in written.files),
-    }
+    return Size(
+        compressible_bytes=BeforeAfter(before=plan.source.num_bytes - rest, after=after),
+        checkpoint_bytes=BeforeAfter(before=plan.source.num_bytes, after=written.num_bytes),
+        parameters=BeforeAfter(before=parameters, after=parameters_after),
+        kept_compressible=after / (plan.source.num_bytes - rest),
+        kept_checkpoint=written.num_bytes / plan.source.num_bytes,
+        kept_parameters=parameters_after / parameters,
+        file_bytes=sum(file.stat().st_size for file in written.files),
+    )
 
 
-def _layer(plan: Plan, written: Source, layer: Any, facts: dict[str, Any]) -> dict[str, Any]:
+def _layer(plan: Plan, written: Source, layer: Layer, facts: LayerFacts) -> LayerRecord:
     keys = [*layer.keys.factors.values()]
     if layer.keys.bias not in plan.source.tensors:
         keys.append(layer.keys.bias)  # the layer has gained it
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "tied_to": layer.tied_to,
-        "shape": list(layer.shape),
-        "method": plan.of(layer).solver.name,
-        "method_reason": plan.of(layer).method_reason,
-        "bytes_before": layer.num_bytes,
-        "bytes_after": sum(
-            written.tensors[key].num_bytes for key in keys if key in written.tensors
-        ),
-        "dtype": str(plan.of(layer).dtype).removeprefix("torch."),
-        **facts,
-    }
+    return LayerRecord(
+        name=layer.name,
+        kind=layer.kind,
+        tied_to=layer.tied_to,
+        shape=layer.shape,
+        method=plan.of(layer).solver.name,
+        method_reason=plan.of(layer).method_reason,
+        bytes_before=layer.num_bytes,
+        bytes_after=sum(written.tensors[key].num_bytes for key in keys if key in written.tensors),
+        dtype=str(plan.of(layer).dtype).removeprefix("torch."),
+        facts=facts,
+    )
 
 
-def _provenance(plan: Plan) -> dict[str, Any]:
+def _provenance(plan: Plan) -> Provenance:
     sequences = {
-        name: {
-            "num_sequences": len(blocks),
-            "num_tokens": blocks.num_tokens,
-            "population": blocks.population,
-            "sha256": blocks.sha256,
-        }
+        name: DrawnSequences(
+            num_sequences=len(blocks),
+            num_tokens=blocks.num_tokens,
+            population=blocks.population,
+            sha256=blocks.sha256,
+        )
         for name, blocks in plan.sequences.items()
         if name in (CALIBRATION, CERTIFICATION)
     }
-    return {
-        "lrc_version": __version__,
-        "code_sha256": report_code_hash(),
-        "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in PACKAGES},
-        "platform": platform.machine(),
-        "device": str(plan.device),
-        "device_name": torch.cuda.get_device_name(plan.device)
-        if plan.device.type == "cuda"
-        else None,
-        "activation_dtype": str(plan.network.dtype).removeprefix("torch."),
-        "seed": plan.config.runtime.seed,
-        "config_sha256": config_hash(plan.config),
-        "config": to_yaml(plan.config),
-        "evaluation": to_dict(plan.config)["evaluation"],
-        "checkpoint_sha256": plan.source.hashes,
-        "data_files_sha256": data_hashes(plan.config),
-        "sequences": sequences,
-    }
+    return Provenance(
+        lrc_version=__version__,
+        code_sha256=report_code_hash(),
+        python=sys.version.split()[0],
+        packages={name: version(name) for name in PACKAGES},
+        platform=platform.machine(),
+        device=str(plan.device),
+        device_name=torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None,
+        activation_dtype=str(plan.network.dtype).removeprefix("torch."),
+        seed=plan.config.runtime.seed,
+        config_sha256=config_hash(plan.config),
+        config=to_yaml(plan.config),
+        evaluation=to_dict(plan.config)["evaluation"],
+        checkpoint_sha256=plan.source.hashes,
+        data_files_sha256=data_hashes(plan.config),
+        sequences=sequences,
+    )

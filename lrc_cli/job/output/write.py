@@ -1,7 +1,7 @@
 """From packed factors to a finished directory: weights, checks, quality, report, manifest."""
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.walk import compressed_failure
+from lrc_cli.job.factors.stored import read_facts
 from lrc_cli.job.output.certify import certify
-from lrc_cli.job.output.record import build_report
+from lrc_cli.job.output.record import build_record
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.opening import open_module
 from lrc_cli.quality.compare import compare, scoring
+from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
+from lrc_cli.report.record import REPORT, LossRecord, Record, SequentialDecision
 from lrc_cli.runtime.files import copy_file, write_json, write_text
 from lrc_cli.runtime.memory import peak_memory
 from lrc_cli.runtime.progress import Progress, Seconds
@@ -68,13 +71,13 @@ def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[s
     """Disk name -> storage, rank and, with a permutation, its block; factorised layers only."""
     table = {}
     for unit, layers in plan.units.items():
-        facts = work.facts(stage, unit)
+        facts = read_facts(work, stage, unit)
         for layer in layers:
             fact = facts[layer.name]
-            if fact["storage"] != "dense":
-                entry = table[layer.keys.layer] = {k: fact[k] for k in ("storage", "rank")}
-                if fact["storage"] == "interpolative":
-                    entry["block"] = fact["block"]
+            if not fact.is_dense:
+                entry = table[layer.keys.layer] = {"storage": fact.storage, "rank": fact.rank}
+                if fact.storage == "interpolative":
+                    entry["block"] = fact.block
     return table
 
 
@@ -131,11 +134,11 @@ class _Apart:
         self.ranks: dict[str, int] = {}
         """Of the factorised matrices, by key."""
         for unit, layers in plan.units.items():
-            facts = work.facts(stage, unit)
+            facts = read_facts(work, stage, unit)
             for layer in layers:
-                fact, key = facts[layer.name], layer.keys.weight
-                if key in plan.source.parts and fact["storage"] != "dense":
-                    self.ranks[key] = fact["rank"]
+                rank, key = facts[layer.name].rank, layer.keys.weight
+                if key in plan.source.parts and rank is not None:
+                    self.ranks[key] = rank
         self.experts = {self._experts(key) for key in self.ranks}
 
     def _experts(self, key: str) -> str:
@@ -178,10 +181,10 @@ def finish_output(
     work: WorkDirectory,
     stage: str,
     directory: Path,
-    sequential: dict[str, Any],
+    sequential: SequentialDecision,
     seconds: Seconds,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Record:
     """Reload what was written, check and measure it, and write the report and the manifest.
 
     Called by all processes, which share the measuring.
@@ -205,11 +208,12 @@ def finish_output(
     seconds = seconds | phase.timing
     quality, took = _measure(plan, network, memory, progress)
     seconds |= took
-    facts = {name: fact for unit in plan.units for name, fact in work.facts(stage, unit).items()}
+    facts = {k: x for unit in plan.units for k, x in read_facts(work, stage, unit).items()}
     certified = certify(plan, network, facts, memory.keep, progress)
-    report = build_report(
+    record = build_record(
         plan,
         layers=facts,
+        held_out=certified.held_out,
         loss=_loss(plan, work),
         sequential=sequential,
         written=written,
@@ -221,21 +225,25 @@ def finish_output(
         seconds=seconds | certified.seconds,
         memory=peak_memory(plan.device),
     )
-    report["gates"] = check_gates(plan.config.gates, report)
-    return plan.processes.from_first(lambda: _write_report(directory, report))
+    record = replace(record, gates=check_gates(plan.config.gates, record))
+    return plan.processes.from_first(lambda: _write_record(directory, record))
 
 
-def _write_report(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
-    write_json(directory / "report.json", report)
-    write_text(directory / "README.md", render_card(report))
-    write_text(directory / "report.html", render_html(report))
+def _write_record(directory: Path, record: Record) -> Record:
+    write_json(directory / REPORT, record.to_json())
+    write_text(directory / "README.md", render_card(record))
+    write_text(directory / "report.html", render_html(record))
     write_json(directory / MANIFEST_NAME, build_manifest(directory))
-    return report
+    return record
 
 
-def _loss(plan: Plan, work: WorkDirectory) -> dict[str, Any] | None:
-    losses = [work.facts(STATISTICS, unit)["loss"] for unit in plan.units]
-    return next((loss for loss in losses if loss is not None), None)
+def _loss(plan: Plan, work: WorkDirectory) -> LossRecord | None:
+    """What the statistics say of the loss; None where no layer needed one."""
+    for unit in plan.units:
+        loss = work.facts(STATISTICS, unit)["loss"]
+        if loss is not None:
+            return LossRecord.from_json(loss, f"{STATISTICS}/{unit}", "loss")
+    return None
 
 
 def _check_written(written: Source, dtype: str) -> None:
@@ -264,7 +272,7 @@ def _check_forward(network: Network, plan: Plan) -> None:
 
 def _measure(
     plan: Plan, network: Network, memory: HostMemory, progress: Progress
-) -> tuple[list[dict[str, Any]], Seconds]:
+) -> tuple[list[QualityRow], Seconds]:
     """A row for every text, and the seconds that they took, by phase."""
     names = plan.evaluation_names
     if not names:
@@ -275,7 +283,7 @@ def _measure(
     with progress.phase("evaluation", sum(len(plan.sequences[name]) for name in names)) as phase:
         for name in names:
             sequences = plan.sequences[name]
-            row = compare(
+            scores = compare(
                 plan.network,
                 network,
                 sequences,
@@ -285,12 +293,11 @@ def _measure(
                 keep=memory.keep,
                 processes=plan.processes,
             )
-            data = {"population": sequences.population, "sha256": sequences.sha256}
-            rows.append({"text": name, **row, **data})
+            row = QualityRow(
+                text=name,
+                scores=scores,
+                population=sequences.population,
+                sha256=sequences.sha256,
+            )
+            rows.append(row)
     return rows, phase.timing
-
-
-def read_report(directory: Path) -> dict[str, Any]:
-    """report.json of an output directory."""
-    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    return report

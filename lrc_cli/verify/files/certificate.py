@@ -7,7 +7,9 @@ from typing import Any
 
 from lrc_cli.data.kinds import member
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.quality.certificate_record import Certificate, Statement
 from lrc_cli.quality.sentences import assumptions, statement_text
+from lrc_cli.report.record import REPORT
 from lrc_cli.verify.files.confidence_bounds import exact, is_needed, mean_problem, smallest_order
 from lrc_cli.verify.files.figures import close
 from lrc_cli.verify.files.written import Written
@@ -48,11 +50,18 @@ def check_certificate(written: Written, findings: Findings) -> None:
                 findings.judge("certificate.statement", what, problem)
             what = f"the sentence of {statement['id']} says what its figures say"
             with findings.guard("certificate.sentence", what):
-                same = statement["text"] == statement_text(statement, certificate)
+                told = Statement.from_json(statement, REPORT, "certificate.statements")
+                same = statement["text"] == statement_text(told, _header(certificate))
                 findings.judge("certificate.sentence", what, None if same else "it does not")
-        same = certificate["assumptions"] == assumptions(certificate)
+        same = certificate["assumptions"] == list(assumptions(_header(certificate)))
         what = "the assumptions are those of such a certificate"
         findings.judge("certificate.sentence", what, None if same else "they are not")
+
+
+def _header(certificate: Mapping[str, Any]) -> Certificate:
+    """The certificate without its statements: one that is damaged keeps no other from holding."""
+    bare = {**certificate, "statements": [], "assumptions": []}
+    return Certificate.from_json(bare, REPORT, "certificate")
 
 
 def _check_header(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:

@@ -12,6 +12,7 @@ from lrc_cli.config import Config, config_hash, to_dict
 from lrc_cli.network.keys import PERM
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
+from lrc_cli.report.record import parse_record
 from lrc_cli.verify.files.manifest import check_origins
 from lrc_cli.verify.files.written import Written, gained_biases, marks_of
 from lrc_cli.verify.methods import KNOWN, unknown_method
@@ -281,5 +282,5 @@ def _check_pages(written: Written, report: dict[str, Any], findings: Findings) -
                 reason = f"written by lrc {version}, and this is {__version__}"
                 findings.not_checked("pages", what, reason)
                 continue
-            same = (written.directory / name).read_bytes() == render(report).encode()
+            same = (written.directory / name).read_bytes() == render(parse_record(report)).encode()
             findings.judge("pages", what, None if same else "the two differ")

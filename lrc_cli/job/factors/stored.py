@@ -1,0 +1,25 @@
+"""A unit's outcomes in the work directory: its tensors, and what became of each layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrc_cli.job.factors.fit import Fitted
+from lrc_cli.job.work import Tensors, WorkDirectory
+from lrc_cli.network.layer import Layer
+from lrc_cli.report.record import LayerFacts
+
+
+def contents_of(
+    layers: Sequence[Layer], fitted: Mapping[str, Fitted]
+) -> tuple[Tensors, dict[str, Any]]:
+    """What is written of a unit: the factors of its layers by their disk names, and the facts."""
+    tensors: Tensors = {}
+    for layer in layers:
+        tensors |= fitted[layer.name].tensors(layer)
+    return tensors, {layer.name: fitted[layer.name].facts.to_json() for layer in layers}
+
+
+def read_facts(work: WorkDirectory, stage: str, unit: str) -> dict[str, LayerFacts]:
+    """What became of a stored unit's layers, by name; raises as `WorkDirectory.get`."""
+    stored = work.facts(stage, unit)
+    return {name: LayerFacts.from_json(x, f"{stage}/{unit}", name) for name, x in stored.items()}

@@ -1,0 +1,407 @@
+"""report.json as dataclasses: the one record that the card, the page and scripts are made from.
+
+The order of the fields is the order of the keys. Each field says its unit and when it is null;
+*absent* means that the key is not in the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrc_cli.checkpoint.fused import Fused
+from lrc_cli.checkpoint.headers import read_json
+from lrc_cli.quality.certificate_record import Certificate, NoCertificate, read_certificate
+from lrc_cli.quality.records import QualityRow, WorstCase
+from lrc_cli.runtime.json_records import ABSENT, INLINE, JsonRecord
+
+REPORT = "report.json"
+SCHEMA_VERSION = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRecord(JsonRecord):
+    """The loss that `curvature` was taken of."""
+
+    description: str
+    """The loss in words."""
+    kind: str
+    """next_token | masked_token | sampled | output."""
+    unit: str
+    """What the layers' estimates of its increase are in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(JsonRecord):
+    """What was asked for."""
+
+    name: str
+    """size | max_layer_error | max_loss_increase | threshold."""
+    value: float
+    """The limit that the config gives."""
+    of: str | None
+    """What a size is a share of: compressible | checkpoint; null for other targets."""
+    met: bool
+    """Whether what was written is within the limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialDecision(JsonRecord):
+    """Whether layers were fitted to the compressed network's inputs."""
+
+    used: bool
+    """Whether any layer was."""
+    reason: str
+    """Why or why not, in words."""
+    held_back: int = 0
+    """Calibration sequences that no layer was fitted to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeAfter(JsonRecord):
+    """A number of the original and of the output."""
+
+    before: int
+    """In the original."""
+    after: int
+    """In the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(JsonRecord):
+    """Bytes and parameters."""
+
+    compressible_bytes: BeforeAfter
+    """Bytes of the compressible weights."""
+    checkpoint_bytes: BeforeAfter
+    """Bytes of all tensors."""
+    parameters: BeforeAfter
+    """Numbers in all tensors, permutations excepted."""
+    kept_compressible: float
+    """compressible_bytes, after / before."""
+    kept_checkpoint: float
+    """checkpoint_bytes, after / before."""
+    kept_parameters: float
+    """parameters, after / before."""
+    file_bytes: int
+    """Bytes of the written weight files, headers included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricErrors(JsonRecord):
+    """A layer's errors in what its method minimises, in `unit`."""
+
+    floor: float
+    """What is below this is rounding."""
+    inherited: float | None = field(default=None, metadata=ABSENT)
+    """The part that no factors could have avoided; absent unless fitted sequentially."""
+    optimum: float | None
+    """The least error of any matrix of the rank; null where none can be proved."""
+    stored: float
+    """The error of the factors as they are written."""
+    svd: float
+    """The error of plain SVD of the rank."""
+    total: float
+    """The error of the zero matrix."""
+    unit: str
+    """The unit, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputErrors(JsonRecord):
+    """A layer's output errors relative to ||W X||_F."""
+
+    floor: float
+    """What is below this is rounding."""
+    inputs: str
+    """X: calibration | white | compressed (the inputs in the compressed network)."""
+    optimum: float
+    """The error of the method's solution of the rank, not rounded."""
+    stored: float
+    """The error of the factors as they are written."""
+    svd: float
+    """The error of plain SVD of the rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutErrors(JsonRecord):
+    """A layer's errors over all certification sequences, relative to ||W x|| (docs/theory.md, C3).
+
+    y = W x + b in the dense network, y~ = Z x~ + b~ in the compressed one.
+    """
+
+    deployed: float
+    """||y - y~||: what the layer is off in the compressed network."""
+    inherited: float
+    """||W x - W x~||: what came from the layers before."""
+    new: float
+    """||W x~ + b - y~||: what the layer's own factors add."""
+    same_input: float
+    """||y - (Z x + b~)||: what its factors change on the dense network's inputs."""
+    worst_sequence: float
+    """The largest error on one certification sequence, of the kind that the certificate bounds."""
+    tolerance: float
+    """The largest such error on one selection sequence."""
+    num_sequences: int
+    """How many certification sequences were measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerErrors(JsonRecord):
+    """A factorised layer's errors, from the written tensors."""
+
+    metric: MetricErrors
+    """In what the method minimises."""
+    output: OutputErrors
+    """On the layer's outputs."""
+    held_out: HeldOutErrors | None = field(default=None, metadata=ABSENT)
+    """On certification data; absent where the layer was not measured on any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReluRank(JsonRecord):
+    """How `relu` solved one rank."""
+
+    gap: float
+    """A proven bound: the objective exceeds its least value by at most this."""
+    objective: float
+    """The value of the convex programme that the search begins with."""
+    penalty: float
+    """That programme's penalty on the nuclear norm."""
+    rank: int
+    """The rank."""
+    start: str
+    """What the polished factors began from."""
+    steps: int
+    """Steps that the programme took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts(JsonRecord):
+    """What became of a layer. Of a dense layer only fallback, reason and storage are there."""
+
+    block: int | None = None
+    """Rows of a block of the permutation; null without permutation."""
+    correction: float | None = field(default=None, metadata=ABSENT)
+    """Share of the drift that a sequential fit makes up for; absent otherwise."""
+    errors: LayerErrors | None = field(default=None, metadata=ABSENT)
+    """Its errors; absent for a dense layer."""
+    fallback: bool
+    """Whether the layer was meant to be factorised and could not be."""
+    max_coefficient: float | None = None
+    """The largest entry of interpolation coefficients; null without permutation."""
+    rank: int | None = field(default=None, metadata=ABSENT)
+    """The rank; absent for a dense layer."""
+    reason: str | None
+    """Why this storage, or why dense, in words; null where there is nothing to say."""
+    relu: tuple[ReluRank, ...] | None = field(default=None, metadata=ABSENT)
+    """Every rank that `relu` solved; absent for other methods."""
+    sequential: bool | None = field(default=None, metadata=ABSENT)
+    """Whether it was fitted to the compressed network's inputs; absent where no layer was."""
+    sequential_failed: bool | None = field(default=None, metadata=ABSENT)
+    """Whether that was tried and failed; absent where `sequential` is true or absent."""
+    sequential_reason: str | None = field(default=None, metadata=ABSENT)
+    """Why it was fitted plainly; absent where `sequential` is true or absent."""
+    storage: str
+    """dense | factors | interpolative."""
+    threshold: float | None = field(default=None, metadata=ABSENT)
+    """Where `nuclear` cut the singular values; absent for other methods."""
+    threshold_share: float | None = field(default=None, metadata=ABSENT)
+    """`threshold` as a share of the largest singular value; absent for other methods."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer has no factors."""
+        return self.storage == DENSE
+
+    @property
+    def held_out(self) -> HeldOutErrors | None:
+        """Its errors on certification data; None where there are none."""
+        return None if self.errors is None else self.errors.held_out
+
+    def to_json(self) -> dict[str, Any]:
+        """As JsonRecord.to_json, without the nulls of a dense layer."""
+        found = super().to_json()
+        if self.is_dense:
+            del found["block"], found["max_coefficient"]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(JsonRecord):
+    """One compressible layer."""
+
+    name: str
+    """Its module's name."""
+    kind: str
+    """Its module's class."""
+    tied_to: str | None = None
+    """The layer that has the same weight; null where none has."""
+    shape: tuple[int, ...]
+    """Rows and columns (m, n) of its matrix."""
+    method: str
+    """The method that it was fitted with."""
+    method_reason: str | None = None
+    """Why this is not the method that was asked for; null where it is."""
+    bytes_before: int
+    """Bytes of its weight in the original."""
+    bytes_after: int
+    """Bytes of what stands in the weight's place, with a bias that the layer has gained."""
+    dtype: str
+    """The dtype of what is written, as torch calls it."""
+    facts: LayerFacts = field(metadata=INLINE)
+    """What became of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedTensor(JsonRecord):
+    """A tensor that is not compressible."""
+
+    name: str
+    """Its key on the disk."""
+    reason: str
+    """Why, in words."""
+    bytes: int
+    """Its bytes in the original."""
+    share: float
+    """Its share of the original's bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnSequences(JsonRecord):
+    """The sequences that were drawn for one purpose."""
+
+    num_sequences: int
+    """How many."""
+    num_tokens: int
+    """Their tokens, or rows."""
+    population: int
+    """How many there were to draw from."""
+    sha256: str
+    """sha256 of them all, in hexadecimal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(JsonRecord):
+    """Where the output comes from; hashes are sha256 in hexadecimal."""
+
+    lrc_version: str
+    """Version of lrc."""
+    code_sha256: str
+    """Hash of lrc's sources that can change a number."""
+    python: str
+    """Version of Python."""
+    packages: Mapping[str, str]
+    """Name -> version of the packages that compute."""
+    platform: str
+    """The processor's architecture."""
+    device: str
+    """The device, as torch calls it."""
+    device_name: str | None = None
+    """The GPU's name; null without one."""
+    activation_dtype: str
+    """The dtype of activations, as torch calls it."""
+    seed: int
+    """runtime.seed."""
+    config_sha256: str
+    """Hash of the resolved config, without what changes no number."""
+    config: str
+    """The resolved config, YAML."""
+    evaluation: tuple[Mapping[str, Any], ...] | None
+    """The config's evaluation section; null: what calibration left free."""
+    checkpoint_sha256: Mapping[str, str]
+    """Hash of every file of the original, by name."""
+    data_files_sha256: Mapping[str, str]
+    """Hash of every data file, and of the factory's file, by name."""
+    sequences: Mapping[str, DrawnSequences]
+    """What was drawn for calibration and certification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(JsonRecord):
+    """A limit of the config's gates and what was measured."""
+
+    name: str
+    """The key in `gates`."""
+    limit: float
+    """The limit."""
+    measured: float | None
+    """The worst figure; null where nothing was measured."""
+    where: str | None
+    """The text or the layer with that figure; null where nothing was measured."""
+    met: bool
+    """Whether it is within the limit; false where nothing was measured."""
+    reason: str | None
+    """Why nothing was measured, or what there is to add; null otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(JsonRecord):
+    """report.json."""
+
+    schema_version: int
+    """The version of this form."""
+    model: str
+    """The name of the original's directory or file."""
+    architecture: str | None
+    """The transformers class; null for other checkpoints."""
+    method: str
+    """compression.method."""
+    loss: LossRecord | None
+    """What `curvature` was taken of; null for other methods."""
+    target: Target
+    """What was asked for."""
+    allocation: str
+    """compression.allocation."""
+    sequential: SequentialDecision
+    """Whether layers were fitted to the compressed network's inputs."""
+    size: Size
+    """Bytes and parameters."""
+    quality: tuple[QualityRow, ...]
+    """A row for every evaluation text."""
+    layers: tuple[LayerRecord, ...]
+    """Every compressible layer, in the network's order."""
+    skipped: tuple[SkippedTensor, ...]
+    """Every other tensor."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Keys of copies that the original holds of tied tensors -> the key that was kept."""
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    """How tensors that hold all experts' matrices were taken apart, by key."""
+    certificate: Certificate | NoCertificate = field(metadata={"read": read_certificate})
+    """What holds at a confidence."""
+    worst_case: WorstCase | None = None
+    """The worst-case bound; null for networks that have none."""
+    timing: Mapping[str, float]
+    """Wall time by phase, seconds."""
+    memory: Mapping[str, int]
+    """Peak bytes: host_resident, and gpu_allocated where there is a GPU."""
+    provenance: Provenance
+    """Versions, hashes, seed, config and data."""
+    gates: tuple[Gate, ...] = ()
+    """A row for every gate that is set."""
+
+    @property
+    def factorised(self) -> list[LayerRecord]:
+        """The layers that were replaced by factors."""
+        return [layer for layer in self.layers if not layer.facts.is_dense]
+
+    @property
+    def errors(self) -> list[LayerErrors]:
+        """The errors of the layers that were replaced by factors."""
+        return [layer.facts.errors for layer in self.layers if layer.facts.errors is not None]
+
+    @property
+    def fallen_back(self) -> list[LayerRecord]:
+        """The layers that were meant to be factorised and could not be."""
+        return [layer for layer in self.layers if layer.facts.fallback]
+
+
+def parse_record(value: Any) -> Record:
+    """report.json from its parsed JSON; raises InputError as `JsonRecord.from_json`."""
+    return Record.from_json(value, REPORT)
+
+
+def read_record(directory: Path) -> Record:
+    """report.json of an output directory; raises InputError as `JsonRecord.from_json`."""
+    return parse_record(read_json(directory / REPORT))
