@@ -45,7 +45,7 @@ SHARES = (0.8, 0.5)
 FORMS = ("factors", "interpolative")
 TOKENS = {"decode": 1, "prefill": 512}
 COLD_BYTES = 200e6
-"""Of the copies of a dense layer that decoding goes round."""
+"""The bytes of all copies of a dense layer that decoding goes round."""
 TARGET_WIDTH = 2048
 SLOWEST_AT_8 = 0.97
 FASTER_AT_5 = 1.4

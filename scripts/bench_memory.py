@@ -31,7 +31,7 @@ SAMPLE_SECONDS = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of a random Llama's blocks."""
+    """The shape of a random Llama's blocks."""
 
     width: int
     feed_forward: int
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def block_bytes(self) -> int:
-        """Of one block's matrices in bfloat16."""
+        """The bytes of one block's matrices in bfloat16."""
         return 2 * (4 * self.width**2 + 3 * self.width * self.feed_forward)
 
 

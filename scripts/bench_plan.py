@@ -1,5 +1,6 @@
-"""Print what `lrc plan` estimates for a config beside what `lrc compress` then takes, and how long
-another size takes after it, to compress and to plan.
+"""Print what `lrc plan` estimates for a config beside what `lrc compress` then takes.
+
+The script also prints how long another size takes after the first, to compress and to plan.
 
 .venv/bin/python scripts/bench_plan.py configs/demo.yaml
 .venv/bin/python scripts/bench_plan.py configs/demo.yaml --set calibration.num_sequences=16

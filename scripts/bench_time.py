@@ -225,9 +225,10 @@ def run(config: Config, clock: Clock) -> Took:
 
 @contextmanager
 def eigensolver_timed(clock: Clock) -> Iterator[list[float]]:
-    """Within it, every symmetric eigenproblem appends its seconds, divided by those side by side.
+    """A context in which every symmetric eigenproblem appends its share of the seconds.
 
-    On a CPU lrc solves as many as there are threads at once, one thread each.
+    On a CPU lrc solves as many eigenproblems at once as there are threads, one thread each. The
+    seconds of an eigenproblem are divided by the number that runs side by side.
     """
     spent: list[float] = []
 

@@ -1,12 +1,13 @@
-"""How often the certificate's bounds miss, drawn again and again: the table of docs/benchmarks.md.
+"""This script counts how often the certificate's bounds miss: a table of docs/benchmarks.md.
 
     .venv/bin/python scripts/coverage.py                 1000 draws
     .venv/bin/python scripts/coverage.py --draws 5000
 
-A population of sequences whose tokens are strongly correlated (a sequence effect and noise), of
-which some are drawn without replacement. Exits with 1 if any bound misses more often than its
-nominal level allows (one-sided binomial test), or if the naive token-wise normal interval, shown
-beside them, does not: then the run would prove nothing.
+Some sequences are drawn without replacement, again and again, from a population of sequences whose
+tokens are strongly correlated (a sequence effect and noise). The script exits with 1 if any bound
+misses more often than its nominal level allows (one-sided binomial test). It also exits with 1 if
+the naive token-wise normal interval, shown beside the bounds, does not miss more often: then the
+run would prove nothing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from lrc_cli.engine import bernstein_mean_bound, mean_bound, quantile_bound
 POPULATION, DRAWN, TOKENS, LAYERS = 1000, 128, 64, 24
 DELTA, QUANTILE = 0.05, 0.95
 SIGNIFICANCE = 0.001
-"""Of the binomial test: a smaller p-value says that a bound misses more than nominal."""
+"""The level of the binomial test: a smaller p-value says that a bound misses too often."""
 MIN_DRAWS, MIN_CORRELATION = 500, 0.5
 
 Bound = Callable[[Tensor], float]

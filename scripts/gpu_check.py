@@ -5,9 +5,9 @@
 
 32 blocks of width 4096 and 11008, or as many as the disk holds with the work directory and the
 output, are written, calibrated on 128 x 2048 random tokens and compressed by `curvature` to 0.8.
-Target: 300 s for 32 blocks, pro rata for fewer, and less than 24 GB of GPU memory. Without a GPU,
-or with --small, a small shape goes the same way and no target applies. Exits with 1 if a target is
-missed or the output is not what it should be.
+The target is 300 s for 32 blocks, pro rata for fewer, and less than 24 GB of GPU memory. Without a
+GPU, or with --small, a small shape goes the same way and no target applies. The script exits with 1
+if a target is missed or the output is wrong.
 """
 
 import argparse
@@ -31,12 +31,12 @@ FULL_BLOCKS, FULL_SECONDS = 32, 300.0
 MEMORY_LIMIT = 24e9
 SIZE = 0.8
 SPARE_BYTES = 4e9
-"""Of the disk that are left free."""
+"""The bytes of the disk that are left free."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is written, and what it is calibrated on."""
+    """The shape of the written model and of its calibration data."""
 
     width: int
     inner: int
@@ -48,8 +48,11 @@ class Shape:
 
     @property
     def block_bytes(self) -> float:
-        """Of disk per block: weights, factors twice (work directory and output), block inputs for
-        the backward sweep, float32 triangles of the Gram matrices, and eigenvectors."""
+        """The bytes of disk per block.
+
+        These are weights, factors twice (work directory and output), block inputs for the backward
+        sweep, float32 triangles of the Gram matrices, and eigenvectors.
+        """
         weights = 2.0 * (4 * self.width**2 + 3 * self.width * self.inner)
         inputs = 2.0 * self.num_sequences * self.length * self.width
         # Inputs of q, o, gate and down; output gradients of all seven.
@@ -59,7 +62,7 @@ class Shape:
 
     @property
     def table_bytes(self) -> float:
-        """Of disk for embedding and head, in the checkpoint and in the output."""
+        """The bytes of disk for embedding and head, in the checkpoint and in the output."""
         return 2 * 2 * 2.0 * self.vocabulary * self.width
 
 

@@ -83,7 +83,7 @@ CASES = (
 )
 
 Errors = dict[str, tuple[float, float, float]]
-"""By layer: the sum of squares of the outputs behind the ReLU, and of each method's errors."""
+"""Each layer's sum of squares of the outputs behind the ReLU, and of each method's errors."""
 
 
 def read_digits() -> tuple[Tensor, Tensor]:

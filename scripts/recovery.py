@@ -4,10 +4,10 @@
     .venv/bin/python scripts/recovery.py --figure docs/recovery.svg
 
 A layer W is the least-squares fit to outputs M X + E: M of low rank, E white noise, X coloured
-inputs. Compressed back to the rank of M, once fitted to the data (`frobenius`) and once not (plain
-SVD of W), it is compared with M on X. Printed are the errors over noise level, tokens and rank,
-with the slopes in the log-log plane beside those that the theory predicts. Exits with 1 if a slope
-is off by more than 0.15, if D1 is violated anywhere, or if fitting to the data is not better.
+inputs. W is compressed back to the rank of M, once fitted to the data (`frobenius`) and once not
+(plain SVD of W), and compared with M on X. The script prints the errors over noise level, tokens
+and rank, with the slopes in the log-log plane beside the predicted slopes. It exits with 1 if a
+slope is off by more than 0.15, if D1 is violated anywhere, or if fitting to the data is not better.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from torch import Tensor
 from lrc_cli.engine import FROBENIUS, SVD, Statistics
 
 TOLERANCE = 0.15
-"""Of a slope."""
+"""The largest error of a slope."""
 DELTA = 0.01
-"""Of D2 in the figure."""
+"""The probability d of D2 in the figure."""
 DRAWS = 8
 """Repetitions of every point."""
 

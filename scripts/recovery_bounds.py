@@ -90,10 +90,10 @@ def gaussian_noise_bound(size: float, *, num_outputs: int, input_rank: int, delt
 
 
 def surviving_noise(rank: int, *, num_outputs: int, input_rank: int, num_tokens: int) -> float:
-    """r (k + m - r) / (T m): the share of the noise's energy in a recovered M of exact rank r.
+    """The share r (k + m - r) / (T m) of the noise's energy in a recovered M of exact rank r.
 
-    To first order in the noise: the dimension of the tangent space of the matrices of rank r over
-    that of all noise. An estimate, not a bound.
+    To first order in the noise this is the dimension of the tangent space of the matrices of rank r
+    over the dimension of all noise. It is an estimate, not a bound.
     """
     return rank * (input_rank + num_outputs - rank) / (num_tokens * num_outputs)
 

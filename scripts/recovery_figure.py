@@ -20,11 +20,11 @@ class Panel:
 
     title: str
     label: str
-    """Of the horizontal axis."""
+    """The label of the horizontal axis."""
     xs: list[float]
-    """Ascending, above 0."""
+    """The positions on the horizontal axis, ascending and above 0."""
     errors: dict[str, list[float]]
-    """By kind (the keys of COLOURS), one value above 0 for each x."""
+    """One value above 0 for each x, for each kind (the keys of COLOURS)."""
 
     def limits(self) -> tuple[Spot, Spot]:
         """The ends of both axes, as powers of ten."""

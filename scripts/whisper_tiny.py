@@ -23,7 +23,7 @@ ATTENTION = {
     "self_attention": ("self_attn", (("q_proj", "k_proj", "v_proj"), ("out_proj",))),
     "attention": ("encoder_attn", (("q_proj",), ("k_proj", "v_proj"), ("out_proj",))),
 }
-"""By CTranslate2's name: transformers' name, and the layers that each of its matrices stacks."""
+"""For each of CTranslate2's names: transformers' name, and the layers that each matrix stacks."""
 NORMS = {
     "self_attention": "self_attn_layer_norm",
     "attention": "encoder_attn_layer_norm",

@@ -29,7 +29,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     FROBENIUS: ("compression.method=frobenius", *_BASELINE),
     OURS: (),
 }
-"""By row: what is set beside the task's config, whose settings are ours."""
+"""The settings of each row, beside the task's config, whose settings are ours."""
 
 
 def sparing(layer: str) -> dict[str, tuple[str, ...]]:
@@ -178,7 +178,7 @@ class ErrorRate:
     def __init__(self, wanted: Sequence[Sequence[Any]]) -> None:
         self.wanted, self.total = wanted, sum(map(len, wanted))
         self.counts: list[np.ndarray] = []
-        """By network that was scored: edits of every input."""
+        """The edits of every input, for each network that was scored."""
 
     def of(self, given: Sequence[Sequence[Any]]) -> float:
         """The rate of the next network."""
@@ -187,6 +187,6 @@ class ErrorRate:
         return float(self.counts[-1].sum() / self.total)
 
     def standard_error(self) -> float:
-        """Of the last network's rise over the first: both had the same inputs, which differ."""
+        """The standard error of the last network's rise over the first, on the same inputs."""
         rises = self.counts[-1] - self.counts[0]
         return float(rises.std(ddof=1) * len(rises) ** 0.5 / self.total)

@@ -26,7 +26,7 @@ from tasks.common import (
 )
 
 SHARE = 0.7
-"""Of Wikipedia's text, whole articles, to calibrate on; the rest is for the test."""
+"""The share of Wikipedia's text, whole articles, to calibrate on; the rest is for the test."""
 PAIRS = 300
 MAX_TOKENS = 256
 """What the model's makers cut texts to."""

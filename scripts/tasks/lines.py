@@ -32,10 +32,10 @@ from tasks.common import (
 )
 
 SHARE = 0.7
-"""Of Wikipedia's text, whole articles, whose lines are calibrated on."""
+"""The share of Wikipedia's text, whole articles, whose lines are calibrated on."""
 CALIBRATED, TESTED = 128, 2500
 CHARACTERS = 24
-"""Of a line, at most."""
+"""The largest number of characters in a line."""
 WIDTH = 640
 LOSS = "output"
 """Chosen over `sampled` on 700 other lines of the first articles. Most places along a line are

@@ -30,7 +30,7 @@ from tasks.common import (
 )
 
 SHARE = 0.7
-"""Of Wikipedia's text, whole articles, whose sentences are calibrated on."""
+"""The share of Wikipedia's text, whole articles, whose sentences are calibrated on."""
 RATE = 16000
 RECORDINGS, SECONDS = 128, 26
 """To calibrate on: several sentences each, together shorter than SECONDS."""

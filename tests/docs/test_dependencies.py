@@ -15,13 +15,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def requirements() -> list[Requirement]:
-    """Of the project and of all its extras; what names the project's own extras is none."""
+    """The requirements of the project and of all its extras, without the extras themselves."""
     lines = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     return [r for r in map(Requirement, lines) if r.name != PROJECT["name"]]
 
 
 def pinned(lines: Iterable[str]) -> dict[str, Version]:
-    """By name, what a constraints file pins."""
+    """The versions that a constraints file pins, by name."""
     pins = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): Version(version) for name, version in pins}
 

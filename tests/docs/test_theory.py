@@ -31,7 +31,7 @@ METRICS = {solver.unit for name, solver in SOLVERS.items() if name not in ("nucl
 
 
 def anchor(heading: str) -> str:
-    """Of a heading, as GitHub makes it."""
+    """The anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
 
 
@@ -40,7 +40,7 @@ def anchors() -> set[str]:
 
 
 class Row(NamedTuple):
-    """Of the table of what is printed."""
+    """A row of the table of what is printed."""
 
     printed: str
     proof: str
@@ -74,7 +74,7 @@ def test_every_row_leads_to_a_section_or_is_a_plain_measurement() -> None:
 
 
 def certificates() -> list[dict[str, Any]]:
-    """Of every quantity: too few sequences, enough, enough for single layers too."""
+    """Certificates of every quantity: too few sequences, enough, enough for single layers too."""
     report = small_report()
     certify(report)
     data = CertificateData.from_json(report["certificate"], "report.json")

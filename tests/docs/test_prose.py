@@ -1,0 +1,122 @@
+"""The mechanical rules for prose: the rest of the rules takes a reader."""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLEAN = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/benchmarks.md",
+    "docs/config.md",
+    "docs/distributed.md",
+    "docs/format.md",
+    "docs/inputs.md",
+    "docs/methods.md",
+    "docs/relu.md",
+    "docs/theory.md",
+    "docs/verify.md",
+    "lrc_cli/errors.py",
+    "lrc_cli/text.py",
+    "lrc_cli/config",
+    "lrc_cli/data",
+    "lrc_cli/runtime",
+    "lrc_cli/engine/bounds.py",
+    "lrc_cli/engine/linalg.py",
+    "lrc_cli/engine/budget",
+    "lrc_cli/engine/solvers/weighted.py",
+    "lrc_cli/engine/solvers/relu_programme.py",
+    "lrc_cli/engine/solvers/relu_errors.py",
+    "lrc_cli/engine/storage/pivots.py",
+    "lrc_cli/engine/storage/refit.py",
+    "scripts",
+    "tests/docs",
+)
+"""The files and folders that keep the rules. The list only grows."""
+
+BANNED = re.compile(
+    r"\b(?:that\s+of|those|the\s+ones?(?!-)|has\s+it\s+too|whatever\s+theirs\s+is)\b", re.IGNORECASE
+)
+"""Pronouns whose meaning a reader must look for. Quoted phrases do not count."""
+NO_SUBJECT = re.compile(r"(?:Of|By)\b")
+"""Words that a docstring or comment must not begin with: they hide its subject."""
+QUOTED = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
+
+
+def files(part: str) -> list[Path]:
+    path = ROOT / part
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The line and the text of every string that is a statement of its own."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield node.lineno, text
+
+
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """The line and the text of every comment, of one line each."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string.lstrip("# ")
+
+
+def prose(file: Path) -> list[tuple[int, str]]:
+    """The texts of a file that people read, with the line on which each begins."""
+    source = file.read_text("utf-8")
+    if file.suffix == ".md":
+        return [(1, source)]
+    return [*docstrings(ast.parse(source)), *comments(source)]
+
+
+def offences(file: Path) -> Iterator[str]:
+    """What breaks the rules in a file, with the line."""
+    for line, text in prose(file):
+        own = QUOTED.sub(lambda quoted: re.sub(r"[^\n]", " ", quoted[0]), text)
+        for found in BANNED.finditer(own):
+            yield f"{file}:{line + own.count(chr(10), 0, found.start())}: {found[0]!r}"
+        if file.suffix == ".py" and NO_SUBJECT.match(text.lstrip()):
+            yield f"{file}:{line}: begins with {text.split()[0]!r}"
+
+
+PROSE = '''"""Of a layer: its rank."""
+
+# By name, the layers.
+x = 1  # the norm is that of `those`, as
+"""Said twice
+of those."""
+'''
+
+
+def test_the_rules_find_what_breaks_them(tmp_path: Path) -> None:
+    file = tmp_path / "prose.py"
+    file.write_text(PROSE, encoding="utf-8")
+    assert sorted(offence.removeprefix(f"{file}:") for offence in offences(file)) == [
+        "1: begins with 'Of'",
+        "3: begins with 'By'",
+        "4: 'that of'",
+        "6: 'those'",
+    ]
+
+
+@pytest.mark.parametrize("part", CLEAN)
+def test_no_docstring_comment_or_page_has_a_banned_phrase(part: str) -> None:
+    found = [offence for file in files(part) for offence in offences(file)]
+    assert files(part), f"there is no {part}"
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("part", [part for part in CLEAN if not part.endswith(".md")])
+def test_every_module_begins_with_a_sentence_of_one_line(part: str) -> None:
+    for file in files(part):
+        docstring = ast.get_docstring(ast.parse(file.read_text("utf-8")))
+        assert docstring, f"{file} has no docstring"
+        assert docstring.partition("\n")[0].endswith((".", ":")), f"{file}: {docstring[:100]!r}"
