@@ -167,3 +167,11 @@ def test_the_way_from_the_command_to_the_file_is_short() -> None:
     assert len(steps) <= 12 and list(order)[:3] == ["cli.py", "commands", "job"]
     assert {"engine", "checkpoint"} <= set(order)
     assert sum(len((PACKAGE / name).read_text("utf-8").splitlines()) for name in steps) < 1700
+
+
+def test_the_tests_have_the_same_rooms() -> None:
+    """Every folder of the package has a folder of tests, and no test lies beside them."""
+    tests = ROOT / "tests"
+    folders = {file.parent.relative_to(tests).as_posix() for file in tests.rglob("test_*.py")}
+    package = {name for name in rooms() if (PACKAGE / name).is_dir()}
+    assert folders == package | {"docs", "scripts"}
