@@ -7,7 +7,7 @@ L W G^(1/2), and the output errors of the written factors are direct sums over t
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ CORRECTION_TOLERANCE = 0.02
 
 Found = dict[str, dict[str, float]]
 """{"output" or "metric": {"stored", "optimum", "svd": squared errors per token}}."""
+
+
+class Measured(NamedTuple):
+    """What was measured of a layer."""
+
+    errors: Found
+    energy: float
+    """||W x||^2 per token."""
+    shift: Tensor | None = None
+    """(m,) float64 W mean(x) - Z mean(x~), what a free bias adds; None where the bias is not."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,14 @@ def leading_vectors(weight: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(side).eigenvectors[:, -rank:]
 
 
-def white_errors(checked: Checked, rank: int) -> Found:
+def white_errors(checked: Checked, rank: int) -> Measured:
     """For a method that knows no data: G is the identity."""
     weight = checked.weight.double()
     stored = (weight - checked.fitted().to(weight.device)).square().sum().item()
     tail = torch.linalg.svdvals(weight)[rank:].flip(0).square().sum().item()
-    checked.energy = weight.square().sum().item()
     errors = {"stored": stored, "optimum": tail, "svd": tail}
-    return {"output": errors, "metric": dict(errors)}
+    found = {"output": errors, "metric": dict(errors)}
+    return Measured(found, energy=weight.square().sum().item())
 
 
 def same_input_errors(checked: Checked, rank: int, plain: Form, weighted: Form | None) -> Found:

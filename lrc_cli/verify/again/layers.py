@@ -15,6 +15,7 @@ from lrc_cli.verify.again.layer_errors import (
     Form,
     Found,
     Gram,
+    Measured,
     correction_problem,
     leading_vectors,
     nuclear_errors,
@@ -150,12 +151,13 @@ def _curvature_loss(bench: Bench) -> Loss | None:
     return loss
 
 
-def _judge(bench: Bench, layers: list[Checked], errors: Callable[[Checked], Found]) -> None:
+def _judge(bench: Bench, layers: list[Checked], measure: Callable[[Checked], Measured]) -> None:
     for checked in layers:
         what = f"the errors of {checked.layer.name} can be measured"
         with bench.findings.guard("c1", what):
-            judge_errors(bench.findings, bench.row(checked), checked, errors(checked))
-            judge_bias(bench.findings, bench.row(checked), checked)
+            measured = measure(checked)
+            judge_errors(bench.findings, bench.row(checked), measured)
+            judge_bias(bench.findings, bench.row(checked), checked, measured.shift)
 
 
 def _judge_plain(
@@ -182,10 +184,10 @@ def _judge_plain(
             phase.advance(1)
 
 
-def _raised(errors: Found | Exception, checked: Checked) -> Found:
-    if isinstance(errors, Exception):
-        raise errors
-    return errors
+def _raised(found: Measured | Exception, checked: Checked) -> Measured:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _group_errors(
@@ -193,7 +195,7 @@ def _group_errors(
     inputs: Mapping[str, Moments],
     fishers: Mapping[str, Tensor],
     group: list[Checked],
-) -> list[Found | Exception]:
+) -> list[Measured | Exception]:
     """The errors of the layers that read one input; what a damaged layer raises is kept for it."""
     assert bench.written.config is not None
     try:
@@ -202,13 +204,15 @@ def _group_errors(
         return [error for _ in group]
     center = bench.written.config.compression.center
     plain = Form(gram=Gram(moments.covariance() if center else moments.gram()))
-    results: list[Found | Exception] = []
+    results: list[Measured | Exception] = []
     for checked in group:
         try:
+            shift = None
             if center:
                 weight = checked.weight.double()
-                checked.shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
-            results.append(_plain_errors(bench, checked, plain, moments, fishers))
+                shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
+            found = _plain_errors(bench, checked, plain, moments, fishers)
+            results.append(Measured(found, checked.mean_energy, shift))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
     return results
@@ -243,14 +247,15 @@ def _paired(
     held: Mapping[str, PairMoments],
     fishers: Mapping[str, Tensor],
     checked: Checked,
-) -> Found:
+) -> Measured:
     assert bench.written.config is not None
     compression, row = bench.written.config.compression, bench.row(checked)
     pair = pairs[checked.group].moments(center=compression.center)
+    shift = None
     if compression.center:
         dense, compressed = pairs[checked.group].means()
         fitted = checked.fitted().to(dense.device)
-        checked.shift = checked.weight.double() @ dense - fitted @ compressed
+        shift = checked.weight.double() @ dense - fitted @ compressed
     is_weighted = row["method"] == "curvature"
     fisher = fishers[checked.layer.name] if is_weighted else None
     others = held[checked.group].moments(center=compression.center) if held else None
@@ -265,7 +270,7 @@ def _paired(
         )
     what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
     bench.findings.judge("c1.correction", what, problem)
-    return paired_errors(
+    found = paired_errors(
         checked,
         row["rank"],
         pair,
@@ -273,3 +278,4 @@ def _paired(
         ridge=compression.ridge,
         correction=stated,
     )
+    return Measured(found, checked.mean_energy, shift)

@@ -49,11 +49,14 @@ class Checked:
     energy: float = 0.0
     """Sum over tokens of ||W x||^2."""
     num_tokens: int = 0
-    shift: Tensor | None = None
-    """(m,) float64 W mean(x) - Z mean(x~), what a free bias adds; None where the bias is not."""
     behind: Behind | None = None
     """The errors behind a ReLU, where they are the layer's metric."""
     _difference: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def mean_energy(self) -> float:
+        """||W x||^2 per token."""
+        return self.energy / max(self.num_tokens, 1)
 
     def difference(self) -> Tensor:
         """W - Z (m, n), float32."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrc_cli.execution.losses import Loss
 from lrc_cli.verify.again.behind_relu import Behind
@@ -13,7 +14,7 @@ from lrc_cli.verify.again.layer_errors import (
     CURVATURE_TOLERANCE,
     FLOORS,
     TOLERANCE,
-    Found,
+    Measured,
     compare_metric,
     compare_output,
 )
@@ -41,29 +42,31 @@ def least_error(dtype: torch.dtype) -> float:
     return max(rounding_of(dtype), 1e-5)
 
 
-def judge_errors(
-    findings: Findings, row: Mapping[str, Any], checked: Checked, found: Found
-) -> None:
+def judge_errors(findings: Findings, row: Mapping[str, Any], measured: Measured) -> None:
     """C1 of one layer: stored, optimum and svd in the output and in the metric."""
-    name, errors = row["name"], row["errors"]
-    num_tokens = max(checked.num_tokens, 1)
+    name, errors, found = row["name"], row["errors"], measured.errors
     what = f"the output errors of {name} are those on {errors['output']['inputs']} inputs"
-    problem = compare_output(errors["output"], found["output"], checked.energy / num_tokens)
+    problem = compare_output(errors["output"], found["output"], measured.energy)
     findings.judge("c1.output", what, problem)
     what = f"the errors of {name} in the metric of {row['method']} are what they are"
     tolerance = CURVATURE_TOLERANCE if row["method"] == "curvature" else 2 * TOLERANCE
     findings.judge("c1.metric", what, compare_metric(errors["metric"], found["metric"], tolerance))
 
 
-def judge_bias(findings: Findings, row: Mapping[str, Any], checked: Checked) -> None:
-    """A free bias makes up for the mean error; no other bias changes."""
+def judge_bias(
+    findings: Findings, row: Mapping[str, Any], checked: Checked, shift: Tensor | None
+) -> None:
+    """A free bias makes up for the mean error; no other bias changes.
+
+    Args:
+        shift: as in `Measured`.
+    """
     what = f"the bias of {row['name']} is the one that its method asks for"
     if checked.behind is not None:
         _judge_rectified(findings, row, checked.behind)
         return
-    if checked.shift is None:
+    if shift is None:
         return
-    shift = checked.shift
     found = torch.zeros_like(shift) if checked.offset is None else -checked.offset
     old = torch.zeros_like(shift) if checked.bias is None else checked.bias.double()
     rounding = torch.finfo(getattr(torch, row["dtype"])).eps * (old + shift).abs()
