@@ -14,8 +14,10 @@ Spectrum = Callable[[Tensor, Statistics], Tensor]
 
 
 class Given(Protocol):
-    """What a solver may ask for to make its problem. All is read when it is asked for, because some
-    of it is costly."""
+    """What a solver may ask for to make its problem.
+
+    Every value is read at the moment when a solver asks for it: some values are costly.
+    """
 
     @property
     def weight(self) -> Tensor:

@@ -74,7 +74,7 @@ def _is_general(solver: Solver) -> bool:
 def with_stand_ins(
     asked: Mapping[str, Solver], network: Network, layers: Sequence[Layer], batch: Batch
 ) -> tuple[dict[str, Solver], dict[str, str]]:
-    """Solvers that need an activation behind a layer give way where another one follows.
+    """A solver that needs an activation behind a layer gives way where the activation is missing.
 
     Args:
         asked: what the config names for each layer, by layer name.

@@ -1,4 +1,4 @@
-"""What a plan says of one layer: how it is fitted and stored, and what the config fixes for it."""
+"""A plan says of every layer how it is fitted and stored, and what the config fixes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lrc_cli.network.layer import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLayer:
-    """A layer with all that the config and the checkpoint settle of it before any work."""
+    """A layer with everything that the config and the checkpoint settle before any work."""
 
     layer: Layer
     solver: Solver

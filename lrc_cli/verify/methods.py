@@ -1,4 +1,4 @@
-"""Which methods verification knows. It says of any other that nothing was checked."""
+"""Verification knows some methods. It says of any other method that nothing was checked."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,9 +1,10 @@
 """A layer whose outputs go into a ReLU: Z and the bias b^ approximate relu(W X + b).
 
 The judge is the mean squared error behind the ReLU, per token. The solution of a rank is the best
-of three: the truncated solution of the convex programme, polished (relu.py); `frobenius`'s,
-polished; and `frobenius`'s as it is. So it is never above `frobenius`'s, and no optimum can be
-proved: the error behind a ReLU is not convex, and the programme's bound is one for its majorant.
+of three: the truncated solution of the convex programme, polished (relu_programme.py); `frobenius`'s
+solution, polished; and `frobenius`'s solution as it is. So the error is never above `frobenius`'s
+error. No optimum can be proved: the error behind a ReLU is not convex, and the programme's bound
+holds for a majorant.
 """
 
 from functools import cached_property

@@ -18,7 +18,7 @@ from lrc_cli.network.layer import Layer
 
 
 class GivenLayer:
-    """What the layer's solver may ask for (`engine.Given`), read when it is asked for."""
+    """A layer's values for its solver (`engine.Given`). Every value is read on demand."""
 
     def __init__(self, plan: Plan, work: WorkDirectory, layer: Layer) -> None:
         self._plan, self._work, self._layer = plan, work, layer
