@@ -1,7 +1,7 @@
 """Whether a network can take the blocks that were drawn for it: checked before the work begins."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lrc_cli.errors import InputError, is_networks
 from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.weight_use import Use, observe
+from lrc_cli.network.layer import Layer
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.text import named
 
@@ -108,12 +110,12 @@ def _check_tokens(
 
 
 def probe(
-    network: Network, sequences: dict[str, Sequences], run: Callable[[Batch], Any] | None = None
-) -> None:
+    network: Network, sequences: dict[str, Sequences], layers: Sequence[Layer] = ()
+) -> list[Use]:
     """Run the first sequence of every kind of inputs: they are the user's, and so may the code be.
 
-    Args:
-        run: in place of the network itself.
+    Returns:
+        How each run has used the layers.
 
     Raises:
         InputError: the forward pass fails, or what it returns is not finite; names the shapes.
@@ -123,10 +125,11 @@ def probe(
         batch = next(blocks.batches(1))
         shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items())
         kinds.setdefault(shapes, (name, batch))
+    uses = list[Use]()
     for shapes, (name, batch) in kinds.items():
         try:
             with torch.no_grad():
-                found = floating_outputs((run or network)(batch))
+                outputs, use = observe(network, layers, batch)
         except Exception as error:
             if not is_networks(error):
                 raise
@@ -137,6 +140,8 @@ def probe(
                 f"{name}: the network fails on {shapes}: {named(error)}",
                 "check the data against what its forward takes",
             ) from error
+        uses.append(use)
+        found = floating_outputs(outputs)
         if not found:
             raise InputError(
                 f"{name}: the network returns no floating-point tensor on {shapes}",
@@ -150,6 +155,7 @@ def probe(
                 "set runtime.dtype: float32, look for a damaged weight, or exclude the layers from"
                 " whose weights the network makes something that it keeps",
             )
+    return uses
 
 
 def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:

@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,113 +32,147 @@ READ = "the network reads its weight past the layer"
 CALLED = "it is called with something beside its input, or with that by name"
 
 
-class Uses:
-    """Runs a network, and sees which of its layers are used as products with their weight."""
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a network has used its layers in one run."""
 
-    def __init__(self, network: Network, layers: Sequence[Layer]) -> None:
-        self.network = network
-        self._layers = [x for x in layers if not isinstance(x.layout, Lookup) and not x.tied_to]
-        self._wrong: dict[str, str] = {}
-        self._suspect: list[Batch] = []
-        """What the network computes on them depends on a weight that a layer does not hand out."""
+    batch: Batch
+    wrong: Mapping[str, str]
+    """By name the layers that were no product y = W x + b, with the reason."""
+    is_suspect: bool
+    """Whether what it computed depends on a weight that a layer does not hand out."""
 
-    def __call__(self, batch: Batch) -> Any:
-        """What the network returns, and raises. Not finite: it is so without a hidden weight."""
-        outputs = self._run_hidden(self._layers, batch)
-        if outputs is not None:
-            return outputs
-        with _kept(self.network.module):
-            outputs = self.network(batch)
-        if all_finite(floating_outputs(outputs)):
-            self._suspect.append(batch)
-        return outputs
 
-    def reasons(self) -> dict[str, str]:
-        """By name the layers that are no product y = W x + b, or not only, with the reason.
+def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[Any, Use]:
+    """Run a network, and see which of its layers are used as products with their weight.
 
-        A layer that was never reached is not judged by what it computes.
-        """
-        reasons: dict[str, str] = {}
-        able = [layer for layer in self._layers if layer.name not in self._wrong]
-        for batch in self._suspect:
-            if not self._reads_past(able, batch):
-                continue
-            # Those that have one place in blocks that are alike are used alike.
-            groups: dict[str, list[Layer]] = {}
-            for layer in able:
-                groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
-            past = [group for group in groups.values() if self._reads_past(group, batch)]
-            reasons |= {layer.name: READ for group in past for layer in group}
-        # What comes after such a layer was only judged where that layer was not hidden.
-        return reasons | self._wrong
+    Returns:
+        What the network returns, and how it has used the layers.
 
-    def _reads_past(self, layers: Sequence[Layer], batch: Batch) -> bool:
+    Raises:
+        Whatever the network raises where no weight is hidden.
+    """
+    wrong: dict[str, str] = {}
+    judged = _with_product(layers)
+    if not judged:
+        return network(batch), Use(batch=batch, wrong=wrong, is_suspect=False)
+    outputs = _run_hidden(network, judged, batch, wrong)
+    if outputs is not None:
+        return outputs, Use(batch=batch, wrong=wrong, is_suspect=False)
+    with _kept(network.module):
+        outputs = network(batch)
+    # Where they are not finite, they are so without a hidden weight.
+    is_suspect = all_finite(floating_outputs(outputs))
+    return outputs, Use(batch=batch, wrong=wrong, is_suspect=is_suspect)
+
+
+def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -> dict[str, str]:
+    """By name the layers that are no product y = W x + b, or not only, with the reason.
+
+    A layer that was never reached is not judged by what it computes.
+
+    Args:
+        uses: what `observe` has seen of these layers.
+    """
+    wrong = {name: reason for use in uses for name, reason in use.wrong.items()}
+    able = [layer for layer in _with_product(layers) if layer.name not in wrong]
+
+    def reads_past(hidden: Sequence[Layer], batch: Batch) -> bool:
         """Whether outputs depend on what anyone but the layers finds in their weights."""
         with torch.no_grad():
-            return self._run_hidden(layers, batch) is None
+            return _run_hidden(network, hidden, batch, wrong) is None
 
-    def _run_hidden(self, layers: Sequence[Layer], batch: Batch) -> Any:
-        """What the network returns; None where it is not finite, or the network stumbles."""
-        try:
-            with _kept(self.network.module), self._hidden(layers):
-                outputs = self.network(batch)
-        except Exception as error:
-            if not is_networks(error):
-                raise
-            return None  # a run in which nothing is hidden raises it too, or not
-        return outputs if all_finite(floating_outputs(outputs)) else None
+    reasons: dict[str, str] = {}
+    for batch in [use.batch for use in uses if use.is_suspect]:
+        if not reads_past(able, batch):
+            continue
+        # Those that have one place in blocks that are alike are used alike.
+        groups: dict[str, list[Layer]] = {}
+        for layer in able:
+            groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
+        past = [group for group in groups.values() if reads_past(group, batch)]
+        reasons |= {layer.name: READ for group in past for layer in group}
+    # What comes after such a layer was only judged where that layer was not hidden.
+    return reasons | wrong
 
-    @contextmanager
-    def _hidden(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Within it the layers are judged as they run, and whoever reads their weight finds NaN."""
-        before = {}
-        try:
-            for layer in layers:
-                part = self.network.module.get_submodule(layer.name)
-                before[part] = type(part)
-                part.__class__ = self._disguised(layer, type(part))
-            yield
-        finally:
-            for part, kind in before.items():
-                part.__class__ = kind
 
-    def _disguised(self, layer: Layer, kind: type[nn.Module]) -> type[nn.Module]:
-        computing: list[bool] = []
+def _with_product(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers that should be products: no tables, and no head that is tied to one."""
+    return [x for x in layers if not isinstance(x.layout, Lookup) and not x.tied_to]
 
-        def judged(run: Callable[..., Any]) -> Callable[..., Any]:
-            def call(part: nn.Module, *given: Any, **named: Any) -> Any:
-                is_called = not computing  # and not from within: hooks are a part of the layer
-                computing.append(True)
-                try:
-                    y = run(part, *given, **named)
-                finally:
-                    computing.pop()
-                if is_called:
-                    self._judge(layer, part, _weight(part, kind), given, named, y)
-                return y
 
-            return call
+def _run_hidden(
+    network: Network, layers: Sequence[Layer], batch: Batch, wrong: dict[str, str]
+) -> Any:
+    """What the network returns; None where it is not finite, or the network stumbles.
 
-        def weight(part: nn.Module) -> Tensor:
-            true = _weight(part, kind)
-            return true if computing else true.new_full((), torch.nan).expand(true.shape)
+    Args:
+        wrong: gains the layers that are no product.
+    """
+    try:
+        with _kept(network.module), _hidden(network.module, layers, wrong):
+            outputs = network(batch)
+    except Exception as error:
+        if not is_networks(error):
+            raise
+        return None  # a run in which nothing is hidden raises it too, or not
+    return outputs if all_finite(floating_outputs(outputs)) else None
 
-        calls = {"__call__": judged(kind.__call__), "forward": judged(kind.forward)}
-        return type(kind.__name__, (kind,), {**calls, "weight": property(weight)})
 
-    def _judge(
-        self,
-        layer: Layer,
-        part: nn.Module,
-        weight: Tensor,
-        given: Sequence[Any],
-        named: Mapping[str, Any],
-        y: Any,
-    ) -> None:
-        if len(given) != 1 or named:
-            self._wrong[layer.name] = CALLED
-        elif not _is_product(layer, part, weight, given[0], y):
-            self._wrong[layer.name] = OTHER
+@contextmanager
+def _hidden(module: nn.Module, layers: Sequence[Layer], wrong: dict[str, str]) -> Iterator[None]:
+    """Within it the layers are judged as they run, and whoever reads their weight finds NaN."""
+    before = {}
+    try:
+        for layer in layers:
+            part = module.get_submodule(layer.name)
+            before[part] = type(part)
+            part.__class__ = _disguised(layer, type(part), wrong)
+        yield
+    finally:
+        for part, kind in before.items():
+            part.__class__ = kind
+
+
+def _disguised(layer: Layer, kind: type[nn.Module], wrong: dict[str, str]) -> type[nn.Module]:
+    computing: list[bool] = []
+
+    def judged(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(part: nn.Module, *given: Any, **named: Any) -> Any:
+            is_called = not computing  # and not from within: hooks are a part of the layer
+            computing.append(True)
+            try:
+                y = run(part, *given, **named)
+            finally:
+                computing.pop()
+            if is_called:
+                reason = _judge(layer, part, _weight(part, kind), given, named, y)
+                if reason is not None:
+                    wrong[layer.name] = reason
+            return y
+
+        return call
+
+    def weight(part: nn.Module) -> Tensor:
+        true = _weight(part, kind)
+        return true if computing else true.new_full((), torch.nan).expand(true.shape)
+
+    calls = {"__call__": judged(kind.__call__), "forward": judged(kind.forward)}
+    return type(kind.__name__, (kind,), {**calls, "weight": property(weight)})
+
+
+def _judge(
+    layer: Layer,
+    part: nn.Module,
+    weight: Tensor,
+    given: Sequence[Any],
+    named: Mapping[str, Any],
+    y: Any,
+) -> str | None:
+    """Why a call of the layer is no product with its weight; None: it is one."""
+    if len(given) != 1 or named:
+        return CALLED
+    return None if _is_product(layer, part, weight, given[0], y) else OTHER
 
 
 @contextmanager

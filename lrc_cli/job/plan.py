@@ -19,7 +19,7 @@ from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.input_checks import check_sequences, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
-from lrc_cli.execution.weight_use import Uses
+from lrc_cli.execution.weight_use import reasons_of
 from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.job.methods import check_methods, with_stand_ins
 from lrc_cli.job.planned_layer import PlannedLayer, asked_solvers, plan_layers
@@ -133,9 +133,8 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     check_sequences(sequences, module, source)
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
-    uses = Uses(network, layers)
-    probe(network, sequences, uses)
-    reasons = uses.reasons()
+    uses = probe(network, sequences, layers)
+    reasons = reasons_of(network, layers, uses)
     skipped += [
         Skipped(name=x.keys.weight, reason=reasons[x.name], num_bytes=x.num_bytes)
         for x in layers

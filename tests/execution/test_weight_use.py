@@ -20,7 +20,7 @@ from lrc_cli.execution.input_checks import probe
 from lrc_cli.execution.network import make_network
 from lrc_cli.execution.placement import block_names
 from lrc_cli.execution.segments import find_cut
-from lrc_cli.execution.weight_use import CALLED, OTHER, READ, Uses, _is_product
+from lrc_cli.execution.weight_use import CALLED, OTHER, READ, _is_product, observe, reasons_of
 from lrc_cli.job.plan import make_plan
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
@@ -220,10 +220,8 @@ def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any])
         )
         for name in blocks
     ]
-    uses = Uses(network, plan.layers)
-    with torch.no_grad():
-        probe(network, {"calibration": plan.sequences["calibration"]}, uses)
-    assert uses.reasons() == {}
+    uses = probe(network, {"calibration": plan.sequences["calibration"]}, plan.layers)
+    assert reasons_of(network, plan.layers, uses) == {}
     assert calls == dict.fromkeys(blocks, 1)
     calls.clear()
     assert find_cut(network, plan.layers, (), one).chain.names == blocks
@@ -298,9 +296,9 @@ def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str],
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(scale)
-        uses = Uses(network, layers)
-        outputs: torch.Tensor = uses({"x": torch.randn(3, 24)})
-    return uses.reasons(), outputs
+        outputs, use = observe(network, layers, {"x": torch.randn(3, 24)})
+    assert isinstance(outputs, torch.Tensor)
+    return reasons_of(network, layers, [use]), outputs
 
 
 def in_turn(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -388,7 +386,7 @@ def test_a_network_whose_outputs_are_not_finite_is_refused(why: str) -> None:
     network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
     data = Sequences(name="calibration", inputs={"x": torch.randn(3, 24)}, sha256="", population=3)
     with pytest.raises(InputError, match="outputs are NaN or infinite on x"):
-        probe(network, {"calibration": data}, Uses(network, layers_of("first", "second", "head")))
+        probe(network, {"calibration": data}, layers_of("first", "second", "head"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
