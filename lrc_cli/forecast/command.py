@@ -22,7 +22,7 @@ from lrc_cli.forecast.estimate import (
 )
 from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
 from lrc_cli.forecast.quality import run_quality
-from lrc_cli.forecast.sequential import sequential_pieces
+from lrc_cli.forecast.sequential import run_sequential
 from lrc_cli.job.factors.decide_sequential import decide, granted_share
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages
@@ -126,10 +126,11 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     for plan in plans:
         ranks = _likely_ranks(plan, spectra)
         decision = decide(plan, probe.work, ranks)
-        factors = probe.run_factors(plan, ranks, kinds)
         if decision.used:
-            factors += sequential_pieces(probe)
+            factors = run_sequential(probe, plan, ranks, decision, kinds)
             _add_streams(probe, granted_share(plan, ranks) * plan.compressible_bytes)
+        else:
+            factors = probe.run_factors(plan, ranks, kinds)
         if quality is None:
             quality, memory = run_quality(plan, probe.work, kinds)
             probe.memory.append(memory)

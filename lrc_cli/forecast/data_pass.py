@@ -1,7 +1,7 @@
 """The probe's pass over the data: a few micro-batches through the head, a block of every kind, the
 first one and the tail, by the job's own code."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -175,3 +175,21 @@ def representatives(segments: Sequence[Segment], kinds: dict[str, str]) -> list[
     wanted = {*kinds.values(), HEAD, TAIL, WHOLE}
     wanted |= {segment.name for segment in segments[1:2]}
     return [segment for segment in segments if segment.name in wanted]
+
+
+def counts_of(plan: Plan, segments: Sequence[Segment], solved: Collection[str]) -> dict[str, int]:
+    """Segments to run -> how many are like them, in the order in which they run.
+
+    Args:
+        solved: layers that have factors. Of every kind of segments one with such layers is taken,
+            if there is one.
+    """
+    kinds = kinds_of(plan, segments)
+    groups: dict[str, list[Segment]] = {}
+    for segment in segments:
+        groups.setdefault(kinds[segment.name], []).append(segment)
+    counts = {}
+    for group in groups.values():
+        own = [s for s in group if s.layers and {x.name for x in s.layers} <= set(solved)]
+        counts[(own or group)[0].name] = len(group)
+    return {s.name: counts[s.name] for s in segments if s.name in counts}

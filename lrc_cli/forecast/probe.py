@@ -155,7 +155,8 @@ class Probe:
         with PrivateMemory(plan.device) as memory:
             for unit, units in kinds.items():
                 layers = plan.units[unit]
-                few, share = _on_few_sequences(plan, layers)
+                reads_inputs = any(plan.of(layer).solver.reads_inputs for layer in layers)
+                few, share = on_few_sequences(plan) if reads_inputs else (plan, 1.0)
                 # As many layers side by side as there will be, though one unit has fewer.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
                 stage = Timed(FactorsStage(few, self.work, ranks), [unit] * together, plan.device)
@@ -167,10 +168,8 @@ class Probe:
         return pieces
 
 
-def _on_few_sequences(plan: Plan, layers: Sequence[Layer]) -> tuple[Plan, float]:
-    """A plan with few calibration sequences for fits that run over them, and the share left out."""
-    if not any(plan.of(layer).solver.reads_inputs for layer in layers):
-        return plan, 1.0
+def on_few_sequences(plan: Plan) -> tuple[Plan, float]:
+    """A plan with few calibration sequences, and all sequences to the few."""
     whole = plan.sequences[CALIBRATION]
     number = min(NUM_BATCHES * micro_batch(whole, MICRO_BATCH_TOKENS), len(whole))
     few, _ = whole.split(number)

@@ -1,15 +1,15 @@
 """The probe's other half: both networks side by side over a few micro-batches, through the head,
 one block of every kind, compressed in one of them, and the tail."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from lrc_cli.data.draw import Sequences, micro_batch
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
-from lrc_cli.execution.chain import Segment, find_chain, segments_of
+from lrc_cli.execution.chain import find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
-from lrc_cli.forecast.data_pass import kinds_of
+from lrc_cli.forecast.data_pass import counts_of
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.output.certify import selection_of
@@ -78,20 +78,7 @@ class _Comparison:
                 streams.install(layer, tensors)
             solved |= set(facts)
             self.factorised += [x for x in plan.units[unit] if facts[x.name]["storage"] != "dense"]
-        self.counts = self._counts(segments, solved)
-
-    def _counts(self, segments: Sequence[Segment], solved: set[str]) -> dict[str, int]:
-        """Segments to run -> how many are like them; of every kind one that was solved, if any."""
-        kinds = kinds_of(self.plan, segments)
-        groups: dict[str, list[Segment]] = {}
-        for segment in segments:
-            groups.setdefault(kinds[segment.name], []).append(segment)
-        counts = {}
-        for group in groups.values():
-            own = [s for s in group if s.layers and {x.name for x in s.layers} <= solved]
-            counts[(own or group)[0].name] = len(group)
-        # In the order in which they run.
-        return {s.name: counts[s.name] for s in segments if s.name in counts}
+        self.counts = counts_of(plan, segments, solved)
 
     def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:
         """Of one run over the sequences, in micro-batches of `limit` tokens."""

@@ -1,61 +1,125 @@
-"""What sequential fitting adds to the factors: both networks' way to every group of layers."""
+"""What sequential fitting will take: the job's own stage on a few micro-batches, through the head,
+one block of every kind and the tail."""
 
-from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-import torch
-
-from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
-from lrc_cli.forecast.estimate import Piece
-from lrc_cli.forecast.probe import Probe
-from lrc_cli.job.factors.two_networks import DriftSum
-from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS
-from lrc_cli.job.work import STATISTICS
+from lrc_cli.engine import Drift
+from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
+from lrc_cli.forecast.clocks import Clock, Timed
+from lrc_cli.forecast.data_pass import counts_of
+from lrc_cli.forecast.estimate import Memory, Piece
+from lrc_cli.forecast.probe import Probe, on_few_sequences
+from lrc_cli.job.factors.decide_sequential import Decision
+from lrc_cli.job.factors.plain import PHASE
+from lrc_cli.job.factors.sequential import SequentialStage
+from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.plan import Plan
+from lrc_cli.job.stage import run_stage
+from lrc_cli.job.work import WorkDirectory
+from lrc_cli.network.layer import Layer
+from lrc_cli.runtime.memory import PrivateMemory
 
 
-def sequential_pieces(probe: Probe) -> list[Piece]:
-    """Pieces of the phase "factors", beside the solves.
+def run_sequential(
+    probe: Probe,
+    plan: Plan,
+    ranks: Mapping[str, int],
+    decision: Decision,
+    kinds: Mapping[str, list[str]],
+) -> list[Piece]:
+    """The factors of one unit of every kind at one size: stored in the probe's directory, and what
+    the job will take for its factors.
 
-    Both networks pass every block once, and walk to the input of each group of layers that read the
-    same, half of a block on average; there the moments of both inputs are summed.
+    Args:
+        kinds: see `Probe.unit_kinds`.
     """
-    plan = probe.plan
-    sequences = plan.sequences[CALIBRATION]
-    size = micro_batch(sequences, MICRO_BATCH_TOKENS)
-    times = -(-len(sequences) // size)
-    tokens = sequences.num_tokens // times
-    walk, pieces = _walk(probe, size), list[Piece]()
-    groups: Counter[int] = Counter()
-    for unit, layers in plan.units.items():
-        seen = probe.work.facts(STATISTICS, unit)["layers"]
-        leaders = {seen[x.name]["group"] or x.name: x.shape[1] for x in layers}
-        groups.update(leaders.values())
-    share = 2.0 + sum(groups.values()) / max(len(plan.units), 1)
-    pieces.append(Piece(phase="factors", seconds=walk, times=share * times))
-    for width, count in groups.items():
-        seconds = _moments(probe, tokens, width)
-        pieces.append(Piece(phase="factors", seconds=seconds, times=count * times))
+    few, share = on_few_sequences(plan)
+    few = replace(few, layers=[layer for layer in plan.layers if layer.unit in kinds])
+    one = next(plan.sequences[CALIBRATION].batches(1))
+    segments = segments_of(plan.network, find_chain(plan.network, one), plan.layers, one)
+    counts = counts_of(plan, segments, {layer.name for layer in few.layers})
+    stage = _OnFewSegments(few, probe.work, ranks, decision.excluded, counts)
+    with PrivateMemory(plan.device) as memory:
+        run_stage(Timed(stage, list(kinds), plan.device), probe.quiet)
+    probe.memory.append(Memory(phase=PHASE, measured=memory.peak, gpu=memory.gpu))
+    missing = [unit for unit in plan.units if not probe.has(plan.factors_stage, unit)]
+    left = len(missing) / len(plan.units)
+    pieces = list[Piece]()
+    for name, walking in stage.walking.items():
+        # The way is as long as the data; the solves are as many as the units that are left.
+        times = counts[name] if missing else 0
+        solving = stage.whole[name] - walking
+        pieces.append(Piece(phase=PHASE, seconds=walking, times=times * share))
+        pieces.append(Piece(phase=PHASE, seconds=solving, times=counts[name] * left))
     return pieces
 
 
-def _walk(probe: Probe, size: int) -> float:
-    """Seconds of one micro-batch through the whole dense network."""
-    clock, network = Clock(probe.plan.device), probe.plan.network
-    for batch in list(probe.plan.sequences[CALIBRATION].batches(size))[:NUM_BATCHES]:
-        clock.restart()
-        with torch.no_grad():
-            network(batch)
-        clock.tick()
-    return typical(clock.steps)
+class _TimedStreams(Streams):
+    """Both networks, with the seconds that they and the solves between take in each segment."""
+
+    def __init__(self, plan: Plan, *given: Any) -> None:
+        super().__init__(plan, *given)
+        self.clock = Clock(plan.device)
+        self.walking: dict[str, float] = {}
+        """By segment, of both networks."""
+        self.whole: dict[str, float] = {}
+        """By segment, of everything until both networks have passed it."""
+
+    @contextmanager
+    def _walks(self, segment: Segment) -> Iterator[None]:
+        began = self.clock.now()
+        yield
+        before = self.walking.get(segment.name, 0.0)
+        self.walking[segment.name] = before + self.clock.now() - began
+
+    def drift(
+        self, segment: Segment, layer: Layer, step: Callable[[], None]
+    ) -> tuple[Drift, Drift | None] | None:
+        """See Streams."""
+        with self._walks(segment):
+            return super().drift(segment, layer, step)
+
+    def advance(self, segment: Segment) -> None:
+        """See Streams."""
+        with self._walks(segment):
+            super().advance(segment)
+        self.clock.tick()
+        self.whole[segment.name] = self.clock.steps[-1]
 
 
-def _moments(probe: Probe, tokens: int, width: int) -> float:
-    clock = Clock(probe.plan.device)
-    rows = torch.randn(tokens, width).to(probe.plan.device)
-    sums = DriftSum(width, probe.plan.device, center=probe.plan.config.compression.center)
-    for _ in range(NUM_BATCHES):
-        clock.restart()
-        sums.add(rows, rows)
-        clock.tick()
-    return typical(clock.steps)
+class _OnFewSegments(SequentialStage):
+    """The job's stage, but for the segments that it passes over.
+
+    Args:
+        only: names of the segments to pass.
+    """
+
+    networks = _TimedStreams
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: WorkDirectory,
+        ranks: Mapping[str, int],
+        excluded: Mapping[str, str | None],
+        only: Collection[str],
+    ) -> None:
+        super().__init__(plan, work, ranks, excluded)
+        self.only = only
+        self.walking: dict[str, float] = {}
+        self.whole: dict[str, float] = {}
+
+    def segments(self, chain: Chain) -> list[Segment]:
+        """See SequentialStage."""
+        return [segment for segment in super().segments(chain) if segment.name in self.only]
+
+    def streams(self, chain: Chain) -> Streams:
+        """See SequentialStage."""
+        streams = super().streams(chain)
+        assert isinstance(streams, _TimedStreams)
+        self.walking, self.whole = streams.walking, streams.whole
+        return streams

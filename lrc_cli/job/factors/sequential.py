@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from lrc_cli.data.draw import micro_batch
+from lrc_cli.data.draw import Batch, micro_batch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
-from lrc_cli.execution.chain import Segment, find_chain, segments_of
+from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
 from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
 from lrc_cli.job.factors.fit import Fitted, fit_layer
 from lrc_cli.job.factors.plain import PHASE
@@ -53,6 +53,8 @@ class SequentialStage(Stage[dict[str, Fitted]]):
     """
 
     name = PHASE
+    networks: type[Streams] = Streams
+    """What holds both networks."""
 
     def __init__(
         self,
@@ -66,25 +68,12 @@ class SequentialStage(Stage[dict[str, Fitted]]):
 
     def task(self, units: Sequence[str]) -> Task[dict[str, Fitted]]:
         """See Stage. What an earlier run stored is put into the compressed network as it is."""
-        plan, sequences = self.plan, self.plan.sequences[CALIBRATION]
-        size = micro_batch(sequences, MICRO_BATCH_TOKENS)
-        fitted, held_back = sequences.split(len(sequences) - num_held_back(plan))
-        held = list(held_back.batches(size))
-        batches = [*fitted.batches(size), *held]
-        chain = find_chain(plan.network, next(sequences.batches(1)))
-        segments = segments_of(plan.network, chain, plan.layers, batches[0])
-        memory = HostMemory(plan.config.runtime.memory_bytes, self.work.root)
-        own = plan.processes.share(len(batches))
-        own_held = sum(index >= len(batches) - len(held) for index in own)
-        # The factors of a deep network are as large as its checkpoint.
-        factors = HostMemory(0, self.work.root)
-        streams = Streams(
-            plan, chain, [batches[i] for i in own], own_held, memory.keep, factors.hold
-        )
+        plan = self.plan
+        chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
+        segments, streams = self.segments(chain), self.streams(chain)
         fits = _Fits(self, streams, units)
         fits.install_stored()
-        early = fits.early(segments)
-        in_turn = fits.in_turn(segments)
+        early, in_turn = fits.early(segments), fits.in_turn(segments)
         cost = sum(solve_cost(layers) for layers in early.values())
         cost += sum(_segment_cost(plan, self.work, segment) for segment in in_turn)
 
@@ -98,6 +87,33 @@ class SequentialStage(Stage[dict[str, Fitted]]):
                 advance(_advance_cost(plan, segment))
 
         return Task(cost=cost, solve=solve)
+
+    def batches(self) -> tuple[list[Batch], int]:
+        """The micro-batches of all processes, and how many of the last ones are held back."""
+        sequences = self.plan.sequences[CALIBRATION]
+        size = micro_batch(sequences, MICRO_BATCH_TOKENS)
+        fitted, held_back = sequences.split(len(sequences) - num_held_back(self.plan))
+        held = list(held_back.batches(size))
+        return [*fitted.batches(size), *held], len(held)
+
+    def segments(self, chain: Chain) -> list[Segment]:
+        """The segments that both networks pass, as the first micro-batch runs through them."""
+        batches, _ = self.batches()
+        return segments_of(self.plan.network, chain, self.plan.layers, batches[0])
+
+    def streams(self, chain: Chain) -> Streams:
+        """Both networks at the start of this process's micro-batches."""
+        plan, (batches, num_held) = self.plan, self.batches()
+        own = plan.processes.share(len(batches))
+        return self.networks(
+            plan,
+            chain,
+            [batches[i] for i in own],
+            sum(index >= len(batches) - num_held for index in own),
+            HostMemory(plan.config.runtime.memory_bytes, self.work.root).keep,
+            # The factors of a deep network are as large as its checkpoint.
+            HostMemory(0, self.work.root).hold,
+        )
 
     def store(self, unit: str, outcome: dict[str, Fitted]) -> None:
         """See Stage."""
