@@ -10,7 +10,7 @@ repetition, so above 1 the compressed layer is faster. A network's other layers 
 the caches between two tokens: decoding goes round several copies of it. `auto`, the default
 storage, takes the interpolative form where it is the more accurate one, which is nearly always.
 
-Weights are random: speed does not depend on them. Exits with 1 if a target is missed.
+Weights are random: speed does not depend on them. The script exits with 1 if a target is missed.
 """
 
 import argparse

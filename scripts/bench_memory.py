@@ -4,8 +4,9 @@
     .venv/bin/python scripts/bench_memory.py --large    a checkpoint of more than 6 GB within 3 GB
 
 Random Llamas, bfloat16, written tensor by tensor. The peak of RssAnon is sampled in the process
-that compresses: what is mapped from files (weights, statistics) is not in it. Exits with 1 if the
-peak grows by 5 % or more from depth 8 to 32, or if the large checkpoint takes more than 3 GB.
+that compresses: what is mapped from files (weights, statistics) is not in it. The script exits with
+1 if the peak grows by 5 % or more from depth 8 to 32, or if the large checkpoint takes more than
+3 GB.
 """
 
 import argparse

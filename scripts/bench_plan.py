@@ -7,8 +7,8 @@ The script also prints how long another size takes after the first, to compress 
 .venv/bin/python scripts/bench_plan.py configs/demo.yaml --cpu-time
 
 On a machine that others use too, wall time says little: with --cpu-time all times are processor
-time, in the estimate and in the run. Exits with 1 if a total is more than 25 % off, or another size
-takes 20 % of the first one's time or more.
+time, in the estimate and in the run. The script exits with 1 if a total is more than 25 % off, or
+another size takes 20 % of the first size's time or more.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What several processes gain: time of `lrc compress` under torchrun, by phase.
+"""Measure what several processes gain: time of `lrc compress` under torchrun, by phase.
 
     .venv/bin/python scripts/bench_processes.py                            1 and 2 of one thread
     .venv/bin/python scripts/bench_processes.py --processes 1 2 4 --device cuda
 
 A random Llama of SmolLM2's width, by `curvature`, scored and certified; the same command for every
 number of processes, in turn, each in an empty work directory. On a CPU every process has
-`--threads`, so give no more processes than there are cores. Exits with 1 if the largest number
-is no faster than the smallest.
+`--threads`, so give no more processes than there are cores. The script exits with 1 if the largest
+number is no faster than the smallest.
 """
 
 import argparse

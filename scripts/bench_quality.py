@@ -7,7 +7,7 @@
 
 Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one
-included, are scored on the same blocks in one run. Exits with 1 if a target of seed 0
+included, are scored on the same blocks in one run. The script exits with 1 if a target of seed 0
 is missed.
 """
 

@@ -7,9 +7,9 @@
     .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --method frobenius
     .venv/bin/python scripts/bench_sequential.py --sizes 0.6 --correction 1     nothing held back
 
-With few calibration tokens sequential fitting would overfit: what has fewer than 15 for each input,
-once an eighth is held back, falls back to plain fitting. Exits with 1 if sequential fitting is
-worse than plain fitting on any text.
+With few calibration tokens sequential fitting would overfit. A layer with fewer than 15 tokens for
+each input, once an eighth is held back, falls back to plain fitting. The script exits with 1 if
+sequential fitting is worse than plain fitting on any text.
 """
 
 import argparse
@@ -27,7 +27,7 @@ LENGTH = 512
 def rows(
     sizes: Sequence[str], tokens: Sequence[int], method: str, correction: str
 ) -> dict[str, tuple[str, ...]]:
-    """What is compressed, by name; "X" and "X, sequential" belong together."""
+    """The settings of each run, by name; "X" and "X, sequential" belong together."""
     found = {}
     for size in sizes:
         for number in tokens:

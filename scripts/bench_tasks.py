@@ -9,8 +9,8 @@
 Every row is `lrc compress` with a config of configs/; `svd` and `frobenius` have equal shares in
 all layers, two factors, and inputs of the dense network. All rows of a task have the same size and
 calibration data, and all networks are scored on the same data, which nothing was fitted to or
-chosen on. Prints a table of each task and whether its targets are met; exits with 1 if one is
-missed.
+chosen on. The script prints a table of each task and whether its targets are met. It exits with 1
+if a target is missed.
 """
 
 import argparse

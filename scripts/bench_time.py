@@ -20,9 +20,9 @@ Everything runs in one process, in turn, on one device:
   smallest eigenvalue), its inverse, and the SVD of W S in float32. Nothing is stored or checked.
   Batches hold as many tokens as lrc's: SVD-LLM takes one sequence, of 2048 tokens, at a time.
 
-Targets: lrc takes at most 1.5 times the floor, and the time inside of the symmetric eigensolver;
-by frobenius it is at least 2 times (CUDA: 3) as fast as the reference. Exits with 1 if one is
-missed.
+There are two targets: lrc takes at most 1.5 times the floor and the time inside of the symmetric
+eigensolver, and by frobenius lrc is at least 2 times (CUDA: 3) as fast as the reference. The script
+exits with 1 if a target is missed.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class Took:
     phases: Mapping[str, float]
     eigensolver: float
     total: float
-    """From the config to the finished output, what lies between the phases included."""
+    """Seconds from the config to the finished output, including the time between the phases."""
 
 
 class Timed(Progress):
@@ -106,7 +106,7 @@ class Timed(Progress):
 
     @contextmanager
     def phase(self, name: str, cost: float) -> Iterator[Phase]:
-        """As Progress.phase."""
+        """A phase, see Progress.phase."""
         start, before = self.clock(), self.seconds.get(name, 0.0)
         with super().phase(name, cost) as phase:
             yield phase
@@ -192,7 +192,7 @@ def write_shape(directory: Path, arguments: argparse.Namespace) -> Path:
 
 
 def describe(plan: Plan, arguments: argparse.Namespace) -> str:
-    """What runs, on what, in words."""
+    """The run and its device, in words."""
     on = "CPU" if plan.device.type == "cpu" else torch.cuda.get_device_name(plan.device)
     counted = "processor time" if arguments.processor_time else "wall time"
     return (
@@ -319,7 +319,7 @@ def add_lower_triangle(total: Tensor, rows: Tensor) -> None:
 
 
 def reference(plan: Plan, clock: Clock) -> dict[str, float]:
-    """What SVD-LLM does, in memory; seconds by step."""
+    """Do what SVD-LLM does, in memory; the result is the seconds by step."""
     module = open_module(plan.source, factory=None).module.float()
     network = make_network(module, device=plan.device, dtype=torch.float32)
     grams: dict[nn.Module, Tensor] = {}

@@ -30,16 +30,16 @@ SIGNIFICANCE = 0.001
 MIN_DRAWS, MIN_CORRELATION = 500, 0.5
 
 Bound = Callable[[Tensor], float]
-"""From what was drawn, (DRAWN, TOKENS) or (DRAWN,), to an upper bound."""
+"""A function from drawn values, (DRAWN, TOKENS) or (DRAWN,), to an upper bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """What the sequences of the population have."""
+    """A quantity that every sequence of the population has."""
 
     name: str
     tokens: Tensor
-    """(POPULATION, TOKENS) float64; (POPULATION, 1) where only whole sequences have a value."""
+    """The values, (POPULATION, TOKENS) float64; (POPULATION, 1) if a sequence has one value."""
     upper: float
     lower: float = 0.0
     """Limits of a token's value."""
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def missed(self) -> int:
-        """How many bounds were below the target."""
+        """The number of bounds below the target."""
         return sum(bound < self.target - 1e-12 for bound in self.found)
 
     @property
@@ -151,7 +151,7 @@ def all_at_once(jobs: list[tuple[Row, Tensor, Bound]], drawn: Tensor) -> float:
 
 
 def tokenwise(drawn: Tensor) -> float:
-    """What one must not do: the normal bound of the mean, as if tokens were independent."""
+    """The normal bound of the mean, as if tokens were independent, which nobody must use."""
     deviation = drawn.std().item() / math.sqrt(drawn.numel())
     return drawn.mean().item() + statistics.NormalDist().inv_cdf(1 - DELTA) * deviation
 

@@ -49,7 +49,7 @@ class Context(nn.Module):
         self.linear = nn.Linear(512, 256)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What each place means beside the others."""
+        """The features of each place, given the other places."""
         return self.linear(self.rnn(x)[0])
 
 

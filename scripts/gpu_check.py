@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def blocks_that_fit(shape: Shape, free: float) -> int:
-    """How many blocks the disk holds; exits where it is not one."""
+    """The number of blocks that the disk holds; exits where it holds none."""
     fitting = int((free - SPARE_BYTES - shape.table_bytes) // shape.block_bytes)
     if fitting < 1:
         need = SPARE_BYTES + shape.table_bytes + shape.block_bytes

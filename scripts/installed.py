@@ -24,7 +24,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def problem(name: str, lowest: str) -> str | None:
-    """What is wrong with an installed package, in a few words."""
+    """The problem with an installed package, in a few words."""
     try:
         found = version(name)
     except PackageNotFoundError:

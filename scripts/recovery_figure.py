@@ -33,7 +33,7 @@ class Panel:
         return across, (min(values) - 0.15, max(values) + 0.15)
 
     def place(self, x: float, y: float) -> Spot:
-        """Where a point lies in the panel."""
+        """The place of a point in the panel."""
         (left, right), (low, high) = self.limits()
         across = (math.log10(x) - left) / (right - left)
         up = (math.log10(y) - low) / (high - low)

@@ -74,7 +74,7 @@ def _rows(facts: dict[str, Any], key: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _forms(facts: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a value may look like, and how its parts are addressed."""
+    """The forms that a value may have, with the suffix that addresses its parts."""
     for form in (facts, *facts.get("anyOf", ())):
         yield "", form
         for suffix, parts in (("[]", "items"), (".PATTERN", "additionalProperties")):

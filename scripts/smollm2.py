@@ -46,7 +46,7 @@ def dense_copy(loaded: PreTrainedModel) -> PreTrainedModel:
 
 
 def problem(directory: Path, text: str) -> str | None:
-    """What is wrong with a converted directory, in a few words; None if it passes every check."""
+    """The problem with a converted directory, in a few words; None if it passes every check."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     if tokenizer.decode(tokenizer(ROUND_TRIP).input_ids) != ROUND_TRIP:

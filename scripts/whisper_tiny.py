@@ -73,7 +73,7 @@ def config() -> WhisperConfig:
 
 
 def generation(hints: dict[str, list[int]]) -> GenerationConfig:
-    """How texts are written: greedily, without timestamps, without what is never spoken."""
+    """The settings for writing texts: greedily, without timestamps and unspoken tokens."""
     return GenerationConfig(
         bos_token_id=START,
         eos_token_id=END,

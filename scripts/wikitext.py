@@ -67,12 +67,12 @@ def prose(markup: str) -> str:
 
 
 def shown(code: Wikicode | None) -> str:
-    """What a reader sees of parsed markup, as text."""
+    """The text that a reader sees of parsed markup."""
     return "" if code is None else "".join(map(shown_node, code.nodes))
 
 
 def shown_node(node: nodes.Node) -> str:
-    """What a reader sees of one node; the empty string for what is not prose."""
+    """The text that a reader sees of one node; empty where the node is not prose."""
     match node:
         case nodes.Text():
             return str(node.value)

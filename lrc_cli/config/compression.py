@@ -19,7 +19,7 @@ from lrc_cli.config.constraints import (
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRules:
-    """What the section's own checks must know of a method; the engine's solver says the same."""
+    """The facts about a method that the section's checks use; the engine's solver says the same."""
 
     predicts_loss: bool = False
     """Whether the target may be `max_loss_increase`."""
@@ -34,7 +34,7 @@ METHODS: dict[str, MethodRules] = {
     "relu": MethodRules(),
     "curvature": MethodRules(predicts_loss=True),
 }
-"""The methods, by name; for each the engine has a solver of that name."""
+"""The methods, by name; the engine has a solver of the same name for each."""
 
 Method = Annotated[str, OneOf(METHODS)]
 Loss = Literal["auto", "nll", "sampled", "output"]

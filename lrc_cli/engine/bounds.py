@@ -111,11 +111,13 @@ def mean_bound(
     average = math.fsum(values) / len(values)
     if population == len(values):
         return average
+    # A mean is rejected where a gambler against it has won enough.
     bets = _bets(units, delta)
 
     def rejected(mean: float) -> bool:
         return _capital(units, bets, mean, population) >= 1 / delta
 
+    # Bisection finds the smallest rejected mean between the drawn values' mean and the limit.
     low, high = math.fsum(units) / len(units), 1.0
     if not rejected(high):
         return upper
@@ -200,10 +202,12 @@ def bernstein_mean_bound(
     average = math.fsum(values) / num
     squares = math.fsum((value - average) ** 2 for value in values)
     width = upper - lower
+    # Independent draws: Maurer & Pontil.
     if population is None:
         log = math.log(2 / delta)
         spread = math.sqrt(2 * squares / (num - 1) * log / num)
         return min(upper, average + spread + 7 * width * log / (3 * (num - 1)))
+    # Without replacement: Bardenet & Maillard.
     log = math.log(5 / delta)
     half = 2 * num <= population
     rho = 1 - (num - 1) / population if half else (1 - num / population) * (1 + 1 / num)

@@ -1,4 +1,4 @@
-"""What the tasks share: the rows of their tables, running `lrc compress`, counting errors."""
+"""The tasks share this code: rows of their tables, running `lrc compress`, counting errors."""
 
 import re
 import sys
@@ -60,7 +60,7 @@ class Check(NamedTuple):
 
 @dataclass(kw_only=True)
 class Results:
-    """What one task found.
+    """The results of one task.
 
     Attributes:
         scores: by row, the dense network included.

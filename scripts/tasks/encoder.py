@@ -29,7 +29,7 @@ SHARE = 0.7
 """The share of Wikipedia's text, whole articles, to calibrate on; the rest is for the test."""
 PAIRS = 300
 MAX_TOKENS = 256
-"""What the model's makers cut texts to."""
+"""The length to which the model's makers cut texts."""
 RATIO = 0.70
 
 

@@ -38,8 +38,8 @@ CHARACTERS = 24
 """The largest number of characters in a line."""
 WIDTH = 640
 LOSS = "output"
-"""Chosen over `sampled` on 700 other lines of the first articles. Most places along a line are
-certainly blank, and labels drawn from a certain network say nothing of its errors."""
+"""The loss was chosen over `sampled` on 700 other lines of the first articles. Most places along a
+line are certainly blank, and labels drawn from a certain network say nothing about its errors."""
 RISE = 0.01
 RATE_NAME = "character error rate"
 

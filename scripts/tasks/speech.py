@@ -33,7 +33,7 @@ SHARE = 0.7
 """The share of Wikipedia's text, whole articles, whose sentences are calibrated on."""
 RATE = 16000
 RECORDINGS, SECONDS = 128, 26
-"""To calibrate on: several sentences each, together shorter than SECONDS."""
+"""Recordings to calibrate on have several sentences each, together shorter than SECONDS."""
 VOICES = {"calibration": ("en-us+m1", "en-us+f1"), "test": ("en-us+m3", "en-us+f2")}
 RISE = 0.03
 RATE_NAME = "word error rate"

@@ -23,10 +23,10 @@ class Choices:
     """Alternatives for one layer, in any order and of any kind."""
 
     num_bytes: Tensor
-    """(k,) int64"""
+    """The bytes of each choice, (k,) int64."""
 
     errors: Tensor
-    """(k,) float64, finite and >= 0; the unit is shared by all layers of an allocation."""
+    """The error of each choice, (k,) float64, finite and >= 0, in a unit that all layers share."""
 
     def __post_init__(self) -> None:
         if self.num_bytes.shape != self.errors.shape or self.errors.dim() != 1:
@@ -39,20 +39,20 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class RankChoices(Choices):
-    """Choices that are ranks, the last one being DENSE."""
+    """Choices that are ranks; the last rank is DENSE."""
 
     ranks: Tensor
-    """(k,) int64"""
+    """The ranks, (k,) int64."""
 
 
 def default_rank_multiple(m: int, n: int) -> int:
-    """TILE where both sides are wide and divide by it, else the pivot block, else 1."""
+    """The first that divides both sides: TILE where both are wide, PIVOT_BLOCK, 1."""
     steps = [TILE] if min(m, n) >= WIDE else []
     return next((k for k in (*steps, PIVOT_BLOCK) if m % k == 0 and n % k == 0), 1)
 
 
 def tails(spectrum: Tensor) -> Tensor:
-    """(k + 1,) float64: entry r is spectrum[r:].sum(), summed from the small end."""
+    """The tail sums (k + 1,) float64: entry r is spectrum[r:].sum(), added from the small end."""
     sums = spectrum.double().flip(0).cumsum(0).flip(0)
     return torch.cat([sums, sums.new_zeros(1)])
 

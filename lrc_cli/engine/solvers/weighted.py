@@ -245,18 +245,18 @@ class Weighted:
         return values, vectors[:, : rank_above_floor(values)] if self.capped else vectors
 
     def spectrum(self, weight: Tensor, statistics: Statistics) -> Tensor:
-        """As Solver.spectrum."""
+        """The spectrum, see Solver.spectrum."""
         side = self._side(weight, statistics)
         return side.scale * eigenvalues(side.matrix)
 
     def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-        """As Solver.factorize."""
+        """The factors, see Solver.factorize."""
         side = self._side(weight, statistics)
         _, vectors = self._eigenpairs(side)
         return side.factors(vectors[:, :rank])
 
     def survey(self, weight: Tensor, statistics: Statistics) -> Survey:
-        """As Solver.survey."""
+        """The survey, see Solver.survey."""
         side = self._side(weight, statistics)
         values, vectors = self._eigenpairs(side)
         # Without F the solver itself minimises the output error.
