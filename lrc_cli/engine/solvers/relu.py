@@ -1,7 +1,7 @@
 """A layer whose outputs go into a ReLU: Z and the bias b^ approximate relu(W X + b).
 
 The judge is the mean squared error behind the ReLU, per token. The solution of a rank is the best
-of three: the truncated solution of the convex programme, polished (relu_programme.py); `frobenius`'s
+of three: the convex programme's truncated solution, polished (relu_programme.py); `frobenius`'s
 solution, polished; and `frobenius`'s solution as it is. So the error is never above `frobenius`'s
 error. No optimum can be proved: the error behind a ReLU is not convex, and the programme's bound
 holds for a majorant.
