@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.engine.budget.choices import default_rank_multiple
-from lrc_cli.engine.storage.forms import pivot_block, storage_bytes
+from lrc_cli.engine import STORAGES, Predicted, default_rank_multiple, pivot_block
 from lrc_cli.network.layouts import LINEAR
 from lrc_cli.network.low_rank.slots import low_rank_module
 
@@ -165,14 +164,10 @@ def build(form: str, shape: tuple[int, int], share: float, dtype: torch.dtype) -
 def rank_of(form: str, shape: tuple[int, int], share: float, dtype: torch.dtype) -> int:
     """The largest rank whose bytes are at most `share` of the dense layer's."""
     m, n = shape
-    step = default_rank_multiple(m, n)
-    ranks = range(step, min(m - 1, n) + 1, step)
-
-    def fits(rank: int) -> bool:
-        size = storage_bytes(form, m, n, rank, dtype.itemsize, pivot_block(m, rank))
-        return size <= share * m * n * dtype.itemsize
-
-    return max(rank for rank in ranks if fits(rank))
+    any_error = Predicted(spectrum=torch.zeros(min(m, n)))
+    step, itemsize = default_rank_multiple(m, n), dtype.itemsize
+    choices = STORAGES[form].choices(shape, itemsize, any_error, rank_multiple=step)
+    return max(x.rank for x in choices if x.rank and x.num_bytes <= share * m * n * itemsize)
 
 
 def random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from random_llama import llama_config, write_job, write_llama
 
 from lrc_cli import load
 from lrc_cli.config import load_config
-from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.network.low_rank.stored import stored_layers
 from lrc_cli.report.record import read_record
 
 FULL_BLOCKS, FULL_SECONDS = 32, 300.0
@@ -150,7 +150,7 @@ def compress_random(
 
 def check(output: Path, blocks: int) -> None:
     """Exit unless the output loads with its factors and kept what was asked for."""
-    layers = [layer for _, layer in low_rank_layers(load(output))]
+    layers = [layer for _, layer in stored_layers(load(output))]
     record = read_record(output)
     fallbacks = [layer.name for layer in record.fallen_back]
     if not layers or fallbacks or not record.target.met:

@@ -15,6 +15,8 @@ from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.runtime.json_records import JsonRecord
 
 MARK_DTYPE = torch.int32
+NO_RANK = -1
+"""The mark of an expert that is stored in a form without a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

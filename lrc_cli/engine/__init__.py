@@ -1,10 +1,11 @@
 """The numerical core: no files, no configuration, no logging.
 
 solver = SOLVERS["curvature"]
-choices = rank_choices(solver.spectrum(weight, statistics), m=m, n=n, itemsize=2)
+problem, auto = SameInput(weight, statistics, solver), STORAGES["auto"]
+predicted = Predicted(spectrum=problem.spectrum)
+choices = Choices(auto.choices((m, n), 2, predicted, rank_multiple=8))
 (pick,) = within_bytes([choices], budget)
-factors = solver.factorize(weight, statistics, int(choices.ranks[pick]))
-stored = pack_best(SameInput(weight, statistics, solver), factors.rank, torch.bfloat16)
+stored = auto.pack(problem, choices.each[pick], torch.bfloat16)
 """
 
 from lrc_cli.engine.bounds import (
@@ -24,11 +25,9 @@ from lrc_cli.engine.budget.allocate import (
     within_layer_error,
 )
 from lrc_cli.engine.budget.choices import (
-    DENSE,
+    Choice,
     Choices,
-    RankChoices,
-    default_rank_multiple,
-    rank_choices,
+    Predicted,
     tails,
 )
 from lrc_cli.engine.problem import (
@@ -36,12 +35,13 @@ from lrc_cli.engine.problem import (
     Factors,
     Metric,
     References,
+    Solution,
     SolveError,
     Statistics,
     Survey,
 )
 from lrc_cli.engine.solver import Given, Solver
-from lrc_cli.engine.solvers.approximation import Approximation, Solution
+from lrc_cli.engine.solvers.approximation import Approximation
 from lrc_cli.engine.solvers.curvature import CURVATURE
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.nuclear import NUCLEAR, Shrunk, rank_of
@@ -49,17 +49,15 @@ from lrc_cli.engine.solvers.relu import RELU, Rectified, Unpolished
 from lrc_cli.engine.solvers.same_input import SameInput, problems_of, survey
 from lrc_cli.engine.solvers.sequential import Drift, Sequential
 from lrc_cli.engine.solvers.svd import SVD
-from lrc_cli.engine.storage.choose import pack_best
-from lrc_cli.engine.storage.forms import (
+from lrc_cli.engine.storage.dense import DENSE_STORAGE
+from lrc_cli.engine.storage.known import STORAGES
+from lrc_cli.engine.storage.low_rank import (
     PIVOT_BLOCK,
-    STORAGES,
-    Packed,
-    Storage,
-    Stored,
-    dense,
+    LowRankStorage,
+    default_rank_multiple,
     pivot_block,
-    storage_bytes,
 )
+from lrc_cli.engine.storage.storage import Storage, Stored
 
 SOLVERS: dict[str, Solver] = {
     solver.name: solver for solver in (SVD, FROBENIUS, NUCLEAR, RELU, CURVATURE)
@@ -67,7 +65,7 @@ SOLVERS: dict[str, Solver] = {
 
 __all__ = [
     "CURVATURE",
-    "DENSE",
+    "DENSE_STORAGE",
     "FROBENIUS",
     "NUCLEAR",
     "PIVOT_BLOCK",
@@ -76,15 +74,16 @@ __all__ = [
     "STORAGES",
     "SVD",
     "Approximation",
+    "Choice",
     "Choices",
     "Drift",
     "Errors",
     "Factors",
     "Given",
     "Infeasible",
+    "LowRankStorage",
     "Metric",
-    "Packed",
-    "RankChoices",
+    "Predicted",
     "Rectified",
     "References",
     "SameInput",
@@ -101,17 +100,13 @@ __all__ = [
     "bernstein_mean_bound",
     "capital",
     "default_rank_multiple",
-    "dense",
     "mean_bound",
-    "pack_best",
     "pivot_block",
     "problems_of",
     "quantile_bound",
     "quantile_order",
-    "rank_choices",
     "rank_of",
     "sequences_needed",
-    "storage_bytes",
     "survey",
     "tails",
     "uniform",

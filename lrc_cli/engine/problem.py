@@ -103,6 +103,17 @@ class Factors(NamedTuple):
         return self.outer @ self.inner
 
 
+class Solution(NamedTuple):
+    """The solution of one rank."""
+
+    factors: Factors
+    aim: Tensor
+    """(m, n) float64: what rounded factors are refitted to. The approximated matrix where the
+    solution is its best approximation; the solution itself where it is something else."""
+    zero: Errors | None = None
+    """The errors of Z = 0 against `aim` in the problem's metric, where they are known."""
+
+
 class References(NamedTuple):
     """What a layer's solution is compared with, by rank; all float64."""
 

@@ -1,7 +1,7 @@
 """`lrc plan` and `compress --dry-run`: the checks, the estimates, the size/error curve."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lrc_cli.config import Config
+from lrc_cli.engine import Predicted
 from lrc_cli.errors import InputError
 from lrc_cli.forecast.curve import curve_of, point_of
 from lrc_cli.forecast.data_pass import run_statistics
@@ -26,9 +27,9 @@ from lrc_cli.forecast.sequential import run_sequential
 from lrc_cli.job.factors.decide_sequential import decide, granted_share
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages
-from lrc_cli.job.spectra.ranks import allocate_ranks, rest_bytes
-from lrc_cli.job.spectra.survey import read_spectra, vectors_bytes
-from lrc_cli.job.work import LOG, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.spectra.ranks import Granted, allocate, nothing_known, rest_bytes
+from lrc_cli.job.spectra.survey import read_predicted, vectors_bytes
+from lrc_cli.job.work import LOG, SURVEYS, WorkDirectory
 from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
 
@@ -65,20 +66,20 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         with progress.phase("probe", 1), _fitting(configs[0]):
             probe = Probe(first, real, probe_directory(first, stack), progress)
             found = _estimates(plans, probe, checks.seconds)
-        spectra = read_spectra(first, real) if known and real is not None else None
-    if spectra is None and collect:
+        predicted = read_predicted(first, real) if known and real is not None else None
+    if predicted is None and collect:
         with (
             WorkDirectory(first.work_dir, first.statistics_fingerprint) as work,
             progress.logged(work.root / LOG),
         ):
             run_shared_stages(first, work, progress)
-            spectra = read_spectra(first, work)
-    found["spectra"] = "reused" if known else "collected" if spectra is not None else None
-    if spectra is not None:
-        found["curve"] = curve_of(first, spectra)
+            predicted = read_predicted(first, work)
+    found["spectra"] = "reused" if known else "collected" if predicted is not None else None
+    if predicted is not None:
+        found["curve"] = curve_of(first, predicted)
         for plan, job in zip(plans, found["jobs"], strict=True):
-            ranks = allocate_ranks(plan, spectra)
-            job |= {**point_of(plan, ranks, spectra), "ranks": ranks}
+            granted = allocate(plan, predicted)
+            job |= {**point_of(plan, granted, predicted), "ranks": _ranks(granted)}
     return found
 
 
@@ -118,28 +119,28 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     kinds = probe.unit_kinds()
     probe.run_spectra(kinds)
     probe.spread_facts(kinds)
-    spectra = probe.spectra(kinds)
+    predicted = probe.predicted(kinds)
     pieces = [Piece(phase="checks", seconds=checks), *probe.pieces]
     lasting = probe.statistics_bytes + vectors_bytes(first, probe.missing(SURVEYS))
     jobs, outputs = list[dict[str, Any]](), 0
     quality: list[Piece] | None = None
     for plan in plans:
-        ranks = _likely_ranks(plan, spectra)
-        decision = decide(plan, probe.work, ranks)
+        granted = _likely(plan, predicted)
+        decision = decide(plan, probe.work, granted)
         if decision.used:
-            factors = run_sequential(probe, plan, ranks, decision, kinds)
-            _add_streams(probe, granted_share(plan, ranks) * plan.compressible_bytes)
+            factors = run_sequential(probe, plan, granted, decision, kinds)
+            _add_streams(probe, granted_share(plan, granted) * plan.compressible_bytes)
         else:
-            factors = probe.run_factors(plan, ranks, kinds)
+            factors = probe.run_factors(plan, granted, kinds)
         if quality is None:
             quality, memory = run_quality(plan, probe.work, kinds)
             probe.memory.append(memory)
-        granted = int(granted_share(plan, ranks) * plan.compressible_bytes)
-        size = granted + rest_bytes(plan)
+        granted_bytes = int(granted_share(plan, granted) * plan.compressible_bytes)
+        size = granted_bytes + rest_bytes(plan)
         own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
         pieces += own
         outputs += size
-        lasting += 0 if probe.has_factors(plan) else granted
+        lasting += 0 if probe.has_factors(plan) else granted_bytes
         target, value = plan.config.compression.target
         jobs.append(
             {
@@ -200,13 +201,18 @@ def _check_memory(probe: Probe) -> None:
         check_memory(peak_of(probe.memory), available_bytes())
 
 
-def _likely_ranks(plan: Plan, spectra: Tensors) -> dict[str, int]:
-    """The ranks by the spectra of a few layers, or by the shapes alone where these rule it out."""
+def _likely(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
+    """What is granted by the errors of a few layers, or by the shapes alone where these rule it
+    out."""
     try:
-        return allocate_ranks(plan, spectra)
+        return allocate(plan, predicted)
     except InputError:
-        flat = {x.name: torch.zeros(min(x.shape), dtype=torch.float64) for x in plan.layers}
-        return allocate_ranks(plan, flat)
+        return allocate(plan, nothing_known(plan))
+
+
+def _ranks(granted: Granted) -> dict[str, int | None]:
+    """By layer name; 0 stands for dense, None for a form without a rank."""
+    return {name: 0 if choice.is_dense else choice.rank for name, choice in granted.items()}
 
 
 def _place(plan: Plan, key: str, needed: int, passing: int = 0) -> Space:

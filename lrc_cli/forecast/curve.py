@@ -5,18 +5,19 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.config import Config
-from lrc_cli.engine import DENSE, tails
+from lrc_cli.engine import Choice, Predicted, tails
 from lrc_cli.errors import InputError
 from lrc_cli.job.factors.decide_sequential import granted_share
 from lrc_cli.job.plan import Plan, with_target
-from lrc_cli.job.spectra.ranks import allocate_ranks
-from lrc_cli.job.work import Tensors
+from lrc_cli.job.spectra.ranks import allocate, shares_relative_errors
 
 SIZES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
-def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str, Any]:
-    """A size and its predicted errors, for the exact factors of these ranks, before rounding.
+def point_of(
+    plan: Plan, granted: Mapping[str, Choice], predicted: Mapping[str, Predicted]
+) -> dict[str, Any]:
+    """A size and its predicted errors: for exact factors before rounding, or as measured.
 
     Returns:
         `kept`, the share of the compressible weights' bytes; `relative_error`, the root mean square
@@ -26,15 +27,15 @@ def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str
     """
     lost, relative = 0.0, list[float]()
     for layer in plan.layers:
-        spectrum, rank = spectra.get(layer.name), ranks[layer.name]
-        total = 0.0 if spectrum is None else spectrum.sum().item()
-        if spectrum is None or rank == DENSE or total <= 0:
+        known, choice = predicted.get(layer.name), granted[layer.name]
+        total = 0.0 if known is None else known.total
+        if known is None or choice.is_dense or total <= 0:
             relative.append(0.0)
             continue
-        error = tails(spectrum)[min(rank, len(spectrum))].item()
+        error = _error(plan, choice, known)
         lost, relative = lost + error, [*relative, error / total]
     point = {
-        "kept": granted_share(plan, ranks),
+        "kept": granted_share(plan, granted),
         "relative_error": (sum(relative) / len(relative)) ** 0.5,
     }
     bounds_output = plan.config.compression.max_layer_error is not None
@@ -43,16 +44,24 @@ def point_of(plan: Plan, ranks: Mapping[str, int], spectra: Tensors) -> dict[str
     return point
 
 
-def curve_of(plan: Plan, spectra: Tensors) -> list[dict[str, Any]]:
+def _error(plan: Plan, choice: Choice, known: Predicted) -> float:
+    """The predicted error of a layer that is not left dense, in the unit of its spectrum."""
+    if choice.rank is None:
+        is_relative = shares_relative_errors(plan.config.compression)
+        return choice.error * known.total if is_relative else choice.error
+    return tails(known.spectrum)[min(choice.rank, len(known.spectrum))].item()
+
+
+def curve_of(plan: Plan, predicted: Mapping[str, Predicted]) -> list[dict[str, Any]]:
     """`point_of` several sizes with their `size`; those that cannot be reached are left out."""
     points = []
     for size in SIZES:
         sized = with_target(plan, _of_size(plan.config, size))
         try:
-            ranks = allocate_ranks(sized, spectra)
+            granted = allocate(sized, predicted)
         except InputError:  # the config's own target is checked elsewhere, and may well be reached
             continue
-        points.append({"size": size, **point_of(sized, ranks, spectra)})
+        points.append({"size": size, **point_of(sized, granted, predicted)})
     return points
 
 

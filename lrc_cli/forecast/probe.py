@@ -5,7 +5,7 @@ the job's own where it has them.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
+from lrc_cli.engine import Choice, Predicted
 from lrc_cli.forecast.clocks import NUM_BATCHES, Timed, TimedWork
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import num_workers
-from lrc_cli.job.spectra.survey import SpectraStage, unit_spectra
+from lrc_cli.job.spectra.survey import SpectraStage, unit_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
 from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
@@ -133,22 +134,23 @@ class Probe:
                 self.pieces.append(Piece(phase="spectra", seconds=seconds, times=left))
         self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
 
-    def spectra(self, kinds: dict[str, list[str]]) -> Tensors:
-        """The spectra of all layers: the job's own where it has them, else those of its like."""
-        found: Tensors = {}
+    def predicted(self, kinds: dict[str, list[str]]) -> dict[str, Predicted]:
+        """The predicted errors of all layers: from the job where it has them, else from a layer of
+        the same kind."""
+        found: dict[str, Predicted] = {}
         for representative, units in kinds.items():
-            like = unit_spectra(self.plan, self.work, representative)
+            like = unit_predicted(self.plan, self.work, representative)
             for unit in units:
                 if self.has(SURVEYS, unit):
                     assert self.real is not None
-                    found |= unit_spectra(self.plan, self.real, unit)
+                    found |= unit_predicted(self.plan, self.real, unit)
                     continue
                 pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
                 found |= {x.name: like[y.name] for x, y in pairs if y.name in like}
         return found
 
     def run_factors(
-        self, plan: Plan, ranks: dict[str, int], kinds: dict[str, list[str]]
+        self, plan: Plan, granted: Mapping[str, Choice], kinds: dict[str, list[str]]
     ) -> list[Piece]:
         """The factors of one unit of every kind at one size: stored in `work`, and their time."""
         pieces = list[Piece]()
@@ -159,7 +161,7 @@ class Probe:
                 few, share = on_few_sequences(plan) if reads_inputs else (plan, 1.0)
                 # As many layers side by side as there will be, though one unit has fewer.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
-                stage = Timed(FactorsStage(few, self.work, ranks), [unit] * together, plan.device)
+                stage = Timed(FactorsStage(few, self.work, granted), [unit] * together, plan.device)
                 (seconds,) = run_stage(stage, self.quiet).values()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
                 times = left * share / together

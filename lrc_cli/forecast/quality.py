@@ -11,6 +11,7 @@ from lrc_cli.execution.chain import find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import counts_of
 from lrc_cli.forecast.estimate import Memory, Piece
+from lrc_cli.job.factors.stored import read_facts
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.output.certify import selection_of
 from lrc_cli.job.plan import Plan
@@ -73,11 +74,12 @@ class _Comparison:
         """Seconds to open the checkpoint again and to try it out."""
         self.factorised, solved = list[Layer](), set[str]()
         for unit in units:
-            tensors, facts = work.get(plan.factors_stage, unit)
+            tensors, _ = work.get(plan.factors_stage, unit)
+            facts = read_facts(work, plan.factors_stage, unit)
             for layer in plan.units[unit]:
-                streams.install(layer, tensors)
+                streams.install(layer, tensors, facts[layer.name])
             solved |= set(facts)
-            self.factorised += [x for x in plan.units[unit] if facts[x.name]["storage"] != "dense"]
+            self.factorised += [x for x in plan.units[unit] if not facts[x.name].is_dense]
         self.counts = counts_of(plan, segments, solved)
 
     def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:

@@ -50,9 +50,9 @@ def _job(job: dict[str, Any]) -> list[str]:
         f" {byte_size(job['checkpoint_bytes'])}, {_duration(seconds)} of its own"
     ]
     if "ranks" in job:
-        kept = [rank for rank in job["ranks"].values() if rank]
+        ranks = [*job["ranks"].values()]
+        kept, dense = [rank for rank in ranks if rank], ranks.count(0)
         span = f"ranks {min(kept)} to {max(kept)}" if kept else "no layer is factorised"
-        dense = len(job["ranks"]) - len(kept)
         lines.append(f"  {span}, {dense} layers stay dense; {_errors(job)}")
     return lines
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import Drift
+from lrc_cli.engine import Choice, Drift
 from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
 from lrc_cli.forecast.clocks import Clock, Timed
 from lrc_cli.forecast.data_pass import counts_of
@@ -27,7 +27,7 @@ from lrc_cli.runtime.memory import PrivateMemory
 def run_sequential(
     probe: Probe,
     plan: Plan,
-    ranks: Mapping[str, int],
+    granted: Mapping[str, Choice],
     decision: Decision,
     kinds: Mapping[str, list[str]],
 ) -> list[Piece]:
@@ -42,7 +42,7 @@ def run_sequential(
     one = next(plan.sequences[CALIBRATION].batches(1))
     segments = segments_of(plan.network, find_chain(plan.network, one), plan.layers, one)
     counts = counts_of(plan, segments, {layer.name for layer in few.layers})
-    stage = _OnFewSegments(few, probe.work, ranks, decision.excluded, counts)
+    stage = _OnFewSegments(few, probe.work, granted, decision.excluded, counts)
     with PrivateMemory(plan.device) as memory:
         run_stage(Timed(stage, list(kinds), plan.device), probe.quiet)
     probe.memory.append(Memory(phase=PHASE, measured=memory.peak, gpu=memory.gpu))
@@ -104,11 +104,11 @@ class _OnFewSegments(SequentialStage):
         self,
         plan: Plan,
         work: WorkDirectory,
-        ranks: Mapping[str, int],
+        granted: Mapping[str, Choice],
         excluded: Mapping[str, str | None],
         only: Collection[str],
     ) -> None:
-        super().__init__(plan, work, ranks, excluded)
+        super().__init__(plan, work, granted, excluded)
         self.only = only
         self.walking: dict[str, float] = {}
         self.whole: dict[str, float] = {}

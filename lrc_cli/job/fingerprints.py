@@ -23,7 +23,17 @@ from lrc_cli.network.factories import source_file
 from lrc_cli.runtime.files import canonical_json, hash_file, hash_path
 
 PACKAGE = Path(__file__).parents[1]
-NUMBERS = ("engine", "config", "runtime", "checkpoint", "network", "data", "execution", "job")
+NUMBERS = (
+    "forms",
+    "engine",
+    "config",
+    "runtime",
+    "checkpoint",
+    "network",
+    "data",
+    "execution",
+    "job",
+)
 """The folders of the package whose code can change a number of a work directory.
 
 `config` is one of them: the layers that a pattern covers, and what an override sets, are decided

@@ -7,14 +7,7 @@ import torch
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Compression, Config
-from lrc_cli.engine import (
-    DENSE,
-    SOLVERS,
-    Solver,
-    default_rank_multiple,
-    pivot_block,
-    storage_bytes,
-)
+from lrc_cli.engine import SOLVERS, Solver, default_rank_multiple
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.candidates.new_bias import gained_bytes
 from lrc_cli.network.layer import Layer
@@ -30,7 +23,7 @@ class PlannedLayer:
     method_reason: str | None = None
     """Why the solver is not what the config asks for; None: it is."""
     storage: str
-    """The name of the form that is asked for, or "auto"."""
+    """What form is asked for: a name for `STORAGES`."""
     dtype: torch.dtype
     """What the factors are written in."""
     rank_multiple: int
@@ -45,14 +38,6 @@ class PlannedLayer:
     """A bound on the plain relative output error that the stored factors must meet."""
     threshold: float | None = None
     """Singular values to cut, as a share of the layer's largest, where that decides the rank."""
-
-    def bytes_at(self, rank: int) -> int:
-        """Bytes of the layer's tensors at a granted rank, or dense."""
-        (m, n), itemsize = self.layer.shape, self.dtype.itemsize
-        if rank == DENSE:
-            return m * n * itemsize
-        own = storage_bytes(self.storage, m, n, rank, itemsize, pivot_block(m, rank))
-        return own + self.gained_bytes
 
 
 def asked_solvers(compression: Compression, layers: Sequence[Layer]) -> dict[str, Solver]:

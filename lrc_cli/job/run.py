@@ -20,8 +20,8 @@ from lrc_cli.job.factors.sequential import SequentialStage
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.write import finish_output, write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
-from lrc_cli.job.spectra.ranks import allocate_ranks, check_reachable
-from lrc_cli.job.spectra.survey import SpectraStage, read_spectra
+from lrc_cli.job.spectra.ranks import allocate, check_reachable
+from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare
 from lrc_cli.job.work import LOG, PASSING, SHARED, WorkDirectory
@@ -115,13 +115,13 @@ def _write(
     Args:
         shared: what the phases before this took, as far as it is counted with this output.
     """
-    ranks = allocate_ranks(plan, read_spectra(plan, work))
-    decision = decide(plan, work, ranks)
+    granted = allocate(plan, read_predicted(plan, work))
+    decision = decide(plan, work, granted)
     _say_how_it_is_fitted(plan, decision, progress)
     factors = (
-        SequentialStage(plan, work, ranks, decision.excluded)
+        SequentialStage(plan, work, granted, decision.excluded)
         if decision.used
-        else FactorsStage(plan, work, ranks)
+        else FactorsStage(plan, work, granted)
     )
     seconds = shared | run_stage(factors, progress)
     processes, folder = plan.processes, factors.folder

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.network.low_rank.modules import replace_modules
+from lrc_cli.network.low_rank.stored import replace_modules
 
 FUSED = {"gate_up_proj": 2, "down_proj": 1}
 """The parameters of fused experts, (experts, outputs, inputs) each, and how many matrices of the

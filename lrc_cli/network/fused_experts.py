@@ -16,7 +16,7 @@ from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused, is_mark
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.experts import FUSED, Expert, Experts, linear_of
-from lrc_cli.network.low_rank.modules import replace_modules
+from lrc_cli.network.low_rank.stored import replace_modules
 
 
 class SortedExperts(Experts):

@@ -3,8 +3,8 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-WEIGHT, UP, PERM, BIAS = "weight", "up.weight", "perm", "bias"
-"""A low-rank layer's tensors, as they are called below it."""
+WEIGHT, BIAS = "weight", "bias"
+"""What a layer's tensors are called below it; its form of storage names the others."""
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,14 @@ class Keys:
         """The layer's name: that of its weight without `.weight`."""
         return self.weight.removesuffix(f".{WEIGHT}")
 
-    @property
-    def up(self) -> str:
-        """Of the outer factor."""
-        return f"{self.layer}.{UP}"
-
-    @property
-    def perm(self) -> str:
-        """Of the permutation."""
-        return f"{self.layer}.{PERM}"
+    def key(self, name: str) -> str:
+        """The key of the tensor that is called `name` below the layer."""
+        if name == WEIGHT:
+            return self.weight
+        return self.bias if name == BIAS else f"{self.layer}.{name}"
 
     @property
     def bias(self) -> str:
         """Of the bias: `X.bias`, and `rnn.bias_ih_l0` beside `rnn.weight_ih_l0`."""
         parent, dot, leaf = self.weight.rpartition(".")
         return self.named_bias or parent + dot + leaf.replace(WEIGHT, BIAS, 1)
-
-    @property
-    def factors(self) -> dict[str, str]:
-        """The names of what stands for the weight, by what they are called below the layer."""
-        return {WEIGHT: self.weight, UP: self.up, PERM: self.perm}
-
-    @property
-    def all(self) -> dict[str, str]:
-        """As `factors`, and the bias."""
-        return self.factors | {BIAS: self.bias}

@@ -16,10 +16,10 @@ from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.slots import (
     check_table,
-    factorised_weights,
-    find_factors,
+    find_stored,
     finish_slots,
     insert_slots,
+    stored_weights,
 )
 from lrc_cli.network.recurrent import unroll
 from lrc_cli.network.tensor_checks import check_copies, check_keys
@@ -261,10 +261,11 @@ def _needs_values(model: nn.Module) -> bool:
 
 def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.Module:
     """The dense module, with slots for its factorised layers, holding the files' tensors."""
-    weights = module_names(model, factorised_weights(source.tensors)).values()
+    table = record.get("layers", {})
+    weights = module_names(model, stored_weights(source.tensors, table)).values()
     unroll(model, {name.rpartition(".")[0] for name in weights})
-    insert_slots(model, find_factors(model, source.tensors))
-    check_table(model, record.get("layers", {}))
+    insert_slots(model, find_stored(model, source.tensors, table))
+    check_table(model, table)
     expected = model.state_dict(keep_vars=True)
     check_keys(expected, source.tensors)
     check_copies(expected, source)

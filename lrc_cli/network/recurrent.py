@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lrc_cli.network.keys import BIAS, WEIGHT, Keys
-from lrc_cli.network.low_rank.modules import replace_modules
+from lrc_cli.network.low_rank.stored import replace_modules
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of a GRU."""

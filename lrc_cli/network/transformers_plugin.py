@@ -26,20 +26,21 @@ from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import converted, module_names
 from lrc_cli.network.experts import has_experts, unfuse, without_merging
 from lrc_cli.network.fused_experts import put_together, take_apart
-from lrc_cli.network.low_rank.modules import (
-    LowRankLayer,
-    LowRankSlot,
-    dense_weight,
-    low_rank_layers,
-    replace_modules,
-)
+from lrc_cli.network.low_rank.modules import LowRankLayer, LowRankSlot
 from lrc_cli.network.low_rank.shapes import damaged
 from lrc_cli.network.low_rank.slots import (
     check_table,
-    factorised_weights,
-    find_factors,
+    find_stored,
     finish_slots,
     insert_slots,
+    stored_weights,
+)
+from lrc_cli.network.low_rank.stored import (
+    FormLayer,
+    StoredLayer,
+    dense_weight,
+    replace_modules,
+    stored_layers,
 )
 from lrc_cli.network.low_rank.tied import Tied
 
@@ -105,13 +106,14 @@ class LrcQuantizer(HfQuantizer):
     ) -> None:
         """Puts slots in the place of the factorised layers, after checking the headers."""
         headers = read_headers(checkpoint_files or ())
-        if converted(model, factorised_weights(headers)):
+        table = self.quantization_config.layers
+        if converted(model, stored_weights(headers, table)):
             unfuse(model)
         take_apart(model, {key: info for key, info in headers.items() if is_mark(info)})
-        factors = find_factors(model, headers)
-        insert_slots(model, factors, {*module_names(model, headers).values()})
-        check_table(model, self.quantization_config.layers)
-        if not factors:
+        found = find_stored(model, headers, table)
+        insert_slots(model, found, {*module_names(model, headers).values()})
+        check_table(model, table)
+        if not found:
             raise InputError(
                 f"no factorised layer of {type(model).__name__} is in the checkpoint's files",
                 "remove quantization_config from config.json if the checkpoint is dense",
@@ -125,8 +127,8 @@ class LrcQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Checks that every tensor came from the files, then makes the run-time modules."""
-        for name, layer in low_rank_layers(model):
-            if isinstance(layer, LowRankSlot):
+        for name, layer in stored_layers(model):
+            if isinstance(layer, LowRankSlot | FormLayer):
                 _check_loaded(name, layer)
         finish_slots(model)
         for name, module in model.named_modules():
@@ -138,7 +140,8 @@ class LrcQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Multiplies every layer's factors out, in place."""
         new: dict[nn.Module, nn.Module] = {
-            layer: _dense(layer, dtype) for _, layer in low_rank_layers(model)
+            layer: _dense(layer, dtype or _own_dtype(layer, model))
+            for _, layer in stored_layers(model)
         }
         replace_modules(model, new)
         put_together(model)
@@ -148,7 +151,7 @@ class LrcQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Names the layers in config.json as this class saves them; the tensors need no change."""
-        layers = {f"{name}.weight": layer for name, layer in low_rank_layers(model)}
+        layers = {f"{name}.weight": layer for name, layer in stored_layers(model)}
         keys = {key: torch.empty(0, device="meta") for key in layers}
         disk = {id(tensor): key for key, tensor in revert_weight_conversion(model, keys).items()}
         self.quantization_config.layers = {
@@ -158,7 +161,7 @@ class LrcQuantizer(HfQuantizer):
         return None, {}
 
 
-def _check_loaded(name: str, layer: LowRankSlot) -> None:
+def _check_loaded(name: str, layer: StoredLayer) -> None:
     """transformers only warns about a missing tensor, and leaves uninitialised memory there."""
     missing = [
         key
@@ -178,9 +181,14 @@ def _check_dense(name: str, linear: nn.Linear) -> None:
         )
 
 
-def _dense(layer: LowRankLayer, dtype: torch.dtype | None) -> nn.Module:
-    """A dense module of the kind that was factorised, in `dtype` or the factors' own."""
-    weight = dense_weight(layer).to(dtype or layer.up.get_parameter("weight").dtype)
+def _own_dtype(layer: StoredLayer, model: PreTrainedModel) -> torch.dtype:
+    """What a dense weight is best in: a form's numbers need not have the model's dtype."""
+    return layer.dtype if isinstance(layer, LowRankLayer) else model.dtype
+
+
+def _dense(layer: StoredLayer, dtype: torch.dtype) -> nn.Module:
+    """A dense module of the kind that was replaced."""
+    weight = dense_weight(layer).to(dtype)
     m, n = layer.shape
     dense = layer.layout.dense(m, n, bias=layer.bias is not None, device="meta")
     dense.weight = nn.Parameter(layer.layout.weight(weight))

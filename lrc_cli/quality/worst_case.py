@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrc_cli.network.low_rank.modules import LowRankLayer, affine
+from lrc_cli.network.low_rank.stored import StoredLayer, affine
 from lrc_cli.quality.records import OwnError, WorstCase
 
 LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
@@ -126,7 +126,7 @@ def _amplified(chain: _Chain) -> tuple[OwnError, ...]:
 def _paired(dense: nn.Module, compressed: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None:
     """The steps of both networks side by side; None where they are not plain chains."""
     old, new = list(_steps(dense)), list(_steps(compressed))
-    if len(old) != len(new) or not any(isinstance(part, LowRankLayer) for part in new):
+    if len(old) != len(new) or not any(isinstance(part, StoredLayer) for part in new):
         return None
     pairs = list(zip(old, new, strict=True))
     return pairs if all(_matches(first, second) for first, second in pairs) else None
@@ -158,7 +158,7 @@ def _has_hooks(part: nn.Module) -> bool:
 def _is_linear(part: nn.Module) -> bool:
     # A parametrised layer is of another class and runs the same forward.
     plain = isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
-    return plain or isinstance(part, LowRankLayer)
+    return plain or isinstance(part, StoredLayer)
 
 
 def _is_norm_bounded(part: nn.Module) -> bool:

@@ -100,8 +100,8 @@ class MetricErrors(JsonRecord):
     """The least error of any matrix of the rank; null where none can be proved."""
     stored: float
     """The error of the factors as they are written."""
-    svd: float
-    """The error of plain SVD of the rank."""
+    svd: float | None
+    """The error of plain SVD of the rank; null for a form without a rank."""
     total: float
     """The error of the zero matrix."""
     unit: str
@@ -116,12 +116,12 @@ class OutputErrors(JsonRecord):
     """What is below this is rounding."""
     inputs: str
     """X: calibration | white | compressed (the inputs in the compressed network)."""
-    optimum: float
-    """The error of the method's solution of the rank, not rounded."""
+    optimum: float | None
+    """The error of the method's solution of the rank, not rounded; null without a rank."""
     stored: float
     """The error of the factors as they are written."""
-    svd: float
-    """The error of plain SVD of the rank."""
+    svd: float | None
+    """The error of plain SVD of the rank; null for a form without a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +193,8 @@ class LayerFacts(JsonRecord):
     """The largest entry of interpolation coefficients; null without permutation."""
     rank: int | None = field(default=None, metadata=ABSENT)
     """The rank; absent for a dense layer."""
+    parameters: Mapping[str, Any] | None = field(default=None, metadata=ABSENT)
+    """What the layer table states of a form without a rank; absent for other layers."""
     reason: str | None
     """Why this storage, or why dense, in words; null where there is nothing to say."""
     relu: tuple[ReluRank, ...] | None = field(default=None, metadata=ABSENT)
@@ -204,7 +206,7 @@ class LayerFacts(JsonRecord):
     sequential_reason: str | None = field(default=None, metadata=ABSENT)
     """Why it was fitted plainly; absent where `sequential` is true or absent."""
     storage: str
-    """dense | factors | interpolative."""
+    """dense | factors | interpolative, or another form."""
     threshold: float | None = field(default=None, metadata=ABSENT)
     """Where `nuclear` cut the singular values; absent for other methods."""
     threshold_share: float | None = field(default=None, metadata=ABSENT)
@@ -214,6 +216,12 @@ class LayerFacts(JsonRecord):
     def is_dense(self) -> bool:
         """Whether the layer has no factors."""
         return self.storage == DENSE
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The form and its parameters, by the names of a layer table."""
+        own = {"storage": self.storage, "rank": self.rank, "block": self.block}
+        return own | dict(self.parameters or {})
 
     @property
     def held_out(self) -> HeldOutErrors | None:

@@ -4,16 +4,19 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from engine_helpers import storage_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lrc_cli.engine import (
-    DENSE,
+    DENSE_STORAGE,
+    STORAGES,
+    Choice,
     Choices,
     Infeasible,
+    Predicted,
     default_rank_multiple,
-    rank_choices,
-    storage_bytes,
     tails,
     uniform,
     uniform_within_error,
@@ -32,10 +35,7 @@ layers_of_pairs = st.lists(
 
 
 def made(pairs: Pairs, unit: float = 1.0) -> Choices:
-    return Choices(
-        num_bytes=torch.tensor([size for size, _ in pairs]),
-        errors=torch.tensor([unit * error for _, error in pairs], dtype=torch.float64),
-    )
+    return Choices([Choice("any", None, size, unit * error) for size, error in pairs])
 
 
 def totals(layers: list[Pairs], picks: list[int]) -> tuple[int, int]:
@@ -156,9 +156,22 @@ def shares(layers: list[Pairs], dense: list[int]) -> list[float]:
     return [size / d for layer, d in zip(layers, dense, strict=True) for size, _ in layer]
 
 
+def choices_of(
+    spectrum: Tensor, m: int, n: int, storage: str = "auto", multiple: int | None = None
+) -> Choices:
+    """Every rank that pays, and dense."""
+    ranks = STORAGES[storage].choices(
+        (m, n),
+        2,
+        Predicted(spectrum=spectrum),
+        rank_multiple=multiple or default_rank_multiple(m, n),
+    )
+    return Choices([*ranks, *DENSE_STORAGE.choices((m, n), 2)])
+
+
 def decaying(m: int, n: int, strength: float) -> Choices:
     spectrum = strength * torch.logspace(0, -3, min(m, n), dtype=torch.float64)
-    return rank_choices(spectrum, m=m, n=n, itemsize=2, rank_multiple=1)
+    return choices_of(spectrum, m, n, multiple=1)
 
 
 def test_more_bytes_never_cost_error_and_full_bytes_are_dense() -> None:
@@ -207,10 +220,7 @@ def test_infeasible_targets_name_the_smallest() -> None:
 @pytest.mark.parametrize("errors", [[-1.0], [float("nan")], [float("inf")], []])
 def test_choices_without_a_meaning_are_refused(errors: list[float]) -> None:
     with pytest.raises(ValueError):
-        Choices(
-            num_bytes=torch.ones(len(errors), dtype=torch.int64),
-            errors=torch.tensor(errors, dtype=torch.float64),
-        )
+        Choices([Choice("any", None, 1, error) for error in errors])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +246,7 @@ def test_rank_choices_are_every_rank_that_pays(
     storage: str, m: int, n: int, multiple: int | None
 ) -> None:
     spectrum = torch.rand(min(m, n), dtype=torch.float64).sort(descending=True).values
-    choices = rank_choices(spectrum, m=m, n=n, itemsize=2, storage=storage, rank_multiple=multiple)
+    choices = choices_of(spectrum, m, n, storage, multiple)
     step = multiple or (8 if m % 8 == 0 and n % 8 == 0 else 1)
     assert step == (multiple or default_rank_multiple(m, n))
     expected = [
@@ -246,8 +256,9 @@ def test_rank_choices_are_every_rank_that_pays(
         for size in [storage_bytes(storage, m, n, rank, 2, block)]
         if size < 2 * m * n
     ]
-    expected.append((DENSE, 2 * m * n, 0.0))
-    assert choices.ranks.tolist() == [rank for rank, _, _ in expected]
+    assert [x.rank for x in choices.each] == [*(rank for rank, _, _ in expected), None]
+    assert {x.form for x in choices.each[:-1]} <= {storage} and choices.each[-1].is_dense
+    expected.append((0, 2 * m * n, 0.0))
     assert choices.num_bytes.tolist() == [size for _, size, _ in expected]
     assert choices.errors.tolist() == pytest.approx([error for _, _, error in expected])
 
@@ -257,8 +268,8 @@ def test_interpolative_storage_reaches_a_higher_rank_in_the_same_bytes() -> None
     budget = 0.8 * 2 * 576 * 576
     ranks = {}
     for storage in ("factors", "interpolative"):
-        choices = rank_choices(spectrum, m=576, n=576, itemsize=2, storage=storage)
-        ranks[storage] = int(choices.ranks[within_bytes([choices], budget)[0]])
+        choices = choices_of(spectrum, 576, 576, storage)
+        ranks[storage] = choices.each[within_bytes([choices], budget)[0]].rank
     assert ranks == {"factors": 224, "interpolative": 312}
 
 

@@ -4,20 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_helpers import gaussian
+from engine_helpers import gaussian, granted, pack
 from torch import Tensor
 
-from lrc_cli.engine import (
-    NUCLEAR,
-    SOLVERS,
-    SVD,
-    Approximation,
-    SameInput,
-    Shrunk,
-    Statistics,
-    dense,
-    pack_best,
-)
+from lrc_cli.engine import NUCLEAR, SOLVERS, SVD, Approximation, SameInput, Shrunk, Statistics
+from lrc_cli.forms import dense
 from lrc_cli.job.factors.fit import Request, fit_layer
 from lrc_cli.job.statistics.moments import GramSum
 
@@ -159,7 +150,7 @@ def test_the_rounding_of_the_bias_is_a_part_of_the_reported_error() -> None:
     weight, x = gaussian(16, 24, seed=0), 100 * offset_inputs(24, 300)
     task = problem("frobenius", weight, moments(x, torch.eye(16), center=True), 12)
     bias = 50 * gaussian(16, seed=8).to(torch.bfloat16)
-    request = Request(rank=8, rank_multiple=1, storage="factors", dtype=torch.bfloat16, bias=bias)
+    request = Request(choice=granted("factors", 8), dtype=torch.bfloat16, bias=bias)
     fitted = fit_layer(task, request)
     assert fitted.packed is not None and fitted.bias is not None and fitted.facts.errors
     change = fitted.bias.double() - bias.double()
@@ -173,7 +164,7 @@ def test_the_rounding_of_the_bias_is_a_part_of_the_reported_error() -> None:
 def test_inputs_that_never_vary_leave_only_the_bias(method: str) -> None:
     weight, x = gaussian(16, 24, seed=0), gaussian(24, 1, seed=1).expand(24, 50)
     task = problem(method, weight, moments(x, torch.eye(16).double(), center=True), 4)
-    stored = pack_best(task, 4, torch.float32)
+    stored = pack(task, 4, torch.float32)
     fitted = dense(stored.packed)
     difference = output_difference(weight, fitted, task.shift(fitted), x)
     assert difference.abs().max() < 1e-9 * (weight @ x).abs().max()

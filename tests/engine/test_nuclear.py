@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_helpers import CASES, SHAPES, case, gaussian, square_root
+from engine_helpers import CASES, SHAPES, case, gaussian, pack, square_root
 from torch import Tensor
 
 from lrc_cli.engine import (
@@ -15,12 +15,11 @@ from lrc_cli.engine import (
     Shrunk,
     SolveError,
     Statistics,
-    dense,
-    pack_best,
     rank_of,
     tails,
 )
 from lrc_cli.engine.solvers.nuclear import energies_of
+from lrc_cli.forms import dense
 
 Solve = Callable[[Tensor, Statistics, int], Factors]
 
@@ -220,13 +219,13 @@ def test_what_is_stored_stays_shrunk(name: str, storage: str) -> None:
     """Rounded tensors are refitted to Z: refitted to W they would undo the threshold."""
     weight, statistics = case(name)
     problem = Shrunk(weight, statistics).at(8)
-    stored = pack_best(problem, 8, torch.bfloat16, storage=storage)
+    stored = pack(problem, 8, torch.bfloat16, storage)
     gap = stored.error - problem.optimum(stored.packed.rank)
     assert stored.error == pytest.approx(
         objective(weight, dense(stored.packed), statistics, problem.threshold), rel=1e-9
     )
     assert 0 <= gap < 2e-3 * stored.error
-    refitted = pack_best(SameInput(weight, statistics, NUCLEAR), 8, torch.bfloat16, storage=storage)
+    refitted = pack(SameInput(weight, statistics, NUCLEAR), 8, torch.bfloat16, storage)
     other = objective(weight, dense(refitted.packed), statistics, problem.threshold)
     assert other - problem.optimum(8) > 5 * gap
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_helpers import DEVICES, gaussian
+from engine_helpers import DEVICES, gaussian, granted, pack
 from torch import Tensor
 
 from lrc_cli.engine import (
@@ -15,11 +15,10 @@ from lrc_cli.engine import (
     Solution,
     Statistics,
     Unpolished,
-    dense,
-    pack_best,
 )
 from lrc_cli.engine.solvers.relu_errors import best_offset
 from lrc_cli.engine.solvers.relu_programme import Programme, programme
+from lrc_cli.forms import dense
 from lrc_cli.job.factors.fit import Request, fit_best
 
 Layer = tuple[Tensor, Tensor | None, Tensor]
@@ -306,11 +305,11 @@ def test_the_errors_are_those_of_the_matrix_with_its_rounded_bias(
 def test_rounded_it_is_still_not_above_frobenius(kind: str, storage: str) -> None:
     (weight, bias, x), dtype = layer(kind), torch.bfloat16
     data = weight.to(dtype).double(), None if bias is None else bias.to(dtype).double(), x
-    request = Request(rank=8, rank_multiple=1, storage=storage, dtype=dtype, bias=data[1])
+    request = Request(choice=granted(storage, 8), dtype=dtype, bias=data[1])
     judge = problem(data, dtype)
     fitted = fit_best([judge, Unpolished(judge)], request)
     plain = SameInput(data[0], statistics(x), FROBENIUS)
-    packed = pack_best(plain, 8, dtype, storage=storage).packed
+    packed = pack(plain, 8, dtype, storage).packed
     assert fitted.packed is not None and fitted.facts.errors is not None
     new = None if fitted.bias is None else fitted.bias.double()
     error = behind_relu(data, dense(fitted.packed), new)

@@ -8,19 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engine_helpers import DEVICES, SHAPES, damped, gaussian, second_moments, square_root
+from engine_helpers import DEVICES, SHAPES, damped, gaussian, pack, second_moments, square_root
 from torch import Tensor
 
-from lrc_cli.engine import (
-    SOLVERS,
-    Drift,
-    SameInput,
-    Sequential,
-    SolveError,
-    Statistics,
-    dense,
-    pack_best,
-)
+from lrc_cli.engine import SOLVERS, Drift, SameInput, Sequential, SolveError, Statistics
+from lrc_cli.forms import dense
 
 METHODS = ["frobenius", "curvature"]
 RIDGE = 1e-2
@@ -407,7 +399,7 @@ def test_stored_weights_of_any_dtype_are_solved_in_float64(method: str, dtype: t
     stored = given.weight.to(dtype)
     first, second = (Case(**{**vars(given), "weight": w}) for w in (stored, stored.double()))
     torch.testing.assert_close(own(first, 7), own(second, 7), rtol=0, atol=0)
-    packed = pack_best(first.problem, 8, dtype)
+    packed = pack(first.problem, 8, dtype)
     error = second.objective(dense(packed.packed))
     assert packed.error == pytest.approx(error, rel=1e-9)
     assert first.problem.optimum(8) <= error <= 1.05 * first.problem.optimum(8)

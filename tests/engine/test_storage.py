@@ -2,24 +2,30 @@
 
 import pytest
 import torch
-from engine_helpers import DEVICES, SHAPES, case, gaussian, second_moments
+from engine_helpers import (
+    DEVICES,
+    LOW_RANK,
+    SHAPES,
+    case,
+    gaussian,
+    pack,
+    second_moments,
+    storage_bytes,
+)
 from torch import Tensor
 
 from lrc_cli.engine import (
+    DENSE_STORAGE,
     SOLVERS,
-    STORAGES,
     Factors,
     Metric,
-    Packed,
     SameInput,
     SolveError,
     Statistics,
     Stored,
-    dense,
-    pack_best,
     pivot_block,
-    storage_bytes,
 )
+from lrc_cli.forms import Packed, dense
 from lrc_cli.job.work import compress_gram, expand_gram
 
 LOW = [torch.bfloat16, torch.float16, torch.float32]
@@ -27,14 +33,14 @@ LOW = [torch.bfloat16, torch.float16, torch.float32]
 
 def applied(packed: Packed, x: Tensor) -> Tensor:
     """y = Z x row by row, as docs/format.md describes the tensors."""
-    z = packed.weight.double() @ x
-    extra = packed.up.double() @ z
-    if packed.perm is None:
+    z = packed.tensors["weight"].double() @ x
+    extra = packed.tensors["up.weight"].double() @ z
+    if "perm" not in packed.tensors:
         return extra
     c = [*z.tolist(), *extra.tolist()]
     y: list[float] = []
-    for source in packed.perm.tolist():
-        y += c[source * packed.block : (source + 1) * packed.block]
+    for source in packed.tensors["perm"].tolist():
+        y += c[source * packed.parameters["block"] : (source + 1) * packed.parameters["block"]]
     return torch.tensor(y, dtype=torch.float64)
 
 
@@ -49,16 +55,16 @@ def test_interpolative_form_is_exact_and_bounded_in_float64(
 ) -> None:
     weight, _ = case(shape)
     factors = exactly(weight, rank)
-    stored = STORAGES["interpolative"].pack(
+    stored = LOW_RANK["interpolative"].rounded(
         factors, factors.dense(), Metric(), torch.float64, block
     )
     packed = stored.packed
     m, n = weight.shape
-    assert packed.weight.shape == (rank, n) and packed.up.shape == (m - rank, rank)
-    assert packed.perm is not None
-    assert packed.perm.dtype == torch.int32 and len(packed.perm) == m // block
+    tensors = packed.tensors
+    assert tensors["weight"].shape == (rank, n) and tensors["up.weight"].shape == (m - rank, rank)
+    assert tensors["perm"].dtype == torch.int32 and len(tensors["perm"]) == m // block
     assert (dense(packed) - factors.dense()).abs().max() < 1e-10
-    assert packed.up.abs().max() < 20
+    assert packed.tensors["up.weight"].abs().max() < 20
     x = gaussian(n, seed=3)
     torch.testing.assert_close(applied(packed, x), factors.dense() @ x, rtol=1e-9, atol=1e-9)
 
@@ -68,19 +74,21 @@ def test_rank_m_minus_one_has_one_coefficient_row(shape: str) -> None:
     weight, _ = case(shape)
     factors = exactly(weight[: weight.shape[1]], min(weight.shape) - 1)
     m = len(factors.outer)
-    packed = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 1)
-    assert m - packed.packed.rank == 1 and packed.packed.up.shape == (1, m - 1)
+    packed = LOW_RANK["interpolative"].rounded(factors, factors.dense(), Metric(), torch.float64, 1)
+    assert m - packed.packed.rank == 1 and packed.packed.tensors["up.weight"].shape == (1, m - 1)
     assert (dense(packed.packed) - factors.dense()).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", LOW_RANK)
 @pytest.mark.parametrize("name", ["tall", "wide", "square"])
 def test_stored_matrix_is_what_the_tensors_give(storage: str, name: str) -> None:
     weight, statistics = case(name)
     solver = SOLVERS["curvature"]
     factors = solver.factorize(weight, statistics, 8)
-    stored = STORAGES[storage].pack(factors, weight, solver.metric(statistics), torch.bfloat16, 8)
-    assert stored.packed.weight.dtype == stored.packed.up.dtype == torch.bfloat16
+    metric = solver.metric(statistics)
+    stored = LOW_RANK[storage].rounded(factors, weight, metric, torch.bfloat16, 8)
+    dtypes = {stored.packed.tensors[name].dtype for name in ("weight", "up.weight")}
+    assert dtypes == {torch.bfloat16}
     x = gaussian(weight.shape[1], seed=4)
     torch.testing.assert_close(applied(stored.packed, x), dense(stored.packed) @ x)
     error = solver.error(weight - dense(stored.packed), statistics)
@@ -94,8 +102,8 @@ def test_swaps_bound_the_growth_that_partial_pivoting_allows() -> None:
     naive = outer[rank:] @ torch.linalg.inv(triangle)
     assert naive.abs().max() > 1e5
     factors = Factors(outer, gaussian(rank, 30, seed=0))
-    stored = STORAGES["interpolative"].pack(factors, factors.dense(), Metric(), torch.float64, 1)
-    assert stored.packed.up.abs().max() < 10
+    stored = LOW_RANK["interpolative"].rounded(factors, factors.dense(), Metric(), torch.float64, 1)
+    assert stored.packed.tensors["up.weight"].abs().max() < 10
     assert (dense(stored.packed) - factors.dense()).abs().max() < 1e-10
 
 
@@ -109,11 +117,11 @@ def test_blocks_are_chosen_for_conditioning() -> None:
     copies = torch.cat([*[twice] * 2, *[thrice] * 3])
     outer = (copies + 1e-6 * gaussian(*copies.shape, seed=2)).reshape(-1, rank)
     factors = Factors(outer, gaussian(rank, 16, seed=3))
-    stored = STORAGES["interpolative"].pack(
+    stored = LOW_RANK["interpolative"].rounded(
         factors, factors.dense(), Metric(), torch.float64, block
     )
-    assert stored.packed.block == block
-    assert stored.packed.up.abs().max() < 2
+    assert stored.packed.parameters["block"] == block
+    assert stored.packed.tensors["up.weight"].abs().max() < 2
 
 
 def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -> None:
@@ -121,8 +129,8 @@ def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -
     weight[::8] = 0
     rank = 16
     factors = exactly(weight, rank)
-    stored = STORAGES["interpolative"].pack(factors, weight, Metric(), torch.bfloat16, 8)
-    assert stored.packed.block == 1
+    stored = LOW_RANK["interpolative"].rounded(factors, weight, Metric(), torch.bfloat16, 8)
+    assert stored.packed.parameters["block"] == 1
     assert stored.packed.num_bytes <= storage_bytes("interpolative", *weight.shape, rank, 2, 8)
     assert rank - 4 <= stored.packed.rank <= rank
     # The basis from which blocks are chosen is in float32 where bfloat16 is stored.
@@ -138,21 +146,23 @@ def test_refit_beats_the_rounded_coefficients(method: str, dtype: torch.dtype) -
     for shape in SHAPES:
         weight, statistics = case(shape)
         factors = solver.factorize(weight, statistics, 16)
-        stored = STORAGES["interpolative"].pack(
+        stored = LOW_RANK["interpolative"].rounded(
             factors, weight, solver.metric(statistics), dtype, block
         )
         packed = stored.packed
-        assert packed.perm is not None
-        position = packed.perm.long().argsort()
+        position = packed.tensors["perm"].long().argsort()
         rows = torch.arange(len(weight)).view(-1, block)[position].flatten()
         z = factors.dense()[rows]
         plain = torch.linalg.lstsq(z[:16].T, z[16:].T).solution.T
         unfitted = Packed(
-            storage="interpolative",
-            weight=z[:16].to(dtype),
-            up=plain.to(dtype),
-            perm=packed.perm,
-            block=block,
+            form="interpolative",
+            shape=packed.shape,
+            tensors={
+                "weight": z[:16].to(dtype),
+                "up.weight": plain.to(dtype),
+                "perm": packed.tensors["perm"],
+            },
+            parameters={"rank": 16, "block": block},
         )
         error = solver.error(weight - dense(unfitted), statistics)
         assert stored.error <= error * (1 + 1e-12)
@@ -161,22 +171,22 @@ def test_refit_beats_the_rounded_coefficients(method: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", LOW_RANK)
 def test_refit_takes_back_part_of_what_bf16_costs(storage: str, shape: str) -> None:
     weight, statistics = case(shape)
     solver = SOLVERS["curvature"]
     factors = solver.factorize(weight, statistics, 16)
     metric = solver.metric(statistics)
     optimum = solver.error(weight - factors.dense(), statistics)
-    fitted = STORAGES[storage].pack(factors, weight, metric, torch.bfloat16, 8)
-    blind = STORAGES[storage].pack(factors, factors.dense(), Metric(), torch.bfloat16, 8)
+    fitted = LOW_RANK[storage].rounded(factors, weight, metric, torch.bfloat16, 8)
+    blind = LOW_RANK[storage].rounded(factors, factors.dense(), Metric(), torch.bfloat16, 8)
     unfitted = solver.error(weight - dense(blind.packed), statistics)
     assert optimum < fitted.error
     assert fitted.error - optimum < 0.95 * (unfitted - optimum)
 
 
 @pytest.mark.parametrize("name", ["tall-deficient", "wide-deficient", "square-zero-columns"])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", LOW_RANK)
 @pytest.mark.parametrize("method", ["frobenius", "curvature"])
 def test_refit_stays_bounded_where_the_gram_matrix_is_singular(
     method: str, storage: str, name: str
@@ -184,16 +194,16 @@ def test_refit_stays_bounded_where_the_gram_matrix_is_singular(
     weight, statistics = case(name)
     solver = SOLVERS[method]
     problem = SameInput(weight, statistics, solver)
-    stored = pack_best(problem, 16, torch.bfloat16, storage=storage)
+    stored = pack(problem, 16, torch.bfloat16, storage)
     assert torch.isfinite(dense(stored.packed)).all()
-    assert stored.packed.up.abs().max() < 30
+    assert stored.packed.tensors["up.weight"].abs().max() < 30
     assert dense(stored.packed).norm() < 10 * weight.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", LOW_RANK)
 def test_tiny_gradients_fit_every_dtype(
     storage: str, shape: str, dtype: torch.dtype, device: str
 ) -> None:
@@ -205,22 +215,22 @@ def test_tiny_gradients_fit_every_dtype(
     )
     solver = SOLVERS["curvature"]
     problem = SameInput(weight, statistics, solver)
-    stored = pack_best(problem, 16, dtype, storage=storage)
+    stored = pack(problem, 16, dtype, storage)
     total, tail = (solver.spectrum(weight, statistics)[rank:].sum().item() for rank in (0, 16))
     assert 0 < total < 1e-15
-    assert stored.packed.weight.device.type == device
+    assert stored.packed.tensors["weight"].device.type == device
     assert tail * (1 - 1e-6) <= stored.error <= tail + 30 * torch.finfo(dtype).eps ** 2 * total
 
 
 def test_overflow_of_the_stored_dtype_is_a_solve_error() -> None:
     weight, _ = case("wide")
     problem = SameInput(1e12 * weight, Statistics(), SOLVERS["svd"])
-    for storage in STORAGES:
+    for storage in LOW_RANK:
         with pytest.raises(SolveError, match="float16"):
-            pack_best(problem, 8, torch.float16, storage=storage)
+            pack(problem, 8, torch.float16, storage)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", LOW_RANK)
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("m", "n", "rank"), [(40, 24, 16), (24, 40, 13), (30, 30, 8), (25, 9, 8)])
 def test_bytes_are_those_of_the_tensors(
@@ -228,8 +238,8 @@ def test_bytes_are_those_of_the_tensors(
 ) -> None:
     weight = gaussian(m, n, seed=1)
     problem = SameInput(weight, Statistics(), SOLVERS["svd"])
-    packed = pack_best(problem, rank, dtype, storage=storage).packed
-    tensors = [t for t in (packed.weight, packed.up, packed.perm) if t is not None]
+    packed = pack(problem, rank, dtype, storage).packed
+    tensors = packed.tensors.values()
     assert packed.num_bytes == sum(len(t.numpy(force=True).tobytes()) for t in map(raw, tensors))
     block = pivot_block(m, rank)
     assert packed.num_bytes == storage_bytes(storage, m, n, rank, dtype.itemsize, block)
@@ -252,8 +262,8 @@ def test_a_rank_lowered_by_the_cap_keeps_its_blocks(shape: str) -> None:
     factors = solver.factorize(weight, statistics, 16)
     assert factors.rank == 10
     problem = SameInput(weight, statistics, solver)
-    stored = pack_best(problem, 16, torch.float32, storage="interpolative")
-    assert stored.packed.rank == 16 and stored.packed.block == 8
+    stored = pack(problem, 16, torch.float32, "interpolative")
+    assert stored.packed.rank == 16 and stored.packed.parameters["block"] == 8
     assert stored.error < 1e-10 * solver.error(weight, statistics)
 
 
@@ -265,12 +275,12 @@ def trial(decades: float, surveyed: bool) -> tuple[Stored, Stored, Stored]:
     factors, metric = solver.factorize(weight, statistics, 40), solver.metric(statistics)
     survey = solver.survey(weight, statistics) if surveyed else None
     problem = SameInput(weight, statistics, solver, survey)
-    auto = pack_best(problem, 40, torch.bfloat16)
-    blocked = STORAGES["interpolative"].pack(factors, weight, metric, torch.bfloat16, 8)
+    auto = pack(problem, 40, torch.bfloat16)
+    blocked = LOW_RANK["interpolative"].rounded(factors, weight, metric, torch.bfloat16, 8)
     rank = storage_bytes("interpolative", 64, 64, 40, 2, 8) // storage_bytes(
         "factors", 64, 64, 1, 2, 8
     )
-    plain = STORAGES["factors"].pack(factors.truncated(rank), weight, metric, torch.bfloat16, 8)
+    plain = LOW_RANK["factors"].rounded(factors.truncated(rank), weight, metric, torch.bfloat16, 8)
     return auto, blocked, plain
 
 
@@ -280,7 +290,7 @@ def test_auto_takes_the_lower_stored_error_in_the_same_bytes(
     decades: float, winner: str, surveyed: bool
 ) -> None:
     auto, blocked, plain = trial(decades, surveyed)
-    assert auto.packed.storage == winner
+    assert auto.packed.form == winner
     assert auto.error == pytest.approx(min(blocked.error, plain.error), rel=1e-9)
     assert auto.packed.num_bytes <= blocked.packed.num_bytes
     assert auto.reason.startswith(winner)
@@ -301,7 +311,21 @@ def test_errors_of_what_is_stored_are_those_of_the_matrix(
     weight, solver = gaussian(m, n, seed=3), SOLVERS[method]
     problem = SameInput(weight, statistics, solver, solver.survey(weight, statistics))
     for rank in (8, 24, 32, 40, 64):
-        for storage in STORAGES:
-            stored = pack_best(problem, rank, dtype, storage=storage)
+        for storage in LOW_RANK:
+            stored = pack(problem, rank, dtype, storage)
             wanted = problem.errors(dense(stored.packed))
             assert stored.errors == pytest.approx(wanted, rel=1e-6, abs=1e-9 * problem.total)
+
+
+def test_dense_is_a_form_with_one_choice_at_no_error() -> None:
+    weight, statistics = case("tall")
+    problem = SameInput(weight, statistics, SOLVERS["frobenius"])
+    (choice,) = DENSE_STORAGE.choices(weight.shape, 2)
+    assert choice.is_dense and (choice.num_bytes, choice.error) == (2 * weight.numel(), 0.0)
+    stored = DENSE_STORAGE.pack(problem, choice, torch.float64)
+    assert torch.equal(dense(stored.packed), weight) and stored.error == 0
+    assert stored.packed.num_bytes == 8 * weight.numel() and stored.packed.rank is None
+    with pytest.raises(SolveError, match="float16"):
+        DENSE_STORAGE.pack(
+            SameInput(1e12 * weight, statistics, SOLVERS["frobenius"]), choice, LOW[1]
+        )

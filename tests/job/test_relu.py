@@ -21,7 +21,7 @@ from lrc_cli.job.factors.layer_inputs import read_inputs
 from lrc_cli.job.plan import Plan, make_plan
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
-from lrc_cli.network.low_rank.modules import dense_weight
+from lrc_cli.network.low_rank.stored import dense_weight
 
 FC1 = [f"model.decoder.layers.{i}.fc1" for i in range(2)]
 

@@ -7,15 +7,17 @@ from typing import Any
 
 import pico
 import pytest
+from engine_helpers import storage_bytes
 from sequential_helpers import (
     Changes,
     factorised,
 )
 
 from lrc_cli.config import load_config
-from lrc_cli.engine import DENSE
+from lrc_cli.engine import DENSE_STORAGE, Choice, pivot_block
 from lrc_cli.job.factors.decide_sequential import decide
 from lrc_cli.job.plan import Plan, make_plan
+from lrc_cli.network.layer import Layer
 
 
 @dataclass
@@ -53,10 +55,20 @@ AUTO: dict[str, tuple[Changes, int, int, bool, str]] = {
     "svd": ({"method": "svd"}, 8, 1631, False, "0 of 14 factorised layers"),
     "layer-error": ({"max_layer_error": 0.5}, 8, 1631, False, "max_layer_error is about the dense"),
     "loss-increase": ({"max_loss_increase": 1}, 8, 1631, False, "max_loss_increase is about the"),
-    "nothing": ({}, DENSE, 1631, False, "100.0% of the bytes are kept"),
+    "nothing": ({}, None, 1631, False, "100.0% of the bytes are kept"),
 }
-"""Keys of compression, every layer's rank, the tokens, and what comes of it. Of 60 sequences 7 are
-held back: of 1630 tokens, 190."""
+"""Keys of compression, every layer's rank (None: dense), the tokens, and what comes of it. Of 60
+sequences 7 are held back: of 1630 tokens, 190."""
+
+
+def _granted(layer: Layer, rank: int | None) -> Choice:
+    """A layer's choice of this rank, in any unit."""
+    itemsize = layer.dtype.itemsize
+    if rank is None:
+        return DENSE_STORAGE.choices(layer.shape, itemsize)[0]
+    m, n = layer.shape
+    size = storage_bytes("auto", m, n, rank, itemsize, pivot_block(m, rank))
+    return Choice("auto", rank, size, 0.0)
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -67,12 +79,12 @@ def test_auto_is_on_where_it_pays_and_says_why(
     config = load_config(pico.job(tmp_path, sequential_job("llama", **asked)))
     plan = make_plan(config)
     work: Any = Known(plan, tokens)
-    decision = decide(plan, work, {layer.name: rank for layer in plan.layers})
+    decision = decide(plan, work, {layer.name: _granted(layer, rank) for layer in plan.layers})
     assert decision.used is used
     assert decision.reason.startswith("auto: ") and reason in decision.reason
     off = replace(config.compression, sequential=False)
     plain = replace(plan, config=replace(config, compression=off))
-    decision = decide(plain, work, {layer.name: rank for layer in plan.layers})
+    decision = decide(plain, work, {layer.name: _granted(layer, rank) for layer in plan.layers})
     assert not decision.used and decision.reason == "compression.sequential is false"
 
 

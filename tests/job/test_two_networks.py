@@ -12,7 +12,9 @@ from lrc_cli.execution.chain import find_chain
 from lrc_cli.job.factors import sequential as fitting
 from lrc_cli.job.factors.two_networks import DriftSum, Streams
 from lrc_cli.job.plan import make_plan
-from lrc_cli.network.low_rank.modules import LowRankModule, low_rank_layers
+from lrc_cli.network.low_rank.modules import LowRankModule
+from lrc_cli.network.low_rank.stored import stored_layers
+from lrc_cli.report.record import LayerFacts
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -60,6 +62,10 @@ def test_streamed_moments_around_a_far_mean_keep_their_digits() -> None:
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+def _facts(storage: str) -> LayerFacts:
+    return LayerFacts(storage=storage, reason=None, fallback=False)
+
+
 def test_the_second_network_holds_low_rank_layers(tmp_path: Path, sequential_job: Any) -> None:
     """Factors that a layer has are put in its place, and no other layer changes."""
     config = load_config(pico.job(tmp_path, sequential_job("llama", sequential=True)))
@@ -68,12 +74,13 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, sequential_job
     streams = Streams(plan, find_chain(plan.network, batches[0]), batches)
     layer = plan.layers[0]
     weight = layer.weight(plan.source)
-    streams.install(layer, {layer.keys.weight: weight[:8], layer.keys.up: weight[:, :8]})
+    tensors = {layer.keys.weight: weight[:8], layer.keys.key("up.weight"): weight[:, :8]}
+    streams.install(layer, tensors, _facts("factors"))
     modules = streams.compressed.network.module
     assert isinstance(modules.get_submodule(layer.name), LowRankModule)
     assert not any(isinstance(m, LowRankModule) for m in plan.network.module.modules())
     other = plan.layers[1]
-    streams.install(other, {layer.keys.weight: weight[:8]})
+    streams.install(other, {layer.keys.weight: weight[:8]}, _facts("dense"))
     assert not isinstance(modules.get_submodule(other.name), LowRankModule)
 
 
@@ -89,7 +96,7 @@ def test_factors_of_finished_layers_are_not_in_private_memory(
 
     monkeypatch.setattr(fitting, "Streams", opened)
     pico.compressed(tmp_path, sequential_job("llama", size=0.4))
-    modules = dict(low_rank_layers(streams[0].compressed.network.module))
+    modules = dict(stored_layers(streams[0].compressed.network.module))
     tensors = [tensor for part in modules.values() for tensor in part.state_dict().values()]
     mapped = Path("/proc/self/maps").read_text().splitlines()
     files = [line.split() for line in mapped if str(tmp_path) in line]

@@ -19,8 +19,8 @@ from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
-from lrc_cli.network.low_rank.modules import low_rank_layers
 from lrc_cli.network.low_rank.slots import low_rank_module
+from lrc_cli.network.low_rank.stored import stored_layers
 from lrc_cli.network.opening import open_module
 
 GEOMETRIES: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
@@ -193,7 +193,7 @@ def test_a_plain_network_is_compressed_loaded_and_verified(
     with torch.no_grad():
         got, wanted = loaded.float()(pixels), dense(pixels)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
-    assert len(list(low_rank_layers(loaded))) == len(kinds)
+    assert len(list(stored_layers(loaded))) == len(kinds)
     checkpoint = plain_folder.path / "pictures.safetensors"
     ended = pico.call("verify", output, "--against", checkpoint, "--factory", factory)
     assert ended.code == 0, ended.out + ended.err

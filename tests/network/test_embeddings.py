@@ -19,7 +19,8 @@ import lrc_cli
 import lrc_cli.hf
 from lrc_cli.errors import InputError
 from lrc_cli.network.embeddings import merge_tables
-from lrc_cli.network.low_rank.modules import LowRankLayer, dense_weight
+from lrc_cli.network.low_rank.modules import LowRankLayer
+from lrc_cli.network.low_rank.stored import dense_weight
 from lrc_cli.network.low_rank.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"

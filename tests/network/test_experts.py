@@ -20,7 +20,7 @@ from lrc_cli.job.factors import decide_sequential
 from lrc_cli.network.experts import Experts, has_experts, unfuse
 from lrc_cli.network.fused_experts import put_together, take_apart
 from lrc_cli.network.loading import load
-from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.network.low_rank.stored import stored_layers
 
 IDS = torch.randint(4, 64, (48, 12), generator=torch.Generator().manual_seed(4))
 MIXTURES = ("mixtral", "qwen3-moe")
@@ -165,7 +165,7 @@ def test_files_have_a_key_for_every_expert_and_load_apart(made: Made) -> None:
     keys = pico.factorised_keys(pico.read_state(made.output))
     assert any(".block_sparse_moe.experts.0.w1" in key for key in keys)
     loaded = AutoModelForCausalLM.from_pretrained(made.output)
-    assert any(".mlp.experts.0.w1" in name for name, _ in low_rank_layers(loaded))
+    assert any(".mlp.experts.0.w1" in name for name, _ in stored_layers(loaded))
     assert isinstance(loaded.get_submodule("model.layers.0.mlp.experts"), Experts)
     with torch.no_grad():
         logits = loaded(IDS).logits

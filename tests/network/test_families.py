@@ -22,7 +22,7 @@ from lrc_cli.execution.network import make_network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
-from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.network.low_rank.stored import stored_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def test_computes_what_its_factors_multiplied_out_do(made: Get, name: str, tmp_p
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = model_class(family).from_pretrained(family.output)
     plain = model_class(family).from_pretrained(tmp_path)
-    assert list(low_rank_layers(loaded)) and not list(low_rank_layers(plain))
+    assert list(stored_layers(loaded)) and not list(stored_layers(plain))
     pairs = list(zip(outputs(loaded, family.family), outputs(plain, family.family), strict=True))
     assert pairs
     for got, wanted in pairs:

@@ -22,7 +22,8 @@ from torch import nn
 from lrc_cli.errors import InputError
 from lrc_cli.network.layouts import linear_shape
 from lrc_cli.network.loading import load
-from lrc_cli.network.low_rank.modules import LowRankModule, dense_weight, low_rank_layers
+from lrc_cli.network.low_rank.modules import LowRankModule
+from lrc_cli.network.low_rank.stored import dense_weight, stored_layers
 
 X = torch.linspace(-1, 1, 24 * 5).view(5, 24)
 
@@ -97,10 +98,10 @@ def test_factorised_module_equals_the_dense_one(tmp_path: Path, form: str) -> No
     for factory in (Mlp, f"{__name__}:Mlp"):
         model = load(tmp_path, factory=factory)
         torch.testing.assert_close(model(X), dense(X), rtol=1e-4, atol=1e-5)
-    assert {name for name, _ in low_rank_layers(model)} == {"first", "shared", "last"}
+    assert {name for name, _ in stored_layers(model)} == {"first", "shared", "last"}
     assert model.again is model.shared and isinstance(model.shared, LowRankModule)
     assert not model.training
-    for name, layer in low_rank_layers(model):
+    for name, layer in stored_layers(model):
         torch.testing.assert_close(dense_weight(layer), dense.get_submodule(name).weight)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lrc_cli
-from lrc_cli.network.low_rank.modules import low_rank_layers
+from lrc_cli.network.low_rank.stored import stored_layers
 from lrc_cli.network.recurrent import Recurrent, RecurrentMatrix, unroll
 
 KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
@@ -164,7 +164,7 @@ def test_a_recurrent_network_is_compressed_loaded_and_verified(
     assert matrices.keys() == ((FIRST | SECOND) if name == "recurrent" else GRU)
     assert all(row["storage"] != "dense" for row in matrices.values())
     loaded = lrc_cli.load(output, factory=factory)
-    assert {name for name, _ in low_rank_layers(loaded)} >= matrices.keys()
+    assert {name for name, _ in stored_layers(loaded)} >= matrices.keys()
     dense = lrc_cli.load(checkpoint, factory=factory)
     assert not any(isinstance(part, Recurrent) for part in dense.modules())
     before, got = outputs(dense, plain_folder), outputs(loaded, plain_folder)

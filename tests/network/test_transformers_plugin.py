@@ -37,7 +37,8 @@ from lrc_cli.errors import InputError
 from lrc_cli.network import transformers_plugin
 from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.loading import load
-from lrc_cli.network.low_rank.modules import LowRankModule, dense_weight, low_rank_layers
+from lrc_cli.network.low_rank.modules import LowRankModule
+from lrc_cli.network.low_rank.stored import dense_weight, stored_layers
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = torch.arange(3, 23).view(2, 10)
@@ -86,7 +87,7 @@ def test_logits_equal_those_of_the_multiplied_out_weights(
     pair = pairs(model, form)
     loaded = auto(model).from_pretrained(pair.factorised)
     dense = auto(model).from_pretrained(pair.dense)
-    layers = dict(low_rank_layers(loaded))
+    layers = dict(stored_layers(loaded))
     assert len(layers) == len(pair.layers) > 0
     assert all(isinstance(layer, LowRankModule) for layer in layers.values())
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-5)
@@ -157,19 +158,19 @@ def test_base_model_loads_from_a_checkpoint_with_a_head(
     loaded.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "model.safetensors")
     stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
-    assert len(stated) == len(list(low_rank_layers(loaded)))
+    assert len(stated) == len(list(stored_layers(loaded)))
     assert all(f"{name}.up.weight" in keys for name in stated)
     again = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).last_hidden_state, states[0])
     headed = auto(model).from_pretrained(tmp_path)
-    assert len(list(low_rank_layers(headed))) == len(stated)
+    assert len(list(stored_layers(headed))) == len(stated)
 
 
 def test_classifier_loads_from_a_masked_language_model(pairs: Callable[[str, str], Pair]) -> None:
     pair = pairs("bert", "rows")
     model = AutoModelForSequenceClassification.from_pretrained(pair.factorised)
-    layers = dict(low_rank_layers(model))
+    layers = dict(stored_layers(model))
     assert set(layers) == set(pair.layers)
     dense = load_file(pair.dense / "model.safetensors")
     for name, layer in layers.items():
@@ -197,7 +198,7 @@ def test_dequantize_gives_the_dense_model(
 ) -> None:
     pair = pairs(model, "rows")
     loaded = AutoModelForCausalLM.from_pretrained(pair.factorised).dequantize()
-    assert not list(low_rank_layers(loaded))
+    assert not list(stored_layers(loaded))
     expected = logits(AutoModelForCausalLM.from_pretrained(pair.dense))
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
     if model == "gpt2":
@@ -268,7 +269,7 @@ def test_offloaded_layers_run(llama: Pair, tmp_path: Path) -> None:
 
 def test_second_registration_is_harmless(llama: Pair) -> None:
     importlib.reload(transformers_plugin)
-    assert list(low_rank_layers(AutoModelForCausalLM.from_pretrained(llama.factorised)))
+    assert list(stored_layers(AutoModelForCausalLM.from_pretrained(llama.factorised)))
 
 
 # ---------------------------------------------------------------- loud failures
@@ -387,7 +388,7 @@ def test_contradicting_config_is_refused(llama: Pair, tmp_path: Path, damage: st
 
 def test_table_may_be_absent(llama: Pair, tmp_path: Path) -> None:
     path = edit_config(llama.factorised, tmp_path / "edited", lambda c: c.pop("layers"))
-    assert len(list(low_rank_layers(load(path)))) == len(llama.layers)
+    assert len(list(stored_layers(load(path)))) == len(llama.layers)
 
 
 def test_dense_weights_under_our_config_are_refused(llama: Pair, tmp_path: Path) -> None:

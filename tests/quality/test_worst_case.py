@@ -10,8 +10,9 @@ from pico import write_model, write_plain
 from torch import Tensor, nn
 
 from lrc_cli.network.layouts import LINEAR
-from lrc_cli.network.low_rank.modules import LowRankModule, replace_modules
+from lrc_cli.network.low_rank.modules import LowRankModule
 from lrc_cli.network.low_rank.slots import low_rank_module
+from lrc_cli.network.low_rank.stored import replace_modules
 from lrc_cli.quality.records import OwnError, WorstCase
 from lrc_cli.quality.worst_case import LIPSCHITZ, worst_case
 

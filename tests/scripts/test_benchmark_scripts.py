@@ -16,7 +16,7 @@ from gpu_check import FULL, blocks_that_fit
 from random_llama import llama_config, write_job, write_llama
 from transformers import AutoModelForCausalLM
 
-from lrc_cli.network.low_rank.modules import dense_weight
+from lrc_cli.network.low_rank.stored import dense_weight
 
 
 def write(directory: Path) -> Path:

@@ -3,11 +3,37 @@
 import torch
 from torch import Tensor
 
-from lrc_cli.engine import Statistics
+from lrc_cli.engine import STORAGES, Approximation, Choice, LowRankStorage, Statistics, Stored
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
+
+
+LOW_RANK = {name: form for name, form in STORAGES.items() if isinstance(form, LowRankStorage)}
+
+
+def granted(storage: str, rank: int | None) -> Choice:
+    """A choice of which nothing but its form and its rank counts."""
+    return Choice(storage, rank, 0, 0.0)
+
+
+def pack(
+    problem: Approximation,
+    rank: int,
+    dtype: torch.dtype,
+    storage: str = "auto",
+    rank_multiple: int = 1,
+) -> Stored:
+    """One layer at a granted rank, in a storage by its name."""
+    choice = granted(storage, rank)
+    return STORAGES[storage].pack(problem, choice, dtype, rank_multiple=rank_multiple)
+
+
+def storage_bytes(storage: str, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
+    """Bytes by name; "auto" starts from interpolative."""
+    name = "interpolative" if storage == "auto" else storage
+    return LOW_RANK[name].num_bytes(m, n, rank, itemsize, block)
 
 
 def generator(seed: int) -> torch.Generator:

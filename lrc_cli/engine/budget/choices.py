@@ -1,90 +1,91 @@
-"""The (bytes, error) choices of a layer: what the allocation chooses from."""
+"""What a layer may become: the choices between which a budget is shared."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.storage.forms import PIVOT_BLOCK, pivot_block, storage_bytes
-
-DENSE = 0
-"""The rank that stands for "left dense"."""
-
-TILE = 32
-"""Matrix units take bfloat16 numbers by the 32: on a CPU with AMX, 2048 x 2048 at rank 1120 runs a
-fifth faster than at 1128."""
-
-WIDE = 1024
-"""The side from which ranks are multiples of TILE: below it too few ranks would be left."""
+from lrc_cli.forms import DENSE
 
 
-@dataclass(frozen=True, kw_only=True)
+class Choice(NamedTuple):
+    """One alternative for one layer."""
+
+    form: str
+    """The form's name in `FORMS`, or a name under which several forms are tried (`auto`)."""
+    rank: int | None
+    """The rank; None for a form that has none."""
+    num_bytes: int
+    """Bytes on the disk, with all that the layer gains (a new bias)."""
+    error: float
+    """The predicted error, in the unit of the allocation."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.form == DENSE
+
+
+@dataclass(frozen=True)
 class Choices:
-    """Alternatives for one layer, in any order and of any kind."""
+    """The alternatives of one layer, in any order and of any form.
 
-    num_bytes: Tensor
-    """The bytes of each choice, (k,) int64."""
+    Raises:
+        ValueError: there is none, or an error is negative or not finite.
+    """
 
-    errors: Tensor
-    """The error of each choice, (k,) float64, finite and >= 0, in a unit that all layers share."""
+    each: Sequence[Choice]
 
     def __post_init__(self) -> None:
-        if self.num_bytes.shape != self.errors.shape or self.errors.dim() != 1:
-            raise ValueError("num_bytes and errors must be vectors of the same length")
-        if len(self.errors) == 0:
+        if not self.each:
             raise ValueError("a layer needs at least one choice")
-        if not torch.isfinite(self.errors).all() or (self.errors < 0).any():
+        if not all(math.isfinite(choice.error) and choice.error >= 0 for choice in self.each):
             raise ValueError("errors must be finite and not negative")
+
+    @cached_property
+    def num_bytes(self) -> Tensor:
+        """(k,) int64"""
+        return torch.tensor([choice.num_bytes for choice in self.each], dtype=torch.int64)
+
+    @cached_property
+    def errors(self) -> Tensor:
+        """(k,) float64, finite and >= 0; the unit is shared by all layers of an allocation."""
+        return torch.tensor([choice.error for choice in self.each], dtype=torch.float64)
+
+    def where(self, keep: Callable[[Choice], bool]) -> list[Choice]:
+        """The choices that are to be kept; there may be none."""
+        return [choice for choice in self.each if keep(choice)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankChoices(Choices):
-    """Choices that are ranks; the last rank is DENSE."""
+class Predicted:
+    """What phase one knows of a layer's errors, all in one unit."""
 
-    ranks: Tensor
-    """The ranks, (k,) int64."""
+    spectrum: Tensor
+    """(k,) float64: spectrum[r:].sum() is the error of rank r."""
+    measured: Tensor | None = None
+    """(j,) float64: the errors of the choices that the layer's form has measured; None: it has
+    measured nothing, or not yet."""
 
+    @property
+    def total(self) -> float:
+        """The error of Z = 0."""
+        return self.spectrum.sum().item()
 
-def default_rank_multiple(m: int, n: int) -> int:
-    """The first that divides both sides: TILE where both are wide, PIVOT_BLOCK, 1."""
-    steps = [TILE] if min(m, n) >= WIDE else []
-    return next((k for k in (*steps, PIVOT_BLOCK) if m % k == 0 and n % k == 0), 1)
+    def relative(self) -> "Predicted":
+        """The same as shares of the total, where that is not 0."""
+        total = self.total
+        if total <= 0:
+            return self
+        measured = None if self.measured is None else self.measured / total
+        return Predicted(spectrum=self.spectrum / total, measured=measured)
 
 
 def tails(spectrum: Tensor) -> Tensor:
-    """The tail sums (k + 1,) float64: entry r is spectrum[r:].sum(), added from the small end."""
+    """(k + 1,) float64: entry r is spectrum[r:].sum(), summed from the small end."""
     sums = spectrum.double().flip(0).cumsum(0).flip(0)
     return torch.cat([sums, sums.new_zeros(1)])
-
-
-def rank_choices(
-    spectrum: Tensor,
-    *,
-    m: int,
-    n: int,
-    itemsize: int,
-    storage: str = "auto",
-    rank_multiple: int | None = None,
-    extra: int = 0,
-) -> RankChoices:
-    """Every useful rank of an (m, n) layer, and dense at error 0.
-
-    Ranks are multiples of `rank_multiple` (None: `default_rank_multiple`) in 1..min(m - 1, n)
-    whose storage, with `extra` bytes (a bias that dense lacks), takes fewer bytes than `itemsize`
-    * m * n. Divide the spectrum by its sum for
-    `relative` allocation. The tensors are on the CPU.
-    """
-    step = default_rank_multiple(m, n) if rank_multiple is None else rank_multiple
-    dense_bytes = itemsize * m * n
-    sizes = {
-        rank: storage_bytes(storage, m, n, rank, itemsize, pivot_block(m, rank)) + extra
-        for rank in range(step, min(m - 1, n) + 1, step)
-    }
-    ranks = [rank for rank, size in sizes.items() if size < dense_bytes]
-    errors = tails(spectrum.cpu())
-    index = torch.tensor(ranks, dtype=torch.int64)
-    return RankChoices(
-        ranks=torch.tensor([*ranks, DENSE]),
-        num_bytes=torch.tensor([*(sizes[rank] for rank in ranks), dense_bytes]),
-        errors=torch.cat([errors[index], errors.new_zeros(1)]),
-    )

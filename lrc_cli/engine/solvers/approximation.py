@@ -6,26 +6,16 @@ through this one interface.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lrc_cli.engine.budget.choices import tails
 from lrc_cli.engine.linalg import truncated_svd
-from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics
-from lrc_cli.engine.storage.forms import Stored, dense
-
-
-class Solution(NamedTuple):
-    """The solution of one rank."""
-
-    factors: Factors
-    aim: Tensor
-    """(m, n) float64: what rounded factors are refitted to. The approximated matrix where the
-    solution is its best approximation; the solution itself where it is something else."""
-    zero: Errors | None = None
-    """The errors of Z = 0 against `aim` in the problem's metric, where they are known."""
+from lrc_cli.engine.problem import Errors, Metric, Solution, Statistics
+from lrc_cli.engine.storage.storage import Stored
+from lrc_cli.forms import dense
 
 
 class Approximation(ABC):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, root
-from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, Survey, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Solution, Statistics, Survey, required
 from lrc_cli.engine.solver import Given, Solver
-from lrc_cli.engine.solvers.approximation import OnDenseInputs, Solution
+from lrc_cli.engine.solvers.approximation import OnDenseInputs
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, is_wide
-from lrc_cli.engine.problem import Errors, Factors, Metric, Statistics, Survey, required
+from lrc_cli.engine.problem import Errors, Factors, Metric, Solution, Statistics, Survey, required
 from lrc_cli.engine.solver import Given, Solver
-from lrc_cli.engine.solvers.approximation import Approximation, Solution
+from lrc_cli.engine.solvers.approximation import Approximation
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.relu_errors import refined_offset, true_error
 from lrc_cli.engine.solvers.relu_programme import Convex, Programme, programme

@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.problem import Errors, Factors, References, Statistics, Survey
+from lrc_cli.engine.problem import Errors, Factors, References, Solution, Statistics, Survey
 from lrc_cli.engine.solver import Given, Solver
-from lrc_cli.engine.solvers.approximation import Approximation, OnDenseInputs, Solution, tail
-from lrc_cli.engine.storage.forms import Stored
+from lrc_cli.engine.solvers.approximation import Approximation, OnDenseInputs, tail
+from lrc_cli.engine.storage.storage import Stored
 
 
 class SameInput(OnDenseInputs):

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import cholesky, eigenpairs
-from lrc_cli.engine.problem import Errors, Statistics
+from lrc_cli.engine.problem import Errors, Solution, Statistics
 from lrc_cli.engine.solver import Solver
-from lrc_cli.engine.solvers.approximation import Approximation, Solution
+from lrc_cli.engine.solvers.approximation import Approximation
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.same_input import SameInput
 

@@ -1,76 +1,77 @@
-"""The form of storage with the lowest stored error in the bytes that were granted."""
+"""`auto`: the form with the lowest stored error in the bytes that were granted."""
 
 from dataclasses import replace
 
 import torch
 
-from lrc_cli.engine.solvers.approximation import Approximation
-from lrc_cli.engine.storage.forms import (
-    STORAGES,
-    Stored,
-    factors_bytes,
-    interpolative_bytes,
-    pivot_block,
-)
+from lrc_cli.engine.budget.choices import Choice, Predicted
+from lrc_cli.engine.storage.factors import FACTORS
+from lrc_cli.engine.storage.interpolative import INTERPOLATIVE
+from lrc_cli.engine.storage.low_rank import pivot_block
+from lrc_cli.engine.storage.storage import Problem, Storage, Stored
 
 
-def pack_best(
-    problem: Approximation,
-    rank: int,
-    dtype: torch.dtype,
-    *,
-    storage: str = "auto",
-    rank_multiple: int = 1,
-) -> Stored:
-    """Solve, round, refit and pack one layer.
+class Best(Storage):
+    """Interpolative at the granted rank, or two factors at the rank that the same bytes allow."""
 
-    Args:
-        rank: the granted rank (the solution's may be lower).
-        dtype: of the stored factors.
-        storage: a name in STORAGES, or "auto": interpolative at the granted rank or two factors
-            at the rank that the same bytes allow, whichever has the lower stored error.
-        rank_multiple: the rank of two factors is rounded down to it.
+    name = "auto"
 
-    Returns:
-        The packed layer; its errors are the problem's own.
+    def choices(
+        self,
+        shape: tuple[int, int],
+        itemsize: int,
+        predicted: Predicted,
+        *,
+        rank_multiple: int,
+        extra: int = 0,
+    ) -> list[Choice]:
+        """The ranks of the interpolative form, which the trial starts from."""
+        ranks = INTERPOLATIVE.choices(
+            shape, itemsize, predicted, rank_multiple=rank_multiple, extra=extra
+        )
+        return [choice._replace(form=self.name) for choice in ranks]
 
-    Raises:
-        SolveError: no form is finite in the stored dtype.
-    """
-    m, n = problem.weight.shape
-    if storage != "auto":
-        return _packed(problem, rank, storage, dtype, pivot_block(m, rank))
-    block = pivot_block(m, rank)
-    first = _packed(problem, rank, "interpolative", dtype, block)
-    fewer = _same_bytes_rank(m, n, rank, dtype.itemsize, block, rank_multiple)
-    if fewer < 1:
-        return replace(first, reason="interpolative: two factors do not fit these bytes")
-    bound = problem.optimum(fewer)
-    if bound is not None and bound >= first.error:
-        # Even unrounded they would be worse: their trial is spared.
-        return _preferred(first, f"at least {bound:.3g} for factors of rank {fewer}")
-    second = _packed(problem, fewer, "factors", dtype, block)
-    if second.error < first.error:
-        against = f"interpolative of rank {first.packed.rank}"
-        return _preferred(second, f"{first.error:.3g} for {against}")
-    return _preferred(first, f"{second.error:.3g} for factors of rank {fewer}")
+    def pack(
+        self,
+        problem: Problem,
+        choice: Choice,
+        dtype: torch.dtype,
+        *,
+        rank_multiple: int = 1,
+    ) -> Stored:
+        """Whichever has the lower stored error.
 
-
-def _packed(
-    problem: Approximation, rank: int, storage: str, dtype: torch.dtype, block: int
-) -> Stored:
-    factors, aim, zero = problem.solve(rank)
-    stored = STORAGES[storage].pack(factors, aim, problem.metric, dtype, block, zero)
-    return replace(stored, errors=problem.errors_of(stored))
+        Args:
+            rank_multiple: the rank of two factors is rounded down to it.
+        """
+        m, n = problem.weight.shape
+        assert choice.rank is not None
+        first = INTERPOLATIVE.pack(problem, choice, dtype)
+        fewer = _same_bytes_rank(m, n, choice.rank, dtype.itemsize, rank_multiple)
+        if fewer < 1:
+            return replace(first, reason="interpolative: two factors do not fit these bytes")
+        bound = problem.optimum(fewer)
+        if bound is not None and bound >= first.error:
+            # Even unrounded they would be worse: their trial is spared.
+            return _preferred(first, f"at least {bound:.3g} for factors of rank {fewer}")
+        second = FACTORS.pack(problem, choice._replace(rank=fewer), dtype)
+        if second.error < first.error:
+            against = f"interpolative of rank {first.packed.rank}"
+            return _preferred(second, f"{first.error:.3g} for {against}")
+        return _preferred(first, f"{second.error:.3g} for factors of rank {fewer}")
 
 
 def _preferred(stored: Stored, against: str) -> Stored:
-    reason = f"{stored.packed.storage}: {stored.error:.3g} against {against} in the same bytes"
+    reason = f"{stored.packed.form}: {stored.error:.3g} against {against} in the same bytes"
     return replace(stored, reason=reason)
 
 
-def _same_bytes_rank(m: int, n: int, rank: int, itemsize: int, block: int, multiple: int) -> int:
+def _same_bytes_rank(m: int, n: int, rank: int, itemsize: int, multiple: int) -> int:
     """The largest rank of two factors in the bytes of the interpolative form; may be 0."""
-    budget = interpolative_bytes(m, n, rank, itemsize, block)
-    affordable = budget // factors_bytes(m, n, 1, itemsize, block)
+    block = pivot_block(m, rank)
+    budget = INTERPOLATIVE.num_bytes(m, n, rank, itemsize, block)
+    affordable = budget // FACTORS.num_bytes(m, n, 1, itemsize, block)
     return affordable // multiple * multiple
+
+
+AUTO = Best()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import DENSE, Solver
+from lrc_cli.engine import Choice, Solver
 from lrc_cli.errors import InputError
 from lrc_cli.execution.hooks import watched
 from lrc_cli.job.methods import methods_that
@@ -76,26 +76,26 @@ def _is_sequential(solver: Solver) -> bool:
     return solver.is_sequential
 
 
-def decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
-    """Resolve `compression.sequential` once the ranks are known."""
-    decision = _decide(plan, work, ranks)
+def decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> Decision:
+    """Resolve `compression.sequential` once every layer has its choice."""
+    decision = _decide(plan, work, granted)
     return replace(decision, held_back=num_held_back(plan)) if decision.used else decision
 
 
-def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decision:
+def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> Decision:
     compression = plan.config.compression
     if compression.sequential is False:
         return Decision(used=False, reason="compression.sequential is false")
     target, _ = compression.target
     if compression.sequential == "auto" and target != "size":
         return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
-    share = granted_share(plan, ranks)
+    share = granted_share(plan, granted)
     if compression.sequential == "auto" and share > LARGEST_SHARE:
         reason = (
             f"auto: {share:.1%} of the bytes are kept, and it is on from {LARGEST_SHARE:.0%} down"
         )
         return Decision(used=False, reason=reason)
-    layers = [layer for layer in plan.layers if ranks[layer.name] != DENSE]
+    layers = [layer for layer in plan.layers if not granted[layer.name].is_dense]
     calls = count_calls(plan)
     unable = {layer.name: _not_able(plan, calls, layer) for layer in plan.layers}
     excluded = {x.name: unable[x.name] or _too_short(plan, work, x) for x in plan.layers}
@@ -117,10 +117,9 @@ def _decide(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> Decisi
     return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}", excluded=excluded)
 
 
-def granted_share(plan: Plan, ranks: Mapping[str, int]) -> float:
-    """Bytes of the compressible weights at their granted ranks, as a share of the dense ones."""
-    granted = sum(plan.of(layer).bytes_at(ranks[layer.name]) for layer in plan.layers)
-    return granted / plan.compressible_bytes
+def granted_share(plan: Plan, granted: Mapping[str, Choice]) -> float:
+    """Bytes of the compressible weights as they are granted, as a share of the dense ones."""
+    return sum(choice.num_bytes for choice in granted.values()) / plan.compressible_bytes
 
 
 def num_held_back(plan: Plan) -> int:

@@ -4,23 +4,22 @@ All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lrc_cli.engine import (
-    DENSE,
+    STORAGES,
     Approximation,
+    Choice,
     Errors,
-    Packed,
     SolveError,
     Stored,
-    dense,
-    pack_best,
 )
+from lrc_cli.errors import RunError
+from lrc_cli.forms import DENSE, FORMS, Packed, dense
 from lrc_cli.network.layer import Layer
-from lrc_cli.report.record import DENSE as DENSE_STORAGE
 from lrc_cli.report.record import LayerErrors, LayerFacts, MetricErrors, OutputErrors
 
 RESOLUTION = 2.0**-24
@@ -48,24 +47,38 @@ class Fitted:
         """What is written for the layer, by disk names; empty where it stays dense."""
         if self.packed is None:
             return {}
-        keys = layer.keys
-        written = {
-            keys.weight: layer.layout.inner(self.packed.weight),
-            keys.up: layer.layout.outer(self.packed.up),
-            keys.perm: self.packed.perm,
-            keys.bias: self.bias,
-        }
-        return {name: tensor for name, tensor in written.items() if tensor is not None}
+        form, keys = FORMS[self.packed.form], layer.keys
+        tensors = form.on_disk(self.packed, layer.layout)
+        _check_loud(form.name, layer, tensors)
+        written = {keys.key(name): tensor for name, tensor in tensors.items()}
+        return written if self.bias is None else {**written, keys.bias: self.bias}
+
+
+def _check_loud(form: str, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A loader that knows no lrc must fail on the shape under the dense key.
+
+    Raises:
+        RunError: the form has no tensor there, or one of the dense shape.
+    """
+    dense = layer.layout.weight(torch.empty(layer.shape, device="meta")).shape
+    weight = tensors.get("weight")
+    if weight is None or weight.shape == dense:
+        what = "nothing" if weight is None else f"a tensor of the dense shape {tuple(dense)}"
+        raise RunError(
+            f"{layer.name}: storage {form} writes {what} under {layer.keys.weight}, which other"
+            " loaders would take for the dense weight",
+            "set another compression.storage for the layer",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked of one layer."""
 
-    rank: int
-    """The granted rank; DENSE leaves the layer as it is."""
-    rank_multiple: int
-    storage: str
+    choice: Choice
+    """What was granted."""
+    rank_multiple: int = 1
+    """What the rank is a multiple of, where it has to rise."""
     dtype: torch.dtype
     """Of the stored factors."""
     max_layer_error: float | None = None
@@ -80,7 +93,7 @@ def left_dense(reason: str, *, fallback: bool) -> Fitted:
     Args:
         fallback: True where the layer was meant to be factorised and could not be.
     """
-    facts = LayerFacts(storage=DENSE_STORAGE, reason=reason, fallback=fallback)
+    facts = LayerFacts(storage=DENSE, reason=reason, fallback=fallback)
     return Fitted(packed=None, facts=facts)
 
 
@@ -94,10 +107,11 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
 
     Returns:
         The packed factors with facts: `errors.metric` in the problem's unit and `errors.output`
-        relative (||W X - Z X~||_F / ||W X||_F), each for the stored factors, for the optimum of
-        that rank (None where none can be proved) and for plain SVD of that rank.
+        relative (||W X - Z X~||_F / ||W X||_F), each for the stored tensors, for the optimum of
+        that rank (None where none can be proved) and for plain SVD of that rank. A form without a
+        rank has neither.
     """
-    if request.rank == DENSE:
+    if request.choice.is_dense:
         return granted_dense()
     try:
         problem, stored = _pack(problem, request)
@@ -107,12 +121,13 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
         return left_dense("no smaller form meets max_layer_error", fallback=False)
     packed, (errors, bias) = stored.packed, _measured(problem, stored, request)
     facts = LayerFacts(
-        storage=packed.storage,
+        storage=packed.form,
         rank=packed.rank,
-        block=packed.block,
+        block=packed.parameters.get("block"),
+        parameters=packed.parameters if packed.rank is None else None,
         reason=stored.reason,
         fallback=False,
-        max_coefficient=packed.up.abs().max().item() if packed.perm is not None else None,
+        max_coefficient=FORMS[packed.form].largest_coefficient(packed),
         errors=_errors(problem, packed, errors),
         **problem.facts,
     )
@@ -120,33 +135,31 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
 
 
 def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stored | None]:
-    """The form with the lowest stored error; the rank is raised until max_layer_error holds.
+    """The layer as it was granted; its rank is raised until max_layer_error holds.
 
     Returns:
-        The problem of the final rank, and the form (None: none is smaller than dense).
+        The problem of the final rank, and the packed layer (None: none is smaller than dense).
     """
     m, n = problem.weight.shape
-    rank, relative = request.rank, request.max_layer_error
+    choice, relative = request.choice, request.max_layer_error
     allowed = None if relative is None else relative**2 * problem.energy
     largest = min(m - 1, n)
     gains_bias = request.bias is None and problem.shift(problem.weight) is not None
     available = (m * n - (m if gains_bias else 0)) * request.dtype.itemsize
-    if allowed is not None:
+    if allowed is not None and choice.rank is not None:
         problem.solve(largest)  # the rank may have to rise: one solution holds them all
-    while rank <= largest:
-        problem = problem.at(rank)
-        stored = pack_best(
-            problem,
-            rank,
-            request.dtype,
-            storage=request.storage,
-            rank_multiple=request.rank_multiple,
+    while choice.rank is None or choice.rank <= largest:
+        problem = problem if choice.rank is None else problem.at(choice.rank)
+        stored = STORAGES[choice.form].pack(
+            problem, choice, request.dtype, rank_multiple=request.rank_multiple
         )
         if stored.packed.num_bytes >= available:
             return problem, None
         if allowed is None or _measured(problem, stored, request)[0].output <= allowed:
             return problem, stored
-        rank += request.rank_multiple
+        if choice.rank is None:
+            return problem, None
+        choice = choice._replace(rank=choice.rank + request.rank_multiple)
     return problem, None
 
 
@@ -166,20 +179,21 @@ def _measured(
 
 def _errors(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:
     rank, energy = packed.rank, problem.energy
-    svd = problem.svd_errors(rank)
+    svd = None if rank is None else problem.svd_errors(rank)
+    output_optimum = None if rank is None else problem.output_optimum(rank)
     metric = MetricErrors(
         unit=problem.unit,
         stored=stored.metric,
-        optimum=problem.optimum(rank),
-        svd=svd.metric,
+        optimum=None if rank is None else problem.optimum(rank),
+        svd=None if svd is None else svd.metric,
         total=problem.total,
         floor=RESOLUTION * problem.total,
     )
     output = OutputErrors(
         inputs=problem.inputs,
         stored=_relative(stored.output, energy),
-        optimum=_relative(problem.output_optimum(rank), energy),
-        svd=_relative(svd.output, energy),
+        optimum=None if output_optimum is None else _relative(output_optimum, energy),
+        svd=None if svd is None else _relative(svd.output, energy),
         floor=math.sqrt(RESOLUTION),
     )
     return LayerErrors(metric=metric, output=output)

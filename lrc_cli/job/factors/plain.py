@@ -4,6 +4,7 @@ in the dense network."""
 from collections.abc import Mapping
 from typing import Any
 
+from lrc_cli.engine import Choice
 from lrc_cli.job.factors.fit import Fitted
 from lrc_cli.job.factors.problem import fit
 from lrc_cli.job.factors.stored import contents_of
@@ -19,18 +20,18 @@ class FactorsStage(LayerStage[Fitted]):
     """The factors of every layer, each layer by itself.
 
     Args:
-        ranks: what the budget grants, by layer name.
+        granted: what the budget grants, by layer name.
     """
 
     name = PHASE
 
-    def __init__(self, plan: Plan, work: WorkDirectory, ranks: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> None:
         super().__init__(plan, work, plan.factors_stage)
-        self.ranks = ranks
+        self.granted = granted
 
     def solve(self, layer: Layer) -> Fitted:
         """See LayerStage."""
-        return fit(self.plan, self.work, self.ranks, layer)
+        return fit(self.plan, self.work, self.granted, layer)
 
     def contents(self, unit: str, results: Mapping[str, Fitted]) -> tuple[Tensors, dict[str, Any]]:
         """See LayerStage."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import DENSE, SolveError, Statistics, Survey, problems_of
+from lrc_cli.engine import Choice, SolveError, Statistics, Survey, problems_of
 from lrc_cli.job.factors.fit import Fitted, Request, fit_best, granted_dense, left_dense
 from lrc_cli.job.factors.layer_inputs import read_inputs
 from lrc_cli.job.plan import Plan
@@ -52,35 +52,34 @@ class GivenLayer:
         return read_inputs(self._plan.network, sequences, self._layer, self._work.root)
 
 
-def request_of(plan: Plan, layer: Layer, rank: int) -> Request:
-    """What is asked of the layer at its granted rank."""
+def request_of(plan: Plan, layer: Layer, choice: Choice) -> Request:
+    """What is asked of the layer, which was granted this choice."""
     planned = plan.of(layer)
     return Request(
-        rank=rank,
+        choice=choice,
         rank_multiple=planned.rank_multiple,
-        storage=planned.storage,
         dtype=planned.dtype,
         max_layer_error=planned.max_layer_error,
         bias=layer.bias(plan.source),
     )
 
 
-def fit(plan: Plan, work: WorkDirectory, ranks: Mapping[str, int], layer: Layer) -> Fitted:
+def fit(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice], layer: Layer) -> Fitted:
     """The layer's outcome on the inputs that it has in the dense network."""
     reason = dense_reason(work, layer)
     if reason is not None:
         return left_dense(reason, fallback=True)
-    return _noting_few_tokens(work, layer, _fit(plan, work, layer, ranks[layer.name]))
+    return _noting_few_tokens(work, layer, _fit(plan, work, layer, granted[layer.name]))
 
 
-def _fit(plan: Plan, work: WorkDirectory, layer: Layer, rank: int) -> Fitted:
-    if rank == DENSE:
+def _fit(plan: Plan, work: WorkDirectory, layer: Layer, choice: Choice) -> Fitted:
+    if choice.is_dense:
         return granted_dense()
     try:
         problems = problems_of(plan.of(layer).solver, GivenLayer(plan, work, layer))
     except SolveError as error:
         return left_dense(f"could not be solved: {error}", fallback=True)
-    return fit_best(problems, request_of(plan, layer, rank))
+    return fit_best(problems, request_of(plan, layer, choice))
 
 
 def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fitted:

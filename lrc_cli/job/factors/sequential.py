@@ -16,13 +16,13 @@ from functools import partial
 
 from lrc_cli.data.draw import Batch, micro_batch
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.engine import DENSE, Drift, Sequential, SolveError
+from lrc_cli.engine import Choice, Drift, Sequential, SolveError
 from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
 from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
 from lrc_cli.job.factors.fit import Fitted, fit_layer
 from lrc_cli.job.factors.plain import PHASE
 from lrc_cli.job.factors.problem import fit, request_of
-from lrc_cli.job.factors.stored import contents_of
+from lrc_cli.job.factors.stored import contents_of, read_facts
 from lrc_cli.job.factors.two_networks import Streams
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
@@ -47,7 +47,7 @@ class SequentialStage(Stage[dict[str, Fitted]]):
     that read one input.
 
     Args:
-        ranks: what the budget grants, by layer name.
+        granted: what the budget grants, by layer name.
         excluded: why a layer is fitted plainly, by layer name; None: it is not, as far as its
             calls, its method and its tokens tell.
     """
@@ -60,11 +60,11 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         self,
         plan: Plan,
         work: WorkDirectory,
-        ranks: Mapping[str, int],
+        granted: Mapping[str, Choice],
         excluded: Mapping[str, str | None],
     ) -> None:
         super().__init__(work, plan.factors_stage, plan.units)
-        self.plan, self.ranks, self.excluded = plan, ranks, excluded
+        self.plan, self.granted, self.excluded = plan, granted, excluded
 
     def task(self, units: Sequence[str]) -> Task[dict[str, Fitted]]:
         """See Stage. What an earlier run stored is put into the compressed network as it is."""
@@ -141,7 +141,9 @@ class _Fits:
         for layer in self.plan.layers:
             if layer.name not in self.left:
                 # What comes before it in the network is not influenced, so it may come early.
-                self.streams.install(layer, self.work.get(self.stage.folder, layer.unit)[0])
+                tensors, _ = self.work.get(self.stage.folder, layer.unit)
+                facts = read_facts(self.work, self.stage.folder, layer.unit)
+                self.streams.install(layer, tensors, facts[layer.name])
 
     def early(self, segments: Sequence[Segment]) -> dict[str, list[Layer]]:
         """The layers that are fitted plainly before the walk, by the reason."""
@@ -206,14 +208,14 @@ class _Fits:
     def _keep(self, layer: Layer, fitted: Fitted) -> None:
         self.left.remove(layer.name)
         self.fitted[layer.name] = fitted
-        self.streams.install(layer, fitted.tensors(layer))
+        self.streams.install(layer, fitted.tensors(layer), fitted.facts)
 
     def _is_complete(self, unit: str) -> bool:
         return all(member.name in self.fitted for member in self.plan.units[unit])
 
     def _reason(self, layer: Layer) -> str | None:
         """Why a layer is not fitted to the compressed network's inputs."""
-        if self.stage.ranks[layer.name] == DENSE or dense_reason(self.work, layer):
+        if self.stage.granted[layer.name].is_dense or dense_reason(self.work, layer):
             return "it stays dense"
         return self.stage.excluded[layer.name]
 
@@ -225,9 +227,9 @@ class _Fits:
             return self._plain(layer, reason)
         if drifts is None:
             return self._plain(layer, "the tokens that reach it depend on the layers before it")
-        rank = self.stage.ranks[layer.name]
+        choice = self.stage.granted[layer.name]
         try:
-            fitted = _fit_drifts(self.plan, self.work, layer, drifts, rank)
+            fitted = _fit_drifts(self.plan, self.work, layer, drifts, choice)
         except SolveError as error:
             return self._plain(layer, f"could not be solved: {error}", failed=True)
         if fitted.facts.fallback:
@@ -235,14 +237,16 @@ class _Fits:
         return fitted
 
     def _plain(self, layer: Layer, reason: str, *, failed: bool = False) -> Fitted:
-        fitted = fit(self.plan, self.work, self.stage.ranks, layer)
+        fitted = fit(self.plan, self.work, self.stage.granted, layer)
         facts = replace(
             fitted.facts, sequential=False, sequential_reason=reason, sequential_failed=failed
         )
         return replace(fitted, facts=facts)
 
 
-def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, rank: int) -> Fitted:
+def _fit_drifts(
+    plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, choice: Choice
+) -> Fitted:
     """The layer's outcome on both networks' inputs. Raises SolveError."""
     drift, held_back = drifts
     solver = plan.of(layer).solver
@@ -262,7 +266,7 @@ def _fit_drifts(plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, r
         correction=asked if held_back is None else held_back,
         fisher=fisher,
     )
-    fitted = fit_layer(problem, request_of(plan, layer, rank))
+    fitted = fit_layer(problem, request_of(plan, layer, choice))
     facts = replace(fitted.facts, sequential=True)
     if facts.errors is not None:
         metric = replace(facts.errors.metric, inherited=problem.inherited)

@@ -18,16 +18,19 @@ from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES, cast_on_read
 from lrc_cli.execution.walk import Keep, Pair, Walk
+from lrc_cli.forms import DENSE, FORMS
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.statistics.moments import GramSum
 from lrc_cli.job.work import Tensors
 from lrc_cli.network.experts import is_expert
+from lrc_cli.network.keys import BIAS
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import table_layout
-from lrc_cli.network.low_rank.modules import replace_modules
-from lrc_cli.network.low_rank.slots import low_rank_module
+from lrc_cli.network.low_rank.slots import stored_module
+from lrc_cli.network.low_rank.stored import replace_modules
 from lrc_cli.network.low_rank.tied import TiedHead
 from lrc_cli.network.opening import open_module
+from lrc_cli.report.record import LayerFacts
 from lrc_cli.runtime.processes import Processes
 
 
@@ -111,31 +114,34 @@ class Streams(Pair):
         self.plan, self.batches, self.hold = plan, batches, hold
         self.num_fitted = len(batches) - num_held_back
 
-    def install(self, layer: Layer, tensors: Tensors) -> None:
-        """Put a layer's factors into the compressed network.
+    def install(self, layer: Layer, tensors: Tensors, facts: LayerFacts) -> None:
+        """Put a layer as it is stored into the compressed network, unless it stays dense.
 
         Args:
-            tensors: as written, by their disk names; without the layer's, it stays dense.
+            tensors: as written, by their disk names.
+            facts: the layer's, with its form and the form's parameters.
         """
-        own = {part: tensors[k] for part, k in layer.keys.all.items() if k in tensors}
-        if not own:
+        form = FORMS[facts.storage]
+        if form.name == DENSE:
             return
+        keys = {name: layer.keys.key(name) for name in (*form.tensors, BIAS)}
+        own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and a
         # resumed run reads from a file what this one computed.
         own = self.hold(own)
         bias = layer.bias(self.plan.source)
-        if bias is not None and "bias" not in own:
-            own["bias"] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
+        if bias is not None and BIAS not in own:
+            own[BIAS] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
         network = self.compressed.network
         replaced = network.module.get_submodule(layer.name)
         new: dict[nn.Module, nn.Module] = {}
         if layer.tied_to is None:
-            new[replaced] = low_rank_module(replaced, own, layer.layout, layer.shape)
+            new[replaced] = stored_module(replaced, own, layer.layout, layer.shape, facts.stated)
         else:
-            bias, table = own.pop("bias", None), network.module.get_submodule(layer.tied_to)
+            bias, table = own.pop(BIAS, None), network.module.get_submodule(layer.tied_to)
             layout = table_layout(table)
             assert layout is not None, layer.tied_to
-            new[table] = factors = low_rank_module(table, own, layout, layer.shape)
+            new[table] = factors = stored_module(table, own, layout, layer.shape, facts.stated)
             new[replaced] = TiedHead(factors, None if bias is None else nn.Parameter(bias))
         for part in new.values():
             network.placement.adopt(part.requires_grad_(False), layer.name)

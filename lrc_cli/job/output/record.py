@@ -12,6 +12,7 @@ from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.forms import FORMS
 from lrc_cli.job.fingerprints import data_hashes, report_code_hash
 from lrc_cli.job.plan import Plan
 from lrc_cli.network.layer import Layer
@@ -66,7 +67,7 @@ def build_record(
     """
     compression = plan.config.compression
     target, value = compression.target
-    size = _size(plan, written)
+    size = _size(plan, layers, written)
     return Record(
         schema_version=SCHEMA_VERSION,
         model=plan.source.path.name,
@@ -142,7 +143,7 @@ def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> boo
     return sum(own) <= compression.max_loss_increase
 
 
-def _size(plan: Plan, written: Source) -> Size:
+def _size(plan: Plan, layers: Mapping[str, LayerFacts], written: Source) -> Size:
     compressible = {layer.keys.weight for layer in plan.layers}
     rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
     # Tensors that are not compressible keep their bytes unless output.dtype converts them.
@@ -151,9 +152,13 @@ def _size(plan: Plan, written: Source) -> Size:
     kept |= {key for key in plan.source.fused if key in written.tensors}
     after = written.num_bytes - sum(written.tensors[key].num_bytes for key in kept)
     parameters = sum(info.num_elements for info in plan.source.tensors.values())
-    parameters_after = sum(
-        i.num_elements for k, i in written.tensors.items() if not k.endswith(".perm")
-    )
+    uncounted = {
+        layer.keys.key(name)
+        for layer in plan.layers
+        for name in FORMS[layers[layer.name].storage].uncounted
+    }
+    counted = (info for key, info in written.tensors.items() if key not in uncounted)
+    parameters_after = sum(info.num_elements for info in counted)
     return Size(
         compressible_bytes=BeforeAfter(before=plan.source.num_bytes - rest, after=after),
         checkpoint_bytes=BeforeAfter(before=plan.source.num_bytes, after=written.num_bytes),
@@ -166,7 +171,7 @@ def _size(plan: Plan, written: Source) -> Size:
 
 
 def _layer(plan: Plan, written: Source, layer: Layer, facts: LayerFacts) -> LayerRecord:
-    keys = [*layer.keys.factors.values()]
+    keys = [layer.keys.key(name) for name in FORMS[facts.storage].tensors]
     if layer.keys.bias not in plan.source.tensors:
         keys.append(layer.keys.bias)  # the layer has gained it
     return LayerRecord(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lrc_cli import __version__
-from lrc_cli.checkpoint.fused import MARK_DTYPE
+from lrc_cli.checkpoint.fused import MARK_DTYPE, NO_RANK
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
@@ -21,11 +21,13 @@ from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.walk import compressed_failure
+from lrc_cli.forms import FORMS
 from lrc_cli.job.factors.stored import read_facts
 from lrc_cli.job.output.certify import certify
 from lrc_cli.job.output.record import build_record
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import STATISTICS, WorkDirectory
+from lrc_cli.network.keys import WEIGHT
 from lrc_cli.network.opening import open_module
 from lrc_cli.quality.compare import compare, scoring
 from lrc_cli.quality.records import QualityRow
@@ -68,16 +70,14 @@ def write_checkpoint(
 
 
 def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[str, Any]]:
-    """Disk name -> storage, rank and, with a permutation, its block; factorised layers only."""
+    """Disk name -> the storage and what its form states, for layers that are not dense."""
     table = {}
     for unit, layers in plan.units.items():
         facts = read_facts(work, stage, unit)
         for layer in layers:
             fact = facts[layer.name]
             if not fact.is_dense:
-                entry = table[layer.keys.layer] = {"storage": fact.storage, "rank": fact.rank}
-                if fact.storage == "interpolative":
-                    entry["block"] = fact.block
+                table[layer.keys.layer] = FORMS[fact.storage].table_entry(fact.stated)
     return table
 
 
@@ -107,7 +107,7 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
             if not apart.is_apart(key):
                 continue
         layer = owners.get(key)
-        packed = {} if layer is None else work.get(stage, layer.unit)[0]
+        packed, facts = ({}, {}) if layer is None else work.get(stage, layer.unit)
         if layer is None or key not in packed:
             dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
             read = partial(_converted, plan.source, key, dtype)
@@ -116,10 +116,9 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
         names = [key]
         keys = layer.keys
         if key == keys.weight:
-            # A loader that does not know lrc must fail on the shape, never load something else.
-            assert tuple(packed[key].shape) != info.shape, key
             gained = [] if keys.bias in plan.source.tensors else [keys.bias]
-            names += [keys.up, keys.perm, *gained]
+            form = FORMS[facts[layer.name]["storage"]]
+            names += [keys.key(x) for x in form.tensors if x != WEIGHT] + gained
         for name in names:
             if name in packed:
                 tensor, read = packed[name], partial(_packed, work, stage, layer.unit, name)
@@ -136,9 +135,9 @@ class _Apart:
         for unit, layers in plan.units.items():
             facts = read_facts(work, stage, unit)
             for layer in layers:
-                rank, key = facts[layer.name].rank, layer.keys.weight
-                if key in plan.source.parts and rank is not None:
-                    self.ranks[key] = rank
+                fact, key = facts[layer.name], layer.keys.weight
+                if key in plan.source.parts and not fact.is_dense:
+                    self.ranks[key] = NO_RANK if fact.rank is None else fact.rank
         self.experts = {self._experts(key) for key in self.ranks}
 
     def _experts(self, key: str) -> str:

@@ -1,15 +1,19 @@
-"""From spectra to ranks: the layers' choices, the overrides, the target. No data, no solving."""
+"""From predicted errors to what every layer is granted: the layers' choices, the overrides, the
+target. No data, no solving."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES
+from lrc_cli.config import Compression
 from lrc_cli.engine import (
-    DENSE,
+    DENSE_STORAGE,
+    STORAGES,
+    Choice,
+    Choices,
     Infeasible,
-    RankChoices,
-    rank_choices,
+    Predicted,
     uniform,
     uniform_within_error,
     within_bytes,
@@ -25,30 +29,32 @@ from lrc_cli.network.layer import Layer
 BISECTIONS = 30
 
 
-def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The rank of every layer (DENSE: stays as it is).
+Granted = dict[str, Choice]
+"""What every layer becomes, by name."""
+
+
+def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
+    """The choice that every layer is granted.
 
     Args:
-        spectra: by layer name; what the target bounds (the plain output error's for
-            `max_layer_error`, the method's own otherwise). A layer without one stays dense.
+        predicted: by layer name; the errors that the target bounds (the plain output error's for
+            `max_layer_error`, the method's own otherwise). A layer without any stays dense.
 
     Raises:
         InputError: the target or an override cannot be reached.
     """
     compression = plan.config.compression
 
-    def choices_of(*, relative: bool) -> list[RankChoices]:
+    def choices_of(*, relative: bool) -> list[Choices]:
         return [
-            _choices(plan.of(layer), spectra.get(layer.name), relative=relative)
+            Choices(_choices(plan.of(layer), predicted.get(layer.name), relative=relative))
             for layer in plan.layers
         ]
 
     unreachable = "ask for less compression"
     try:
         if compression.max_loss_increase is None:
-            bounds_output = compression.max_layer_error is not None
-            relative = compression.allocation != "global" or bounds_output
-            choices = choices_of(relative=relative)
+            choices = choices_of(relative=shares_relative_errors(compression))
             picks = _pick(plan, choices)
         else:
             choices = choices_of(relative=False)
@@ -66,88 +72,85 @@ def allocate_ranks(plan: Plan, spectra: Mapping[str, torch.Tensor]) -> dict[str,
             unreachable,
         )
     return {
-        layer.name: int(choice.ranks[pick])
+        layer.name: choice.each[pick]
         for layer, choice, pick in zip(plan.layers, choices, picks, strict=True)
     }
 
 
 def check_reachable(plan: Plan) -> None:
     """Raise InputError for an override or a size that shapes alone rule out, before any pass."""
-    flat = {layer.name: torch.zeros(min(layer.shape), dtype=torch.float64) for layer in plan.layers}
-    allocate_ranks(plan, flat)
+    allocate(plan, nothing_known(plan))
 
 
-def _meets_target(plan: Plan, choices: Sequence[RankChoices], picks: Sequence[int]) -> bool:
+def nothing_known(plan: Plan) -> dict[str, Predicted]:
+    """Predictions that rule nothing out: every error is 0."""
+    shapes = {layer.name: min(layer.shape) for layer in plan.layers}
+    return {
+        name: Predicted(spectrum=torch.zeros(size, dtype=torch.float64))
+        for name, size in shapes.items()
+    }
+
+
+def shares_relative_errors(compression: Compression) -> bool:
+    """Whether the budget is shared by errors relative to each layer's total."""
+    if compression.max_loss_increase is not None:
+        return False
+    return compression.allocation != "global" or compression.max_layer_error is not None
+
+
+def _meets_target(plan: Plan, choices: Sequence[Choices], picks: Sequence[int]) -> bool:
     compression = plan.config.compression
-    chosen = list(zip(choices, picks, strict=True))
+    chosen = [choice.each[i] for choice, i in zip(choices, picks, strict=True)]
     if compression.size is not None:
-        return sum(int(choice.num_bytes[i]) for choice, i in chosen) <= _budget(plan)
+        return sum(choice.num_bytes for choice in chosen) <= _budget(plan)
     if compression.threshold is not None:
         return True
     if compression.max_loss_increase is not None:
-        total = sum(choice.errors[i].item() for choice, i in chosen)
-        return total <= compression.max_loss_increase
+        return sum(choice.error for choice in chosen) <= compression.max_loss_increase
     assert compression.max_layer_error is not None
-    return all(choice.errors[i].item() <= compression.max_layer_error**2 for choice, i in chosen)
+    return all(choice.error <= compression.max_layer_error**2 for choice in chosen)
 
 
 def _choices(
-    planned: PlannedLayer, spectrum: torch.Tensor | None, *, relative: bool
-) -> RankChoices:
-    """What the layer may cost and how wrong it then is, overrides applied."""
+    planned: PlannedLayer, predicted: Predicted | None, *, relative: bool
+) -> Sequence[Choice]:
+    """What the layer may become and how wrong it then is, overrides applied."""
     layer, itemsize = planned.layer, planned.dtype.itemsize
-    if spectrum is None or planned.fixed_size == 1:
-        return _only_dense(layer, itemsize)
-    total = spectrum.sum().item()
-    choices = rank_choices(
-        spectrum / total if relative and total > 0 else spectrum,
-        m=layer.shape[0],
-        n=layer.shape[1],
-        itemsize=itemsize,
-        storage=planned.storage,
+    dense = DENSE_STORAGE.choices(layer.shape, itemsize)
+    if predicted is None or planned.fixed_size == 1:
+        return dense
+    own = STORAGES[planned.storage].choices(
+        layer.shape,
+        itemsize,
+        predicted.relative() if relative else predicted,
         rank_multiple=planned.rank_multiple,
         extra=planned.gained_bytes,
     )
+    choices = [*own, *dense]  # dense comes last: of equal ones the allocation takes the first
     rank, size = planned.fixed_rank, planned.fixed_size
     if rank is not None:
-        return _only(choices, choices.ranks == rank, layer, f"rank {rank}")
+        return _only([x for x in choices if x.rank == rank], layer, f"rank {rank}")
     if size is not None:
-        keep = choices.num_bytes <= size * layer.num_bytes
-        keep &= choices.num_bytes == choices.num_bytes[keep].max() if keep.any() else keep
-        return _only(choices, keep, layer, f"size {size}")
+        affordable = [x for x in choices if x.num_bytes <= size * layer.num_bytes]
+        largest = max((x.num_bytes for x in affordable), default=0)
+        return _only([x for x in affordable if x.num_bytes == largest], layer, f"size {size}")
     rank_above = planned.solver.rank_above
     if planned.threshold is not None and rank_above is not None:
-        kept = choices.ranks == rank_above(spectrum, planned.threshold)
-        return _narrowed(choices, kept if kept.any() else choices.ranks == DENSE)
+        cut = rank_above(predicted.spectrum, planned.threshold)
+        return [x for x in choices if x.rank == cut] or dense
     return choices
 
 
-def _only(choices: RankChoices, keep: torch.Tensor, layer: Layer, asked: str) -> RankChoices:
-    if not keep.any():
+def _only(choices: list[Choice], layer: Layer, asked: str) -> list[Choice]:
+    if not choices:
         raise InputError(
             f"compression.layers: {layer.name} {layer.shape} has no factors of {asked}",
             "give another size or rank, or size: 1 to leave the layer dense",
         )
-    return _narrowed(choices, keep)
+    return choices
 
 
-def _narrowed(choices: RankChoices, keep: torch.Tensor) -> RankChoices:
-    """Those choices for which `keep` (k,) is True."""
-    return RankChoices(
-        ranks=choices.ranks[keep], num_bytes=choices.num_bytes[keep], errors=choices.errors[keep]
-    )
-
-
-def _only_dense(layer: Layer, itemsize: int) -> RankChoices:
-    size = layer.shape[0] * layer.shape[1] * itemsize
-    return RankChoices(
-        ranks=torch.tensor([DENSE]),
-        num_bytes=torch.tensor([size]),
-        errors=torch.zeros(1, dtype=torch.float64),
-    )
-
-
-def _pick(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
+def _pick(plan: Plan, choices: Sequence[Choices]) -> list[int]:
     compression = plan.config.compression
     if compression.threshold is not None:
         return [0] * len(choices)
@@ -159,7 +162,7 @@ def _pick(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
 
 
 def _pick_within_loss(
-    plan: Plan, choices: Sequence[RankChoices], relative: Sequence[RankChoices]
+    plan: Plan, choices: Sequence[Choices], relative: Sequence[Choices]
 ) -> list[int]:
     """The fewest bytes whose errors, in nats, add up to at most max_loss_increase.
 
@@ -179,26 +182,26 @@ def _pick_within_loss(
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         tried = within_error(relative, middle)
-        if sum(c.errors[i].item() for c, i in zip(choices, tried, strict=True)) <= bound:
+        if sum(c.each[i].error for c, i in zip(choices, tried, strict=True)) <= bound:
             picks, low = tried, middle
         else:
             high = middle
     return picks
 
 
-def _pick_uniform(plan: Plan, choices: Sequence[RankChoices]) -> list[int]:
+def _pick_uniform(plan: Plan, choices: Sequence[Choices]) -> list[int]:
     """One share for every layer that has a choice; overrides and unreached layers have none."""
-    free = [i for i, choice in enumerate(choices) if len(choice.ranks) > 1]
+    free = [i for i, choice in enumerate(choices) if len(choice.each) > 1]
     bound = plan.config.compression.max_loss_increase
     dense_bytes = [plan.layers[i].num_bytes for i in free]
     among = [choices[i] for i in free]
     if not free:
         picks = []
     elif bound is not None:
-        spent = sum(c.errors[0].item() for c in choices if len(c.ranks) == 1)
+        spent = sum(c.each[0].error for c in choices if len(c.each) == 1)
         picks = uniform_within_error(among, dense_bytes, bound - spent)
     else:
-        fixed = sum(int(c.num_bytes[0]) for c in choices if len(c.ranks) == 1)
+        fixed = sum(c.each[0].num_bytes for c in choices if len(c.each) == 1)
         picks = uniform(among, dense_bytes, (_budget(plan) - fixed) / sum(dense_bytes))
     chosen = [0] * len(choices)
     for i, pick in zip(free, picks, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.engine import Errors, References, SolveError, Survey, survey
+from lrc_cli.engine import Errors, Predicted, References, SolveError, Survey, survey
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.stage import LayerStage
@@ -92,19 +92,21 @@ def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
     return reasons.get(layer.name)
 
 
-def read_spectra(plan: Plan, work: WorkDirectory) -> Tensors:
-    """By layer name, the spectra of what the target bounds."""
-    found: Tensors = {}
+def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
+    """By layer name, the errors that the target bounds."""
+    found: dict[str, Predicted] = {}
     for unit in plan.units:
-        found |= unit_spectra(plan, work, unit)
+        found |= unit_predicted(plan, work, unit)
     return found
 
 
-def unit_spectra(plan: Plan, work: WorkDirectory, unit: str) -> Tensors:
-    """As `read_spectra`, of one unit's layers."""
+def unit_predicted(plan: Plan, work: WorkDirectory, unit: str) -> dict[str, Predicted]:
+    """As `read_predicted`, for one unit's layers."""
     kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
     stored, _ = work.get(SURVEYS, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
-    return {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items()}
+    return {
+        name.removeprefix(f"{kind}."): Predicted(spectrum=tensor) for name, tensor in stored.items()
+    }
 
 
 def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:

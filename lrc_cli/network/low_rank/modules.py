@@ -12,21 +12,20 @@ interpolative: y = concat(z, T z), its rows of `block` entries put in the order 
 nothing here knows transformers.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrc_cli.errors import InputError
-from lrc_cli.network.layouts import Layout, Table, layout_of
+from lrc_cli.network.layouts import Layout
 from lrc_cli.network.low_rank.row_order import in_order
 from lrc_cli.network.low_rank.shapes import FactorShapes, damaged
+from lrc_cli.network.low_rank.stored import StoredLayer
 
 
-class LowRankLayer(nn.Module):
-    """What both forms of a factorised layer share; subclasses own the inner factor.
+class LowRankLayer(StoredLayer):
+    """What both modules of a factorised layer share; subclasses own the inner factor.
 
     Args:
         in_features: n.
@@ -37,20 +36,14 @@ class LowRankLayer(nn.Module):
     """
 
     up: nn.Module
-    bias: nn.Parameter | None
     perm: Tensor | None
 
     def __init__(
         self, *, in_features: int, out_features: int, rank: int, block: int, layout: Layout
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features=in_features, out_features=out_features, layout=layout)
         self.rank = rank
         self.block = block
-        self.layout = layout
-        for name, value in layout.visible(out_features).items():
-            setattr(self, name, value)
 
     @property
     def storage(self) -> str:
@@ -58,9 +51,9 @@ class LowRankLayer(nn.Module):
         return "interpolative" if self.block else "factors"
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the dense weight that the factors stand for."""
-        return self.out_features, self.in_features
+    def dtype(self) -> torch.dtype:
+        """The dtype of the inner factor."""
+        return self.factors()[0].dtype
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices: (r, n), and (m, r) or (m - r, r)."""
@@ -76,11 +69,6 @@ class LowRankLayer(nn.Module):
         """Maps inputs (..., n) to (..., r), in the layer's layout."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps inputs (..., n) to outputs (..., m), in the layer's layout."""
-        layout = self.layout
-        return layout.scale(self.rows(x)) if isinstance(layout, Table) else self.product(x)
-
     def rows(self, numbers: Tensor) -> Tensor:
         """The rows (..., n) of the dense weight with these numbers (...)."""
         inner, outer = self.factors()
@@ -95,8 +83,12 @@ class LowRankLayer(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """The dense weight, and the bias, applied to inputs."""
         z, channels = self.inner(x), self.layout.channels
-        y = self.assemble(z, self.up(z), channels)
-        return y if self.bias is None else y + self.bias.view(-1, *(1,) * (-1 - channels))
+        return self.biased(self.assemble(z, self.up(z), channels))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (m, n): the factors multiplied out."""
+        inner, outer = (factor.to(dtype) for factor in self.factors())
+        return self.assemble(inner.T, inner.T @ outer.T).T
 
     def assemble(self, z: Tensor, y: Tensor, channels: int = -1) -> Tensor:
         """Puts z and T z, of r and m - r channels, into the output's order; two factors: returns y.
@@ -213,57 +205,3 @@ def _to_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, metada
 def _from_disk_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     if prefix + "weight" in state:
         state[prefix + "down.weight"] = state.pop(prefix + "weight")
-
-
-def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
-    """The factorised layers of a model with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            yield name, module
-
-
-def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts `new[old]` wherever `old` hangs below `model`, under every name of a shared module."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new:
-                setattr(parent, name, new[child])
-
-
-@torch.no_grad()
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight (m, n) that a layer applies, multiplied out where it is factorised.
-
-    Products are taken in float32, or in the factors' dtype where that is wider.
-
-    Raises:
-        InputError: for an offloaded layer, or a module that is no linear layer.
-    """
-    if isinstance(module, LowRankLayer):
-        if is_offloaded(module):
-            raise InputError("a layer is offloaded", "load the model without offloading first")
-        inner, outer = module.factors()
-        wide = torch.promote_types(inner.dtype, torch.float32)
-        z = inner.to(wide).T
-        return module.assemble(z, z @ outer.to(wide).T).T.contiguous()
-    layout = layout_of(module)
-    if layout is None:
-        raise InputError(f"{type(module).__name__} is not a linear layer")
-    return layout.matrix(module.get_parameter("weight").detach())
-
-
-def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """The matrix (m, n) and the bias (m,) that a linear layer applies, float64."""
-    if isinstance(module, LowRankLayer):
-        inner, outer = (factor.double() for factor in module.factors())
-        weight = module.assemble(inner.T, inner.T @ outer.T).T
-    else:
-        assert isinstance(module.weight, Tensor)
-        weight = module.weight.double()
-    bias = module.bias
-    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
-
-
-def is_offloaded(layer: nn.Module) -> bool:
-    """Whether a layer's tensors are elsewhere, and hooks fetch them when it runs."""
-    return any(parameter.is_meta for parameter in layer.parameters())

@@ -8,58 +8,101 @@ from torch import nn
 
 from lrc_cli.checkpoint.headers import UPGRADE, TensorInfo
 from lrc_cli.errors import InputError
+from lrc_cli.forms import DENSE, FORMS, PERM, UP, LowRank
 from lrc_cli.network.disk_names import module_names
 from lrc_cli.network.embeddings import lookup_scale
-from lrc_cli.network.keys import BIAS, PERM, UP, WEIGHT, Keys
+from lrc_cli.network.keys import BIAS, WEIGHT, Keys
 from lrc_cli.network.layouts import Layout, Lookup, Table, layout_of, linear_shape, table_layout
-from lrc_cli.network.low_rank.modules import (
-    LowRankLayer,
-    LowRankModule,
-    LowRankSlot,
-    is_offloaded,
-    low_rank_layers,
-    replace_modules,
-)
+from lrc_cli.network.low_rank.modules import LowRankModule, LowRankSlot
 from lrc_cli.network.low_rank.shapes import FactorShapes, damaged
+from lrc_cli.network.low_rank.stored import (
+    FormLayer,
+    FormTensors,
+    StoredLayer,
+    is_offloaded,
+    replace_modules,
+    stored_layers,
+)
 from lrc_cli.network.low_rank.tied import Tied, TiedEmbedding, TiedHead
 
-
-def factorised_weights(headers: Mapping[str, TensorInfo]) -> list[str]:
-    """Disk names of the inner factors, by what lies beside them."""
-    ups = [key for key in headers if key.endswith(f".{UP}")]
-    return [Keys.of(key.removesuffix(f".{UP}"), headers).weight for key in ups]
+Entries = Mapping[str, Mapping[str, Any]]
+"""A checkpoint's layer table: disk name -> storage, and what the form states."""
 
 
-def find_factors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> dict[str, FactorShapes]:
-    """Module name -> shapes, for each layer that is factorised on disk and that the model has.
+def stored_weights(headers: Mapping[str, TensorInfo], table: Entries) -> list[str]:
+    """Disk names of the tensors that take a dense weight's place.
+
+    A rank is known by the factor that lies beside it, any other form by the layer table.
+    """
+    ups = [key.removesuffix(f".{UP}") for key in headers if key.endswith(f".{UP}")]
+    others = [layer for layer, entry in table.items() if not _is_low_rank(layer, entry)]
+    return [Keys.of(layer, headers).weight for layer in dict.fromkeys([*ups, *others])]
+
+
+def _is_low_rank(layer: str, entry: Mapping[str, Any]) -> bool:
+    """Raises InputError for a form that this version does not know."""
+    form = FORMS.get(entry.get("storage", ""))
+    if form is None:
+        known = " and ".join(name for name in FORMS if name != DENSE)
+        raise InputError(
+            f"layer {layer} is stored as {entry.get('storage')}, and this lrc knows {known}",
+            UPGRADE,
+        )
+    return isinstance(form, LowRank)
+
+
+def find_stored(
+    model: nn.Module, headers: Mapping[str, TensorInfo], table: Entries
+) -> dict[str, FactorShapes | FormTensors]:
+    """Module name -> shapes, for each layer that is no dense weight on disk and the model has.
 
     Args:
         model: the dense module tree.
         headers: the checkpoint's.
+        table: the layer table that the checkpoint states; it may be empty.
 
     Raises:
-        InputError: where a layer has no inner factor, or a permutation that is not int32.
+        InputError: a layer's form is unknown, a tensor is missing, or a permutation is not int32.
     """
-    weights = factorised_weights(headers)
+    weights = stored_weights(headers, table)
     names = module_names(model, weights)
     modules = dict(model.named_modules(remove_duplicate=False))
-    factors = {}
+    found: dict[str, FactorShapes | FormTensors] = {}
     for weight in weights:
-        name = Keys(names.get(weight, "")).layer
+        name, keys = Keys(names.get(weight, "")).layer, Keys(weight)
+        entry = table.get(keys.layer)
+        if name and entry is not None and not _is_low_rank(keys.layer, entry):
+            found[name] = _form_tensors(keys, headers, entry)
         # A dense model may have a part of its own that is called `up`.
-        if name and f"{name}.up" not in modules:
-            factors[name] = _factor_shapes(Keys(weight), headers)
-    return factors
+        elif name and f"{name}.up" not in modules:
+            found[name] = _factor_shapes(keys, headers)
+    return found
+
+
+def _form_tensors(
+    keys: Keys, headers: Mapping[str, TensorInfo], entry: Mapping[str, Any]
+) -> FormTensors:
+    """One layer's tensors, in a form that is no rank, from the headers."""
+    form = FORMS[entry["storage"]]
+    ends = (*form.tensors, BIAS)
+    here = {end: headers[keys.key(end)] for end in ends if keys.key(end) in headers}
+    missing = [end for end in form.tensors if end not in here and end not in form.optional]
+    if missing:
+        raise damaged(f"layer {keys.layer}: {keys.key(missing[0])} is missing")
+    unstated = [key for key in form.table_keys if key not in entry]
+    if unstated:
+        raise damaged(f"layer {keys.layer}: the layer table does not say its {unstated[0]}")
+    return FormTensors.of(keys.layer, form, entry, here)
 
 
 def _factor_shapes(keys: Keys, headers: Mapping[str, TensorInfo]) -> FactorShapes:
     """One layer's shapes from the headers."""
-    layer, weight, perm = keys.layer, headers.get(keys.weight), headers.get(keys.perm)
+    layer, weight, perm = keys.layer, headers.get(keys.weight), headers.get(keys.key(PERM))
     if weight is None:
         raise damaged(f"layer {layer}: {keys.weight} is missing")
     if perm is not None and perm.dtype != torch.int32:
         raise damaged(f"layer {layer}: perm is stored as {perm.dtype}, not as int32")
-    shapes = weight.shape, headers[keys.up].shape
+    shapes = weight.shape, headers[keys.key(UP)].shape
     if any(len(shape) < 2 for shape in shapes):
         raise damaged(
             f"layer {layer}: factors of shape {shapes[0]} and {shapes[1]} are no matrices"
@@ -91,11 +134,11 @@ def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> Non
     names = module_names(model, [*table, *(Keys.of(layer, ()).weight for layer in table)])
     for key, name in names.items():
         layer, module = Keys(key).layer, modules.get(Keys(name).layer)
-        if not isinstance(module, LowRankLayer):
-            raise damaged(f"layer {layer}: {Keys(key).up} is missing")
+        if not isinstance(module, StoredLayer):
+            raise damaged(f"layer {layer}: {Keys(key).key(UP)} is missing")
         _check_entry(layer, table[layer], module.table_entry())
         stated.add(module)
-    for name, module in low_rank_layers(model):
+    for name, module in stored_layers(model):
         if table and module not in stated:
             raise damaged(f"layer {name} is factorised, and the layer table does not say so")
 
@@ -111,13 +154,15 @@ def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]
 
 
 def insert_slots(
-    model: nn.Module, factors: Mapping[str, FactorShapes], stored: Collection[str] = ()
+    model: nn.Module,
+    found: Mapping[str, FactorShapes | FormTensors],
+    stored: Collection[str] = (),
 ) -> None:
     """Puts a slot in the place of each named dense layer, on that layer's device and in its dtype.
 
     Args:
         model: the dense module tree, usually on the meta device; changed in place.
-        factors: module name -> shapes of its tensors.
+        found: module name -> shapes of its tensors.
         stored: the model's tensors that the checkpoint holds. A head among them is not tied,
             whatever the config says.
 
@@ -125,10 +170,10 @@ def insert_slots(
         InputError: where the module is no linear layer, or the shapes do not make its matrix.
     """
     slots: dict[nn.Module, nn.Module] = {}
-    for name, shapes in factors.items():
+    for name, shapes in found.items():
         dense = model.get_submodule(name)
         layout, shape = layout_of(dense), linear_shape(dense)
-        if isinstance(dense, nn.Embedding) and shapes.out_features == dense.num_embeddings:
+        if isinstance(dense, nn.Embedding) and _is_table(model, name, dense, shapes):
             layout, shape = table_layout(dense), (dense.num_embeddings, dense.embedding_dim)
         if layout is None or shape is None:
             raise InputError(
@@ -139,6 +184,16 @@ def insert_slots(
         if isinstance(layout, Table | Lookup):
             slots |= {part: _tied(part, slot) for part in _untied(model, name, stored)}
     replace_modules(model, slots)
+
+
+def _is_table(
+    model: nn.Module, name: str, embedding: nn.Embedding, found: FactorShapes | FormTensors
+) -> bool:
+    """Whether the matrix is the embedding's table, as for a tied head, and not its transpose."""
+    if isinstance(found, FactorShapes):
+        return found.out_features == embedding.num_embeddings
+    ties = getattr(model, "all_tied_weights_keys", {})
+    return f"{name}.weight" in {*ties, *ties.values()}
 
 
 def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Module]:
@@ -153,7 +208,7 @@ def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Mo
     return [part for part in parts if part is not model.get_submodule(table)]
 
 
-def _tied(part: nn.Module, slot: LowRankSlot) -> Tied:
+def _tied(part: nn.Module, slot: StoredLayer) -> Tied:
     scale = lookup_scale(part)
     if scale is not None:
         return TiedEmbedding(slot, scale)
@@ -166,11 +221,41 @@ def _tied(part: nn.Module, slot: LowRankSlot) -> Tied:
 
 
 def _slot(
-    dense: nn.Module, shapes: FactorShapes, layout: Layout, shape: tuple[int, int]
-) -> LowRankSlot:
+    dense: nn.Module, found: FactorShapes | FormTensors, layout: Layout, shape: tuple[int, int]
+) -> LowRankSlot | FormLayer:
+    """What holds the tensors while they are loaded: a form that is no rank goes on running so."""
     m, n = shape
-    shapes.check(layout, m, n)
-    return LowRankSlot(dense, shapes, layout, out_features=m, in_features=n)
+    if isinstance(found, FormTensors):
+        return FormLayer(dense, found, layout, out_features=m, in_features=n)
+    found.check(layout, m, n)
+    return LowRankSlot(dense, found, layout, out_features=m, in_features=n)
+
+
+def stored_module(
+    replaced: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    shape: tuple[int, int],
+    entry: Mapping[str, Any],
+) -> StoredLayer:
+    """The run-time module of one layer, holding the given tensors.
+
+    Args:
+        replaced: the module whose place it will take, for the mode it is in.
+        tensors: by their names below the layer.
+        layout: of the dense layer.
+        shape: (m, n) of its matrix.
+        entry: the form and its parameters, as in a layer table.
+
+    Raises:
+        InputError: where the tensors do not fit one another.
+    """
+    if _is_low_rank(str(replaced), entry):
+        return low_rank_module(replaced, tensors, layout, shape)
+    found = FormTensors.of("", FORMS[entry["storage"]], entry, tensors)
+    module = _slot(replaced, found, layout, shape)
+    module.load_state_dict(dict(tensors), assign=True)
+    return module
 
 
 def low_rank_module(
@@ -179,14 +264,8 @@ def low_rank_module(
     layout: Layout,
     shape: tuple[int, int],
 ) -> LowRankModule:
-    """The run-time form of one layer, holding the given tensors.
-
-    Args:
-        replaced: the module whose place it will take, for the mode it is in.
-        tensors: by their names below the layer: weight, up.weight, perm and bias; the last two may
-            be missing.
-        layout: of the dense layer.
-        shape: (m, n) of its matrix.
+    """As `stored_module`, for factors: weight, up.weight, perm and bias; the last two may be
+    missing.
 
     Raises:
         InputError: where the tensors do not fit one another.
@@ -200,6 +279,7 @@ def low_rank_module(
         bias=BIAS in tensors,
     )
     slot = _slot(replaced, shapes, layout, shape)
+    assert isinstance(slot, LowRankSlot)
     slot.load_state_dict(dict(tensors), assign=True)
     return LowRankModule(slot)
 
@@ -211,7 +291,7 @@ def finish_slots(model: nn.Module) -> None:
         InputError: where a tensor has the wrong shape or a permutation is none.
     """
     finished: dict[nn.Module, Any] = {}
-    for name, layer in low_rank_layers(model):
+    for name, layer in stored_layers(model):
         if isinstance(layer, LowRankSlot) and not is_offloaded(layer):
             layer.check(name)
             finished[layer] = LowRankModule(layer)

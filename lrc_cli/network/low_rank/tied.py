@@ -6,7 +6,7 @@ State dicts have the factors once, under the embedding's name.
 from torch import Tensor, nn
 
 from lrc_cli.network.embeddings import Scale, new_embedding
-from lrc_cli.network.low_rank.modules import LowRankLayer
+from lrc_cli.network.low_rank.stored import StoredLayer
 
 
 class Tied(nn.Module):
@@ -16,16 +16,16 @@ class Tied(nn.Module):
         table: the factorised embedding.
     """
 
-    def __init__(self, table: LowRankLayer) -> None:
+    def __init__(self, table: StoredLayer) -> None:
         super().__init__()
         self.share(table)
 
     @property
-    def table(self) -> LowRankLayer:
+    def table(self) -> StoredLayer:
         """The factorised embedding."""
         return self._table[0]
 
-    def share(self, table: LowRankLayer) -> None:
+    def share(self, table: StoredLayer) -> None:
         """From now on use this one, which does not become a part of this module."""
         self._table = (table,)
 
@@ -42,7 +42,7 @@ class TiedHead(Tied):
         bias: (m,) of the head's own, or None.
     """
 
-    def __init__(self, table: LowRankLayer, bias: nn.Parameter | None) -> None:
+    def __init__(self, table: StoredLayer, bias: nn.Parameter | None) -> None:
         super().__init__(table)
         self.bias = bias
 
@@ -69,7 +69,7 @@ class TiedEmbedding(Tied):
         scale: of its own.
     """
 
-    def __init__(self, table: LowRankLayer, scale: Scale) -> None:
+    def __init__(self, table: StoredLayer, scale: Scale) -> None:
         super().__init__(table)
         self.scale = scale
 
@@ -81,8 +81,10 @@ class TiedEmbedding(Tied):
 
     @property
     def weight(self) -> Tensor:
-        """The table's inner factor: some models read the dtype or the device of a weight."""
-        return self.table.factors()[0]
+        """The table's own: some models read the dtype or the device of a weight."""
+        weight = self.table.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Maps numbers (...) to vectors."""

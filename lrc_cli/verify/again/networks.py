@@ -20,7 +20,8 @@ from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.data import draw_again
 from lrc_cli.verify.again.moments import HELD_BYTES, Checked
-from lrc_cli.verify.files.written import Written, dense_matrix, layer_tensors
+from lrc_cli.verify.files.forms import is_read, reader_of, unread
+from lrc_cli.verify.files.written import Written, layer_tensors
 from lrc_cli.verify.original.unchanged import open_layers, open_networks
 from lrc_cli.verify.statements import Findings
 
@@ -74,7 +75,10 @@ def open_bench(
         return None
     facts = written.report["provenance"]
     dtype, device = DTYPES[facts["activation_dtype"]], _device(facts["device"])
-    factorised = {row["name"] for row in written.factorised}
+    factorised = {row["name"] for row in written.factorised if is_read(row["storage"])}
+    for row in written.unread:
+        what = f"the errors of {row['name']} are what they are on the calibration data"
+        findings.not_checked("c1", what, unread(row["storage"]))
     size = sum(4 * math.prod(x.shape) for x in layers if x.name in factorised)
     held = size <= HELD_BYTES
     checked = [
@@ -117,7 +121,7 @@ def _checked(
     return Checked(
         layer=layer,
         weight=layer.weight(original).to(device),
-        fitted=partial(dense_matrix, tensors),
+        fitted=partial(reader_of(tensors).dense, tensors),
         offset=None if offset is None else offset.to(device),
         bias=None if bias is None else bias.to(device),
         held=held,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.network.low_rank.modules import affine
+from lrc_cli.network.low_rank.stored import affine
 from lrc_cli.verify.again.networks import Bench
 
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.fused import Fused
+from lrc_cli.checkpoint.fused import NO_RANK, Fused
 from lrc_cli.checkpoint.headers import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -17,8 +17,18 @@ from lrc_cli.checkpoint.headers import (
     read_json,
 )
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.network.keys import PERM, UP, WEIGHT, Keys
-from lrc_cli.verify.files.written import Written, gained_biases, marks_of
+from lrc_cli.network.keys import Keys
+from lrc_cli.verify.files.forms import (
+    PERM,
+    TENSORS,
+    UP,
+    WEIGHT,
+    is_read,
+    reader_of,
+    table_problem,
+    unread,
+)
+from lrc_cli.verify.files.written import Written, gained_biases, layer_tensors, marks_of
 from lrc_cli.verify.statements import Findings
 
 CHUNK = 1 << 22
@@ -144,11 +154,16 @@ def _check_table(source: Source, findings: Findings) -> None:
         if layer not in table:
             findings.judge("table", what, "the table has no such layer, the tensors are factors")
             continue
+        storage = table[layer].get("storage")
+        if not is_read(storage):
+            findings.not_checked("table", what, unread(storage))
+            continue
         keys = Keys.of(layer, tensors)
-        shapes = {end: _shape(source, key) for end, key in keys.factors.items()}
-        problem = factor_problem(shapes, table[layer])
-        if problem is None and shapes[PERM]:
-            problem = _perm_problem(source.read(keys.perm))
+        shapes = {name: _shape(source, keys.key(name)) for name in TENSORS}
+        problem = table_problem(shapes, table[layer])
+        if problem is None:
+            found_tensors = layer_tensors(source, keys)
+            problem = reader_of(found_tensors).numbers_problem(found_tensors)
         findings.judge("table", what, problem)
 
 
@@ -158,45 +173,14 @@ def _check_marks(written: Written, source: Source, findings: Findings) -> None:
     for key in marks_of(written):
         ranks = source.read(key).tolist()
         layers = [Keys(x).layer for x in Fused(**fused[key]).keys(len(ranks))]
-        found = [table.get(layer, {}).get("rank", 0) for layer in layers]
+        entries = [table.get(layer) for layer in layers]
+        found = [0 if x is None else x.get("rank", NO_RANK) for x in entries]
         findings.equal("table", f"{key} has the ranks of its experts", ranks, found)
 
 
 def _shape(source: Source, key: str) -> tuple[int, ...] | None:
     info = source.tensors.get(key)
     return None if info is None else info.shape
-
-
-def factor_problem(
-    shapes: Mapping[str, tuple[int, ...] | None], entry: Mapping[str, Any]
-) -> str | None:
-    """What is wrong with a layer's shapes, given its table entry; None where they fit."""
-    weight, up, perm = shapes[WEIGHT], shapes[UP], shapes[PERM]
-    if weight is None or up is None:
-        return f"the tensor {'weight' if weight is None else 'up.weight'} is missing"
-    kernel = up[2:]
-    if len(weight) < 2 or len(weight) != len(up) or set(kernel) - {1} or weight[0] != up[1]:
-        return f"factors of shape {weight} and {up} cannot be multiplied"
-    rank, rows = weight[0], up[0] if perm is None else up[0] + weight[0]
-    stated = {k: entry.get(k) for k in ("storage", "rank", "block")}
-    if perm is None:
-        found = {"storage": "factors", "rank": rank, "block": None}
-    elif len(perm) != 1 or not perm[0] or rows % perm[0]:
-        return f"a permutation of shape {perm} does not divide {rows} rows"
-    else:
-        found = {"storage": "interpolative", "rank": rank, "block": rows // perm[0]}
-        if rank % (rows // perm[0]):
-            return f"rank {rank} is not whole blocks of {rows // perm[0]}"
-    if stated != found:
-        return f"the table says {stated}, the tensors {found}"
-    return None if 0 < rank < rows else f"rank {rank} is not below {rows} rows"
-
-
-def _perm_problem(perm: torch.Tensor) -> str | None:
-    if perm.dtype != torch.int32:
-        return f"the permutation is stored as {perm.dtype}"
-    wanted = set(range(len(perm)))
-    return None if set(perm.tolist()) == wanted else "perm is not a permutation"
 
 
 def _check_layers(written: Written, source: Source, findings: Findings) -> None:
@@ -212,7 +196,9 @@ def _check_layers(written: Written, source: Source, findings: Findings) -> None:
     biases = gained_biases(written)
     for layer in written.layers:
         keys, what = written.keys.get(layer["name"]), f"the report has the sizes of {layer['name']}"
-        if keys is None:
+        if not is_read(layer["storage"]):
+            findings.not_checked("layers.shape", what, unread(layer["storage"]))
+        elif keys is None:
             findings.not_checked("layers.shape", what, "its tensors go by another name")
         else:
             gained = source.tensors.get(keys.bias) if keys.bias in biases else None
@@ -222,8 +208,8 @@ def _check_layers(written: Written, source: Source, findings: Findings) -> None:
 def _layer_problem(
     layer: Mapping[str, Any], source: Source, keys: Keys, gained: TensorInfo | None
 ) -> str | None:
-    infos = {end: source.tensors.get(key) for end, key in keys.factors.items()}
-    weight, up, perm = infos[WEIGHT], infos[UP], infos[PERM]
+    infos = {name: source.tensors.get(keys.key(name)) for name in TENSORS}
+    weight = infos[WEIGHT]
     if weight is None:
         return f"the tensor {keys.weight} is missing"
     stated: dict[str, Any] = {k: layer.get(k) for k in ("dtype", "bytes_after", "fallback")}
@@ -235,20 +221,17 @@ def _layer_problem(
         "fallback": bool(layer["fallback"]) if layer["storage"] == "dense" else False,
     }
     stated["shape"] = layer["shape"]
-    if up is None:
+    if infos[UP] is None:
         found["shape"] = _matrix_shape(weight.shape)
         if layer["kind"] in ("Conv1D", "Embedding"):
             found["shape"].reverse()
         stated["storage"], found["storage"] = layer["storage"], "dense"
     else:
-        rows = up.shape[0] + (weight.shape[0] if perm is not None else 0)
-        found["shape"] = [rows, _matrix_shape(weight.shape)[1]]
+        shapes = {name: None if info is None else info.shape for name, info in infos.items()}
+        reader = reader_of({name for name, shape in shapes.items() if shape is not None})
+        found["shape"], entry = reader.shape(shapes), reader.entry(shapes)
         stated |= {k: layer.get(k) for k in ("storage", "rank", "block")}
-        found |= {
-            "storage": "factors" if perm is None else "interpolative",
-            "rank": up.shape[1],
-            "block": 1 if perm is None else rows // perm.shape[0],
-        }
+        found |= entry | {"block": entry["block"] or 1}
     return None if stated == found else f"stated {stated}, found {found}"
 
 

@@ -11,7 +11,8 @@ from lrc_cli.checkpoint.fused import Fused, is_mark
 from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, load_config
-from lrc_cli.network.keys import PERM, UP, WEIGHT, Keys
+from lrc_cli.network.keys import Keys
+from lrc_cli.verify.files.forms import TENSORS, is_read
 from lrc_cli.verify.files.manifest import REPORT
 from lrc_cli.verify.statements import Findings
 
@@ -63,6 +64,11 @@ class Written:
     def factorised(self) -> list[dict[str, Any]]:
         """The report's layers that were replaced by factors."""
         return [layer for layer in self.layers if layer["storage"] != "dense"]
+
+    @property
+    def unread(self) -> list[dict[str, Any]]:
+        """The report's layers in forms that `lrc verify` knows nothing of."""
+        return [layer for layer in self.layers if not is_read(layer["storage"])]
 
 
 def open_written(directory: Path, findings: Findings) -> Written:
@@ -126,27 +132,10 @@ def marks_of(written: Written) -> list[str]:
     return [key for key in stated if key in tensors and is_mark(tensors[key])]
 
 
-def dense_matrix(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Z (m, n) float64 from a layer's tensors, by the words of docs/format.md.
-
-    Two factors: up @ weight. Interpolative: c is (weight, up @ weight) as m / block slabs of rows,
-    and slab i of Z is slab perm[i] of c.
-
-    Args:
-        tensors: by their ends: "weight" (r, n), "up.weight" and, interpolative only, "perm". A
-            convolution's (r, channels, *kernel) and (m, r, 1, ...) are those matrices, unrolled.
-    """
-    inner, outer = (tensors[end].double().flatten(1) for end in (WEIGHT, UP))
-    if PERM not in tensors:
-        return outer @ inner
-    slabs = torch.cat((inner, outer @ inner)).chunk(len(tensors[PERM]))
-    return torch.cat([slabs[index] for index in tensors[PERM].tolist()])
-
-
 def layer_tensors(source: Source, keys: Keys) -> dict[str, torch.Tensor]:
-    """A factorised layer's tensors by their ends, as views of the files."""
-    there = {end: key for end, key in keys.factors.items() if key in source.tensors}
-    return {end: source.read(key) for end, key in there.items()}
+    """A layer's tensors in the forms that are read, by their names below it; views of the files."""
+    keys_of = {name: keys.key(name) for name in TENSORS}
+    return {name: source.read(key) for name, key in keys_of.items() if key in source.tensors}
 
 
 def _form_problem(report: dict[str, Any]) -> str | None:

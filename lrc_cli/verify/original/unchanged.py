@@ -17,6 +17,7 @@ from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
 from lrc_cli.network.opening import Opened, open_module
+from lrc_cli.verify.files.forms import UP, unread
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
 from lrc_cli.verify.files.written import Written, fused_of
 from lrc_cli.verify.methods import KNOWN
@@ -87,12 +88,19 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
         _checked_copies(report.get("copies", {}), original, findings)
     )
     original = original.apart(fused_of(written.report, original))
+    unread_storages = {
+        written.keys[row["name"]].weight: row["storage"]
+        for row in written.unread
+        if row["name"] in written.keys
+    }
     for key, info in original.tensors.items():
-        factor = Keys(key).up
+        factor = Keys(key).key(UP)
         if factor in source.tensors and factor not in original.tensors:
             continue
         what = f"tensor {key} is the original's"
-        if key not in source.tensors:
+        if key in unread_storages:
+            findings.not_checked("original.tensors", what, unread(unread_storages[key]))
+        elif key not in source.tensors:
             findings.judge("original.tensors", what, "it is missing")
         elif not _may_change(written, key):  # else C1 measures the layer with it
             wanted = original.read(key)

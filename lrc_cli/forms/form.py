@@ -1,0 +1,95 @@
+"""A form: what its tensors are called, and which matrix they stand for.
+
+Loaders, run-time modules and writers ask the form. How a matrix becomes tensors of a form is
+decided in engine/storage; `lrc verify` reads what was written with code of its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+DENSE = "dense"
+"""The form of a layer that stays as it is."""
+
+WEIGHT = "weight"
+"""The tensor under the dense weight's key. Every form but dense writes it in another shape than the
+dense one's, so that a loader which knows no lrc fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The tensors of one layer as a form takes them (docs/format.md)."""
+
+    form: str
+    """The form's name in `FORMS`."""
+    shape: tuple[int, int]
+    """(m, n) of the matrix."""
+    tensors: Mapping[str, Tensor]
+    """By their names below the layer."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What the tensors' shapes need not say: the rank, rows per block, bits ..."""
+
+    @property
+    def rank(self) -> int | None:
+        """r; None for a form without a rank."""
+        return self.parameters.get("rank")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def on_host(self) -> "Packed":
+        """The same in CPU memory."""
+        return replace(self, tensors={name: x.cpu() for name, x in self.tensors.items()})
+
+
+class Orientation(Protocol):
+    """How a layer's matrices lie in its tensors: a `Layout` of network/layouts.py."""
+
+    def inner(self, factor: Tensor) -> Tensor:
+        """The inner factor (r, n) as it is stored."""
+
+    def outer(self, factor: Tensor) -> Tensor:
+        """The outer factor (m, r) as it is stored."""
+
+
+class Form(ABC):
+    """One form of storage."""
+
+    name: ClassVar[str]
+    """What layer tables and reports call it."""
+    tensors: ClassVar[tuple[str, ...]]
+    """The names below the layer of all that it may write; `weight` is one of them."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """The tensors that a layer may lack."""
+    uncounted: ClassVar[tuple[str, ...]] = ()
+    """The tensors whose entries are no parameters of the network."""
+    table_keys: ClassVar[tuple[str, ...]] = ()
+    """The parameters that a checkpoint's layer table states."""
+
+    @abstractmethod
+    def dense(self, packed: Packed) -> Tensor:
+        """The matrix Z (m, n) that the tensors stand for, float64."""
+
+    def on_disk(self, packed: Packed, layout: Orientation) -> Mapping[str, Tensor]:
+        """The tensors as they are written."""
+        return packed.tensors
+
+    def apply(self, packed: Packed, x: Tensor) -> Tensor | None:
+        """Z x for rows x (..., n), by a product of the form's own; None: the dense matrix is used.
+
+        It is asked where a layer runs that `nn.Linear` ran.
+        """
+        return None
+
+    def table_entry(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint's layer table says of a layer with these parameters."""
+        return {"storage": self.name, **{key: parameters[key] for key in self.table_keys}}
+
+    def largest_coefficient(self, packed: Packed) -> float | None:
+        """The largest entry of T, for forms that have one."""
+        return None

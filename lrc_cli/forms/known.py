@@ -1,0 +1,25 @@
+"""Every form by its name."""
+
+from torch import Tensor
+
+from lrc_cli.forms.form import DENSE, WEIGHT, Form, Packed
+from lrc_cli.forms.low_rank import Interpolative, TwoFactors
+
+
+class Dense(Form):
+    """W itself."""
+
+    name = DENSE
+    tensors = (WEIGHT,)
+
+    def dense(self, packed: Packed) -> Tensor:
+        """W, float64."""
+        return packed.tensors[WEIGHT].double()
+
+
+FORMS: dict[str, Form] = {form.name: form for form in (Dense(), TwoFactors(), Interpolative())}
+
+
+def dense(packed: Packed) -> Tensor:
+    """The matrix (m, n) that packed tensors stand for, float64."""
+    return FORMS[packed.form].dense(packed)

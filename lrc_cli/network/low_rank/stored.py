@@ -1,0 +1,246 @@
+"""A layer that is not stored as a dense weight: what all of its modules share, and the module of a
+form that is no rank.
+
+State dicts have the tensors under their disk names. Pure torch: nothing here knows transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrc_cli.errors import InputError
+from lrc_cli.forms import Form, Packed
+from lrc_cli.network.layouts import LINEAR, Layout, Table, layout_of
+
+
+class StoredLayer(nn.Module):
+    """The place of a dense layer (m, n).
+
+    Args:
+        in_features: n.
+        out_features: m.
+        layout: of the dense layer.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, *, in_features: int, out_features: int, layout: Layout) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.layout = layout
+        for name, value in layout.visible(out_features).items():
+            setattr(self, name, value)
+
+    @property
+    def storage(self) -> str:
+        """The name of the form."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the dense weight that the tensors stand for."""
+        return self.out_features, self.in_features
+
+    def table_entry(self) -> dict[str, Any]:
+        """What a checkpoint's layer table says of this layer."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the numbers that the tensors stand for, as far as they tell."""
+        raise NotImplementedError
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (m, n) that the layer applies, in a dtype in which products are taken."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """The dense weight, and the bias, applied to inputs."""
+        raise NotImplementedError
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows (..., n) of the dense weight with these numbers (...)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps inputs (..., n) to outputs (..., m), in the layer's layout."""
+        layout = self.layout
+        return layout.scale(self.rows(x)) if isinstance(layout, Table) else self.product(x)
+
+    def biased(self, y: Tensor) -> Tensor:
+        """Outputs with the bias, where the layer has one."""
+        if self.bias is None:
+            return y
+        return y + self.bias.view(-1, *(1,) * (-1 - self.layout.channels))
+
+    def extra_repr(self) -> str:
+        """The sizes that `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, storage={self.storage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormTensors:
+    """One layer's tensors in a form that is no rank, as found in a checkpoint."""
+
+    name: str
+    """The layer's name in the checkpoint, for messages."""
+    form: Form
+    entry: Mapping[str, Any]
+    """What the layer table says of the layer."""
+    infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    """Shapes and dtypes, by the names below the layer."""
+    bias: bool = False
+    """Whether the checkpoint has a bias for the layer."""
+
+    @classmethod
+    def of(
+        cls, name: str, form: Form, entry: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> "FormTensors":
+        """The layer's tensors.
+
+        Args:
+            found: headers or tensors, by their names below the layer.
+        """
+        infos = {
+            end: (tuple(found[end].shape), found[end].dtype) for end in form.tensors if end in found
+        }
+        return cls(name=name, form=form, entry=entry, infos=infos, bias="bias" in found)
+
+
+class FormLayer(StoredLayer):
+    """A layer in a form that is no rank: holds the form's tensors under their disk names.
+
+    It runs with the dense matrix that the form gives, or with a product of the form's own.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        found: FormTensors,
+        layout: Layout,
+        *,
+        out_features: int,
+        in_features: int,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, layout=layout)
+        self.form, self.names = found.form, tuple(found.infos)
+        self.parameters_stated = {k: found.entry[k] for k in found.form.table_keys}
+        assert isinstance(dense.weight, Tensor)
+        device = dense.weight.device
+        for name, (shape, dtype) in found.infos.items():
+            _hold(self, name, torch.empty(shape, dtype=dtype, device=device))
+        has_bias = found.bias or getattr(dense, "bias", None) is not None
+        place: dict[str, Any] = {"device": device, "dtype": dense.weight.dtype}
+        self.bias = nn.Parameter(torch.empty(out_features, **place)) if has_bias else None
+        self.train(dense.training)
+
+    @property
+    def storage(self) -> str:
+        """The name of the form."""
+        return self.form.name
+
+    def table_entry(self) -> dict[str, Any]:
+        """What a checkpoint's layer table says of this layer."""
+        return self.form.table_entry(self.parameters_stated)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the bias or of the first tensor whose numbers are not whole."""
+        tensors = [*([] if self.bias is None else [self.bias]), *self.packed().tensors.values()]
+        found = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    def packed(self) -> Packed:
+        """The layer's tensors, as the form takes them."""
+        return Packed(
+            form=self.form.name,
+            shape=self.shape,
+            tensors={name: attrgetter(name)(self) for name in self.names},
+            parameters=self.parameters_stated,
+        )
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (m, n) that the layer applies, multiplied out in float64."""
+        return self.form.dense(self.packed()).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The dense weight, and the bias, applied to inputs."""
+        layout = self.layout
+        y = self.form.apply(self.packed(), x) if layout == LINEAR else None
+        if y is None:
+            dtype = x.dtype if x.is_floating_point() else self.dtype
+            y = layout.apply(x, layout.inner(self.matrix(dtype)))
+        return self.biased(y)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows (..., n) of the dense weight with these numbers (...)."""
+        return F.embedding(numbers, self.matrix(self.dtype))
+
+
+def _hold(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a tensor under a name with dots: numbers that are not whole as a parameter."""
+    first, dot, rest = name.partition(".")
+    if dot:
+        if first not in module._modules:
+            module.add_module(first, nn.Module())
+        _hold(module.get_submodule(first), rest, tensor)
+    elif tensor.is_floating_point():
+        module.register_parameter(first, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(first, tensor)
+
+
+def stored_layers(model: nn.Module) -> Iterator[tuple[str, StoredLayer]]:
+    """The layers of a model that are not stored as a dense weight, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLayer):
+            yield name, module
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts `new[old]` wherever `old` hangs below `model`, under every name of a shared module."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight (m, n) that a layer applies, multiplied out where it is stored otherwise.
+
+    Products are taken in float32, or in the tensors' dtype where that is wider.
+
+    Raises:
+        InputError: for an offloaded layer, or a module that is no linear layer.
+    """
+    if isinstance(module, StoredLayer):
+        if is_offloaded(module):
+            raise InputError("a layer is offloaded", "load the model without offloading first")
+        return module.matrix(torch.promote_types(module.dtype, torch.float32)).contiguous()
+    layout = layout_of(module)
+    if layout is None:
+        raise InputError(f"{type(module).__name__} is not a linear layer")
+    return layout.matrix(module.get_parameter("weight").detach())
+
+
+def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The matrix (m, n) and the bias (m,) that a linear layer applies, float64."""
+    if isinstance(module, StoredLayer):
+        weight = module.matrix(torch.float64)
+    else:
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.double()
+    bias = module.bias
+    return weight, bias.double() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a layer's tensors are elsewhere, and hooks fetch them when it runs."""
+    return any(parameter.is_meta for parameter in layer.parameters())
