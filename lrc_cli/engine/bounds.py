@@ -136,7 +136,7 @@ def capital(
     delta: float,
     population: int | None = None,
 ) -> float:
-    """The largest capital of a gambler who bets against means as large as `mean`, from 1.
+    """The largest capital that bets against means as large as `mean` make from a stake of 1.
 
     Waudby-Smith & Ramdas 2020, "Estimating means of bounded random variables by betting" (and
     "Confidence sequences for sampling without replacement"). With y = (x - lower) /

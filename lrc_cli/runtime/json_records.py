@@ -1,7 +1,7 @@
-"""Frozen dataclasses as JSON and back.
+"""Frozen dataclasses are written as JSON and read back here.
 
-The order of the fields is the order of the keys. A reader checks every value against the field's
-type, and names the place of what does not fit.
+The order of the fields is the order of the keys. The reader checks every value against the field's
+type, and names the place of a value that does not fit.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ INLINE = {"inline": True}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JsonRecord:
-    """What every record can; a record is a frozen dataclass with keyword-only fields.
+    """The base of every record, which is a frozen dataclass with keyword-only fields.
 
     Types of fields: bool, int, float, str, Any, records, `tuple[T, ...]` (a list), `Mapping[str,
     T]` (an object), and `T | None`. A field of another type has a function `read` of the value, the
@@ -57,15 +57,15 @@ class JsonRecord:
 
     @classmethod
     def from_json(cls, value: Any, file: str, path: str = "") -> Self:
-        """The record of a parsed JSON object; keys that it does not know are passed over.
+        """The record of a parsed JSON object. Keys that are no fields are passed over.
 
         Args:
             value: as `json.loads` returns it.
-            file: what was read, for the error.
-            path: where in the file the value stands, for the error.
+            file: the file that was read, for the error.
+            path: the place of the value in the file, for the error.
 
         Raises:
-            InputError: a key is missing, or a value is of another type; it names the place.
+            InputError: a key is missing, or a value is of another type. The error names the place.
         """
         if not isinstance(value, dict):
             raise _unfit(file, path, "an object is needed", value)
@@ -108,7 +108,7 @@ def _reader(hint: Any) -> Callable[[Any, str, str], Any]:
 
 
 def read_value(hint: Any, value: Any, file: str, path: str) -> Any:
-    """A value of any type that a field may have; arguments and errors as of `from_json`."""
+    """A value of any type that a field may have. Arguments and errors are as in `from_json`."""
     if hint is Any:
         return value
     if isinstance(hint, UnionType):
