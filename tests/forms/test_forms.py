@@ -1,4 +1,4 @@
-"""Forms: the matrix that tensors stand for, where they lie on the disk, what a table says of them."""
+"""Forms: the matrix that tensors stand for, where they lie on the disk, what a table says."""
 
 import pytest
 import torch
