@@ -87,7 +87,7 @@ def measure(
 
     Args:
         layers: the factorised ones.
-        loss: of `evaluate.scoring`.
+        loss: as `compare.scoring` gives it.
         seed: of the masked tokens, drawn for all sequences at once, where the network predicts
             those.
         decompose: False leaves out `inherited` and `new`, and their product (they are 0 then).
