@@ -181,8 +181,8 @@ class ReluRank(JsonRecord):
 class LayerFacts(JsonRecord):
     """What became of a layer. Of a dense layer only fallback, reason and storage are there."""
 
-    block: int | None = None
-    """Rows of a block of the permutation; null without permutation."""
+    block: int | None = field(default=None, metadata=ABSENT)
+    """Rows for an entry of the permutation, 1 without permutation; absent for a dense layer."""
     correction: float | None = field(default=None, metadata=ABSENT)
     """Share of the drift that a sequential fit makes up for; absent otherwise."""
     errors: LayerErrors | None = field(default=None, metadata=ABSENT)
@@ -190,7 +190,8 @@ class LayerFacts(JsonRecord):
     fallback: bool
     """Whether the layer was meant to be factorised and could not be."""
     max_coefficient: float | None = None
-    """The largest entry of interpolation coefficients; null without permutation."""
+    """The largest entry of the interpolation coefficients; null without permutation, absent for a
+    dense layer."""
     rank: int | None = field(default=None, metadata=ABSENT)
     """The rank; absent for a dense layer."""
     parameters: Mapping[str, Any] | None = field(default=None, metadata=ABSENT)
@@ -229,10 +230,10 @@ class LayerFacts(JsonRecord):
         return None if self.errors is None else self.errors.held_out
 
     def to_json(self) -> dict[str, Any]:
-        """As JsonRecord.to_json, without the nulls of a dense layer."""
+        """As JsonRecord.to_json; a dense layer has no null."""
         found = super().to_json()
         if self.is_dense:
-            del found["block"], found["max_coefficient"]
+            del found["max_coefficient"]
         return found
 
 
