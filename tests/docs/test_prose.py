@@ -14,6 +14,7 @@ CLEAN = (
     "README.md",
     "docs/architecture.md",
     "docs/benchmarks.md",
+    "docs/cli.md",
     "docs/config.md",
     "docs/distributed.md",
     "docs/format.md",
@@ -22,6 +23,10 @@ CLEAN = (
     "docs/relu.md",
     "docs/theory.md",
     "docs/verify.md",
+    "lrc_cli/__init__.py",
+    "lrc_cli/__main__.py",
+    "lrc_cli/cli.py",
+    "lrc_cli/hf.py",
     "lrc_cli/errors.py",
     "lrc_cli/text.py",
     "lrc_cli/config",
@@ -36,7 +41,11 @@ CLEAN = (
     "lrc_cli/engine/storage/pivots.py",
     "lrc_cli/engine/storage/refit.py",
     "scripts",
+    "tests/config",
     "tests/docs",
+    "tests/forecast",
+    "tests/report",
+    "tests/verify",
 )
 """The files and folders that keep the rules. The list only grows."""
 
