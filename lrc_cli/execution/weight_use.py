@@ -22,7 +22,7 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 
 TOLERANCE = 0.03
-"""Of ||y||: a hundred times float32's rounding, several times bfloat16's."""
+"""Share of ||y||: a hundred times float32's rounding, several times bfloat16's."""
 DIRECTIONS = 16
 """On which outputs are compared: the norm of a difference is told to about a quarter."""
 HOLDERS = (dict, list, set, OrderedDict, defaultdict)
@@ -38,7 +38,7 @@ class Use:
 
     batch: Batch
     wrong: Mapping[str, str]
-    """By name the layers that were no product y = W x + b, with the reason."""
+    """The layers that were no product y = W x + b: the reason by layer name."""
     is_suspect: bool
     """Whether what it computed depends on a weight that a layer does not hand out."""
 
@@ -67,7 +67,7 @@ def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[An
 
 
 def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -> dict[str, str]:
-    """By name the layers that are no product y = W x + b, or not only, with the reason.
+    """The layers that are no product y = W x + b, or not only: the reason by layer name.
 
     A layer that was never reached is not judged by what it computes.
 
@@ -86,7 +86,7 @@ def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -
     for batch in [use.batch for use in uses if use.is_suspect]:
         if not reads_past(able, batch):
             continue
-        # Those that have one place in blocks that are alike are used alike.
+        # Layers that have one place in blocks that are alike are used alike.
         groups: dict[str, list[Layer]] = {}
         for layer in able:
             groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)

@@ -53,7 +53,7 @@ class Timed(Stage[Outcome]):
         super().__init__(stage.work, stage.folder, units)
         self.name, self.stage = stage.name, stage
         self.steps, self.storing = Clock(device), Clock(device)
-        """Of the pieces of work, and of every unit that is stored."""
+        """They time the pieces of work, and every unit that is stored."""
 
     def missing(self) -> list[str]:
         """See Stage."""

@@ -53,7 +53,7 @@ def _error(plan: Plan, choice: Choice, known: Predicted) -> float:
 
 
 def curve_of(plan: Plan, predicted: Mapping[str, Predicted]) -> list[dict[str, Any]]:
-    """`point_of` several sizes with their `size`; those that cannot be reached are left out."""
+    """`point_of` several sizes with their `size`; a size that cannot be reached is left out."""
     points = []
     for size in SIZES:
         sized = with_target(plan, _of_size(plan.config, size))

@@ -1,5 +1,7 @@
-"""The probe's pass over the data: a few micro-batches through the head, a block of every kind, the
-first one and the tail, by the job's own code."""
+"""The probe's pass over the data, by the job's own stage.
+
+A few micro-batches run through the head, a block of every kind, the first block and the tail.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -82,7 +84,7 @@ class _Pass:
         self.storing = timed.storing.steps
 
     def pieces(self) -> list[Piece]:
-        """Of the whole pass, less the segments that an earlier run has measured."""
+        """The whole pass, less the segments that an earlier run has measured."""
         missing = set(self.probe.missing(STATISTICS))
         left = [s for s in self.whole.segments if any(x.unit in missing for x in s.layers)]
         ran = {segment.name for segment in self.few.segments}
@@ -132,7 +134,7 @@ class _Pass:
 
     @property
     def statistics_bytes(self) -> int:
-        """Of all units that are missing."""
+        """Statistics of all units that are missing."""
         ran = {layer.unit for segment in self.few.segments for layer in segment.layers}
         written = self.work.num_bytes.get(STATISTICS, 0)
         return int(written / max(len(ran), 1) * len(self.probe.missing(STATISTICS)))
@@ -157,7 +159,7 @@ class _Pass:
 
 
 def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
-    """By segment, the one in the middle of those that have the same parameters and layers."""
+    """Each segment's kind: the middle segment of all with the same parameters and layers."""
     groups: dict[Any, list[str]] = {}
     for segment in segments:
         key: Any = segment.name
@@ -181,7 +183,7 @@ def counts_of(plan: Plan, segments: Sequence[Segment], solved: Collection[str]) 
     """Segments to run -> how many are like them, in the order in which they run.
 
     Args:
-        solved: layers that have factors. Of every kind of segments one with such layers is taken,
+        solved: layers that have factors. A kind of segments is stood for by one with such layers,
             if there is one.
     """
     kinds = kinds_of(plan, segments)

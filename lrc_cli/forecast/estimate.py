@@ -26,7 +26,7 @@ class Memory:
 
     phase: str
     measured: int
-    """Of the probe, the process included."""
+    """The peak of the probe, the process included."""
     kept: int = 0
     """What more sequences add: activations and gradients between two blocks."""
     gpu: int = 0
@@ -50,7 +50,7 @@ class Space:
     """The part of it that is deleted again: what the calibration sequences write."""
     free: int
     device: int
-    """Of the file system: places on one share its free space."""
+    """The number of the file system: places on one file system share its free space."""
 
 
 def seconds_by_phase(pieces: Iterable[Piece]) -> dict[str, float]:

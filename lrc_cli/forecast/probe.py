@@ -48,19 +48,19 @@ class Probe:
     passing_bytes: int = 0
     """What the whole pass writes to the work directory and deletes again."""
     boundary_bytes: int = 0
-    """Of it, what is deleted at once, near the end too."""
+    """The part of `passing_bytes` that is deleted at once, near the end too."""
     lag: int = 1
     """Units that are measured before what they were measured on is deleted."""
     spilled_bytes: int = 0
     """What lies in files without a name while layers are solved, or networks run."""
     statistics_bytes: int = 0
-    """Of the statistics that are missing."""
+    """The size of the statistics that are missing."""
     hidden_bytes: int = 0
-    """Of it, the hidden states of one network."""
+    """The size of the hidden states of one network, between two segments."""
     whole: str | None = None
     """Why the network runs whole, not block by block; None: it does not, or no data is needed."""
     share: float = 1.0
-    """All micro-batches to those that were run."""
+    """All micro-batches to the few that were run."""
 
     @property
     def quiet(self) -> Progress:
@@ -96,7 +96,7 @@ class Probe:
         return not measured or self.work.has(STATISTICS, unit) or self.has(STATISTICS, unit)
 
     def _fetch(self, unit: str) -> None:
-        """Bring a unit's statistics into the probe's directory, with those that they refer to."""
+        """Bring a unit's statistics into the probe's directory, with all that they refer to."""
         if self.work.has(STATISTICS, unit):
             return
         if not self.has(STATISTICS, unit):

@@ -1,5 +1,7 @@
-"""The probe's other half: both networks side by side over a few micro-batches, through the head,
-one block of every kind, compressed in one of them, and the tail."""
+"""The probe's other half: both networks side by side over a few micro-batches.
+
+They run through the head, one block of every kind, compressed in one of the networks, and the tail.
+"""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -32,7 +34,7 @@ def run_quality(
     """What comes after the factors: their pieces and their memory.
 
     Args:
-        units: those that `work` has factors of; all other layers stay dense here.
+        units: the units that `work` has factors of; all other layers stay dense here.
     """
     with PrivateMemory(plan.device) as memory:
         both = _Comparison(plan, work, units)
@@ -83,7 +85,7 @@ class _Comparison:
         self.counts = counts_of(plan, segments, solved)
 
     def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:
-        """Of one run over the sequences, in micro-batches of `limit` tokens."""
+        """One run over the sequences, in micro-batches of `limit` tokens."""
         size = micro_batch(sequences, limit)
         few, _ = sequences.split(size * NUM_BATCHES)
         clock = Clock(self.plan.device)

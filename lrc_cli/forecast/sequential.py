@@ -1,5 +1,7 @@
-"""What sequential fitting will take: the job's own stage on a few micro-batches, through the head,
-one block of every kind and the tail."""
+"""What sequential fitting will take, by the job's own stage.
+
+Both networks run over a few micro-batches, through the head, one block of every kind and the tail.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,9 +67,9 @@ class _TimedStreams(Streams):
         super().__init__(plan, *given)
         self.clock = Clock(plan.device)
         self.walking: dict[str, float] = {}
-        """By segment, of both networks."""
+        """Seconds of both networks by segment."""
         self.whole: dict[str, float] = {}
-        """By segment, of everything until both networks have passed it."""
+        """Seconds by segment, until both networks have passed it, solves included."""
 
     @contextmanager
     def _walks(self, segment: Segment) -> Iterator[None]:

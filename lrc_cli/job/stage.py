@@ -1,6 +1,6 @@
 """A stage of the job: units of work, each of which is stored as soon as it is done.
 
-Statistics, spectra and factors are stages, and `run_stage` is the one loop that does them. A stage
+Statistics, spectra and factors are stages, and `run_stage` is the only loop that does them. A stage
 says what is left of it, what that costs, how it is solved and how a solved unit is stored. A killed
 run leaves whole units, so the same loop goes on where the last one stopped.
 """
@@ -33,7 +33,7 @@ class Task(Generic[Outcome]):
     cost: float
     """The sum that `solve` advances by, in any unit proportional to time. 0: no phase is shown."""
     solve: Callable[[Advance], Solved[Outcome]]
-    """Begins the work. Units may come in any order, and only those that this process stores."""
+    """Begins the work. Units come in any order, each in the process that stores it."""
 
 
 class Stage(ABC, Generic[Outcome]):
@@ -103,7 +103,7 @@ def _solve(stage: Stage[Outcome], task: Task[Outcome], advance: Advance) -> None
 class LayerStage(Stage[dict[str, Result]]):
     """A stage that solves each layer by itself: every process does the units that it owns.
 
-    The outcome of a unit are its layers' results by layer name.
+    A unit's outcome is its layers' results by layer name.
     """
 
     def __init__(self, plan: Plan, work: WorkDirectory, folder: str) -> None:

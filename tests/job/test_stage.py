@@ -1,4 +1,4 @@
-"""The one loop of the job's stages, tried on a stage that squares numbers."""
+"""The loop of the job's stages, tried on a stage that squares numbers."""
 
 import json
 import os

@@ -23,7 +23,7 @@ MOST_SHORT = 0.1
 plainly, what the others make up for does harm (docs/benchmarks.md)."""
 TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
-"""Of the bytes: `auto` is off where more is kept. On SmolLM2 it pays at 0.6 and 0.4, and changes
+"""The share of the bytes above which `auto` is off. On SmolLM2 it pays at 0.6 and 0.4, and changes
 nothing at 0.8 (docs/benchmarks.md)."""
 
 

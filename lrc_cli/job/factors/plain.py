@@ -1,5 +1,7 @@
-"""Phase two where `compression.sequential` is off: every layer is fitted to the inputs that it has
-in the dense network."""
+"""Phase two where `compression.sequential` is off.
+
+Every layer is fitted to the inputs that it has in the dense network.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
-"""Phase two where `compression.sequential` is on: every layer is fitted to the inputs that the
-compressed layers before it give, so that it makes up for their errors.
+"""Phase two where `compression.sequential` is on.
+
+Every layer is fitted to the inputs that the compressed layers before it give, so that it makes up
+for their errors.
 
 Both networks walk through the calibration data segment by segment. Inside a segment the layers come
 in groups that read one input, in the order in which they run: both networks run up to that input,
@@ -37,7 +39,7 @@ Drifts = tuple[Drift, Drift | None]
 """Moments over what is fitted to, and over what is held back."""
 UNREACHED = "the first calibration sequences do not reach it"
 WALK_COST = 0.05
-"""Of a multiplication in a forward pass, in those of an eigenproblem."""
+"""Cost of a multiplication in a forward pass, in multiplications of an eigenproblem."""
 
 
 class SequentialStage(Stage[dict[str, Fitted]]):
@@ -284,13 +286,13 @@ def _groups(work: WorkDirectory, segment: Segment) -> list[list[Layer]]:
 
 
 def _walk_cost(plan: Plan, segment: Segment) -> float:
-    """Of one network's pass through the segment."""
+    """Cost of one network's pass through the segment."""
     tokens = plan.sequences[CALIBRATION].num_tokens
     return WALK_COST * tokens * sum(m * n for m, n in (x.shape for x in segment.layers))
 
 
 def _group_cost(plan: Plan, segment: Segment, layer: Layer) -> float:
-    """Of both networks' way to a group's input, about half of the segment, and of its moments."""
+    """Cost of both networks' way to a group's input, half a segment or so, and of its moments."""
     tokens = plan.sequences[CALIBRATION].num_tokens
     return _walk_cost(plan, segment) + WALK_COST * 2 * tokens * layer.shape[1] ** 2
 

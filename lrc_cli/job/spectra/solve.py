@@ -56,5 +56,5 @@ def solve_units(
 
 
 def solve_cost(layers: Iterable[Layer]) -> float:
-    """Of the layers' solves together: multiplications."""
+    """The cost of the layers' solves together: multiplications."""
     return sum(layer.solve_cost for layer in layers)

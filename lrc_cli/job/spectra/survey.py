@@ -55,7 +55,7 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
         tensors |= found.references._asdict()
     if found.zero is not None:
         tensors[ZERO] = torch.tensor(found.zero, dtype=torch.float64)
-    # Of some solvers two of them are one, and safetensors wants every tensor for itself.
+    # Some solvers give one tensor twice, and safetensors wants every tensor for itself.
     return {
         f"{kind}.{layer.name}": tensor.cpu().contiguous()
         if kind == VECTORS
@@ -93,7 +93,7 @@ def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
 
 
 def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
-    """By layer name, the errors that the target bounds."""
+    """The errors that the target bounds, by layer name."""
     found: dict[str, Predicted] = {}
     for unit in plan.units:
         found |= unit_predicted(plan, work, unit)

@@ -56,9 +56,9 @@ UNMEASURED = Part(stage="", others=(), tensors={}, layers={}, loss=None)
 
 
 class StatisticsStage(Stage[Part]):
-    """Gram matrices of every layer's inputs, and of the gradients by its outputs where its method
-    asks for them, in one pass over the calibration data.
+    """Gram matrices of every layer's inputs, in one pass over the calibration data.
 
+    Where a layer's method asks for them, Gram matrices of the gradients by its outputs come too.
     All processes measure every unit, each on its share of the data.
 
     Args:
@@ -226,7 +226,7 @@ class Parts:
         ]
 
     def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
-        """Where a layer's Gram matrices lie: that of its inputs is stored once, with the leader."""
+        """Where a layer's Gram matrices lie: the inputs' matrix is stored once, with the leader."""
         leader = self.cut.leaders[name]
         gram = moments.grams.get(leader)
         return {

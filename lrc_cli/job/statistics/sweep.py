@@ -2,8 +2,8 @@
 
 Without gradients a segment's layers are measured as the network walks forward. With them it first
 walks to its tail and writes down what every segment reads; then the segments come last to first:
-each reads its inputs back, runs once more with autograd, takes the gradient at its output to the
-one at its input, and is measured in that one run.
+each reads its inputs back, runs once more with autograd, takes the gradient at its output to
+its input, and is measured in the same run.
 
     <work>/inputs/<segment>/<micro-batch>      what the segment reads
     <work>/gradients/<segment>/<micro-batch>   the gradients of the loss by it, one a probe
@@ -46,7 +46,7 @@ Measured = Generator[tuple[Segment, Moments], None, None]
 STORE_EVERY = 10.0
 """Seconds: what a run that goes on may have to run through again, beside the segment it was in."""
 BACKWARD_COST = 3.0
-"""Of a segment that is run again with gradients, and backwards, in forward runs of it."""
+"""Cost of a segment that runs again with gradients, and backwards, in its forward runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Job:
     """Layers whose output gradients are measured (needs `loss`)."""
     loss: Loss | None
     seed: int
-    """Of masked tokens, drawn labels and probes."""
+    """It decides masked tokens, drawn labels and probes."""
     center: bool
 
 
@@ -152,7 +152,7 @@ class Sweep:
         self.job, self.work, self.keep = job, work, keep
         self.store_every = STORE_EVERY if store_every is None else store_every
         self.gradients: dict[int, Tensors] = {}
-        """By micro-batch, those by the input of the segment that ran backwards last."""
+        """The gradients by the input of the segment that ran backwards last, by micro-batch."""
         self._stored = time.monotonic()
         """When something to go on from was stored last."""
         self._passed: list[tuple[str, Segment]] = []
@@ -188,12 +188,12 @@ class Sweep:
 
     @property
     def cost(self) -> float:
-        """Of what is left to do, in the unit of `advance`."""
+        """What is left to do, in the unit of `advance`."""
         forward = sum(self._cost(i) for i in self.way.forward)
         return forward + BACKWARD_COST * sum(self._cost(i) for i in self.way.backward)
 
     def _cost(self, number: int) -> float:
-        """Of one segment's forward run, over all data: multiplications per token."""
+        """One segment's forward run over all data: multiplications per token."""
         name, module = self.job.segments[number].name, self.job.network.module
         if name in self.job.chain.names:
             return float(_num_parameters(module.get_submodule(name)))
@@ -301,7 +301,7 @@ class Sweep:
         moments: Moments,
         above: Tensors,
     ) -> Tensors:
-        """One micro-batch: from the gradients by its output to those by `hidden`, by probe."""
+        """One micro-batch: from the gradients by its output to gradients by `hidden`, by probe."""
         loss, network, segment = self.job.loss, self.job.network, self.job.segments[number]
         layers = segment.layers if number in self.way.unfinished else []
         below: Tensors = {}
