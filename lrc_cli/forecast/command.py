@@ -211,7 +211,7 @@ def _likely(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
 
 
 def _ranks(granted: Granted) -> dict[str, int | None]:
-    """By layer name; 0 stands for dense, None for a form without a rank."""
+    """The ranks by layer name; 0 stands for dense, None for a form without a rank."""
     return {name: 0 if choice.is_dense else choice.rank for name, choice in granted.items()}
 
 
