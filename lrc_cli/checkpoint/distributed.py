@@ -1,7 +1,7 @@
-"""Checkpoints of torch.distributed.checkpoint (FSDP): shards of tensors over many files.
+"""This module reads the shards of tensors that torch.distributed.checkpoint (FSDP) wrote.
 
-Its reader unpickles `.metadata` without restraint, which would run whatever code a checkpoint of
-somebody else holds: here only the classes that describe tensors may be named.
+torch's own reader unpickles `.metadata` without restraint, and would run any code that a foreign
+checkpoint names. Here the file may name only the classes that describe tensors.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from lrc_cli.runtime.spill import Spool
 
 METADATA_NAME = ".metadata"
 LARGE = 1 << 17
-"""Bytes from which on an allocation is large."""
+"""A read of more bytes than this gives freed memory back to the system."""
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
     "builtins": {"set", "frozenset"},
@@ -49,7 +49,7 @@ _CLASSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A stored tensor: its name in the checkpoint and what is said of it."""
+    """A stored tensor: its name in the checkpoint, and its shape and dtype."""
 
     fqn: str
     info: TensorInfo
@@ -62,8 +62,8 @@ class _Entry:
 class DistributedFiles:
     """The tensors of a directory that torch.distributed.checkpoint wrote.
 
-    A tensor is put together from its shards when it is first read, in a mapped temporary file:
-    private memory holds one shard of one tensor at a time.
+    The first read of a tensor puts the shards together in a mapped temporary file. Private memory
+    holds one shard of one tensor at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,8 +80,8 @@ class DistributedFiles:
         """The whole tensor `key` on the CPU.
 
         Raises:
-            InputError: its shards cannot be read.
-            RunError: there is no room for it in TMPDIR.
+            InputError: the tensor's shards cannot be read.
+            RunError: TMPDIR has no room for the tensor.
         """
         if key not in self._kept:
             self._kept[key] = self._assembled(key)
@@ -93,9 +93,9 @@ class DistributedFiles:
         info = self.tensors[key]
         tensor = self._spool.empty(info.shape, info.dtype)
         try:
-            with warnings.catch_warnings(action="ignore"):  # that there is only one process
+            with warnings.catch_warnings(action="ignore"):  # torch warns of a single process
                 load_shards({self._fqns[key]: tensor}, storage_reader=self._reader, no_dist=True)
-        # What a damaged shard raises comes wrapped in what is no Exception.
+        # torch wraps the error of a damaged shard in a class that is no Exception.
         except CheckpointException as error:
             raise InputError(
                 f"{info.file.parent}: tensor {key} cannot be read from its shards",
@@ -105,14 +105,14 @@ class DistributedFiles:
 
 
 def _give_back_freed_memory() -> None:
-    """The holes that shards leave on the heap would stay resident, a third of the checkpoint."""
+    """Gives the heap's free pages back: the holes of shards took a third of the checkpoint."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
 
 
 class _Reader(FileSystemReader):
-    """torch's reader; it asks for the metadata at every load."""
+    """torch's reader with the metadata kept: torch asks for the metadata at every load."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -151,7 +151,7 @@ def _read_metadata(file: Path) -> Metadata:
 
 
 def _files(path: Path, metadata: Metadata) -> list[Path]:
-    """The files that hold the shards, and the one that describes them."""
+    """Returns the files that hold the shards, and the file that describes the shards."""
     names = {str(entry.relative_path) for entry in metadata.storage_data.values()}
     outside = sorted(n for n in names if Path(n).is_absolute() or ".." in Path(n).parts)
     if outside:
@@ -165,7 +165,7 @@ def _files(path: Path, metadata: Metadata) -> list[Path]:
 
 
 def _tree(path: Path, metadata: Metadata) -> dict[str, Any]:
-    """What was saved, as nested as it was."""
+    """Returns the saved mapping with its nesting; a leaf that is no stored tensor is None."""
     first = {index.fqn: entry.relative_path for index, entry in metadata.storage_data.items()}
     places: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
     tree: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of themselves: names, shapes, dtypes, format version."""
+"""This module reads what weight files say of themselves: names, shapes, dtypes, format version."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lrc_cli.errors import InputError
 
 FORMAT_VERSION = 1
-"""The newest on-disk format that this version reads, and the one it writes."""
+"""The on-disk format that this version writes, and the newest format that this version reads."""
 
 UPGRADE = "upgrade it with: pip install --upgrade lrc-cli"
 """The remedy for a checkpoint that is newer than this version."""
@@ -40,7 +40,7 @@ FLOAT_DTYPES = frozenset(dtype for dtype in DTYPES.values() if dtype.is_floating
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one stored tensor lies, as its file's header says."""
+    """The header of one stored tensor: its file, its shape and its dtype."""
 
     file: Path
     shape: tuple[int, ...]
@@ -58,10 +58,10 @@ class TensorInfo:
 
 
 def open_tensors(file: str | Path) -> Any:
-    """A safetensors handle whose tensors are views of the mapped file.
+    """Opens a safetensors file; the handle's tensors are views of the mapped file.
 
     Raises:
-        InputError: for a missing or truncated file, or one that is not safetensors.
+        InputError: the file is missing, truncated or not safetensors.
     """
     try:
         return safe_open(file, framework="pt")
@@ -71,10 +71,10 @@ def open_tensors(file: str | Path) -> Any:
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
-    """Every stored tensor by its key, in file order; reads no tensor data.
+    """Reads the header of every stored tensor, by key and in file order, and no tensor data.
 
     Raises:
-        InputError: for a file that is not safetensors, or a dtype this version does not read.
+        InputError: a file is not safetensors, or has a dtype that this version does not read.
     """
     headers = {}
     for file in files:
@@ -92,15 +92,18 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
 
 
 def weight_files(path: Path, *, single: str, index: str, suffixes: Sequence[str]) -> list[Path]:
-    """The weight files of one format in a directory, by its index where it has one; may be empty.
+    """Returns the weight files of one format in a directory; the list may be empty.
+
+    The index decides if there is an index, then the single file. Otherwise a file of any name
+    counts if its suffix fits.
 
     Args:
-        single: name of the file where there is one.
-        index: name of the index where there are several.
-        suffixes: of files that are taken by any name where neither is there.
+        single: the name of a single file.
+        index: the name of the index of several files.
+        suffixes: the suffixes of files with any name.
 
     Raises:
-        InputError: a shard that the index names is missing, the index is none, or several files
+        InputError: a shard that the index names is missing, the index is damaged, or several files
             have no index.
     """
     if (path / index).exists():
@@ -129,10 +132,10 @@ def weight_files(path: Path, *, single: str, index: str, suffixes: Sequence[str]
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Reads a JSON object from a file.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 JSON, or not an object.
+        InputError: the file cannot be read, is not UTF-8 JSON, or does not hold an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

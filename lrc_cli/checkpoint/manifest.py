@@ -1,4 +1,4 @@
-"""manifest.json: the sha256 of every file and of every tensor's bytes."""
+"""The file manifest.json lists the sha256 of every file and of every tensor's bytes."""
 
 import hashlib
 from pathlib import Path
@@ -11,9 +11,9 @@ MANIFEST_NAME = "manifest.json"
 
 
 def build_manifest(directory: Path) -> dict[str, Any]:
-    """Hash every file of `directory` but the manifest itself, and every tensor of its weights.
+    """Hashes every file of `directory` but the manifest itself, and every tensor of its weights.
 
-    Weights in its folders, of other networks, count as files only.
+    Weights in subfolders belong to other networks and count as files only.
 
     Returns:
         {"files": {relative name: sha256}, "tensors": {key: sha256}}, both sorted.
@@ -37,7 +37,7 @@ def build_manifest(directory: Path) -> dict[str, Any]:
 
 
 def matches_manifest(directory: Path) -> bool:
-    """Whether every file that manifest.json names is there and has its bytes.
+    """Returns whether every file that manifest.json names is there with the hash that it names.
 
     Raises:
         InputError: manifest.json is not JSON.

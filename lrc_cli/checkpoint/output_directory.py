@@ -1,7 +1,7 @@
-"""A directory that is there whole or not at all: written beside its place, and renamed at the end.
+"""An output directory is there whole or not at all: it is written elsewhere and renamed at the end.
 
-Beside an output `OUT` lie, while it is written, `OUT.partial/` and the lock `OUT.lrc-lock`; and
-`OUT.lrc-old/`, the output that is replaced, for the moment between two renames.
+While an output `OUT` is written, `OUT.partial/` and the lock `OUT.lrc-lock` lie beside it. An
+output that is replaced is called `OUT.lrc-old/` for the moment between two renames.
 """
 
 import shutil
@@ -18,15 +18,17 @@ from lrc_cli.runtime.processes import ALONE, Processes
 
 @contextmanager
 def output_directory(output: Path, *, force: bool, processes: Processes = ALONE) -> Iterator[Path]:
-    """Within it, an empty `OUT.partial/` stands for the output, in place of what a crash left.
+    """A context in which `OUT.partial/` stands for the output, empty at the beginning.
 
-    When the block ends well, the directory is renamed to the output. When it raises, the directory
-    is removed, so that a failed run leaves nothing that looks like an output. No other run can
-    write the same output meanwhile. Called by all processes; only the first one touches the disk.
+    What a crash left is removed first. When the context ends well, the directory is renamed to the
+    output. When an error ends the context, the directory is removed, so a failed run leaves nothing
+    that looks like an output. No other run can write the same output meanwhile. All processes of a
+    job enter the context; only the first process touches the disk.
 
     Args:
-        output: the directory to write, as `resolve_output` gives it.
-        force: replace an output that is there when the block ends.
+        output: the directory to write, from `resolve_output`.
+        force: replace an output that is there when the context ends.
+        processes: the processes of the job.
 
     Yields:
         The directory to write into.
@@ -48,7 +50,7 @@ def output_directory(output: Path, *, force: bool, processes: Processes = ALONE)
 
 
 def tidy(output: Path) -> None:
-    """Finish what a crash between two renames left: exactly one whole output, and no old copy.
+    """Cleans up after a crash between two renames: one whole output is left, and no old copy.
 
     Raises:
         RunError: another run is writing the output.
@@ -59,7 +61,7 @@ def tidy(output: Path) -> None:
 
 
 def resolve_output(path: str) -> Path:
-    """The absolute path of the output directory; a link stands for the directory it leads to.
+    """Returns the absolute path of the output directory; a link stands for its target.
 
     Raises:
         InputError: the path has no name, or is a link to nothing.
@@ -73,15 +75,16 @@ def resolve_output(path: str) -> Path:
 
 
 def check_output(output: Path, checkpoint: Path, *, force: bool) -> None:
-    """Check that the output may be made, or replaced with `force`, before the work begins.
+    """Checks before the work begins that the output may be made, or replaced with `force`.
 
     Args:
-        output: the directory to write, as `resolve_output` gives it.
+        output: the directory to write, from `resolve_output`.
         checkpoint: the path of the checkpoint that is read.
+        force: whether an output that lrc wrote may be replaced.
 
     Raises:
-        InputError: nothing can be made there, it is the checkpoint's place, or it exists and may
-            not be replaced.
+        InputError: nothing can be made there, the output and the checkpoint lie in one another, or
+            the output exists and may not be replaced.
         RunError: another run is writing the output.
     """
     check_writable(output.parent, "output.path")
@@ -91,7 +94,8 @@ def check_output(output: Path, checkpoint: Path, *, force: bool) -> None:
         raise InputError(
             f"{output}: output.path is the checkpoint itself", "choose another output.path"
         )
-    # It would be carried over into itself, or the checkpoint be deleted with what it replaces.
+    # An output inside the checkpoint would be copied into itself. A checkpoint inside the output
+    # would be deleted with the old output.
     if output.is_relative_to(checkpoint) or checkpoint.is_relative_to(output):
         raise InputError(
             f"{output}: output.path and the checkpoint {checkpoint} lie in one another",
@@ -119,7 +123,7 @@ def _old(output: Path) -> Path:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Within it, no other run can write the output; a process that is killed gives the lock back.
+    """A context in which no other run can write the output; a killed process frees the lock.
 
     Raises:
         RunError: another run is writing the output.
@@ -137,7 +141,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _begin(output: Path) -> None:
-    """An empty partial directory, and one whole output where a crash left two."""
+    """Makes an empty partial directory; where a crash left two outputs, one whole output stays."""
     _finish(output)
     partial = _partial(output)
     if partial.exists():
@@ -146,9 +150,9 @@ def _begin(output: Path) -> None:
 
 
 def _publish(output: Path, *, force: bool) -> None:
-    """Rename the partial directory to the output.
+    """Renames the partial directory to the output.
 
-    An old output is renamed aside first and deleted last, so one whole copy exists at any moment.
+    An old output is renamed first and deleted last, so one whole copy exists at any moment.
     """
     partial, old = _partial(output), _old(output)
     if output.exists():
@@ -166,7 +170,7 @@ def _publish(output: Path, *, force: bool) -> None:
 
 
 def _finish(output: Path) -> None:
-    """Keep the new output and delete the old one, or put the old one back where it is alone."""
+    """Deletes the old output where a new output is there, and else puts the old output back."""
     old = _old(output)
     if not old.exists():
         return

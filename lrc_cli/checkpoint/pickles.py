@@ -1,4 +1,4 @@
-"""Files of torch.save: read without running code, mapped where the file allows."""
+"""This module reads files of torch.save without running code, mapped where the file allows."""
 
 import pickle
 import re
@@ -20,9 +20,9 @@ SAVE_STATE = "save the state dict instead: torch.save(model.state_dict(), FILE)"
 class PickledFiles:
     """The tensors of one or more files of torch.save, each file a state dict or a shard of one.
 
-    They are views of the mapped file; those of files in the format before torch 1.6, which cannot
-    be mapped, lie in private memory. A tensor that has several names in the file is listed once,
-    under the first: tied weights.
+    The tensors are views of the mapped file. Files in the format before torch 1.6 cannot be mapped,
+    and their tensors lie in private memory. Tied weights, one tensor with several names in a file,
+    are listed once, under the first name.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -40,7 +40,7 @@ class PickledFiles:
                 seen.add(memory)
 
     def read(self, key: str) -> torch.Tensor:
-        """The stored tensor `key` on the CPU."""
+        """Returns the stored tensor `key` on the CPU."""
         return self._stored[key]
 
 
@@ -54,10 +54,10 @@ def _describe(file: Path, key: str, tensor: torch.Tensor) -> TensorInfo:
 
 
 def _load(file: Path) -> Mapping[Any, Any]:
-    """What the file holds.
+    """Reads the mapping that the file holds.
 
     Raises:
-        InputError: it holds code, a program or nothing that torch.save writes.
+        InputError: the file holds code, a program, or nothing that torch.save writes.
     """
     is_archive = zipfile.is_zipfile(file)
     if is_archive:
@@ -68,7 +68,7 @@ def _load(file: Path) -> Mapping[Any, Any]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         held = f"code ({code[1]})" if code else "more than tensors"
         raise InputError(f"{file}: holds {held}, which lrc does not run", SAVE_STATE) from error
-    # What is no file of torch.save makes its unpickler fail in any way.
+    # On a file that torch.save did not write, torch's unpickler fails in any way.
     except Exception as error:
         cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
         raise InputError(cause, "copy it again, it may be truncated") from error
@@ -78,7 +78,7 @@ def _load(file: Path) -> Mapping[Any, Any]:
 
 
 def _refuse_programs(file: Path) -> None:
-    """Traced programs are graphs of operations without layers to replace."""
+    """Raises InputError for a traced program: a graph of operations has no layers to replace."""
     with zipfile.ZipFile(file) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     if "archive_format" in names or "models/model.json" in names:

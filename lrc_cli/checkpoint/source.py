@@ -1,4 +1,7 @@
-"""Open a saved checkpoint: headers at once, tensors when they are asked for, side files by name."""
+"""A source is an opened checkpoint: headers are read at once, tensors when somebody asks for them.
+
+A source also knows the side files, such as a tokenizer, that the output carries over.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +17,9 @@ from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, open_weights
 from lrc_cli.errors import InputError
 from lrc_cli.runtime.files import hash_file
 
-# The same weights in another form would be carried over beside the compressed ones. Folders may
-# hold weights of their own (sentence-transformers' 2_Dense/model.safetensors), which are.
+# Files with these suffixes at the top may hold the same weights in another form, and are not
+# carried over. Weights in folders (sentence-transformers' 2_Dense/model.safetensors) belong to
+# other networks, and are carried over.
 WEIGHT_SUFFIXES = (
     ".safetensors",
     ".safetensors.index.json",
@@ -38,30 +42,31 @@ OWN_FILES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint that is read, never written, and what one module sees of its tensors.
+    """A `Source` is a checkpoint that is read, never written, and one module's view of its tensors.
 
-    An open source sees the tensors as the files hold them. `without_copies` and `apart` give views
-    of the same files, which a module that ties tensors or keeps its experts apart needs; the source
-    itself stays as it is.
+    A newly opened source shows the tensors as the files hold them. A module that ties tensors, or
+    that keeps its experts apart, needs another view of the same files: `without_copies` and `apart`
+    return such views and leave the source as it is.
 
-    `read` gives views of memory-mapped files where the format allows: nothing is copied into
-    private memory until somebody writes to a tensor or converts it.
+    `read` returns views of memory-mapped files where the format allows. Private memory gets a copy
+    only when somebody writes to a tensor or converts a tensor.
     """
 
     path: Path
     """The directory, or the single file."""
     config: dict[str, Any] | None
-    """Parsed config.json of a transformers directory; None for any other checkpoint."""
+    """The parsed config.json of a transformers directory; None for any other checkpoint."""
     weights: Weights
-    """The stored tensors, in whatever format."""
+    """The stored tensors, of any format."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that the files hold a second time, with the key of the one that counts."""
+    """The keys of tensors that the files hold a second time, each with the key that counts."""
     fused: Mapping[str, Fused] = field(default_factory=dict)
-    """Stored tensors that are seen as the parts they hold."""
+    """The keys of stored tensors that are taken apart, each with the way to take it apart."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every stored tensor by its disk key, in file order; tied ones once, fused ones apart."""
+        """Every stored tensor by its disk key, in file order; tied tensors count once, and a fused
+        tensor's parts stand in its place."""
         seen: dict[str, TensorInfo] = {}
         for key, whole in self.weights.tensors.items():
             if key in self.fused:
@@ -73,8 +78,8 @@ class Source:
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, int]]:
-        """The keys of the fused tensors' parts, each with the stored tensor's key and the part's
-        place in it."""
+        """The keys of the fused tensors' parts, each with the stored tensor's key and the index of
+        the part."""
         return {
             part: (key, index)
             for key, fused in self.fused.items()
@@ -98,18 +103,18 @@ class Source:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What our writer noted in the files (version, layer table, factory); empty in others'."""
+        """What lrc noted in files that it wrote (version, layer table, factory); else empty."""
         return self.weights.record() if isinstance(self.weights, SafetensorsFiles) else {}
 
     def read(self, key: str) -> torch.Tensor:
-        """The stored tensor `key` on the CPU."""
+        """Returns the stored tensor `key`, or the part `key` of a fused tensor, on the CPU."""
         if key not in self.parts:
             return self.weights.read(key)
         whole, index = self.parts[key]
         return self.fused[whole].take(self.weights.read(whole), index)
 
     def without_copies(self, copies: Mapping[str, str]) -> "Source":
-        """A view that passes over copies of tied tensors.
+        """Returns a view that passes over copies of tied tensors.
 
         Args:
             copies: the copies' keys, each with the key of the tensor that counts.
@@ -117,10 +122,11 @@ class Source:
         return replace(self, copies={**self.copies, **copies})
 
     def apart(self, fused: Mapping[str, Fused]) -> "Source":
-        """A view that has the matrices of fused experts as tensors, in the fused tensors' place.
+        """Returns a view that has every expert's matrix as a tensor, in the fused tensors' place.
 
         Args:
-            fused: by the stored tensor's key; a tensor that is passed over stays so.
+            fused: how to take each stored tensor apart, by key; a tensor that this view does not
+                show is passed over.
 
         Raises:
             InputError: a tensor holds nothing for each of several experts.
@@ -136,12 +142,12 @@ class Source:
 
     @property
     def mark_bytes(self) -> int:
-        """Bytes of the marks that are written in the place of fused tensors, at most."""
+        """The most bytes that the marks in the place of fused tensors take."""
         marked = sum(self.fused[whole].has_mark for whole, _ in self.parts.values())
         return marked * MARK_DTYPE.itemsize
 
     def side_files(self) -> list[Path]:
-        """Files that the compressed checkpoint carries over unchanged (tokenizer, licence, ...)."""
+        """Returns the files that the output carries over unchanged (tokenizer, licence, ...)."""
         if self.path.is_file():
             return []
         used = set(self.files)
@@ -153,10 +159,8 @@ class Source:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of all that makes the network: config.json, weights, tokenizer, code.
-
-        By name in the directory; also of the other files that are carried over.
-        """
+        """The sha256, by name, of all files that make the network (config.json, weights, tokenizer,
+        code), and of all other files that the output carries over."""
         if self.path.is_file():
             return {self.path.name: hash_file(self.path)}
         config = [] if self.config is None else [self.path / "config.json"]
@@ -164,14 +168,14 @@ class Source:
         return {file.relative_to(self.path).as_posix(): hash_file(file) for file in files}
 
     def find_not_finite(self) -> str | None:
-        """The first tensor that holds a NaN or an infinity, or None."""
+        """Returns the key of the first tensor that holds a NaN or an infinity, or None."""
         for key, info in self.tensors.items():
             if info.dtype in FLOAT_DTYPES and not _is_finite(self.read(key)):
                 return key
         return None
 
     def check_finite(self) -> None:
-        """Raise InputError naming the first tensor that holds a NaN or an infinity."""
+        """Raises InputError if a tensor holds a NaN or an infinity, and names the first such."""
         key = self.find_not_finite()
         if key is not None:
             raise InputError(
@@ -181,7 +185,7 @@ class Source:
 
 
 def _is_carried(name: Path) -> bool:
-    """Whether the writer carries over a file of this name, relative to the checkpoint."""
+    """Returns whether the output carries over a file of this name, relative to the checkpoint."""
     if any(part.startswith(".") for part in name.parts) or name.parts[0] in EXPORT_FOLDERS:
         return False
     if name.name.endswith(EXPORT_SUFFIXES):
@@ -196,14 +200,15 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def open_source(path: Path, *, factorised: bool = False) -> Source:
-    """Open a transformers directory, a weight file, a directory of them or of a distributed save.
+    """Opens a transformers directory, a weight file, a directory of weight files or of shards.
 
     Args:
+        path: the file or the directory.
         factorised: accept a checkpoint that lrc wrote.
 
     Raises:
-        InputError: the path is missing, is no checkpoint this version reads, is damaged, or is
-            already quantised or factorised.
+        InputError: the path is missing, holds no checkpoint that this version reads, is damaged, or
+            is already quantised or factorised.
     """
     if not path.exists():
         raise InputError(

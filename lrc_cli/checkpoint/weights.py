@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, whatever files they lie in: one interface, one class a format."""
+"""This module opens the tensors of weight files: one interface, and one class for each format."""
 
 import json
 import re
@@ -25,30 +25,31 @@ from lrc_cli.checkpoint.pickles import PickledFiles
 from lrc_cli.errors import InputError
 
 METADATA_NAME = ".metadata"
-"""What a directory of torch.distributed.checkpoint has beside its shards."""
+"""The file that a directory of torch.distributed.checkpoint has beside its shards."""
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROGRAM = ".pt2"
-"""What torch.export writes: opened to be refused in one voice."""
+"""The suffix of torch.export's programs: `PickledFiles` refuses them with other programs."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
 WEIGHT = re.compile(r"(^|_)q?weight(_|$)")
-"""Last names of matrices that hold whole numbers only where a weight was quantised, but for masks
-(`weight`, `qweight`, `weight_packed`, `weight_int8`, `in_proj_weight`, `weight_ih_l0`)."""
+"""The last part of a weight's key (`weight`, `qweight`, `weight_packed`, `weight_int8`,
+`in_proj_weight`, `weight_ih_l0`): such a matrix of whole numbers is quantised, unless it is a
+mask."""
 
 
 class Weights(Protocol):
-    """Stored tensors that are read one by one."""
+    """The interface of stored tensors that are read one by one."""
 
     files: list[Path]
-    """All files that hold them, sorted."""
+    """All files that hold the tensors, sorted."""
     tensors: dict[str, TensorInfo]
-    """Every stored tensor by its disk key, in file order; tied ones once."""
+    """Every stored tensor by its disk key, in file order; tied tensors count once."""
 
     def read(self, key: str) -> torch.Tensor:
-        """The stored tensor `key` on the CPU: a view of a mapped file where the format allows."""
+        """Returns the tensor `key` on the CPU: a view of a mapped file where the format allows."""
 
 
 class SafetensorsFiles:
-    """One or more .safetensors files, mapped."""
+    """The tensors of one or more mapped .safetensors files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = sorted(files)
@@ -59,12 +60,16 @@ class SafetensorsFiles:
         return {file: open_tensors(file) for file in self.files}
 
     def read(self, key: str) -> torch.Tensor:
-        """The stored tensor `key`, as a view of the mapped file on the CPU."""
+        """Returns the stored tensor `key`, as a view of the mapped file on the CPU."""
         tensor: torch.Tensor = self._handles[self.tensors[key].file].get_tensor(key)
         return tensor
 
     def record(self) -> dict[str, Any]:
-        """What our writer noted (version, layer table, factory); empty in others' files."""
+        """Reads what lrc noted in files that it wrote (version, layer table, factory); else empty.
+
+        Raises:
+            InputError: this version does not read the noted format version.
+        """
         metadata = self._handles[self.files[0]].metadata() or {}
         record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
         if record:
@@ -73,10 +78,12 @@ class SafetensorsFiles:
 
 
 def open_weights(path: Path) -> Weights:
-    """The tensors of a file or a directory: safetensors, else torch.save's, else sharded ones.
+    """Opens a file or a directory of safetensors, of torch.distributed.checkpoint or of torch.save.
+
+    The first format of this list that a directory holds is opened.
 
     Raises:
-        InputError: there are none that this version reads, or they are quantised.
+        InputError: there are no tensors that this version reads, or the tensors are quantised.
     """
     weights = _open_file(path) if path.is_file() else _open_directory(path)
     if not weights.tensors:
@@ -104,7 +111,7 @@ def _open_directory(path: Path) -> Weights:
     if files:
         return SafetensorsFiles(files)
     if (path / METADATA_NAME).is_file():
-        # Only here: it takes a while to import.
+        # This import takes a while, and most checkpoints do not need the module.
         from lrc_cli.checkpoint.distributed import DistributedFiles
 
         return DistributedFiles(path)
@@ -131,13 +138,13 @@ def _refuse_gguf(file: Path) -> NoReturn:
 
 
 def _check_dense(key: str, info: TensorInfo) -> None:
-    """Raise InputError for numbers of which a quantised weight is made."""
+    """Raises InputError for numbers of which a quantised weight is made."""
     name = str(info.dtype).removeprefix("torch.")
     if info.dtype not in DTYPES.values():
         cause = f"{info.file}: tensor {key} has dtype {name}, which is not a dense weight's"
         raise InputError(cause, DEQUANTISE)
-    # Masks and tables of positions are whole numbers too; a matrix of weights never is.
-    # Packed ones have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
+    # Masks and tables of positions are whole numbers too; a dense matrix of weights never is.
+    # Packed weights have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
     last = key.rpartition(".")[2]
     is_weight = WEIGHT.search(last) and "mask" not in last and len(info.shape) > 1
     if is_weight and not info.dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""Where in what a training loop saved the state dict of the model is, if only one can be."""
+"""This module finds the model's state dict in what a training loop saved, if there is only one."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,21 +9,21 @@ import torch
 from lrc_cli.errors import InputError
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel (and its distributed kin) and torch.compile put before every name."""
+"""The prefixes that DataParallel (also the distributed one) and torch.compile put on every name."""
 
 T = TypeVar("T")
 
 
 def find_state(tree: Mapping[Any, Any], leaf: type[T], where: Path) -> dict[str, T]:
-    """The one state dict in a tree of mappings; prefixes that wrappers put before all names go.
+    """Returns the only state dict in a tree of mappings, without the prefixes of wrappers.
 
-    It is the tensors at the top, or a mapping of nothing but tensors, such as "state_dict" or
-    "model": there must be exactly one. Only where there is none, mappings one step deeper count.
+    A state dict is the tensors at the top, or a mapping of nothing but tensors, such as
+    "state_dict" or "model". Mappings one step deeper count only where there is no other.
 
     Args:
         tree: what a training loop saved; its leaves may be anything.
-        leaf: the type of a tensor here; has a `shape`.
-        where: for messages.
+        leaf: the type of a tensor in this tree; has a `shape`.
+        where: the file or directory that messages name.
 
     Raises:
         InputError: there is no state dict, or several.
@@ -55,19 +55,19 @@ def _mappings(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]
 
 
 def _is_state(tree: Mapping[Any, Any], leaf: type) -> bool:
-    """Whether all entries are named tensors, of which one is more than a number or mere bytes."""
+    """Returns whether all entries are named tensors, not all of them numbers or mere bytes."""
     return all(isinstance(k, str) and isinstance(v, leaf) for k, v in tree.items()) and any(
         len(value.shape) and not _is_generator(value) for value in tree.values()
     )
 
 
 def _is_generator(value: Any) -> bool:
-    """Whether it looks like the state of a random number generator: a vector of bytes."""
+    """Returns whether a value looks like a random number generator's state: a vector of bytes."""
     return getattr(value, "dtype", None) == torch.uint8 and len(value.shape) == 1
 
 
 def without_prefixes(state: Mapping[str, T]) -> dict[str, T]:
-    """The state without the prefixes that all its names have of a wrapper."""
+    """Returns the state without the wrappers' prefixes that all names have."""
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             return without_prefixes({k.removeprefix(prefix): v for k, v in state.items()})

@@ -1,8 +1,8 @@
-"""Write a checkpoint's weights tensor by tensor, in shards.
+"""This module writes a checkpoint's weights tensor by tensor, in shards.
 
-A shard's header holds names, dtypes, shapes and offsets only, so it is written first and the data
-streamed behind it: no shard is ever held in memory (safetensors' own `save_file` takes all tensors
-of a file at once).
+A shard's header holds only names, dtypes, shapes and offsets, so the header is written first and
+the data follow tensor by tensor. No shard is ever held in memory, while safetensors' own
+`save_file` needs all tensors of a file at once.
 """
 
 import json
@@ -21,7 +21,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor to be written: its header fields now, its data when its turn comes."""
+    """A tensor to be written: its key, shape and dtype, and a function that reads the data."""
 
     key: str
     shape: tuple[int, ...]
@@ -37,14 +37,16 @@ class Entry:
 def write_weights(
     directory: Path, entries: Iterable[Entry], *, shard_bytes: int, metadata: dict[str, Any]
 ) -> None:
-    """Write safetensors shards of at most `shard_bytes` of data each (a larger tensor has its own).
+    """Writes safetensors shards of at most `shard_bytes` of data each.
+
+    A tensor with more bytes gets a shard alone.
 
     Args:
         directory: an existing directory.
         entries: the tensors; every shard is filled in this order.
-        shard_bytes: data bytes a shard may take.
-        metadata: stored as canonical JSON under the key `lrc` beside `format: pt`; the only two
-            keys, because more would need an order of their own.
+        shard_bytes: the most bytes of data in a shard.
+        metadata: stored as canonical JSON under the key `lrc`, beside `format: pt`. There are no
+            other keys, because more keys would need a fixed order.
     """
     shards = _split(entries, shard_bytes)
     names = (
@@ -80,7 +82,7 @@ def _split(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
 
 
 def _write_shard(handle: BinaryIO, entries: list[Entry], metadata: dict[str, Any]) -> None:
-    # Widest dtype first keeps every tensor aligned to its own item size.
+    # With the widest dtype first, every tensor is aligned to its item size.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "lrc": canonical_json(metadata)}}
     offset = 0

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: headers, lazy tensors, shards, manifests."""
+"""These tests read and write checkpoints: headers, lazy tensors, shards, manifests."""
 
 import json
 import struct
@@ -137,7 +137,7 @@ def test_side_files_are_all_but_our_own_and_other_forms_of_the_weights(tmp_path:
 
 
 def broken(tmp_path: Path, kind: str, source: Path) -> Path:
-    """A damaged copy of a sharded checkpoint."""
+    """Makes a damaged copy of a sharded checkpoint."""
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     shards = sorted(tmp_path.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Checkpoints of every floating dtype, from dense to verified: what is stored, and what is said."""
+"""These tests compress a checkpoint of every floating dtype: what is stored, and what is said."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -15,11 +15,11 @@ from lrc_cli.config import load_config
 from lrc_cli.job.plan import make_plan
 
 STORED = {"llama": torch.bfloat16, "llama-fp16": torch.float16, "llama-long": torch.float32}
-"""By pico model: one architecture, saved in three dtypes."""
+"""One architecture, saved in three dtypes, by the pico model's name."""
 
 
 class Made:
-    """A finished output, its report, its original and the dtype that both are stored in."""
+    """A finished output, its report, its original, and the dtype of both on disk."""
 
     def __init__(self, original: Path, output: Path, report: Any, dtype: torch.dtype) -> None:
         self.original, self.output, self.report, self.dtype = original, output, report, dtype
@@ -33,7 +33,7 @@ def made(
     text: Path,
 ) -> Made:
     changes = {"model.path": str(checkpoint(request.param)), "calibration.path": str(text)}
-    changes["compression.method"] = "frobenius"  # whose optimum is that of the output error
+    changes["compression.method"] = "frobenius"  # its optimum minimises the output error
     output, report = pico.compressed(tmp_path_factory.mktemp(request.param), changes)
     return Made(checkpoint(request.param), output, report, STORED[request.param])
 
@@ -60,7 +60,7 @@ def test_it_loads_in_that_dtype_and_computes(made: Made) -> None:
 def squared_outputs(
     made: Made, weights: dict[str, dict[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """By layer and name of a matrix: its squared outputs on the dense network's inputs."""
+    """Returns each matrix's squared outputs on the dense network's inputs, by layer and name."""
     plan = make_plan(load_config(made.output / "lrc.yaml"), force=True)
     model = AutoModelForCausalLM.from_pretrained(made.original, dtype=torch.float32).eval()
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -93,7 +93,7 @@ def test_reported_errors_are_those_of_the_rounded_factors(made: Made) -> None:
     errors = {layer: (sums[layer]["off"] / sums[layer]["dense"]) ** 0.5 for layer in weights}
     for layer, error in errors.items():
         assert reported[layer]["stored"] == pytest.approx(error, rel=1.5e-6)
-    # Rounding shows at that precision: before it, the factors reach the optimum.
+    # The factors reach the optimum only before they are rounded to the stored dtype.
     if made.dtype != torch.float32:
         excess = [error / reported[layer]["optimum"] - 1 for layer, error in errors.items()]
         assert max(excess) > 2e-6

@@ -1,4 +1,4 @@
-"""The directory that is there whole or not at all, however the run that writes it ends."""
+"""These tests show that an output is there whole or not at all, however the run ends."""
 
 import os
 import shutil
@@ -87,7 +87,7 @@ def test_what_two_renames_left_is_finished_before_the_block(tmp_path: Path) -> N
 
 
 class Second(Processes):
-    """The second of two processes, whose first one does nothing here."""
+    """The second of two processes; the first process does nothing here."""
 
     rank, size = 1, 2
 
@@ -115,7 +115,7 @@ def test_only_the_first_process_touches_the_disk(fails: bool, tmp_path: Path) ->
 
 
 def crashing(original: Any, count: list[int], at: int) -> Any:
-    """The function, which raises KeyboardInterrupt in place of call number `at` of all."""
+    """Returns the function with KeyboardInterrupt in place of call number `at` of all calls."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         count[0] += 1
@@ -160,7 +160,7 @@ def test_every_crash_while_it_is_published_leaves_one_whole_output(
 
 
 def killed_at(rmtree: Any, partial: Path) -> Any:
-    """`shutil.rmtree` of a process that is gone before it removes its partial directory."""
+    """Returns `shutil.rmtree` of a process that is gone before it removes the partial directory."""
 
     def call(path: Path) -> None:
         if path != partial:

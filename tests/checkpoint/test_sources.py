@@ -1,4 +1,4 @@
-"""Checkpoints in every form that people have: the same result, and one sentence where it is no."""
+"""These tests read checkpoints in every form that people have, and see other forms refused."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def expected(checkpoint: Models, text: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def written(checkpoint: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The pico Llama in one of FORMS, by its name."""
+    """Returns the directory of the pico Llama in one of FORMS, by the form's name."""
     root = tmp_path_factory.mktemp("sources")
 
     def write(form: str) -> Path:
