@@ -116,7 +116,7 @@ class Statement(JsonRecord):
     """The unit of bound, observed and worst, in words."""
     clip: tuple[float, ...] | None
     """The two limits that values were clipped at before a mean was bounded; null otherwise."""
-    num_clipped: int
+    num_clipped: int = 0
     """How many values were beyond those limits."""
     delta: float
     """The risk of this statement alone."""

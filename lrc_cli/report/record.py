@@ -28,8 +28,8 @@ class LossRecord(JsonRecord):
     """The loss in words."""
     kind: str
     """next_token | masked_token | sampled | output."""
-    unit: str
-    """What the layers' estimates of its increase are in."""
+    unit: str = ""
+    """What the layers' estimates of its increase are in; early outputs have no such key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class SequentialDecision(JsonRecord):
     """Whether any layer was."""
     reason: str
     """Why or why not, in words."""
-    held_back: int = 0
+    held_back: int
     """Calibration sequences that no layer was fitted to."""
 
 
@@ -297,8 +297,8 @@ class Provenance(JsonRecord):
 
     lrc_version: str
     """Version of lrc."""
-    code_sha256: str
-    """Hash of lrc's sources that can change a number."""
+    code_sha256: str = ""
+    """Hash of lrc's sources that can change a number; early outputs have no such key."""
     python: str
     """Version of Python."""
     packages: Mapping[str, str]
@@ -349,7 +349,7 @@ class Gate(JsonRecord):
 class Record(JsonRecord):
     """report.json."""
 
-    schema_version: int
+    schema_version: int = SCHEMA_VERSION
     """The version of this form."""
     model: str
     """The name of the original's directory or file."""

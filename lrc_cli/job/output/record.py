@@ -123,7 +123,7 @@ def _what_became_of(
     if not sequential.used or any(facts.sequential for facts in layers.values()):
         return sequential
     reason = f"{sequential.reason}, and each of them was fitted plainly in the end"
-    return SequentialDecision(used=False, reason=reason)
+    return SequentialDecision(used=False, reason=reason, held_back=0)
 
 
 def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> bool:
