@@ -13,7 +13,7 @@ import torch
 
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
 from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
-from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, open_weights
+from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, check_dense, open_weights
 from lrc_cli.errors import InputError
 from lrc_cli.runtime.files import hash_file
 
@@ -215,7 +215,11 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
             f"{path} does not exist", "check the path (relative to the working directory)"
         )
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
-    return Source(path=path, config=config, weights=open_weights(path))
+    source = Source(path=path, config=config, weights=open_weights(path))
+    is_ours = source.record or (config or {}).get("quantization_config")
+    if not (factorised and is_ours):  # some of lrc's forms are whole numbers
+        check_dense(source.weights)
+    return source
 
 
 def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:

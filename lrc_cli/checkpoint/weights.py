@@ -83,14 +83,18 @@ def open_weights(path: Path) -> Weights:
     The first format of this list that a directory holds is opened.
 
     Raises:
-        InputError: there are no tensors that this version reads, or the tensors are quantised.
+        InputError: there are no tensors that this version reads.
     """
     weights = _open_file(path) if path.is_file() else _open_directory(path)
     if not weights.tensors:
         raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
+    return weights
+
+
+def check_dense(weights: Weights) -> None:
+    """Raise InputError where a weight is quantised, by other tools than lrc."""
     for key, info in weights.tensors.items():
         _check_dense(key, info)
-    return weights
 
 
 def _open_file(file: Path) -> Weights:

@@ -39,7 +39,10 @@ METHODS: dict[str, MethodRules] = {
 Method = Annotated[str, OneOf(METHODS)]
 Loss = Literal["auto", "nll", "sampled", "output"]
 Allocation = Literal["global", "relative", "uniform"]
-Storage = Literal["auto", "interpolative", "factors"]
+STORAGES = ["auto", "interpolative", "factors"]
+"""The storages that a config may name; the engine has one of the same name for each."""
+
+Storage = Annotated[str, OneOf(STORAGES)]
 
 TARGETS = ("size", "max_layer_error", "max_loss_increase", "threshold")
 

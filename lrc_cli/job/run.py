@@ -20,6 +20,7 @@ from lrc_cli.job.factors.sequential import SequentialStage
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.write import finish_output, write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
+from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
 from lrc_cli.job.spectra.ranks import allocate, check_reachable
 from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
 from lrc_cli.job.stage import run_stage
@@ -92,7 +93,10 @@ def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Se
     """What every size needs: the statistics and the spectra that are missing."""
     statistics = StatisticsStage(plan, work, partial(prepare, plan, work, progress))
     seconds = run_stage(statistics, progress)
-    return seconds | run_stage(SpectraStage(plan, work), progress)
+    seconds |= run_stage(SpectraStage(plan, work), progress)
+    for storage in measured_storages(plan):
+        seconds |= run_stage(MeasuredStage(plan, work, storage), progress)
+    return seconds
 
 
 def make_plans(

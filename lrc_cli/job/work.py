@@ -33,10 +33,10 @@ from lrc_cli.runtime.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
-STATISTICS, SURVEYS = "statistics", "surveys"
+STATISTICS, SURVEYS, MEASURED = "statistics", "surveys", "measured"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """On the way to the statistics: see sweep.py and collect.py. Deleted as soon as they are used."""
-SHARED = STATISTICS, SURVEYS
+SHARED = STATISTICS, SURVEYS, MEASURED
 """What every size uses again."""
 MOST_WAITING = 2
 """Units that wait to be stored in the background: they take memory."""

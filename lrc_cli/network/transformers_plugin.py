@@ -136,11 +136,13 @@ class LrcQuantizer(HfQuantizer):
                 _check_dense(name, module)
 
     def _dequantize(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Multiplies every layer's factors out, in place."""
+        # Saving a model leaves the dtype's name in its config.
+        asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         new: dict[nn.Module, nn.Module] = {
-            layer: _dense(layer, dtype or _own_dtype(layer, model))
+            layer: _dense(layer, asked or _own_dtype(layer, model))
             for _, layer in stored_layers(model)
         }
         replace_modules(model, new)

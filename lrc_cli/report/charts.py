@@ -151,16 +151,19 @@ def _bar(layer: LayerRecord, x: float, width: float, vertical: Scale) -> Markup:
 def _form(layer: LayerRecord) -> str:
     if layer.facts.fallback:
         return f"fell back to dense ({layer.facts.reason})"
-    return "dense" if layer.facts.is_dense else f"{layer.facts.storage} of rank {layer.facts.rank}"
+    if layer.facts.is_dense or layer.facts.rank is None:
+        return layer.facts.storage
+    return f"{layer.facts.storage} of rank {layer.facts.rank}"
 
 
 def _point(layer: LayerRecord, x: float, width: float, vertical: Scale) -> Markup:
     errors = _output(layer)
     if not errors:
         return Markup()
-    numbers = ", ".join(f"{words} {small(errors[name])}" for name, words in ERRORS.items())
-    symbols = [_symbol(name, x, vertical(errors[name]), width) for name in ERRORS]
-    title = element("title", f"{layer.name}, rank {layer.facts.rank}: {numbers}")
+    numbers = ", ".join(f"{ERRORS[name]} {small(error)}" for name, error in errors.items())
+    symbols = [_symbol(name, x, vertical(error), width) for name, error in errors.items()]
+    rank = "" if layer.facts.rank is None else f", rank {layer.facts.rank}"
+    title = element("title", f"{layer.name}{rank}: {numbers}")
     return element("g", title, *symbols, class_="point")
 
 
@@ -172,5 +175,7 @@ def _symbol(name: str, x: float, y: float, width: float) -> Markup:
 
 
 def _output(layer: LayerRecord) -> dict[str, float]:
+    """The errors that are drawn; a form without a rank is compared with nothing."""
     errors = layer.facts.errors
-    return {} if errors is None else {name: getattr(errors.output, name) for name in ERRORS}
+    found = {} if errors is None else {name: getattr(errors.output, name) for name in ERRORS}
+    return {name: error for name, error in found.items() if error is not None}

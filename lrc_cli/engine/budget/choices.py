@@ -1,7 +1,7 @@
 """What a layer may become: the choices between which a budget is shared."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -55,10 +55,6 @@ class Choices:
     def errors(self) -> Tensor:
         """(k,) float64, finite and >= 0; the unit is shared by all layers of an allocation."""
         return torch.tensor([choice.error for choice in self.each], dtype=torch.float64)
-
-    def where(self, keep: Callable[[Choice], bool]) -> list[Choice]:
-        """The choices that are to be kept; there may be none."""
-        return [choice for choice in self.each if keep(choice)]
 
 
 @dataclass(frozen=True, kw_only=True)

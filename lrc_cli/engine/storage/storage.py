@@ -59,6 +59,8 @@ class Storage(ABC):
 
     name: ClassVar[str]
     """The name in configs."""
+    is_measured: ClassVar[bool] = False
+    """Whether the errors of its choices are measured, because no spectrum tells them."""
 
     @abstractmethod
     def choices(
@@ -82,10 +84,10 @@ class Storage(ABC):
     def measure(
         self, weight: Tensor, metric: Metric, dtype: torch.dtype
     ) -> Sequence[Errors] | None:
-        """The errors of the form's choices where no spectrum tells them; None: a spectrum does.
+        """The errors of the choices of a storage that is measured; None: a spectrum tells them.
 
         Phase one calls this once for a layer, and keeps what is returned: `Predicted.measured` has
-        these errors, in their order, when `choices` is called.
+        these errors, in their order, when `choices` is called. Raises SolveError.
 
         Args:
             weight: W (m, n).

@@ -7,6 +7,7 @@ import torch
 
 from lrc_cli.engine import Errors, Predicted, References, SolveError, Survey, survey
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.spectra.measured import read_measured
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.stage import LayerStage
 from lrc_cli.job.statistics.collect import read_statistics
@@ -104,8 +105,11 @@ def unit_predicted(plan: Plan, work: WorkDirectory, unit: str) -> dict[str, Pred
     """As `read_predicted`, for one unit's layers."""
     kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
     stored, _ = work.get(SURVEYS, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
+    spectra = {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items()}
+    measured = read_measured(plan, work, unit)
     return {
-        name.removeprefix(f"{kind}."): Predicted(spectrum=tensor) for name, tensor in stored.items()
+        name: Predicted(spectrum=spectrum, measured=measured.get(name))
+        for name, spectrum in spectra.items()
     }
 
 

@@ -145,11 +145,11 @@ def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> Non
 
 def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Compares one entry; the block says something of interpolative storage only."""
-    for key in ("storage", "rank", "block"):
-        if stated.get(key) != found[key] and found[key] is not None:
+    for key, value in found.items():
+        if stated.get(key) != value and value is not None:
             raise damaged(
                 f"layer {layer}: the layer table says {key} {stated.get(key)}, "
-                f"its tensors say {found[key]}"
+                f"its tensors say {value}"
             )
 
 
