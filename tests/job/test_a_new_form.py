@@ -207,6 +207,36 @@ def assert_alike(model: str, one: nn.Module, other: nn.Module) -> None:
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
 
 
+TARGETS: dict[str, dict[str, Any]] = {
+    "sequential": {
+        "compression.size": 0.35,
+        "compression.sequential": True,
+        "calibration.num_sequences": 60,
+    },
+    "layer error": {"compression.size": None, "compression.max_layer_error": 0.2},
+    "tied table": {
+        "compression.size": 0.35,
+        "compression.embeddings": True,
+        "compression.exclude": [],
+    },
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_targets_take_it(
+    target: str, tmp_path: Path, checkpoint: Models, text: Path, plain_folder: PlainFolder
+) -> None:
+    asked = changes("llama", checkpoint, text, plain_folder) | TARGETS[target]
+    _, report = pico.compressed(tmp_path, asked)
+    stored = [x for x in report["layers"] if x["storage"] == NAME]
+    assert len(stored) >= 12 and report["target"]["met"]
+    assert any(x.get("sequential") for x in stored) is (target == "sequential")
+    ended = pico.call("verify", tmp_path / "out", "--against", asked["model.path"])
+    assert ended.code == 0, ended.out
+    ended = pico.call("plan", tmp_path / "job.yaml")
+    assert ended.code == 0 and "layers stay dense" in ended.out, ended.err
+
+
 def test_transformers_loads_saves_and_multiplies_it_out(
     tmp_path: Path, checkpoint: Models, text: Path, plain_folder: PlainFolder
 ) -> None:
