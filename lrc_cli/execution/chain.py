@@ -1,8 +1,8 @@
-"""A network as segments that can run one after another (walk.py), so that only one block lives.
+"""A network's segments run one after another (walk.py), so only one block is in memory at a time.
 
-Most networks are a head (embeddings), a chain of blocks, each fed by the one before, and a tail.
-Whether a module list is such a chain is tried out on one batch, never read off a name. A network
-without one is a single segment, which runs whole.
+Most networks are a head (embeddings), a chain of blocks, each fed by the block before, and a tail.
+This module tries out on one batch whether a module list is such a chain; no name decides. A network
+without a chain is a single segment, which runs whole.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,22 +27,22 @@ Forward = Callable[..., Any]
 
 
 class StopForward(Exception):
-    """Raised by a hook that has seen what it needs: the rest of the segment is not run."""
+    """A hook raises this error when it has seen enough: the rest of the segment is not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A part of the network that runs at a time."""
+    """A segment is a part of the network that runs at once."""
 
     name: str
     """HEAD, TAIL, WHOLE or the module name of a block."""
     layers: list[Layer]
-    """The compressible layers in it, in the order in which they first run."""
+    """The segment's compressible layers, in the order in which they first run."""
 
 
 @dataclass
 class Call:
-    """What a block was called with, and what it returned."""
+    """One call of a block: the arguments and the output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -55,12 +55,12 @@ class Call:
         return found if isinstance(found, torch.Tensor) and found.is_floating_point() else None
 
     def others(self) -> list[torch.Tensor]:
-        """Every other tensor that came in."""
+        """Returns every other tensor that came in."""
         values = [*self.args, *self.kwargs.values()]
         return [t for value in values for t in _tensors(value) if t is not self.hidden]
 
     def with_hidden(self, hidden: torch.Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other hidden states."""
+        """Returns the arguments with other hidden states."""
         if self.args:
             return (hidden, *self.args[1:]), self.kwargs
         return (), {**self.kwargs, "hidden_states": hidden}
@@ -75,21 +75,22 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def hidden_output(output: Any) -> torch.Tensor | None:
-    """The hidden states in a block's output: itself, or the first item of a tuple; else None."""
+    """Returns the hidden states of a block's output: the output, a tuple's first item, or None."""
     first = output[0] if isinstance(output, tuple) and output else output
     return first if isinstance(first, torch.Tensor) else None
 
 
 def with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
+    """Returns an output of a block with other hidden states, and with None for other tensors."""
     if isinstance(output, torch.Tensor):
         return hidden
-    # Whoever reads another tensor of it (attention weights, say) does not get one: see find_chain.
+    # A network that reads another tensor (attention weights, say) fails on None: see find_chain.
     return hidden, *(None if list(_tensors(item)) else item for item in output[1:])
 
 
 @contextmanager
 def patched(module: nn.Module, forwards: dict[str, Forward]) -> Iterator[None]:
-    """Within it, the named submodules run other forward functions."""
+    """A context in which the named submodules run other forward functions."""
     parts = {name: module.get_submodule(name) for name in forwards}
     before = {name: vars(part).get("forward") for name, part in parts.items()}
     try:
@@ -105,12 +106,13 @@ def patched(module: nn.Module, forwards: dict[str, Forward]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Blocks that feed one another."""
+    """A chain is blocks that feed one another."""
 
     names: tuple[str, ...] = ()
-    """Module names in order; empty: there is no chain, and the network runs whole."""
+    """The blocks' module names in order; empty: there is no chain, and the network runs whole."""
     shape: Any = None
-    """What a block returns, to return the like: a tensor, or a tuple around one."""
+    """An output of the last block, as a pattern for others: a tensor, or a tuple that begins with
+    a tensor."""
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -121,16 +123,17 @@ class Chain:
 def find_chain(
     network: Network, batch: Batch, watching: AbstractContextManager[Any] | None = None
 ) -> Chain:
-    """The blocks of the module list with the most parameters, if they form a chain.
+    """Returns the blocks of the module list with the most parameters, if they form a chain.
 
-    They do if in one pass each is called once, in order, on exactly what the one before returned;
-    if their other inputs do not depend on what the blocks compute; and if nothing but the last
-    block's hidden states, which are all or the first item of what it returns, reaches the network's
-    output.
+    The blocks form a chain under three conditions. One pass calls each block once, in order, on
+    exactly the hidden states that the block before returned. The blocks' other inputs do not depend
+    on what blocks compute. Of all that blocks return, only the last block's hidden states reach the
+    network's output. Hidden states are a block's output, or the first item of the output.
 
     Args:
-        batch: a micro-batch to try it on.
-        watching: what to enter around one whole pass, which is then made in any case.
+        network: the network.
+        batch: a micro-batch to try the blocks on.
+        watching: a context to enter around one whole pass; the pass is then made in any case.
     """
     names = block_names(network.module)
     if len(names) < 2 and watching is None:
@@ -144,6 +147,7 @@ def find_chain(
         outputs = _run(network, batch)
     if len(names) < 2:
         return Chain()
+    # Each block must get exactly what the block before has returned.
     called = [call for _, call in calls]
     hidden = [hidden_output(call.output) for call in called]
     linked = all(
@@ -152,6 +156,8 @@ def find_chain(
     )
     if [name for name, _ in calls] != list(names) or not linked or hidden[-1] is None:
         return Chain()
+    # A second pass computes nothing in the blocks: their other inputs and the network's outputs
+    # must come out the same.
     chain = Chain(names=names, shape=called[-1].output)
     entered: dict[str, Call] = {}
     try:
@@ -184,10 +190,11 @@ def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def passing(
     chain: Chain, entered: dict[str, Call], last: torch.Tensor | None
 ) -> dict[str, Forward]:
-    """Forward functions of blocks that hand their input on, and note what else they were given.
+    """Returns forward functions with which blocks hand on their input and note their call.
 
     Args:
-        entered: filled with every block's call.
+        chain: the blocks.
+        entered: filled with every block's call, by block name.
         last: what the last block returns in place of its input; None ends the pass there.
     """
 
@@ -209,9 +216,10 @@ def passing(
 def places(
     network: Network, chain: Chain, layers: Sequence[Layer], batch: Batch
 ) -> dict[str, list[str]]:
-    """By layer name the segments it runs in, each once; in the order in which the layers first run.
+    """Returns the names of the segments in which each layer runs, by layer name.
 
-    Layers that `batch` does not reach are absent.
+    The layers stand in the order in which they first run. Layers that `batch` does not reach are
+    absent.
     """
     with placing(network, chain.names, layers) as found:
         _run(network, batch)
@@ -222,7 +230,16 @@ def places(
 def placing(
     network: Network, names: Sequence[str], layers: Sequence[Layer]
 ) -> Iterator[dict[str, list[str]]]:
-    """Fills in `places`, for the chain of the blocks with these names, as one pass runs."""
+    """A context in which one pass fills in what `places` returns.
+
+    Args:
+        network: the network.
+        names: the blocks' module names.
+        layers: the layers to look for.
+
+    Yields:
+        The names of each layer's segments, by layer name.
+    """
     found: dict[str, list[str]] = {}
     now = [HEAD if names else WHOLE]
 
@@ -237,7 +254,7 @@ def placing(
     def leave(*_: Any) -> None:
         now[0] = TAIL
 
-    # A block may be a layer itself: the layer is looked at before the block is left.
+    # A block may itself be a layer: the layer is looked at before the block is left.
     with (
         around_calls(network.module, names, before=enter),
         watched(network, layers, look),
@@ -249,9 +266,9 @@ def placing(
 def segments_of(
     network: Network, chain: Chain, layers: Sequence[Layer], batch: Batch
 ) -> list[Segment]:
-    """The network's segments with the layers that first run in them.
+    """Returns the network's segments, each with the layers that first run in the segment.
 
-    Layers that `batch` does not reach are in none.
+    Layers that `batch` does not reach are in no segment.
     """
     return arrange(chain, layers, places(network, chain, layers, batch))
 
@@ -259,7 +276,7 @@ def segments_of(
 def arrange(
     chain: Chain, layers: Sequence[Layer], found: Mapping[str, Sequence[str]]
 ) -> list[Segment]:
-    """The segments in order, from what `places` found."""
+    """Returns the segments in order, with the layers where `places` found them."""
     by_name = {layer.name: layer for layer in layers}
     return [
         Segment(name=name, layers=[by_name[x] for x, seen in found.items() if seen[0] == name])

@@ -1,7 +1,7 @@
-"""Which layers are followed by an activation, and by nothing else.
+"""This module finds the layers that are followed by an activation and by nothing else.
 
-Which they are is seen in one forward pass, at the level of torch's operations: no table of names or
-of modules. What is in between may only look at the same numbers in another shape.
+One forward pass shows them at the level of torch's operations: there is no table of names or
+modules. Between a layer and its activation, operations may only change the shape of the numbers.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ ACTIVATIONS = {"ReLU": (torch.ops.aten.relu.default, torch.ops.aten.relu_.defaul
 
 
 class _Watch(TorchDispatchMode):
-    """Follows tensors by their storage, to see what becomes of each."""
+    """A mode that follows tensors by their storage, to see what each is used for."""
 
     def __init__(self, activation: str) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class _Watch(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []
 
     def follow(self, name: str, output: torch.Tensor) -> None:
-        """From now on, see what `output` of the layer `name` is used for."""
+        """Begins to see what `output` of the layer `name` is used for."""
         self._owners[_address(output)] = name
         self._alive.append(output)
 
     def returned(self, outputs: Sequence[torch.Tensor]) -> None:
-        """The network's outputs: what is returned is used outside."""
+        """Counts the network's outputs as used otherwise, because code outside reads them."""
         self.otherwise |= {self._owners.get(_address(tensor), "") for tensor in outputs}
 
     def __torch_dispatch__(
@@ -58,7 +58,7 @@ class _Watch(TorchDispatchMode):
             self.activated.add(self._owners.pop(address))
         elif function is self.activation:
             self.activated.add(self._owners[address])
-        elif function._schema.is_mutable or given != {address}:  # else a view of it
+        elif function._schema.is_mutable or given != {address}:  # else the result is a view
             self.otherwise.add(self._owners[address])
 
 
@@ -69,11 +69,13 @@ def _address(tensor: torch.Tensor) -> int:
 def followed_by(
     activation: str, network: Network, layers: Sequence[Layer], batch: Batch
 ) -> set[str]:
-    """The names of the layers whose outputs go into an activation and nowhere else.
+    """Returns the names of the layers whose outputs go into an activation and nowhere else.
 
     Args:
         activation: a name in ACTIVATIONS.
-        batch: a micro-batch; a layer that it does not reach is not among them.
+        network: the network.
+        layers: the layers to look at.
+        batch: a micro-batch; layers that the micro-batch does not reach are left out.
     """
     watch = _Watch(activation)
     with torch.no_grad(), watched(network, layers, lambda x, _, y: watch.follow(x.name, y)):

@@ -1,4 +1,4 @@
-"""Hooks on a network's modules, for as long as a block runs: what each module reads and returns."""
+"""Hooks show what a network's modules read and return, for as long as a context is open."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,10 +12,10 @@ from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
 
 Before = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
-"""Called with a module's name and with the arguments that the module is about to be called with."""
+"""A function of a module's name and of the arguments of a call that is about to be made."""
 After = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
-"""Called with a module's name, the arguments of its call and what it returned. What the function
-returns itself takes the place of the module's output, unless it is None."""
+"""A function of a module's name, the arguments of a call and the output. The function's result
+takes the place of the output, unless the result is None."""
 
 
 @contextmanager
@@ -26,15 +26,16 @@ def around_calls(
     before: Before | None = None,
     after: After | None = None,
 ) -> Iterator[None]:
-    """Within it, functions run before and after every call of some submodules.
+    """A context in which functions run before and after every call of some submodules.
 
-    All hooks are gone when the block ends, and when it raises. Where several blocks look at one
-    module, the outer block's functions run first.
+    All hooks are gone when the context ends, also by an error. Where several contexts look at one
+    module, the functions of the outer context run first.
 
     Args:
-        names: of the submodules, as `get_submodule` takes them.
-        before: may raise, to end the pass there.
-        after: may replace what the module returned.
+        module: the module with the submodules.
+        names: the submodules' names for `get_submodule`.
+        before: may raise an error to end the pass.
+        after: may replace what the submodule returned.
     """
 
     def put_on(name: str, hooks: ExitStack) -> None:
@@ -62,8 +63,10 @@ def watched(
     layers: Sequence[Layer],
     look: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
 ) -> Iterator[None]:
-    """Within it, `look(layer, x, y)` runs after each layer, on what it was given and has returned;
-    what it returns replaces y, unless it is None."""
+    """A context in which `look(layer, x, y)` runs after each layer on the layer's input and output.
+
+    The result of `look` replaces y, unless the result is None.
+    """
     by_name = {layer.name: layer for layer in layers}
 
     def after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> Any:
@@ -79,15 +82,18 @@ def hooked(
     layers: Sequence[Layer],
     hook: Callable[[Layer, torch.Tensor, torch.Tensor], Any],
 ) -> Iterator[None]:
-    """Within it, `hook(layer, inputs, outputs)` runs after each layer, on rows (..., n) and
-    (..., m); rows that it returns replace the outputs."""
+    """A context in which `hook(layer, inputs, outputs)` runs after each layer on rows.
+
+    The inputs are rows (..., n), the outputs rows (..., m). Rows that the hook returns replace the
+    outputs.
+    """
 
     def look(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
         layout = layer.layout
         rows: torch.Tensor | None = hook(layer, layout.inputs(x), layout.outputs(y))
         if rows is None or layout.channels == -1:
             return rows
-        # A change in place of a view would pass by the gradient's hooks on the rows.
+        # The copy is for gradients' hooks on the rows: a change of a view in place would miss them.
         return layout.returned(rows).clone()
 
     with watched(network, layers, look):
@@ -96,11 +102,11 @@ def hooked(
 
 @contextmanager
 def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, str]]:
-    """Sees, in what runs within it, which layers read the very same rows of one input tensor.
+    """A context that sees which layers read the very same rows of one input tensor.
 
     Yields:
-        Filled at the end: {layer name: name of the first layer with the same input}; layers that
-        were not reached are absent.
+        {layer name: name of the first layer with the same input}, filled when the context ends.
+        Layers that were not reached are absent.
     """
     groups: dict[str, str] = {}
     seen: dict[str, list[tuple[Any, ...]]] = {}
@@ -108,8 +114,8 @@ def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, st
 
     def look(layer: Layer, x: torch.Tensor, _: torch.Tensor) -> None:
         alive.append(x)
-        # The version tells a tensor from itself after a change in place, and the layout one
-        # convolution's patches from another's.
+        # The version tells a tensor from the same tensor after a change in place. The layout tells
+        # the patches of one convolution from the patches of another.
         identity = (x.data_ptr(), x._version, *x.shape, *x.stride(), layer.layout)
         seen.setdefault(layer.name, []).append(identity)
 
@@ -121,7 +127,7 @@ def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, st
 
 
 def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """As `grouping`, of one forward pass."""
+    """Returns what `grouping` sees in one forward pass."""
     with torch.no_grad(), grouping(network, layers) as groups:
         network(batch)
     return groups

@@ -1,4 +1,4 @@
-"""Whether a network can take the blocks that were drawn for it: checked before the work begins."""
+"""These checks tell before the work begins whether a network can take its sequences."""
 
 import inspect
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from lrc_cli.text import named
 
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
-    """Raise InputError if the module cannot take the blocks of some purpose."""
+    """Raises InputError if the module cannot take the sequences of a purpose."""
     known = vocabulary_of(module)
     for name, blocks in sequences.items():
         check_inputs(module, name, blocks.inputs)
@@ -36,7 +36,7 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
-    """transformers gives most inputs a default, and fails later without the main one."""
+    """Raises InputError if the main input is missing: transformers would fail on its default."""
     main = module.main_input_name if isinstance(module, PreTrainedModel) else None
     if main in takes(module) and not {main, "inputs_embeds"} & set(inputs):
         raise _lacks(name, str(main), inputs)
@@ -51,7 +51,7 @@ def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
 
 @torch.no_grad()
 def _first_not_finite(network: Network, batch: Batch) -> str | None:
-    """Name of the first module without parts that makes NaN or infinity of finite inputs."""
+    """Returns the first module without submodules that makes NaN or infinity of finite inputs."""
     found: list[str] = []
 
     def look(name: str, args: Any, kwargs: Any, output: Any) -> None:
@@ -66,7 +66,7 @@ def _first_not_finite(network: Network, batch: Batch) -> str | None:
 
 
 def _other_inputs(module: nn.Module) -> list[str]:
-    """What the parts of a transformers model read, and its decoder: many do without some of it."""
+    """Returns the inputs that the parts of a transformers model read; some may be optional."""
     parts = [part.main_input_name for part in module.modules() if isinstance(part, PreTrainedModel)]
     return [name for name in dict.fromkeys([*parts, DECODER_INPUT]) if name in takes(module)]
 
@@ -74,7 +74,7 @@ def _other_inputs(module: nn.Module) -> list[str]:
 def _check_tokens(
     name: str, inputs: Batch, ids_name: str, mask_name: str, *, longest: Any, known: int
 ) -> None:
-    """Token ids are whole numbers that the model knows, in (sequences, tokens), as is the mask."""
+    """Raises InputError unless ids (sequences, tokens) are known tokens, with a mask that fits."""
     ids, mask = inputs[ids_name], inputs.get(mask_name)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2 or not ids.shape[1]:
         raise InputError(
@@ -112,14 +112,18 @@ def _check_tokens(
 def probe(
     network: Network, sequences: dict[str, Sequences], layers: Sequence[Layer] = ()
 ) -> list[Use]:
-    """Run the first sequence of every kind of inputs: they are the user's, and so may the code be.
+    """Runs the network on the first sequence of every kind of inputs.
+
+    The sequences are the user's, and the network's code may be the user's, so both may be wrong.
 
     Returns:
         How each run has used the layers.
 
     Raises:
-        InputError: the forward pass fails, or what it returns is not finite; names the shapes.
+        InputError: the forward pass fails, or its result is not finite; the message names the
+            shapes.
     """
+    # Inputs of the same names and shapes are one kind.
     kinds: dict[str, tuple[str, Batch]] = {}
     for name, blocks in sequences.items():
         batch = next(blocks.batches(1))
@@ -127,6 +131,7 @@ def probe(
         kinds.setdefault(shapes, (name, batch))
     uses = list[Use]()
     for shapes, (name, batch) in kinds.items():
+        # An error of the network's code may come from an input that is missing.
         try:
             with torch.no_grad():
                 outputs, use = observe(network, layers, batch)
@@ -141,6 +146,7 @@ def probe(
                 "check the data against what its forward takes",
             ) from error
         uses.append(use)
+        # The errors that are certified need outputs that are finite numbers.
         found = floating_outputs(outputs)
         if not found:
             raise InputError(
@@ -159,10 +165,10 @@ def probe(
 
 
 def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:
-    """Raise InputError if the data does not offer what the module's forward needs."""
+    """Raises InputError if the data does not offer what the module's forward needs."""
     parameters = inspect.signature(module.forward).parameters
     if len(batch) == 1 and not hasattr(module, "config"):
-        # It is handed over by position, whatever its name.
+        # A single input is handed over by position, so its name does not matter.
         batch = dict(zip(parameters, batch.values(), strict=False))
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = sorted(set(batch) - set(parameters))

@@ -1,9 +1,9 @@
-"""The loss whose second-order estimate `curvature` minimises, and how it is chosen.
+"""This module chooses and computes the loss whose second-order estimate `curvature` minimises.
 
-The choice follows from the outputs that the model returns (docs/theory.md): next-token or
-masked-token negative log-likelihood for language models, the likelihood of a label drawn from the
-model's own softmax for classifiers (true Fisher), half the squared change of the output for
-anything else (Gauss-Newton, by random +-1 probes).
+The model's outputs decide (docs/theory.md). Language models get the negative log-likelihood of the
+next token or of masked tokens. Classifiers get the negative log-likelihood of a label that is drawn
+from the model's own softmax (true Fisher). All other networks get half the squared change of the
+output (Gauss-Newton, with random +-1 probes).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from lrc_cli.execution.network import Network
 NUM_PROBES = 4
 MASKED_SHARE = 0.15
 CAUSAL_LEAK = 1e-5
-"""A change of earlier logits below this share is rounding, not a look ahead."""
+"""The relative change of earlier logits up to which the change is rounding, not a look ahead."""
 
 
 UNSCORED = -100
@@ -33,7 +33,7 @@ UNSCORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Which loss, and what it needs to know of the tokenizer."""
+    """A loss, with the tokenizer's mask token where the loss needs it."""
 
     kind: str
     """next_token | masked_token | sampled | output."""
@@ -41,7 +41,7 @@ class Loss:
 
     @property
     def unit(self) -> str:
-        """What the estimates of layers are in, see `count_tokens`."""
+        """The unit of the layers' estimates, see `count_tokens`."""
         return {
             "next_token": "nats per token",
             "masked_token": "nats per input token, of which 15 % are scored",
@@ -50,12 +50,12 @@ class Loss:
         }[self.kind]
 
     def facts(self) -> dict[str, str]:
-        """For the work directory and the report."""
+        """Returns what the work directory and the report record of the loss."""
         return {"kind": self.kind, "unit": self.unit, "description": self.description}
 
     @property
     def description(self) -> str:
-        """For the report."""
+        """The loss in the report's words."""
         return {
             "next_token": "negative log-likelihood of the next token",
             "masked_token": "negative log-likelihood of masked tokens",
@@ -65,7 +65,13 @@ class Loss:
 
 
 def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) -> Loss:
-    """Resolve `compression.loss` on what the network returns for one micro-batch.
+    """Chooses the loss for `compression.loss` by what the network returns for one micro-batch.
+
+    Args:
+        requested: the value of `compression.loss`.
+        network: the network.
+        batch: a micro-batch.
+        tokenizer: the checkpoint's tokenizer, or None.
 
     Raises:
         InputError: the requested loss needs logits, or a mask token, that are not there.
@@ -107,13 +113,15 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
 
 
 def _scored(batch: Batch) -> tuple[str, str]:
-    """Names of the tokens that a language model's logits are about, and of their mask."""
+    """Returns the names of two inputs: the tokens that logits are about, and the tokens' mask."""
     return (INPUT, MASK) if INPUT in batch else ("input_ids", "attention_mask")
 
 
 def count_tokens(batch: Batch) -> int:
-    """What the loss is divided by, whichever layer it comes from: the tokens that it is about,
-    without padding; sequences (images, recordings, rows) where there are none."""
+    """Returns the number of tokens that the loss is about, by which the loss is divided.
+
+    Padding does not count. Without tokens, sequences count (images, recordings, rows).
+    """
     ids_name, mask_name = _scored(batch)
     if ids_name not in batch:
         return len(next(iter(batch.values())))
@@ -122,10 +130,10 @@ def count_tokens(batch: Batch) -> int:
 
 
 def _is_causal(network: Network, batch: Batch) -> bool:
-    """Whether the logits before the last real token ignore it: asked of the network, not its name.
+    """Returns whether the logits before the last real token ignore this token.
 
-    A bidirectional network may hardly look at a distant token, so the change is judged one
-    position before, against the change at the token itself.
+    The network is tried out: no name decides. A bidirectional network may hardly look at a distant
+    token. So the change one position before the token is compared with the change at the token.
     """
     row = {name: tensor[:1].clone() for name, tensor in batch.items()}
     other = {name: tensor.clone() for name, tensor in row.items()}
@@ -139,10 +147,13 @@ def _is_causal(network: Network, batch: Batch) -> bool:
 
 
 def drawing(seed: int, index: int) -> torch.Generator:
-    """What draws labels or probes of a micro-batch: whoever runs it, after whatever else.
+    """Returns the generator that draws a micro-batch's labels or probes.
+
+    The draws depend on neither the process nor the micro-batches that ran before.
 
     Args:
-        index: the micro-batch's number among those of the whole pass.
+        seed: the seed of the job.
+        index: the micro-batch's number in the whole pass.
     """
     # torch takes 32 bits of a seed for its CPU generator.
     own = hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4]
@@ -152,10 +163,14 @@ def drawing(seed: int, index: int) -> torch.Generator:
 def prepare(
     loss: Loss, batch: Batch, generator: torch.Generator
 ) -> tuple[Batch, torch.Tensor | None]:
-    """The inputs to run, and the labels to score (UNSCORED where there is none) or None.
+    """Returns the inputs to run and the labels to score, or None where the loss has no labels.
+
+    A position without a label has the label UNSCORED.
 
     Args:
-        generator: on the CPU; draws which tokens are masked.
+        loss: the loss.
+        batch: a micro-batch.
+        generator: a generator on the CPU that draws which tokens are masked.
     """
     if loss.kind == "next_token":
         ids_name, mask_name = _scored(batch)
@@ -183,14 +198,18 @@ def backward_scalars(
     generator: torch.Generator,
     masks: Masks = (),
 ) -> Iterator[torch.Tensor]:
-    """Scalars whose gradients g have E[g g^T] = the curvature wanted, one per probe.
+    """Yields scalars whose gradients g have E[g g^T] = the wanted curvature, one scalar a probe.
 
-    The summed loss itself for likelihoods (one scalar), <v, f(x)> with random signs v for the
-    output loss (NUM_PROBES scalars: E[v v^T] = I). Outputs of padded positions do not count.
+    For a likelihood, the only scalar is the summed loss. For the output loss, the NUM_PROBES
+    scalars are <v, f(x)> with random signs v, so E[v v^T] = I. Outputs of padded positions do not
+    count.
 
     Args:
-        labels: of `prepare`.
-        masks: of `masks_of`.
+        loss: the loss.
+        outputs: what the network returned.
+        labels: the labels from `prepare`.
+        generator: a generator on the CPU that draws labels or signs.
+        masks: the masks from `masks_of`.
     """
     if labels is not None:
         # Indexing the scored rows would copy the logits, and their gradient, once more.
@@ -212,7 +231,7 @@ def backward_scalars(
 
 
 def num_scalars(loss: Loss) -> int:
-    """How many scalars `backward_scalars` yields."""
+    """Returns the number of scalars that `backward_scalars` yields."""
     return NUM_PROBES if loss.kind == "output" else 1
 
 
@@ -222,8 +241,11 @@ def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def floating_outputs(outputs: Any) -> list[torch.Tensor]:
-    """The floating-point tensors that a model returns: only the logits where there are any, and
-    those inside of tuples only where there are no others."""
+    """Returns the floating-point tensors that a model returned.
+
+    Where there are logits, only the logits count. Tensors inside of nested tuples count only where
+    there are no others.
+    """
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     logits = getattr(outputs, "logits", None)
@@ -238,6 +260,6 @@ def floating_outputs(outputs: Any) -> list[torch.Tensor]:
 
 
 def all_finite(tensors: Any) -> bool:
-    """Whether the floating-point tensors in a nested structure are neither NaN nor infinite."""
+    """Returns whether a nested structure's floating-point tensors hold no NaN and no infinity."""
     leaves = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
     return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())

@@ -1,4 +1,4 @@
-"""A network ready to run: a module whose parameters are views of the checkpoint's files."""
+"""A network is a module ready to run, whose parameters are views of the checkpoint's files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +20,17 @@ class Network:
     module: nn.Module
     device: torch.device
     dtype: torch.dtype
-    """Of activations."""
+    """The dtype of activations."""
     casts: LiveCasts
     placement: Placement
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids the network takes, 0 where it takes none."""
+        """The number of token ids that the network knows; 0 where the network takes no tokens."""
         return vocabulary_of(self.module)
 
     def __call__(self, batch: Batch) -> Any:
-        """Run a micro-batch; floating-point inputs are converted to the network's dtype."""
+        """Runs a micro-batch; floating-point inputs are converted to the network's dtype."""
         inputs = {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
@@ -42,10 +42,13 @@ class Network:
 
 
 def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype | None) -> Network:
-    """Prepare a module to run: frozen, in evaluation mode, on its device, in its dtype.
+    """Prepares a module to run: frozen, in evaluation mode, on its device, in its dtype.
 
     Args:
-        dtype: of activations; None picks the stored dtype where the device multiplies it natively.
+        module: the module; changed in place.
+        device: the device to run on.
+        dtype: the dtype of activations; None: the stored dtype where the device multiplies it
+            natively, else float32.
     """
     module.requires_grad_(False).eval()
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):

@@ -1,8 +1,8 @@
-"""Which parameters are on the device that a network runs on: on a GPU, one block at a time.
+"""A `Placement` copies parameters to the GPU that a network runs on, one block at a time.
 
-Everything outside the blocks (embeddings, norms, heads) and every buffer stays there. A block's
-parameters are copied there when it runs, and the copies are dropped when the next block does: the
-originals stay views of the mapped files. On a CPU nothing is ever copied.
+Everything outside the blocks (embeddings, norms, heads) and every buffer stays on the GPU. A
+block's parameters are copied to the GPU when the block runs. The copies are dropped when the next
+block runs, and the originals stay views of the mapped files. On a CPU nothing is ever copied.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def block_names(module: nn.Module) -> tuple[str, ...]:
-    """Entries of the outermost module list with the most parameters; empty where there is none."""
+    """Returns the names in the outermost module list with the most parameters; may be empty."""
     lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
     outermost = {
         name: part
@@ -28,25 +28,26 @@ def block_names(module: nn.Module) -> tuple[str, ...]:
 
 
 class Placement:
-    """Where the parameters of a module are.
+    """A `Placement` decides which parameters of a module are on the device.
 
     Args:
-        module: on the CPU, its parameters views of mapped files; its buffers, and the parameters
-            of everything but its blocks, are moved to `device`.
+        module: on the CPU, with views of mapped files as parameters. The buffers, and copies of the
+            parameters outside the blocks, are put on `device` at once.
+        device: the device that the module runs on.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
         self.blocks: tuple[str, ...] = ()
         self._copied: list[tuple[nn.Module, str, nn.Parameter]] = []
-        """Whose parameter of which name is a copy now, and its original."""
+        """The parameters that are copies now: the module, the name and the original of each."""
         if device.type == "cpu":
             return
         self.blocks = block_names(module)
         inside = {id(part) for block in self._parts() for part in block.modules()}
         outside = [part for part in module.modules() if id(part) not in inside]
         self._copy(outside)
-        self._copied.clear()  # they stay
+        self._copied.clear()  # these copies stay
         _move_buffers(module, device)
         for block in self._parts():
             block.register_forward_pre_hook(self._before_block)
@@ -55,17 +56,18 @@ class Placement:
         return (self.module.get_submodule(name) for name in self.blocks)
 
     def _before_block(self, block: nn.Module, _: Any) -> None:
-        # A block whose forward is replaced hands its input on, and needs no parameters.
+        # A block whose forward is replaced only hands on its input, and needs no parameters.
         if "forward" not in vars(block):
             self._occupy(block)
 
     def occupy(self, name: str) -> None:
-        """Copy a block's parameters to the device, and drop those of the block before.
+        """Copies a block's parameters to the device, and drops the copies of the block before.
 
-        It happens by itself when a block runs; this is for calls of a part of it.
+        A block that runs does the same by itself; a caller that runs only a part of a block calls
+        this method first.
 
         Args:
-            name: of a block or of a part of one; nothing happens for anything else.
+            name: the name of a block or of a part of a block; nothing happens for other names.
         """
         for block in self.blocks:
             if f"{name}.".startswith(f"{block}."):
@@ -80,20 +82,23 @@ class Placement:
         self._copy(block.modules())
 
     def _copy(self, parts: Any) -> None:
-        """Put copies on the device in the place of parameters that are elsewhere."""
+        """Puts copies on the device in the place of parameters that are elsewhere."""
         copies: dict[int, nn.Parameter] = {}
         for part in parts:
             for name, original in list(part._parameters.items()):
                 if original is None or original.device == self.device:
                     continue
-                if id(original) not in copies:  # several modules may share one
+                if id(original) not in copies:  # modules may share it
                     copy = original.detach().to(self.device)
                     copies[id(original)] = nn.Parameter(copy, requires_grad=False)
                 part._parameters[name] = copies[id(original)]
                 self._copied.append((part, name, original))
 
     def adopt(self, part: nn.Module, name: str) -> None:
-        """Make room for a new part of the network that will have this module name."""
+        """Moves a new part of the network, which will have this module name, to the device.
+
+        In a block, only the part's buffers move at once.
+        """
         if self.device.type == "cpu":
             return
         if any(name.startswith(f"{block}.") for block in self.blocks):

@@ -1,8 +1,9 @@
-"""Run a network in one dtype while its parameters stay views of the mapped checkpoint in another.
+"""A network runs in one dtype here, while its parameters stay mapped views in another dtype.
 
-On a processor without fast bfloat16 products a bfloat16 checkpoint is computed in float32.
-Converting the whole network would copy it into private memory; here every parameter is converted
-when a module reads it, and again (not kept) when the backward pass needs it.
+On a processor without fast bfloat16 products a bfloat16 checkpoint is computed in float32. A
+conversion of the whole network would copy it into private memory. So each parameter is converted
+when a module reads the parameter. The backward pass converts the parameter again instead of keeping
+the converted copy.
 """
 
 import mmap
@@ -19,23 +20,26 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""By their names in configs."""
+"""The dtypes by their names in configs."""
 
 
 def fast_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of activations: the stored one where the device multiplies it, else float32."""
+    """Returns the dtype of activations: the stored dtype where the device multiplies it natively.
+
+    Otherwise activations are float32.
+    """
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32
     if device.type == "cpu":
         return stored if stored == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
     if device.type == "cuda" and stored == torch.bfloat16:
-        with torch.cuda.device(device):  # the question is asked of the current one
+        with torch.cuda.device(device):  # torch asks the current device
             return stored if torch.cuda.is_bf16_supported(False) else torch.float32
     return stored
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU does: with AVX-512 alone oneDNN emulates it."""
+    """Returns whether the CPU multiplies bfloat16: with AVX-512 alone, oneDNN emulates it."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -45,17 +49,17 @@ def _multiplies_bfloat16() -> bool:
 
 
 class Mappings:
-    """Memory mappings for converted copies, used again once their tensors are gone.
+    """Memory mappings for converted copies; a mapping is used again once its tensor is gone.
 
-    On the heap, the holes that such copies leave between activations would stay resident, in the
-    end as much as the whole network; fresh mappings would cost page faults at every read.
+    On the heap, such copies would leave holes between activations. The holes would stay resident,
+    in the end as much as the whole network. Fresh mappings would cost page faults at every read.
     """
 
     def __init__(self) -> None:
         self._by_size: dict[int, list[mmap.mmap]] = {}
 
     def convert(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A converted copy of `stored`; on the CPU in a mapping that no other tensor uses."""
+        """Returns a converted copy of `stored`; on the CPU the copy has a mapping of its own."""
         if stored.device.type != "cpu" or not stored.numel():
             return stored.to(dtype)
         pages = self._free(stored.numel() * dtype.itemsize)
@@ -64,7 +68,7 @@ class Mappings:
     def _free(self, num_bytes: int) -> mmap.mmap:
         mappings = self._by_size.setdefault(num_bytes, [])
         for pages in mappings:
-            # The list, this name and the argument: a tensor on it would be a fourth reference.
+            # The list, this name and the argument are three references; a tensor would be a fourth.
             if sys.getrefcount(pages) == 3:
                 return pages
         mappings.append(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -72,7 +76,7 @@ class Mappings:
 
 
 class _Cast(nn.Module):
-    """Parametrization: reads of a parameter give a converted copy."""
+    """A parametrization with which every read of a parameter gives a converted copy."""
 
     def __init__(self, dtype: torch.dtype, live: "LiveCasts") -> None:
         super().__init__()
@@ -85,33 +89,35 @@ class _Cast(nn.Module):
 
 
 class LiveCasts:
-    """Which converted copies are alive, and what each was converted from."""
+    """The converted copies that are alive, each with the stored tensor that was converted."""
 
     def __init__(self) -> None:
         self._stored: dict[int, torch.Tensor] = {}
         self.mappings = Mappings()
 
     def remember(self, cast: torch.Tensor, stored: torch.Tensor) -> None:
-        """Note that `cast` holds `stored` converted, for as long as `cast`'s storage lives."""
+        """Notes that `cast` holds `stored` converted, for as long as `cast`'s storage lives."""
         storage = cast.untyped_storage()
         address = storage.data_ptr()
         self._stored[address] = stored.detach()
         weakref.finalize(storage, self._stored.pop, address, None)
 
     def find(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The stored parameter that `tensor` is a converted view of, or None."""
+        """Returns the stored parameter that `tensor` is a converted view of, or None."""
         return self._stored.get(tensor.untyped_storage().data_ptr())
 
 
 def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None = None) -> LiveCasts:
-    """Make every floating-point parameter and buffer of `module` read as `dtype`.
+    """Makes every floating-point parameter and half-precision buffer of `module` read as `dtype`.
 
     Buffers are small and converted at once; parameters keep their stored tensors. Parameters that
     already have the dtype are left alone. An embedding converts the rows that it looks up, never
-    its whole table.
+    the whole table.
 
     Args:
-        live: of the network that the module becomes a part of; None: a new one.
+        module: the module; changed in place.
+        dtype: the dtype of what modules read.
+        live: the casts of the network that the module becomes a part of; None: new casts.
     """
     live = live or LiveCasts()
     for part in list(module.modules()):
@@ -127,7 +133,7 @@ def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None =
 
 
 def _gather_first(embedding: Any, dtype: torch.dtype) -> None:
-    """Look rows up in the stored table of a parametrized embedding and convert those."""
+    """Makes an embedding look rows up in its stored table and convert only these rows."""
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         # The other settings of an embedding concern gradients of the table, which is frozen.
@@ -138,7 +144,7 @@ def _gather_first(embedding: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def recast_in_backward(live: LiveCasts) -> Iterator[None]:
-    """Within it, autograd keeps no converted parameter: it converts again in the backward pass."""
+    """A context in which autograd keeps no converted parameter: backward passes convert again."""
 
     def pack(tensor: torch.Tensor) -> Any:
         stored = live.find(tensor)

@@ -1,7 +1,7 @@
-"""Reading while computing: the system reads a block's weights while the block beside it runs.
+"""The system reads a block's weights from the disk here while the neighbouring block runs.
 
-Parameters are views of mapped files, so what is not in memory is read at the first touch, and the
-processor waits for it. Asked in time, the kernel reads by itself.
+Parameters are views of mapped files. Without this module, pages that are not in memory would be
+read at the first touch, while the processor waits. Asked in time, the kernel reads them before.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ from torch import nn
 
 
 def read_ahead(module: nn.Module) -> None:
-    """Begin to read the parameters that lie in mapped files; returns at once, whatever is asked.
+    """Asks the system to read a module's parameters on the CPU, and returns at once.
 
-    Advice only: where the system takes none, pages are read when they are touched.
+    Where the system takes no advice, pages are read when they are touched.
     """
     advise = _advise()
     if advise is None:
@@ -29,7 +29,7 @@ def read_ahead(module: nn.Module) -> None:
 
 @cache
 def _advise() -> Any:
-    """The C library's madvise(address, bytes, advice); None where there is none."""
+    """Returns the C library's madvise(address, bytes, advice), or None where it is missing."""
     with suppress(OSError, AttributeError):
         advise = ctypes.CDLL(None).madvise
         advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int

@@ -1,4 +1,4 @@
-"""Where a network is cut into segments to be measured, and which layers run in which."""
+"""This module cuts a network into segments to be measured, and assigns each layer to a segment."""
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -31,27 +31,30 @@ NO_CHAIN = "its blocks are no chain"
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The segments that a network is measured in."""
+    """A `Cut` holds the segments in which a network is measured."""
 
     chain: Chain
     segments: list[Segment]
-    """With every layer asked for in exactly one of them."""
+    """The segments in order; every wanted layer is in exactly one segment."""
     leaders: dict[str, str]
-    """{layer: first layer of its segment that reads the very same input}."""
+    """{layer: the first layer of the same segment that reads the very same input}."""
     reason: str
-    """Why the network runs whole; empty where it is cut."""
+    """Why the network runs whole; empty where the network is cut."""
 
 
 def find_cut(
     network: Network, layers: Sequence[Layer], graded: Collection[str], batch: Batch
 ) -> Cut:
-    """The segments and the layers in them, seen on one batch.
+    """Cuts a network into segments, by what one batch shows.
 
-    A network is not cut where that would lose something: where a layer runs in several segments,
-    or where gradients reach it by another way than from block to block.
+    A network is not cut where something would be lost: where a layer runs in several segments, or
+    where gradients reach a layer by another way than from block to block.
 
     Args:
-        graded: names of the layers whose output gradients are wanted.
+        network: the network.
+        layers: the layers to measure.
+        graded: the names of the layers whose output gradients are wanted.
+        batch: a micro-batch to try the network on.
     """
     with ExitStack() as watching:  # one pass tells everything
         groups = watching.enter_context(grouping(network, layers))
@@ -60,7 +63,7 @@ def find_cut(
     reason = NO_CHAIN if not chain.names else ""
     for layer in layers:
         inside = next((x for x in chain.names if f"{layer.name}.".startswith(f"{x}.")), None)
-        # One that this batch does not reach, such as an expert, may be reached by another.
+        # Another batch may reach a layer that this batch does not reach, such as an expert.
         seen = found.setdefault(layer.name, [inside] if inside else [])
         if chain.names and len(seen) != 1:
             reason = f"{layer.name} runs in {len(seen)} of its segments"
@@ -87,7 +90,7 @@ def _is_bypassed(
     batch: Batch,
     found: dict[str, list[str]],
 ) -> bool:
-    """Whether graded layers of the head reach blocks or tail but by the first hidden states."""
+    """Returns whether graded layers of the head reach blocks or tail past the hidden states."""
     head = [x for x in layers if x.name in graded and found[x.name] == [HEAD]]
     if not head:
         return False
@@ -95,7 +98,7 @@ def _is_bypassed(
     with watched(network, head, lambda _, __, y: y.requires_grad_().clone()):
         with patched(network.module, passing(chain, entered, None)), suppress(StopForward):
             network(batch)
-        # Blocks may change the shape: what the tail takes is what the last one returned.
+        # Blocks may change the shape of hidden states: the tail takes the last block's shape.
         last = hidden_output(chain.shape)
         assert last is not None
         with patched(network.module, passing(chain, entered, torch.zeros_like(last))):

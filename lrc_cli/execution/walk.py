@@ -1,4 +1,4 @@
-"""A network on its way through its segments, over fixed micro-batches."""
+"""A walk leads a network through its segments, over fixed micro-batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,15 +28,15 @@ from lrc_cli.network.recurrent import observed
 from lrc_cli.text import named
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
-"""What becomes of tensors between two segments: `HostMemory.keep`, or simply `Tensor.detach`."""
+"""A function that stores a tensor between two segments: `HostMemory.keep` or `Tensor.detach`."""
 
 
 @dataclass
 class Walk:
-    """One network on its way through its segments, over fixed micro-batches.
+    """A `Walk` leads one network through its segments, over fixed micro-batches.
 
-    Holds, per micro-batch, the hidden states at the boundary that it has reached. Segments are run
-    any number of times, then passed with `advance`, in order:
+    For each micro-batch, the walk holds the hidden states that the next segment reads. The caller
+    runs a segment any number of times, then passes the segment with `advance`, in order:
 
         walk = Walk(network, chain, batches)
         for segment in segments_of(network, chain, layers, batches[0]):
@@ -53,9 +53,9 @@ class Walk:
     batches: Sequence[Batch]
     keep: Keep = torch.Tensor.detach
     is_compressed: bool = False
-    """Whether it is the network with factors in it, in which its code may stumble over them."""
+    """Whether the network has factors, over which the network's code may stumble."""
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch, the input of the segment that the walk has come to."""
+    """The input of the segment that the walk has come to, by micro-batch."""
     _calls: dict[int, dict[str, Call]] = field(default_factory=dict)
     _at: str | None = None
     """The segment that was run last."""
@@ -68,16 +68,20 @@ class Walk:
         *,
         gradients: bool = False,
     ) -> Any:
-        """Run a segment.
+        """Runs a segment on one micro-batch.
 
         Args:
-            index: of the micro-batch.
-            hidden: the segment's input; None: where the walk has come to.
-            gradients: whether autograd follows.
+            segment: the segment.
+            index: the number of the micro-batch.
+            hidden: the segment's input; None: the hidden states that the walk holds.
+            gradients: whether autograd records the run.
 
         Returns:
             The hidden states that the head or a block hands on; the network's outputs for the tail
             and the whole network; None where a hook raised StopForward.
+
+        Raises:
+            RunError: the code of a compressed network fails.
         """
         if segment.name != self._at:
             self._at = segment.name
@@ -99,8 +103,9 @@ class Walk:
         if segment.name == HEAD:
             return self._run_head(batch, index)
         if hidden is None:
-            # A copy: a block may change its input in place, and how a matrix product rounds may
-            # depend on where in memory a tensor begins, which is another place in a file.
+            # The block gets a copy, because a block may change its input in place. Also, how a
+            # matrix product rounds may depend on where in memory a tensor begins, and a tensor in a
+            # file begins elsewhere.
             hidden = self.hidden[index].to(self.network.device, copy=True)
         if segment.name == TAIL:
             with patched(self.network.module, passing(self.chain, {}, hidden)):
@@ -111,7 +116,10 @@ class Walk:
             return hidden_output(block(*args, **kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:
-        """The way goes on to one of them, forwards or backwards; what was read costs nothing."""
+        """Begins to read the two neighbouring blocks: the walk goes on to one of the two.
+
+        Advice for pages that are in memory costs nothing.
+        """
         names = self.chain.names
         if segment.name in names:
             place = names.index(segment.name)
@@ -124,7 +132,7 @@ class Walk:
             try:
                 self.network(batch)
             except StopForward:
-                if len(entered) < len(self.chain.names):  # a hook has stopped it
+                if len(entered) < len(self.chain.names):  # a hook has stopped the run
                     raise
         first = entered[self.chain.names[0]].hidden
         assert first is not None
@@ -133,15 +141,15 @@ class Walk:
         return first
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the host, unless it is on a GPU or a view that repeats a smaller tensor."""
+        """Returns the tensor as `keep` stores it; GPU tensors and repeating views stay the same."""
         repeats = tensor.untyped_storage().nbytes() < tensor.nbytes
         return tensor if repeats or tensor.device.type != "cpu" else self.keep(tensor)
 
     def _reusing(self, calls: Mapping[str, Call], earlier: Mapping[str, Call]) -> dict[str, Call]:
-        """The calls without their hidden states, kept as these are; equal tensors of `earlier` ones
-        in place of their own.
+        """Returns the calls without hidden states, with their other tensors stored by `_kept`.
 
-        Masks and positions are mostly the same in every micro-batch, and then held once.
+        A tensor that equals a tensor of the `earlier` calls is held once: masks and positions are
+        mostly the same in every micro-batch.
         """
         known: dict[int, torch.Tensor] = {}
 
@@ -163,18 +171,26 @@ class Walk:
         return slim
 
     def advance(self, segment: Segment) -> None:
-        """Pass a segment: its outputs become the next one's inputs."""
+        """Passes a segment: the segment's outputs become the inputs of the next segment."""
         for index in range(len(self.batches)):
             self.pass_on(segment, index, self.run(segment, index))
 
     def pass_on(self, segment: Segment, index: int, output: Any) -> None:
-        """As `advance`, for one micro-batch whose whole run of the segment returned `output`."""
+        """Passes a segment with one micro-batch, for which a whole run has returned `output`."""
         if segment.name not in (TAIL, WHOLE):
             self.hidden[index] = self.keep(output)
 
 
 class Pair:
-    """The dense and the compressed network, side by side over the same micro-batches."""
+    """A `Pair` leads the dense and the compressed network side by side over the same micro-batches.
+
+    Args:
+        dense: the dense network.
+        compressed: the compressed network, of the same structure.
+        chain: the chain of both.
+        batches: the micro-batches.
+        keep: the function that stores tensors between two segments.
+    """
 
     def __init__(
         self,
@@ -193,10 +209,12 @@ class Pair:
         index: int,
         watching: Sequence[AbstractContextManager[None]] = (nullcontext(), nullcontext()),
     ) -> tuple[Any, Any] | None:
-        """Both pass a segment with one micro-batch.
+        """Leads both networks through a segment with one micro-batch.
 
         Args:
-            watching: what to enter around the run of each.
+            segment: the segment.
+            index: the number of the micro-batch.
+            watching: the contexts to enter around the dense and around the compressed run.
 
         Returns:
             The networks' outputs; None before the last segment.
@@ -210,7 +228,7 @@ class Pair:
 
 
 def compressed_failure(error: Exception) -> RunError:
-    """What to say where a network's code fails on factors in the place of its weights."""
+    """Returns the error for a network whose code fails on factors in the place of its weights."""
     return RunError(
         f"the compressed network fails: {named(error)}",
         "exclude the layers whose weight its code reads, with compression.exclude",

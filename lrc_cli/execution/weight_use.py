@@ -1,7 +1,8 @@
-"""Which layers can be factorised in this network: seen as it runs, not told by their class.
+"""This module sees which layers can be factorised while the network runs: no class name decides.
 
 A class that derives from `nn.Linear` may compute something else, and a network may read a layer's
-weight past the layer. Factors would change what comes out, and no error of the layer's would tell.
+weight past the layer. Factors would then change the network's outputs, and the layer's own errors
+would not show it.
 """
 
 import re
@@ -22,9 +23,11 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 
 TOLERANCE = 0.03
-"""Share of ||y||: a hundred times float32's rounding, several times bfloat16's."""
+"""The largest difference that counts as rounding, as a share of ||y||: a hundred times float32's
+rounding, several times bfloat16's."""
 DIRECTIONS = 16
-"""On which outputs are compared: the norm of a difference is told to about a quarter."""
+"""The number of random directions on which outputs are compared: they tell the norm of a
+difference to about a quarter."""
 HOLDERS = (dict, list, set, OrderedDict, defaultdict)
 """Kinds of attributes in which a module may keep something."""
 OTHER = "computes something else than a product with its weight"
@@ -34,20 +37,20 @@ CALLED = "it is called with something beside its input, or with that by name"
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """How a network has used its layers in one run."""
+    """A `Use` says how a network has used its layers in one run."""
 
     batch: Batch
     wrong: Mapping[str, str]
-    """The layers that were no product y = W x + b: the reason by layer name."""
+    """The names of the layers that were no product y = W x + b, each with the reason."""
     is_suspect: bool
-    """Whether what it computed depends on a weight that a layer does not hand out."""
+    """Whether the outputs depend on a weight that was read past a layer."""
 
 
 def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[Any, Use]:
-    """Run a network, and see which of its layers are used as products with their weight.
+    """Runs a network, and sees which of its layers are used as products with their weight.
 
     Returns:
-        What the network returns, and how it has used the layers.
+        The network's outputs, and how the network has used the layers.
 
     Raises:
         Whatever the network raises where no weight is hidden.
@@ -61,24 +64,26 @@ def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[An
         return outputs, Use(batch=batch, wrong=wrong, is_suspect=False)
     with _kept(network.module):
         outputs = network(batch)
-    # Where they are not finite, they are so without a hidden weight.
+    # Outputs that are not finite without a hidden weight say nothing of the layers.
     is_suspect = all_finite(floating_outputs(outputs))
     return outputs, Use(batch=batch, wrong=wrong, is_suspect=is_suspect)
 
 
 def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -> dict[str, str]:
-    """The layers that are no product y = W x + b, or not only: the reason by layer name.
+    """Returns the names of the layers that are not only a product y = W x + b, with the reason.
 
     A layer that was never reached is not judged by what it computes.
 
     Args:
+        network: the network.
+        layers: the layers to judge.
         uses: what `observe` has seen of these layers.
     """
     wrong = {name: reason for use in uses for name, reason in use.wrong.items()}
     able = [layer for layer in _with_product(layers) if layer.name not in wrong]
 
     def reads_past(hidden: Sequence[Layer], batch: Batch) -> bool:
-        """Whether outputs depend on what anyone but the layers finds in their weights."""
+        """Returns whether outputs depend on the layers' weights past the layers."""
         with torch.no_grad():
             return _run_hidden(network, hidden, batch, wrong) is None
 
@@ -86,27 +91,30 @@ def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -
     for batch in [use.batch for use in uses if use.is_suspect]:
         if not reads_past(able, batch):
             continue
-        # Layers that have one place in blocks that are alike are used alike.
+        # Layers with the same place in blocks that are alike are used alike.
         groups: dict[str, list[Layer]] = {}
         for layer in able:
             groups.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
         past = [group for group in groups.values() if reads_past(group, batch)]
         reasons |= {layer.name: READ for group in past for layer in group}
-    # What comes after such a layer was only judged where that layer was not hidden.
+    # What these layers feed was judged only in runs in which they were not hidden.
     return reasons | wrong
 
 
 def _with_product(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that should be products: no tables, and no head that is tied to one."""
+    """Returns the layers that should be products: no table, and no head that is tied to a table."""
     return [x for x in layers if not isinstance(x.layout, Lookup) and not x.tied_to]
 
 
 def _run_hidden(
     network: Network, layers: Sequence[Layer], batch: Batch, wrong: dict[str, str]
 ) -> Any:
-    """What the network returns; None where it is not finite, or the network stumbles.
+    """Returns the outputs with hidden weights; None where they are not finite, or the code fails.
 
     Args:
+        network: the network.
+        layers: the layers whose weights are hidden from all other code.
+        batch: a micro-batch.
         wrong: gains the layers that are no product.
     """
     try:
@@ -115,13 +123,13 @@ def _run_hidden(
     except Exception as error:
         if not is_networks(error):
             raise
-        return None  # a run in which nothing is hidden raises it too, or not
+        return None  # the caller sees whether a run with nothing hidden fails too
     return outputs if all_finite(floating_outputs(outputs)) else None
 
 
 @contextmanager
 def _hidden(module: nn.Module, layers: Sequence[Layer], wrong: dict[str, str]) -> Iterator[None]:
-    """Within it the layers are judged as they run, and whoever reads their weight finds NaN."""
+    """A context in which layers are judged as they run, and all other code reads NaN weights."""
     before = {}
     try:
         for layer in layers:
@@ -139,7 +147,7 @@ def _disguised(layer: Layer, kind: type[nn.Module], wrong: dict[str, str]) -> ty
 
     def judged(run: Callable[..., Any]) -> Callable[..., Any]:
         def call(part: nn.Module, *given: Any, **named: Any) -> Any:
-            is_called = not computing  # and not from within: hooks are a part of the layer
+            is_called = not computing  # from outside: hooks are a part of the layer
             computing.append(True)
             try:
                 y = run(part, *given, **named)
@@ -169,7 +177,7 @@ def _judge(
     named: Mapping[str, Any],
     y: Any,
 ) -> str | None:
-    """Why a call of the layer is no product with its weight; None: it is one."""
+    """Returns why a call of the layer is no product with its weight; None for a product."""
     if len(given) != 1 or named:
         return CALLED
     return None if _is_product(layer, part, weight, given[0], y) else OTHER
@@ -177,12 +185,12 @@ def _judge(
 
 @contextmanager
 def _kept(network: nn.Module) -> Iterator[None]:
-    """What modules put into their attributes and buffers within it is gone afterwards.
+    """A context at whose end modules' attributes and buffers are again as they were before.
 
-    A network may keep what it derives from its weights, when it runs for the first time. (Where it
-    keeps that elsewhere, in an object of its own, its outputs stay NaN, and `probe` says so.)
+    A network may keep what it derives from its weights when it runs for the first time. Where a
+    network keeps such results in another object, its outputs stay NaN, and `probe` says so.
     """
-    own = {"_parameters", "_modules"}  # they are moved, but not made, as a network runs
+    own = {"_parameters", "_modules"}  # a run moves their entries, and makes none
     kept: list[tuple[Any, Any]] = []
     for module in network.modules():
         attributes = vars(module)
@@ -197,8 +205,11 @@ def _kept(network: nn.Module) -> Iterator[None]:
 
 
 def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -> bool:
-    """Compared on a few random directions of the outputs (Freivalds 1977): a product with all of W
-    would take as long as the layer itself."""
+    """Returns whether y is the product of the layer's weight with x, plus the bias.
+
+    Outputs are compared on a few random directions (Freivalds 1977): a product with all of W would
+    take as long as the layer itself.
+    """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
     layout, matrix = layer.layout, layer.layout.matrix(weight).float()
@@ -213,7 +224,7 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
     except RuntimeError as error:
         if not is_networks(error):
             raise
-        return False  # the layer takes what a product with its weight does not
+        return False  # the layer takes an input that a product with its weight does not take
     found = layout.outputs(y).float() @ directions
     if bias is not None:
         wanted = wanted + bias.float() @ directions
@@ -221,12 +232,12 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
         return False
     size = max(t.abs().amax().item() if t.numel() else 0.0 for t in (wanted, found))
     off, whole = (torch.linalg.vector_norm(t / size) for t in (found - wanted, wanted))
-    # Where numbers are not finite, others say so.
+    # Numbers that are not finite pass here: `probe` reports them.
     return not bool(off > TOLERANCE * whole)
 
 
 def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:
-    """The weight that a module of this class reads: a parametrized one through its property."""
+    """Returns the weight that a module of this class reads, also through a parametrization."""
     read = getattr(kind, "weight", None)
     if isinstance(read, property):
         assert read.fget is not None

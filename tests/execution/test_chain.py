@@ -1,4 +1,4 @@
-"""A network as segments: which chains are found, and that walking them changes nothing."""
+"""These tests show which chains are found, and that a walk through segments changes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def opened(checkpoint: Models, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 def tokens(*, masked: bool) -> list[Batch]:
-    """Three micro-batches of random ids, the last one smaller; some with padding."""
+    """Returns three micro-batches of random ids, the last micro-batch smaller, padded if masked."""
     generator = torch.Generator().manual_seed(3)
     batches: list[Batch] = []
     for size in (3, 3, 2):
@@ -113,7 +113,7 @@ def test_every_layer_is_in_the_segment_in_which_it_runs(name: str, opened: Any) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_walk_computes_what_the_network_computes(name: str, opened: Any) -> None:
-    """Bit by bit: every layer's input, and the outputs."""
+    """Every layer's input and the outputs are the same, bit by bit."""
     given = opened(name)
     whole = inputs(given, lambda index: given.network(given.batches[index]))
     walk, outputs, parts = given.walk(), [], {}
@@ -135,7 +135,7 @@ def test_a_walk_computes_what_the_network_computes(name: str, opened: Any) -> No
 def inputs(
     given: Opened, run: Callable[[int], Any], segment: Segment | None = None
 ) -> dict[tuple[str, int], Tensor]:
-    """By layer and micro-batch, what the layers read."""
+    """Returns what the layers read, by layer and micro-batch."""
     seen: dict[tuple[str, int], Tensor] = {}
     layers: list[Layer] = given.layers if segment is None else segment.layers
     for index in range(len(given.batches)):
@@ -252,7 +252,7 @@ def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Op
 
 @pytest.mark.parametrize("name", ["chain", "skipped"])
 def test_a_plain_list_of_blocks_is_a_chain(name: str, plain: Callable[[str], Opened]) -> None:
-    """Also where the head's output goes round the blocks: it is computed again for the tail."""
+    """The head's output may go round the blocks: the tail computes it again."""
     given = plain(name)
     assert given.chain.names == ("blocks.0", "blocks.1", "blocks.2")
     found = {segment.name: [x.name for x in segment.layers] for segment in given.segments}
@@ -288,7 +288,7 @@ def check_walk(given: Opened) -> None:
 
 
 def test_two_networks_of_one_structure_share_the_chain(opened: Any, checkpoint: Models) -> None:
-    """As the dense and the compressed one do: each keeps its own hidden states."""
+    """The dense and the compressed network share a chain: each keeps separate hidden states."""
     given = opened("qwen2")
     other = Opened(checkpoint("qwen2"), given.batches).network
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Hooks for as long as a block runs: their order, what they see and change, and that they go."""
+"""These tests show hooks' order, what hooks see and change, and when hooks are gone."""
 
 from typing import Any
 

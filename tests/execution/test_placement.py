@@ -1,4 +1,4 @@
-"""Which parameters are copied to a device, told on the meta device: placement only, no numbers."""
+"""These tests show on the meta device which parameters are copied: placement only, no numbers."""
 
 import operator
 from typing import Any
@@ -50,7 +50,7 @@ def test_one_block_at_a_time_is_copied_to_the_device() -> None:
         block.register_forward_hook(look)
     output = network({"ids": torch.tensor([[0, 1, 2]])})
     assert output.is_meta and output.shape == (1, 3, 6)
-    # blocks.2 has no bias of its own: named_parameters gives it once, with blocks.1.
+    # blocks.1 and blocks.2 share a bias, which is copied with each block.
     assert there == [
         {"blocks.0.weight", "blocks.0.bias"},
         {"blocks.1.weight", "blocks.1.bias"},
@@ -60,7 +60,7 @@ def test_one_block_at_a_time_is_copied_to_the_device() -> None:
     assert module.shift.is_meta
     network.placement.occupy("head")
     assert module.blocks[2].weight.is_meta
-    network.placement.occupy("blocks.0.weight")  # a part of a block stands for it
+    network.placement.occupy("blocks.0.weight")  # a part stands for its block
     assert module.blocks[0].weight.is_meta
     for name, parameter in module.named_parameters():
         if name.startswith(("blocks.1", "blocks.2")):

@@ -1,4 +1,4 @@
-"""Running in another dtype than stored: the same numbers, and no second copy of large tables."""
+"""A network in another dtype than stored has the same numbers, and no second copy of its table."""
 
 import platform
 from typing import Any
@@ -16,7 +16,7 @@ IDS = torch.tensor([[3, 49, 0]])
 
 
 class Tied(nn.Module):
-    """An embedding whose table is also the head's weight, and is read directly once more."""
+    """A network whose table is an embedding, the head's weight, and is read directly once more."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ MB = 1 << 20
 
 
 def mapped(file: Path) -> nn.Module:
-    """A module whose one parameter of 16 MB is a view of the mapped file."""
+    """Returns a module whose only parameter, of 16 MB, is a view of the mapped file."""
     save_file({"weight": torch.randn(16 * MB // 4)}, file)
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -36,13 +36,13 @@ def mapped(file: Path) -> nn.Module:
 
 
 def forget(file: Path) -> None:
-    """Drop the file's pages that the system holds in memory."""
+    """Drops the file's pages that the system holds in memory."""
     with file.open("rb") as handle:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def resident(tensor: torch.Tensor) -> float:
-    """The share of a mapped tensor's pages that are in memory; touches none of them."""
+    """Returns the share of a mapped tensor's pages that are in memory, and touches no page."""
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.nbytes - start
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
@@ -53,7 +53,7 @@ def resident(tensor: torch.Tensor) -> float:
 
 
 def test_mapped_parameters_come_into_memory_untouched(tmp_path: Path) -> None:
-    """On a file system in memory they never leave it."""
+    """On a file system in memory the pages never leave it."""
     file = tmp_path / "model.safetensors"
     module = mapped(file)
     forget(file)

@@ -1,4 +1,4 @@
-"""Layers whose factors would not do what the layer does are left dense, and said so."""
+"""Layers stay dense, with the reason, where factors would not do what the layer does."""
 
 import json
 from collections import Counter, OrderedDict
@@ -133,7 +133,7 @@ def fast():
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Changes that make a config compress one of the networks above."""
+    """Returns the changes that make a config compress a network of SOURCE."""
     (tmp_path / "odd_layers.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     namespace: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def test_outputs_inside_of_tuples_count_where_there_are_no_others(
 
 
 def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any]) -> None:
-    """What the checks find out is found in one run of the network, and the blocks in one more."""
+    """One run of the network tells the checks everything, and one more run finds the blocks."""
     plan = make_plan(load_config(pico.job(tmp_path, llama_job)))
     network, blocks = plan.network, block_names(plan.network.module)
     (one,) = plan.sequences["calibration"].split(1)[0].batches(1)
@@ -253,14 +253,14 @@ class Cosine(torch.nn.Linear):
 
 
 class Padding(torch.nn.Linear):
-    """Takes shorter rows than a product with its weight does."""
+    """A layer that takes shorter rows than a product with its weight does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.pad(x, (0, 4)))
 
 
 class Network(torch.nn.Module):
-    """A network that `compute` says what it does."""
+    """A network that does what `compute` does."""
 
     def __init__(self, compute: Any, **kinds: type[torch.nn.Linear]) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ def layers_of(*names: str) -> list[Layer]:
 
 
 def judged(module: torch.nn.Module, scale: float = 1.0) -> tuple[dict[str, str], torch.Tensor]:
-    """The reasons for each layer, and what the network returned as it was judged."""
+    """Returns the reason for each layer, and what the network returned while it was judged."""
     network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
     layers = layers_of("first", "second", "head")
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_what_comes_behind_a_weight_that_is_read_is_judged_too() -> None:
 
 @pytest.mark.parametrize("how", ["after", "before", "instance"])
 def test_what_hooks_do_to_a_layer_counts(how: str) -> None:
-    """No hook comes along into the output."""
+    """Factors would run without the hooks of their layer."""
     module = Network(in_turn)
     if how == "after":
         module.second.register_forward_hook(lambda _, __, y: 2 * y.relu())
@@ -369,7 +369,7 @@ def test_a_hidden_weight_may_show_as_infinity() -> None:
 
 @pytest.mark.parametrize("why", ["mask", "kept elsewhere"])
 def test_a_network_whose_outputs_are_not_finite_is_refused(why: str) -> None:
-    """Where it keeps what it makes of weights in a place of its own, that is NaN from then on."""
+    """A sum of hidden weights that a network keeps elsewhere stays NaN from then on."""
     elsewhere = SimpleNamespace(fused=None)
 
     def masked(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -404,7 +404,7 @@ def test_what_is_not_the_networks_fault_is_not_taken_for_it(error: Exception) ->
 def test_code_that_fails_on_factors_is_said_in_a_sentence(
     options: list[str], tmp_path: Path, job: Any
 ) -> None:
-    """Its width is read off a weight, whose values nobody reads past the layer."""
+    """The network's code reads its width off a weight's shape, and no values past the layer."""
     changes = job("shaped", 24) | {"calibration.num_sequences": 500}
     save_file({"x": torch.randn(800, 24)}, tmp_path / "rows.safetensors")
     ended = pico.call("compress", pico.job(tmp_path, changes), *options)
