@@ -1,6 +1,6 @@
-"""`lrc verify`: an independent check of a written directory.
+"""`lrc verify` checks a written directory independently of the run that wrote it.
 
-It imports nothing of the engine, the plan or the run: what it says does not rest on what they say.
+It imports nothing of the engine, the plan or the run, so that their mistakes are not its own.
 """
 
 from lrc_cli.verify.levels import verify_directory

@@ -1,4 +1,4 @@
-"""What is verified, in order: the files alone, then the original, then the data."""
+"""Verification has three levels, in order: the files alone, then the original, then the data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from lrc_cli.verify.statements import Findings
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What a verification came to."""
+    """Holds what a verification came to."""
 
     findings: Findings
     manifest_sha256: str
-    """Of manifest.json as it is: pins every byte of the output."""
+    """The hash of manifest.json as it is, which pins every byte of the output."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the result for JSON."""
         return {
             "manifest_sha256": self.manifest_sha256,
             "failed": self.findings.failed,
@@ -41,12 +41,12 @@ def verify_directory(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Verified:
-    """Check every statement that can be checked with what is given.
+    """Checks every statement that can be checked with what is given.
 
     Args:
         directory: an output of `lrc compress`.
         against: the original checkpoint; None: only the files are checked.
-        data: a data file of the run that is not where the config says; known by its hash.
+        data: a data file of the run that is not where the config says; it is known by its hash.
         manifest_sha256: what sha256 of manifest.json should be, in hexadecimal.
         factory: builds the module of checkpoints that are not transformers'.
         trust_remote_code: whether code that comes with the checkpoints may run.

@@ -1,4 +1,4 @@
-"""Verification knows some methods. It says of any other method that nothing was checked."""
+"""Verification knows some methods, and says of any other method that nothing was checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ KNOWN = frozenset({"svd", "frobenius", "nuclear", "relu", "curvature"})
 
 
 def unknown_method(row: Mapping[str, Any]) -> str | None:
-    """Why what a layer's method says cannot be checked; None where it can.
+    """Returns why the statements of a layer's method cannot be checked; None where they can.
 
     Args:
         row: the report's row of the layer.

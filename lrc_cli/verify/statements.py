@@ -1,6 +1,6 @@
-"""What verification says: statements that hold, fail or were not checked, and how people read them.
+"""Verification makes statements that hold, fail or were not checked, and prints them for people.
 
-Nothing is ever called holding that was not looked at.
+No statement is said to hold before it was looked at.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from lrc_cli.text import named
 HOLDS, FAILS, NOT_CHECKED = "holds", "fails", "not checked"
 
 MAX_LINES = 40
-"""How many lines of one status are printed one by one."""
+"""The number of lines of one status that are printed one by one."""
 
 DAMAGE = (
     LrcError,
@@ -33,11 +33,11 @@ DAMAGE = (
     ValueError,
     yaml.YAMLError,
 )
-"""What reading a file that somebody changed may raise, its values being anything."""
+"""The errors that reading a changed file may raise, because its values may be anything."""
 
 
 class StatementFailed(LrcError):
-    """Verification found a statement that does not hold."""
+    """This error says that verification found a statement that does not hold."""
 
     exit_code = 3
 
@@ -47,7 +47,7 @@ class Statement:
     """One sentence about the output, and what became of it."""
 
     id: str
-    """Its group, for instance "tensors.hash"."""
+    """The group of the statement, for instance "tensors.hash"."""
     what: str
     """The sentence that holds or does not."""
     status: str
@@ -56,18 +56,21 @@ class Statement:
     """What was found, or why nothing was looked for."""
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """Returns the statement for JSON."""
         return {"id": self.id, "what": self.what, "status": self.status, "detail": self.detail}
 
 
 class Findings:
-    """The statements of one verification, in the order in which they were made."""
+    """Collects the statements of one verification, in the order in which they are made."""
 
     def __init__(self) -> None:
         self.statements: list[Statement] = []
 
     def judge(self, id: str, what: str, problem: str | None, detail: str = "") -> bool:
-        """The statement fails if there is a problem, else it holds; returns whether it holds."""
+        """Notes a failed statement if there is a problem, else a true one.
+
+        It returns whether the statement holds.
+        """
         status = HOLDS if problem is None else FAILS
         self.statements.append(
             Statement(
@@ -77,22 +80,22 @@ class Findings:
         return problem is None
 
     def equal(self, id: str, what: str, stated: object, found: object) -> bool:
-        """The statement holds if what is stated is what was found; 1 and True differ."""
+        """Notes that the statement holds if `stated` equals `found`; 1 and True differ."""
         same = stated == found and isinstance(stated, bool) == isinstance(found, bool)
         return self.judge(id, what, None if same else f"stated {stated!r}, found {found!r}")
 
     def not_checked(self, id: str, what: str, reason: str) -> None:
-        """The statement was not looked at."""
+        """Notes that the statement was not looked at."""
         self.statements.append(Statement(id=id, what=what, status=NOT_CHECKED, detail=reason))
 
     @contextmanager
     def guard(
         self, id: str, what: str, passing: tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Within it, whatever damaged files raise is a failed statement instead.
+        """Turns any error that damaged files raise within it into a failed statement.
 
         Args:
-            passing: errors that are the user's, and go on.
+            passing: errors that the user made; they are raised as they are.
         """
         try:
             yield
@@ -107,7 +110,7 @@ class Findings:
             self.judge(id, what, f"cannot be checked against what is there: {cause}")
 
     def with_status(self, status: str) -> list[Statement]:
-        """The statements of one status, in order."""
+        """Returns the statements of one status, in order."""
         return [statement for statement in self.statements if statement.status == status]
 
     @property
@@ -117,7 +120,7 @@ class Findings:
 
 
 def render(findings: Findings) -> str:
-    """For people: what fails first, what was not checked, then how many of each kind hold."""
+    """Returns the text for people: failed statements, unchecked ones, then counts of true ones."""
     lines = [
         *_listed(findings.with_status(FAILS)),
         *_listed(findings.with_status(NOT_CHECKED)),

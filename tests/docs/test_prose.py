@@ -48,6 +48,7 @@ CLEAN = (
     "lrc_cli/engine/solvers/relu_errors.py",
     "lrc_cli/engine/storage/pivots.py",
     "lrc_cli/engine/storage/refit.py",
+    "lrc_cli/verify",
     "scripts",
     "tests/config",
     "tests/checkpoint",

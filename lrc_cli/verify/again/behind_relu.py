@@ -1,4 +1,4 @@
-"""The errors of a layer behind the ReLU that follows it, summed over tokens."""
+"""The errors of a layer behind the ReLU that follows it are summed over tokens here."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class Behind:
-    """Sums over tokens of ||relu(W x + b) - relu(M x + c)||^2 for several (M, c); float32 products,
-    their squares summed in float64."""
+    """Sums ||relu(W x + b) - relu(M x + c)||^2 over tokens for several (M, c).
+
+    Products are float32; their squares are summed in float64.
+    """
 
     bias: Tensor
     """b (m,) float32; zeros where the layer has none."""
@@ -19,16 +21,16 @@ class Behind:
     """(k, r) float32: W's leading singular vectors of its smaller side, for plain SVD."""
     num_tokens: int = 0
     stored: float = 0.0
-    """Of Z and the new bias."""
+    """The sum for Z and the new bias."""
     old_bias: float = 0.0
-    """Of Z and b."""
+    """The sum for Z and b."""
     svd: float = 0.0
-    """Of plain SVD at the rank of Z, and b."""
+    """The sum for plain SVD at the rank of Z, and b."""
     total: float = 0.0
-    """Of outputs that are all dead."""
+    """The sum for outputs that are all dead."""
 
     def add(self, rows: Tensor, weight: Tensor, difference: Tensor) -> None:
-        """Add inputs (t, n) float32 of a layer with W and W - Z (m, n) float32."""
+        """Adds inputs (t, n) float32 of a layer with W and W - Z (m, n) float32."""
         outputs = rows @ weight.T
         fitted, wanted = outputs - rows @ difference.T, (outputs + self.bias).relu()
         if len(weight) <= len(weight.T):
@@ -42,7 +44,7 @@ class Behind:
         self.num_tokens += len(rows)
 
     def metric(self) -> dict[str, float]:
-        """Squared errors per token; none has a provable optimum."""
+        """Returns squared errors per token; none has a provable optimum."""
         sums = {"stored": self.stored, "svd": self.svd, "total": self.total}
         return {name: value / max(self.num_tokens, 1) for name, value in sums.items()}
 

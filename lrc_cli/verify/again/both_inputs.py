@@ -1,4 +1,4 @@
-"""Both networks over the calibration data: what layers read in the one and in the other."""
+"""Both networks read the calibration data, and a layer's inputs in both are compared."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.moments import Checked, Moments, batch_size, real_rows
 
 PAIR_TOKENS = 512
-"""The inputs of all layers are held for so many tokens."""
+"""The number of tokens for which the inputs of all layers are held."""
 
 
 class PairMoments:
-    """Second moments of the inputs x~ of a layer in the compressed network and of x - x~."""
+    """Collects second moments of x~, a layer's input in the compressed network, and of x - x~."""
 
     def __init__(self) -> None:
         self.joint: Moments = Moments()
 
     def add(self, x: Tensor, compressed: Tensor) -> None:
-        """Add rows (t, n) of the same tokens in both networks."""
+        """Adds rows (t, n) of the same tokens in both networks."""
         self.joint.add(torch.cat([x.float() - compressed.float(), compressed.float()], dim=1))
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """The mean x and the mean x~, (n,) float64 each."""
+        """Returns the mean x and the mean x~, (n,) float64 each."""
         drift, compressed = self.joint.mean.chunk(2)
         return drift + compressed, compressed
 
     def moments(self, *, center: bool) -> "Pair":
-        """The moments per token, around the means where the bias is free."""
+        """Returns the moments per token, around the means where the bias is free."""
         whole = self.joint.covariance() if center else self.joint.gram()
         n = len(whole) // 2
         return Pair(drift=whole[:n, :n], cross=whole[:n, n:], compressed=whole[n:, n:])
@@ -42,7 +42,7 @@ class PairMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """V = E E^T / T, S = E X~^T / T and C = X~ X~^T / T with E = X - X~; (n, n) float64 each."""
+    """Holds V = E E^T / T, S = E X~^T / T, C = X~ X~^T / T with E = X - X~; (n, n) float64 each."""
 
     drift: Tensor
     cross: Tensor
@@ -63,11 +63,12 @@ def measure_pairs(
     errors: bool,
     advance: Callable[[int], None],
 ) -> dict[str, PairMoments]:
-    """Both networks over calibration data.
+    """Runs both networks over calibration data.
 
     Args:
-        layers: those that were fitted to the compressed network's inputs; each runs once in a pass.
-        errors: whether their errors on these sequences are added to them.
+        layers: the layers that were fitted to the compressed network's inputs; each runs once in a
+            pass.
+        errors: whether the layers' errors on these sequences are added to them.
 
     Returns:
         The moments of input pairs by group.

@@ -1,4 +1,4 @@
-"""The run's data: found by its hash, and its sequences drawn again."""
+"""The run's data files are found by their hashes, and their sequences are drawn again."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,9 @@ from lrc_cli.verify.statements import Findings
 def draw_again(
     written: Written, processors: Processors, data: Path | None, findings: Findings
 ) -> dict[str, Sequences]:
-    """The sequences of every purpose whose file is there and that are the recorded ones.
+    """Draws again the sequences of every purpose whose file is there; the others are left out.
+
+    Sequences that differ from the recorded ones are left out too.
 
     Args:
         data: a file of the run that is not where the config says.
@@ -64,7 +66,7 @@ def draw_again(
 def _place(
     path: Path, sha256: str | None, data: Path | None, given: str | None
 ) -> tuple[Path | None, str]:
-    """Where a data file lies, or why it cannot be used."""
+    """Returns where a data file lies, or why it cannot be used."""
     if sha256 is None:
         return None, "the report has no hash of it"
     if path.exists() and data_sha256(path) == sha256:
@@ -79,7 +81,7 @@ def _place(
 def _same(
     written: Written, purpose: Purpose, drawn: dict[str, Sequences], findings: Findings
 ) -> list[Sequences]:
-    """The purpose's sequences, if they are those of the report; else nothing."""
+    """Returns the purpose's sequences if they are the report's; else nothing."""
     assert written.report is not None
     facts = recorded_draw(written, purpose.name)
     blocks, what = drawn.get(purpose.name), f"the {purpose.name} sequences are the recorded ones"
@@ -100,7 +102,7 @@ def _same(
 
 
 def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
-    """What the report says was drawn for a purpose, or None."""
+    """Returns what the report says was drawn for a purpose, or None."""
     assert written.report is not None
     if name in (CALIBRATION, CERTIFICATION):
         facts = written.report["provenance"]["sequences"].get(name)

@@ -1,4 +1,4 @@
-"""Quality and C2 once more: both networks over the evaluation texts, and sequence by sequence."""
+"""Quality and C2 are measured once more, over the evaluation and the certification data."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.moments import batch_size
 
 QUALITY_TOKENS = 1024
-"""Tokens run together: as in the run."""
+"""The number of tokens that run together, as in the run."""
 HELD_TOKENS = 512
 LARGEST_RATIO = 2.0**24
-"""What a relative error is at most: that of an output of 0 (docs/theory.md)."""
+"""The largest relative error, which an output of 0 gets (docs/theory.md)."""
 KINDS = ("deployed", "inherited", "new", "same_input")
 
 Values = dict[str, list[float]]
@@ -36,7 +36,7 @@ def measure_quality(
     seed: int,
     advance: Callable[[float], None],
 ) -> dict[str, float]:
-    """A row of report["quality"]: over all scored positions together."""
+    """Returns a row of report["quality"], measured over all scored positions together."""
     totals: dict[str, float] = {}
     generator = torch.Generator().manual_seed(seed)
     for batch in sequences.batches(batch_size(sequences, QUALITY_TOKENS)):
@@ -59,12 +59,12 @@ def measure_quality(
 
 
 def _root(error: float, energy: float) -> float:
-    """sqrt(error / energy), at most LARGEST_RATIO; 0 where there is no error."""
+    """Returns sqrt(error / energy), at most LARGEST_RATIO; 0 where there is no error."""
     return math.sqrt(error / max(energy, error / LARGEST_RATIO**2)) if error else 0.0
 
 
 def _scores(old: Any, new: Any, labels: Tensor | None, batch: Batch) -> list[dict[str, float]]:
-    """Sums for every sequence of a micro-batch, in order.
+    """Returns sums for every sequence of a micro-batch, in order.
 
     Outputs without an entry for every sequence count as one sequence.
     """
@@ -87,7 +87,7 @@ def _scores(old: Any, new: Any, labels: Tensor | None, batch: Batch) -> list[dic
 
 
 def _by_sequence(tensor: Tensor, batch: Batch) -> list[Tensor]:
-    """The real entries of each sequence; one list entry of everything where it has no such axis."""
+    """Returns the real entries of each sequence; one entry of everything without such an axis."""
     count = len(next(iter(batch.values())))
     masks = masks_of(batch)
     for mask in masks:
@@ -113,7 +113,10 @@ def _token_sums(old: Tensor, new: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _prediction_sums(old: Tensor, new: Tensor) -> dict[str, float]:
-    """KL(old || new) = sum p (log p - log q) and changed predictions, over rows of logits."""
+    """Returns KL(old
+
+    new) = sum p (log p - log q) and changed predictions, over rows of logits.
+    """
     p, q = old.log_softmax(-1), new.log_softmax(-1)
     divergence = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     return {
@@ -125,20 +128,20 @@ def _prediction_sums(old: Tensor, new: Tensor) -> dict[str, float]:
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """What was measured on N sequences, in the order of the draw."""
+    """Holds what was measured on N sequences, in the order of the draw."""
 
     values: Values = field(default_factory=dict)
-    """By quantity."""
+    """The values of each quantity."""
     squares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By layer and kind, each sequence's squared error; "energy" is ||W x||^2."""
+    """The squared errors of each layer and kind, sequence by sequence; "energy" is ||W x||^2."""
 
     def relative(self, layer: str, kind: str) -> list[float]:
-        """A layer's error on each sequence."""
+        """Returns a layer's error on each sequence."""
         found = self.squares[layer]
         return [_root(e, total) for e, total in zip(found[kind], found["energy"], strict=True)]
 
     def overall(self, layer: str, kind: str) -> float:
-        """A layer's error over all sequences together."""
+        """Returns a layer's error over all sequences together."""
         found = self.squares[layer]
         return _root(math.fsum(found[kind]), math.fsum(found["energy"]))
 
@@ -154,16 +157,16 @@ def measure_held_out(
     parts: bool,
     advance: Callable[[float], None],
 ) -> HeldOut:
-    """Both networks over the same sequences, with every layer's errors on each of them.
+    """Runs both networks over the same sequences and takes every layer's errors on each of them.
 
-    A layer's own error is what its two forms, as the networks hold them, make of the same input: in
-    bfloat16 the outputs' rounding may exceed what the factors change, and the promise is of what is
-    deployed.
+    A layer's own error compares the outputs that both networks' layers, as they are held, give for
+    the same input. In bfloat16 the outputs' rounding may exceed what the factors change, and the
+    promise is about what is deployed.
 
     Args:
         parts: whether `new` and `inherited` are wanted.
     """
-    # By chance an expert may be given as many tokens as there are sequences.
+    # An expert may by chance be given as many tokens as there are sequences.
     layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     found = HeldOut()
@@ -210,7 +213,7 @@ def _followed(
     found: HeldOut,
     parts: bool,
 ) -> tuple[Any, Any]:
-    """The outputs of both networks; every layer's squares are added to `found`."""
+    """Returns the outputs of both networks; every layer's squares are added to `found`."""
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, dict[str, list[float]]] = {}
 
@@ -218,7 +221,7 @@ def _followed(
         parts = _by_sequence(_unflattened(rows, batch), batch)
         squares = [part.double().square().sum().item() for part in parts]
         earlier = sums.setdefault(name, {}).get(kind, [0.0] * len(squares))
-        # Calls on some of the sequences, such as a recurrence's last steps, tell of none.
+        # A call on some of the sequences, such as a recurrence's last steps, tells of none of them.
         same = len(earlier) == len(squares)
         sums[name][kind] = [a + b for a, b in zip(earlier, squares, strict=True)] if same else []
 
@@ -254,14 +257,14 @@ def _followed(
 
 
 def _called(network: Network, layer: Layer, x: Tensor) -> Tensor:
-    """What a network's own layer makes of the other network's inputs, rounded as it is in use."""
+    """Returns what a network's own layer makes of the other network's inputs, rounded as in use."""
     network.placement.occupy(layer.name)
     outputs: Tensor = network.module.get_submodule(layer.name)(x)
     return outputs
 
 
 def _unflattened(rows: Tensor, batch: Batch) -> Tensor:
-    """(sequences, tokens, width) of rows that the model keeps as (sequences * tokens, width)."""
+    """Returns (sequences, tokens, width) of rows kept as (sequences * tokens, width)."""
     ids = batch.get("input_ids")
     for tokens in masks_of(batch) or (() if ids is None else (ids,)):
         if rows.ndim == 2 and len(rows) == tokens.numel() > len(tokens):

@@ -1,7 +1,7 @@
-"""C1 once more: every layer's errors, optima and plain SVD, in another way than the engine's.
+"""C1 is measured once more: every layer's errors, optima and plain SVD, in a way of its own.
 
-The engine takes eigenvalues of W G W^T; here optima are tails of the singular values of
-L W G^(1/2), and the output errors of the written factors are direct sums over tokens.
+The engine takes eigenvalues of W G W^T. Here optima are tails of the singular values of L W
+G^(1/2), and the output errors of the written factors are direct sums over tokens.
 """
 
 from collections.abc import Mapping
@@ -16,32 +16,35 @@ from lrc_cli.verify.again.both_inputs import Pair
 from lrc_cli.verify.again.moments import Checked
 
 TOLERANCE = 2e-3
-"""Relative, of what is measured again; of squared errors twice that."""
+"""The relative tolerance of what is measured again; squared errors have twice as much."""
 CURVATURE_TOLERANCE = 1e-2
-"""Relative, of squared errors in a metric that gradients make: they are rounded more coarsely."""
+"""The relative tolerance of squared errors in a metric of gradients, which are rounded coarsely."""
 FLOORS = 64.0
-"""Times the numerical floor of a figure: both sides have one, and what float32 sums lose depends on
-the processor (1e-7 with bfloat16 matrix units, 2.5e-7 with AVX512-BF16)."""
+"""The slack in numerical floors of a figure.
+
+Both sides have a floor. What float32 sums lose depends on the processor (1e-7 with bfloat16 matrix
+units, 2.5e-7 with AVX512-BF16).
+"""
 CORRECTION_TOLERANCE = 0.02
-"""Absolute, of the share a."""
+"""The absolute tolerance of the share a."""
 
 Found = dict[str, dict[str, float]]
 """{"output" or "metric": {"stored", "optimum", "svd": squared errors per token}}."""
 
 
 class Measured(NamedTuple):
-    """What was measured of a layer."""
+    """Holds what was measured of a layer."""
 
     errors: Found
     energy: float
     """||W x||^2 per token."""
     shift: Tensor | None = None
-    """(m,) float64 W mean(x) - Z mean(x~), what a free bias adds; None where the bias is not."""
+    """(m,) float64 W mean(x) - Z mean(x~), which a free bias adds; None: it is not free."""
 
 
 @dataclass(frozen=True)
 class Gram:
-    """A Gram matrix, with the root that all forms in it share."""
+    """Holds a Gram matrix, with the root that all forms in it share."""
 
     matrix: Tensor
     """G (n, n) float64."""
@@ -55,7 +58,7 @@ class Gram:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The quadratic form scale * tr(F D G D^T)."""
+    """Holds the quadratic form scale * tr(F D G D^T)."""
 
     gram: Gram
     """G."""
@@ -63,7 +66,7 @@ class Form:
     """F (m, m) float64, damped; None: the identity."""
 
     def error(self, difference: Tensor) -> float:
-        """The form of D (m, n) float64."""
+        """Returns the form of D (m, n) float64."""
         left = difference if self.fisher is None else self.fisher @ difference
         return self.half * max(torch.sum(left * (difference @ self.gram.matrix)).item(), 0.0)
 
@@ -84,7 +87,7 @@ class Form:
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
     def tail(self, matrix: Tensor, rank: int) -> float:
-        """The least error of a rank: the squares of the singular values beyond it."""
+        """Returns the least error of a rank: the squares of the singular values beyond it."""
         side = matrix @ self.gram.root
         if self.fisher is not None:
             side = self._left @ side
@@ -93,8 +96,10 @@ class Form:
 
 
 def plain_svd(weight: Tensor, rank: int) -> Tensor:
-    """The truncated singular value decomposition of W (m, n), float64: W projected onto its leading
-    singular vectors of the small side."""
+    """Returns the truncated singular value decomposition of W (m, n), float64.
+
+    W is projected onto its leading singular vectors of the small side.
+    """
     weight, leading = weight.double(), leading_vectors(weight, rank)
     if weight.shape[0] > weight.shape[1]:
         return weight @ leading @ leading.T
@@ -102,14 +107,14 @@ def plain_svd(weight: Tensor, rank: int) -> Tensor:
 
 
 def leading_vectors(weight: Tensor, rank: int) -> Tensor:
-    """W's leading singular vectors (k, r) of its smaller side, float64."""
+    """Returns W's leading singular vectors (k, r) of its smaller side, float64."""
     weight = weight.double()
     side = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
     return torch.linalg.eigh(side).eigenvectors[:, -rank:]
 
 
 def white_errors(checked: Checked, rank: int) -> Measured:
-    """For a method that knows no data: G is the identity."""
+    """Returns the errors for a method that knows no data: G is the identity."""
     weight = checked.weight.double()
     stored = (weight - checked.fitted().to(weight.device)).square().sum().item()
     tail = torch.linalg.svdvals(weight)[rank:].flip(0).square().sum().item()
@@ -119,7 +124,7 @@ def white_errors(checked: Checked, rank: int) -> Measured:
 
 
 def same_input_errors(checked: Checked, rank: int, plain: Form, weighted: Form | None) -> Found:
-    """Errors on the dense network's inputs.
+    """Returns the errors on the dense network's inputs.
 
     Args:
         plain: the form of output errors.
@@ -145,10 +150,11 @@ def same_input_errors(checked: Checked, rank: int, plain: Form, weighted: Form |
 
 
 def nuclear_errors(checked: Checked, rank: int, plain: Form, level: float) -> dict[str, float]:
-    """The objective 1/2 ||W X - V||^2 + l ||V||_* per token, V = Z X, and its least value.
+    """Returns the objective 1/2 ||W X - V||^2 + l ||V||_* per token, V = Z X, and its least value.
 
-    With s the singular values of W G^(1/2) and k of them above l, at most `rank`, the least value
-    is the sum of l s_i - l^2 / 2 over those k and of s_i^2 / 2 over the rest (soft threshold).
+    Let s be the singular values of W G^(1/2), and let k of them exceed l, at most `rank`. The least
+    value is the sum of l s_i - l^2 / 2 over these k and of s_i^2 / 2 over the rest (soft
+    threshold).
 
     Args:
         level: l.
@@ -179,7 +185,7 @@ def paired_errors(
     ridge: float,
     correction: float,
 ) -> Found:
-    """Errors on the inputs of both networks: J of docs/theory.md.
+    """Returns the errors on the inputs of both networks: J of docs/theory.md.
 
     Args:
         ridge: l as a share of the mean diagonal of C.
@@ -218,11 +224,11 @@ def paired_errors(
 def correction_problem(
     stated: float, weight: Tensor, fitted: Pair, held: Pair, fisher: Tensor | None, *, ridge: float
 ) -> str | None:
-    """Whether the stated a makes the error of W E - a K X~ least on held-back sequences.
+    """Returns why the stated a is not best for W E - a K X~ on held-back sequences; None if it is.
 
-    K = W S C_l^-1 is the whole correction on those that were fitted to (docs/theory.md). As a
-    function of a that error is a parabola around the a that pays: where it is so flat that rounding
-    moves its lowest point, the error above the least one counts.
+    K = W S C_l^-1 is the whole correction on the sequences that were fitted to (docs/theory.md). As
+    a function of a the error is a parabola around its lowest point. Where the parabola is so flat
+    that rounding moves this point, the error above the least error counts.
     """
     weight = weight.double()
     if fisher is not None and not torch.any(fisher):
@@ -243,8 +249,10 @@ def correction_problem(
 
 
 def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:
-    """tr(F M) with M the second moments of W x - Z x~ = (W - Z) x~ + W (x - x~), and what the
-    form's Gram matrix has beyond C."""
+    """Returns tr(F M) with M the second moments of W x - Z x~ = (W - Z) x~ + W (x - x~).
+
+    What the form's Gram matrix has beyond C is added.
+    """
     difference = weight - z
     mixed = difference @ pair.cross.T @ weight.T
     outputs = difference @ form.gram.matrix @ difference.T + mixed + mixed.T
@@ -254,7 +262,7 @@ def paired_error(weight: Tensor, z: Tensor, pair: Pair, form: Form) -> float:
 
 
 def _unregularised(weight: Tensor, pair: Pair, rank: int) -> float:
-    """The least output error of a rank: without the ridge, by least squares at unit diagonal."""
+    """Returns the least output error of a rank without a ridge (least squares, unit diagonal)."""
     scale = pair.compressed.diagonal().clamp(min=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(pair.compressed / scale[:, None] / scale)
@@ -268,7 +276,7 @@ def _unregularised(weight: Tensor, pair: Pair, rank: int) -> float:
 def compare_output(
     stated: Mapping[str, Any], found: Mapping[str, float], energy: float
 ) -> str | None:
-    """What differs between the report's relative output errors and those found; None: nothing.
+    """Returns what differs between stated and found relative output errors; None: nothing.
 
     Args:
         found: squared errors per token.
@@ -287,7 +295,7 @@ def compare_output(
 def compare_metric(
     stated: Mapping[str, Any], found: Mapping[str, float], tolerance: float
 ) -> str | None:
-    """As `compare_output`, in the metric's own unit."""
+    """Compares as `compare_output` does, in the metric's own unit."""
     slack = FLOORS * stated["floor"]
     for key, error in found.items():
         if stated.get(key) is None:

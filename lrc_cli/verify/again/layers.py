@@ -1,4 +1,4 @@
-"""C1 once more: the errors of every factorised layer on the calibration data."""
+"""C1 is measured once more: the errors of every factorised layer on the calibration data."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,14 +34,15 @@ from lrc_cli.verify.again.tolerances import judge_bias, judge_errors
 from lrc_cli.verify.methods import unknown_method
 
 PARALLEL_WIDTH = 2048
-"""Layers up to this width are solved side by side on a CPU."""
+"""The width up to which layers are solved side by side on a CPU."""
 
 
 def measure_layers(bench: Bench) -> None:
-    """C1 of every factorised layer."""
+    """Measures and judges C1 of every factorised layer."""
     white: list[Checked] = []
     plain: list[Checked] = []
     paired: list[Checked] = []
+    # Layers are sorted by the inputs on which they are judged.
     for checked in bench.checked:
         row = bench.row(checked)
         unknown = unknown_method(row)
@@ -51,11 +52,14 @@ def measure_layers(bench: Bench) -> None:
             white.append(checked)
         else:
             (paired if row.get("sequential") is True else plain).append(checked)
+    # A method that knows no data needs none here.
     _judge(bench, white, lambda checked: white_errors(checked, bench.row(checked)["rank"]))
+    # A relu layer is judged behind its ReLU as well.
     for checked in plain:
         if bench.row(checked)["method"] == "relu":
             with bench.findings.guard("c1", f"the errors of {checked.layer.name} can be measured"):
                 checked.behind = _behind(checked, bench.row(checked)["rank"])
+    # The other layers need the calibration data.
     if not plain and not paired:
         return
     if CALIBRATION not in bench.sequences:
@@ -63,6 +67,7 @@ def measure_layers(bench: Bench) -> None:
             what = f"the errors of {checked.layer.name} are what they are on the calibration data"
             bench.findings.not_checked("c1", what, "the calibration data is not there")
         return
+    # Layers that read the same rows share their moments.
     sequences = bench.sequences[CALIBRATION]
     probe = next(sequences.batches(1))
     everything = [*plain, *paired]
@@ -73,6 +78,7 @@ def measure_layers(bench: Bench) -> None:
     graded = [x for x in everything if bench.row(x)["method"] == "curvature"]
     _regroup(plain)
     _regroup(paired)
+    # One pass of the dense network, then one of both networks for layers fitted to both.
     with bench.progress.phase("statistics", len(sequences)) as phase:
         inputs, fishers = measure_inputs(
             bench.before,
@@ -90,7 +96,7 @@ def measure_layers(bench: Bench) -> None:
 
 
 def _leave_unchecked(bench: Bench, checked: Checked, reason: str) -> None:
-    """Say that a layer's errors and its bias are not measured."""
+    """Says that a layer's errors and its bias are not measured."""
     name = checked.layer.name
     for id, what in (
         ("c1.output", f"the output errors of {name}"),
@@ -101,7 +107,7 @@ def _leave_unchecked(bench: Bench, checked: Checked, reason: str) -> None:
 
 
 def _behind(checked: Checked, rank: int) -> Behind:
-    """What is measured of a layer whose metric is its error behind a ReLU."""
+    """Returns what measures a layer whose metric is its error behind a ReLU."""
     old = (
         torch.zeros(len(checked.weight), device=checked.weight.device)
         if checked.bias is None
@@ -115,7 +121,7 @@ def _behind(checked: Checked, rank: int) -> Behind:
 def _measure_both(
     bench: Bench, paired: list[Checked]
 ) -> tuple[dict[str, PairMoments], dict[str, PairMoments]]:
-    """Moments by group, on the sequences that were fitted to and on those that were held back."""
+    """Returns moments by group, on the sequences fitted to and on the sequences held back."""
     assert bench.written.report is not None and bench.written.config is not None
     compression, sequences = bench.written.config.compression, bench.sequences[CALIBRATION]
     held_back = compression.num_held_back(len(sequences))
@@ -131,14 +137,14 @@ def _measure_both(
 
 
 def _regroup(layers: list[Checked]) -> None:
-    """Groups of layers that are measured in one pass are led by one of them."""
+    """Gives each group of layers that are measured in one pass a leader among them."""
     leaders: dict[str, str] = {}
     for checked in layers:
         checked.group = leaders.setdefault(checked.group, checked.layer.name)
 
 
 def _curvature_loss(bench: Bench) -> Loss | None:
-    """The recorded loss, which must be the one that the network's outputs ask for."""
+    """Returns the recorded loss, which must be the loss that the network's outputs ask for."""
     assert bench.written.report is not None and bench.written.config is not None
     recorded = bench.written.report["loss"]
     if recorded is None:
@@ -166,7 +172,7 @@ def _judge_plain(
     inputs: Mapping[str, Moments],
     fishers: Mapping[str, Tensor],
 ) -> None:
-    """By group: layers that read one input share the root of its Gram matrix."""
+    """Judges each group together: layers that read one input share its Gram matrix's root."""
     groups: dict[str, list[Checked]] = {}
     for checked in layers:
         groups.setdefault(checked.group, []).append(checked)
@@ -196,7 +202,7 @@ def _group_errors(
     fishers: Mapping[str, Tensor],
     group: list[Checked],
 ) -> list[Measured | Exception]:
-    """The errors of the layers that read one input; what a damaged layer raises is kept for it."""
+    """Returns the errors of layers that read one input, or what a damaged layer raises."""
     assert bench.written.config is not None
     try:
         moments = inputs[group[0].group]
@@ -228,14 +234,14 @@ def _plain_errors(
     row = bench.row(checked)
     weighted = None
     if row["method"] == "curvature":
-        # The same Gram matrix: one eigenproblem for its root.
+        # Both forms have the same Gram matrix, and so one eigenproblem for its root.
         weighted = Form(gram=plain.gram, fisher=fishers[checked.layer.name])
     found = same_input_errors(checked, row["rank"], plain, weighted)
     if row["method"] == "nuclear":
         found["metric"] = nuclear_errors(checked, row["rank"], plain, row["threshold"])
     if checked.behind is not None:
         found["metric"] = checked.behind.metric()
-        if checked.bias is not None:  # which may change, so only what varies has to be fitted
+        if checked.bias is not None:  # a bias may change, so only what varies has to be fitted
             varying = Form(gram=Gram(moments.covariance()))
             found["output"]["optimum"] = varying.tail(checked.weight.double(), row["rank"])
     return found

@@ -1,4 +1,4 @@
-"""With the original: what was measured is measured again, on the same data, by this package."""
+"""With the original at hand, what was measured is measured again on the same data."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ MEASURED = {
     "quality": "the quality on the evaluation data",
     "c2": "the certificate's values on the certification data",
 }
-"""What needs both networks, by the first part of the statements' ids."""
+"""The statements that need both networks, by the first part of their ids."""
 
 
 def not_measured(written: Written, findings: Findings, reason: str) -> None:
-    """One line for each group of statements that needs the original."""
+    """Notes one unchecked statement for each group of statements that needs the original."""
     what = "the original's hashes and the tensors that are unchanged"
     findings.not_checked("original", what, reason)
     _not_run(written, findings, reason)
@@ -44,7 +44,7 @@ def check_against(
     findings: Findings,
     progress: Progress,
 ) -> None:
-    """Level two: the original's hashes and tensors, C1, quality and C2.
+    """Checks levels two and three: the original's hashes and tensors, then C1, C3, quality and C2.
 
     Raises:
         InputError: the original or `data` cannot be opened, or a factory is missing.

@@ -1,7 +1,7 @@
-"""What the calibration data say of the layers, measured once more with forward and backward passes.
+"""The layers' errors and moments on calibration data are measured once more.
 
-Errors are direct sums of ||(W - Z) x||^2 over tokens, not taken from second moments; those are
-summed for the optima only, around an origin near their mean.
+Errors are direct sums of ||(W - Z) x||^2 over tokens. Second moments are summed for the optima
+only, around an origin near their mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.behind_relu import Behind
 
 STATISTICS_TOKENS = 2048
-"""Tokens run together: as in the run, because labels and probes are drawn batch by batch."""
+"""The number of tokens that run together, as in the run: draws go batch by batch."""
 PANEL = 256
 DAMPING = 1e-3
-"""Of F, as a share of its mean eigenvalue (docs/theory.md)."""
+"""The damping of F, as a share of its mean eigenvalue (docs/theory.md)."""
 HELD_BYTES = 1 << 30
-"""Differences W - Z are held in float32 if all of them together take no more."""
+"""Differences W - Z are held in float32 if all of them together take no more bytes."""
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class Checked:
     offset: Tensor | None
     """(m,) float64 old bias - new bias; None where the bias is unchanged."""
     bias: Tensor | None
-    """(m,) the original's bias."""
+    """The original's bias (m,)."""
     group: str = ""
     """The first layer that reads the same input."""
     held: bool = True
@@ -59,7 +59,7 @@ class Checked:
         return self.energy / max(self.num_tokens, 1)
 
     def difference(self) -> Tensor:
-        """W - Z (m, n), float32."""
+        """Returns W - Z (m, n), float32."""
         if self._difference is not None:
             return self._difference
         found = (self.weight.double() - self.fitted().to(self.weight.device)).float()
@@ -68,33 +68,33 @@ class Checked:
         return found
 
     def add_error(self, rows: Tensor) -> None:
-        """Add output differences (t, m), without those of the biases."""
+        """Adds output differences (t, m) without biases; the biases' difference is added here."""
         if self.offset is not None:
             rows = rows + self.offset.to(rows)
         self.error += _energy(rows)
 
     def add_energy(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add inputs (t, n) and outputs (t, m) of the dense layer."""
-        # A large bias would leave nothing but rounding in what is left without it.
+        """Adds inputs (t, n) and outputs (t, m) of the dense layer."""
+        # Outputs less a large bias would hold nothing but rounding.
         rows = outputs if self.bias is None else inputs.float() @ self.weight.float().T
         self.energy += _energy(rows.float())
         self.num_tokens += len(outputs)
 
 
 def _energy(rows: Tensor) -> float:
-    """||rows||_F^2 of rows (t, m): norms in float32, their squares summed in float64."""
+    """Returns ||rows||_F^2 of rows (t, m): norms in float32, their squares summed in float64."""
     return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()
 
 
 class Moments:
-    """Sums of x and x x^T over rows x, around the mean of the rows that came first."""
+    """Sums x and x x^T over rows x, around the mean of the rows that came first."""
 
     def __init__(self) -> None:
         self.count = 0
         self.origin = self.first = self.second = torch.zeros(0)
 
     def add(self, rows: Tensor) -> None:
-        """Add rows (t, n) in any floating dtype: products in float32, sums in float64."""
+        """Adds rows (t, n) in any floating dtype: products in float32, sums in float64."""
         rows = rows.float()
         if not self.count:
             n = rows.shape[1]
@@ -114,19 +114,19 @@ class Moments:
         return self.origin.double() + self.first / self.count
 
     def covariance(self) -> Tensor:
-        """The second moments around the mean (n, n), float64."""
+        """Returns the second moments around the mean (n, n), float64."""
         lower = self.second.tril()
         near = (lower + lower.tril(-1).T) / self.count
         drift = self.first / self.count
         return near - torch.outer(drift, drift)
 
     def gram(self) -> Tensor:
-        """The second moments around zero (n, n), float64."""
+        """Returns the second moments around zero (n, n), float64."""
         return self.covariance() + torch.outer(self.mean, self.mean)
 
 
 def batch_size(sequences: Sequences, num_positions: int) -> int:
-    """How many sequences have about `num_positions` positions together, at least one."""
+    """Returns how many sequences have about `num_positions` positions together, at least one."""
     sizes = [
         tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
         for tensor in sequences.inputs.values()
@@ -135,7 +135,7 @@ def batch_size(sequences: Sequences, num_positions: int) -> int:
 
 
 def shared_inputs(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """{layer: first layer that reads the same rows in every call}, of the layers reached."""
+    """Returns {layer reached: first layer that reads the same rows in every call}."""
     layouts = {layer.name: layer.layout for layer in layers}
     seen: dict[str, list[Tensor]] = {}
     versions: dict[str, list[int]] = {}
@@ -173,11 +173,11 @@ def measure_inputs(
     seed: int,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Moments], dict[str, Tensor]]:
-    """One pass of the dense network over the calibration data; errors are added to `layers`.
+    """Runs the dense network once over the calibration data; errors are added to `layers`.
 
     Args:
-        layers: those that were fitted to the dense network's inputs.
-        graded: those whose output gradients are wanted; needs `loss`.
+        layers: the layers that were fitted to the dense network's inputs.
+        graded: the layers whose output gradients are wanted; needs `loss`.
 
     Returns:
         Moments of inputs by group, and F (m, m) float64, damped, by layer.
@@ -221,14 +221,14 @@ def measure_inputs(
 
 
 def damped(gradients: Moments, num_tokens: int) -> Tensor:
-    """F (m, m) float64 with its damping: a sum over a layer's rows, per token of the data."""
+    """Returns F (m, m) float64, damped: a sum over a layer's rows, per token of the data."""
     fisher = gradients.gram() * (gradients.count / num_tokens)
     identity = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
     return fisher + DAMPING * fisher.diagonal().mean() * identity
 
 
 def _num_tokens(batch: Batch) -> int:
-    """Tokens of a decoder, else of the input, that are not padding; without any, sequences."""
+    """Returns the number of tokens (a decoder's first) without padding, else of sequences."""
     for prefix in ("decoder_", ""):
         ids = batch.get(f"{prefix}input_ids")
         if ids is not None:
@@ -238,7 +238,7 @@ def _num_tokens(batch: Batch) -> int:
 
 
 def real_rows(tensor: Tensor, masks: Masks) -> Tensor:
-    """The entries (t, width) of the tokens that are not padding."""
+    """Returns the entries (t, width) of the tokens that are not padding."""
     return unpadded(tensor, masks).reshape(-1, tensor.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""Both networks, the data and the layers, opened and ready to be measured."""
+"""Both networks, the data and the layers are opened here, ready to be measured."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from lrc_cli.verify.statements import Findings
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Both networks, the data and the layers, ready to be measured."""
+    """Holds both networks, the data and the layers, ready to be measured."""
 
     written: Written
     before: Network
@@ -41,12 +41,12 @@ class Bench:
 
     @property
     def seed(self) -> int:
-        """Of masked tokens, drawn labels and probes."""
+        """The seed of masked tokens, drawn labels and probes."""
         assert self.written.config is not None
         return self.written.config.runtime.seed
 
     def row(self, checked: Checked) -> dict[str, Any]:
-        """The report's row of a layer."""
+        """Returns the report's row of a layer."""
         return next(row for row in self.written.layers if row["name"] == checked.layer.name)
 
 
@@ -59,7 +59,10 @@ def open_bench(
     findings: Findings,
     progress: Progress,
 ) -> Bench | None:
-    """None, with statements that say why, where the two networks do not match."""
+    """Opens all that is measured.
+
+    It returns None, with statements that say why, where the networks do not match.
+    """
     assert written.report is not None
     (dense, original), module = open_networks(
         written,
@@ -99,7 +102,7 @@ def open_bench(
 
 
 def _device(name: str) -> torch.device:
-    """The recorded device, or what there is here."""
+    """Returns the recorded device, or the device that there is here."""
     try:
         return resolve_device(name)
     except (InputError, KeyError, RuntimeError, TypeError):

@@ -1,4 +1,4 @@
-"""Quality and C2 once more: evaluation texts, and the certificate's sequences one by one."""
+"""Quality and C2 are judged once more: evaluation texts, and certification sequence by sequence."""
 
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ PREDICTIONS = {
     "next_token": "next-token predictions",
     "masked_token": "predictions of masked tokens",
 }
-"""What a sentence calls them, by the kind of loss."""
+"""The words for predictions in a sentence, by the kind of loss."""
 
 
 def _scoring(bench: Bench, sequences: Sequences) -> Loss:
-    """How outputs are scored: the likelihood of tokens where there is one, else their change."""
+    """Returns how outputs are scored: by the likelihood of tokens, else by their change."""
     try:
         return choose_loss("nll", bench.before, next(sequences.batches(1)), bench.tokenizer)
     except InputError:
@@ -27,7 +27,7 @@ def _scoring(bench: Bench, sequences: Sequences) -> Loss:
 
 
 def check_quality(bench: Bench) -> None:
-    """Every row of report["quality"]."""
+    """Checks every row of report["quality"]."""
     assert bench.written.report is not None
     rows = bench.written.report["quality"]
     there = [row for row in rows if row["text"] in bench.sequences]
@@ -48,7 +48,7 @@ def check_quality(bench: Bench) -> None:
 
 
 def check_certificate_values(bench: Bench) -> None:
-    """Tolerances and limits on selection data, then the values on certification data."""
+    """Checks tolerances and limits on selection data, then the values on certification data."""
     assert bench.written.report is not None
     certificate, what = bench.written.report["certificate"], "the certificate's values"
     if not certificate["statements"]:
@@ -62,7 +62,7 @@ def check_certificate_values(bench: Bench) -> None:
     loss = _scoring(bench, whole)
     first = {name: tensor[:SELECTED] for name, tensor in whole.inputs.items()}
     drawn = bench.sequences[CERTIFICATION].inputs
-    if set(first) == set(drawn) == {"input_ids"}:  # blocks of text are cut to one length
+    if set(first) == set(drawn) == {"input_ids"}:  # texts are cut to sequences of one length
         first["input_ids"] = first["input_ids"][:, : drawn["input_ids"].shape[1]]
     chosen = replace(whole, inputs=first)
     stated = [certificate["selection"]["num_tokens"], certificate["predictions"]]

@@ -1,4 +1,4 @@
-"""What the report says beside what was measured again, with the tolerances that rounding needs."""
+"""The report is judged beside what was measured again, with the tolerances that rounding needs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,27 +23,27 @@ from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
 
 QUALITY_TOLERANCE = 1e-3
-"""Relative, of losses and of what is measured on one sequence."""
+"""The relative tolerance of losses and of what is measured on one sequence."""
 LEAST_TOLERANCE = 1e-6
-"""What a tolerance or a clipping limit is at least (docs/theory.md)."""
+"""The least value of a tolerance or a clipping limit (docs/theory.md)."""
 RESOLUTION = 2.0**-24
-"""Of squared errors, relative to the total (docs/theory.md)."""
+"""The resolution of squared errors, relative to the total (docs/theory.md)."""
 CLIP_FACTOR = 4.0
 """A clipping limit is so many times the largest value on selection data."""
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """Relative rounding of activations: two networks' outputs differ by it without a cause."""
+    """Returns the relative rounding of activations; two networks' outputs differ by it anyway."""
     return torch.finfo(dtype).eps
 
 
 def least_error(dtype: torch.dtype) -> float:
-    """Relative errors of a layer below it are rounding of its outputs."""
+    """Returns the relative error below which a layer's error is rounding of its outputs."""
     return max(rounding_of(dtype), 1e-5)
 
 
 def judge_errors(findings: Findings, row: Mapping[str, Any], measured: Measured) -> None:
-    """C1 of one layer: stored, optimum and svd in the output and in the metric."""
+    """Judges C1 of one layer: stored, optimum and svd in the output and in the metric."""
     name, errors, found = row["name"], row["errors"], measured.errors
     what = f"the output errors of {name} are those on {errors['output']['inputs']} inputs"
     problem = compare_output(errors["output"], found["output"], measured.energy)
@@ -56,7 +56,7 @@ def judge_errors(findings: Findings, row: Mapping[str, Any], measured: Measured)
 def judge_bias(
     findings: Findings, row: Mapping[str, Any], checked: Checked, shift: Tensor | None
 ) -> None:
-    """A free bias makes up for the mean error; no other bias changes.
+    """A free bias must make up for the mean error; no other bias may change.
 
     Args:
         shift: as in `Measured`.
@@ -77,7 +77,7 @@ def judge_bias(
 
 
 def _judge_rectified(findings: Findings, row: Mapping[str, Any], behind: Behind) -> None:
-    """The bias pays behind the ReLU; the convex programme's solution is written nowhere."""
+    """The bias must pay behind the ReLU; the convex programme's solution is written nowhere."""
     slack = 2 * TOLERANCE * behind.old_bias + FLOORS * RESOLUTION * behind.total
     problem = None
     if behind.stored > behind.old_bias + slack:
@@ -95,7 +95,7 @@ def judge_quality(
     loss: Loss,
     dtype: torch.dtype,
 ) -> None:
-    """One row of report["quality"]."""
+    """Judges one row of report["quality"]."""
     what = f"the quality on {row['text']} is what both networks give"
     problem = None
     for key, value in found.items():
@@ -108,7 +108,10 @@ def judge_quality(
 
 
 def _absolute(key: str, row: Mapping[str, Any], dtype: torch.dtype) -> float:
-    """Ties of the two largest logits break either way; divergences are rounded like losses."""
+    """Returns a figure's absolute tolerance.
+
+    Ties of the two largest logits break either way. Divergences are rounded like losses.
+    """
     if key == "top1_agreement":
         return max(2.0, 2 * rounding_of(dtype) * row["num_scored"]) / row["num_scored"]
     return 0.0 if key == "num_scored" else rounding_of(dtype) / 10
@@ -121,13 +124,15 @@ def judge_certificate(
     found: HeldOut,
     dtype: torch.dtype,
 ) -> None:
-    """C2: tolerances, clipping limits and values; C3: every layer's parts on held-out data."""
+    """Judges C2 (tolerances, clipping limits, values) and C3 (layers' errors on held-out data)."""
     assert written.report is not None
     certificate = written.report["certificate"]
+    # A sequential layer's own error is measured in the compressed network.
     own = {
         row["name"]: "deployed" if row.get("sequential") is True else "same_input"
         for row in written.factorised
     }
+    # Selection data give the clipping limits and the layers' tolerances.
     clips = {
         name: max(LEAST_TOLERANCE, CLIP_FACTOR * max(map(abs, values)))
         for name, values in selection.values.items()
@@ -140,11 +145,13 @@ def judge_certificate(
     }
     stated = certificate["tolerances"]
     _judge_table(findings, "c2.tolerances", "the tolerance of", stated, tolerances, dtype)
+    # Certification data give the values; the layers' errors count in units of their tolerances.
     values = dict(found.values)
     errors = {name: found.relative(name, own[name]) for name in covered if name in stated}
     if errors:
         each = [[e / stated[name] for e in errors[name]] for name in errors]
         values["all_layers"] = [max(ratios) for ratios in zip(*each, strict=True)]
+    # Every series that the certificate lists must be what both networks give.
     series = {k: v for k, v in certificate["values"].items() if k != "layers"}
     series |= {f"error of {k}": v for k, v in certificate["values"].get("layers", {}).items()}
     values |= {f"error of {k}": v for k, v in errors.items()}
@@ -152,10 +159,11 @@ def judge_certificate(
         what = f"the values of {name} are what both networks give"
         extra = 0.0
         if name == "all_layers":
-            # Of a layer that is nearly exact, error / tolerance is rounding / rounding.
+            # Where a layer is nearly exact, error / tolerance is rounding / rounding.
             extra = (least_error(dtype) / min(stated.values())) ** 2 / 2
         problem = _series_problem(name, listed, values.get(name), dtype, extra)
         findings.judge("c2.values", what, problem)
+    # C3: each layer's held-out errors.
     for row in written.factorised:
         what = f"the held-out errors of {row['name']} are what both networks give"
         listed = row["errors"].get("held_out")
@@ -188,7 +196,10 @@ def _judge_table(
 
 
 def _is_near(stated: float, found: float, dtype: torch.dtype) -> bool:
-    """Relative errors add in squares, so rounding matters little where they are large."""
+    """Returns whether two relative errors agree.
+
+    They add in squares, so that rounding matters little where they are large.
+    """
     slack = 10 * QUALITY_TOLERANCE * abs(found) + least_error(dtype)
     squares = abs(stated**2 - found**2) <= 10 * QUALITY_TOLERANCE * found**2
     return squares or abs(stated - found) <= slack
@@ -212,7 +223,7 @@ def _series_problem(
 
 
 def _flips_problem(stated: Sequence[float], found: Sequence[float]) -> str | None:
-    """The largest of several nearly equal logits may be another one in another forward pass."""
+    """Allows that another of several nearly equal logits is the largest in another pass."""
     differences = [abs(a - b) for a, b in zip(stated, found, strict=True)]
     if max(differences) <= 0.15 and math.fsum(differences) <= 0.02 * len(differences):
         return None

@@ -1,6 +1,6 @@
-"""C3 once more: the worst-case bound of a plain feed-forward network.
+"""C3 is computed once more: the worst-case bound of a plain feed-forward network.
 
-The run takes Lipschitz constants from a table; here they are the largest slopes on a grid.
+The run takes Lipschitz constants from a table. Here they are the largest slopes on a grid.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from lrc_cli.network.low_rank.stored import affine
 from lrc_cli.verify.again.networks import Bench
 
 TOLERANCE = 1e-4
-"""Relative, of norms: both sides compute in float64 from the same files."""
+"""The relative tolerance of norms: both sides compute in float64 from the same files."""
 CONSTANT_TOLERANCE = 2e-3
-"""Relative, for every activation: its constant in the run is rounded up."""
+"""The relative tolerance for every activation: its constant in the run is rounded up."""
 
 
 def check_worst_case(bench: Bench) -> None:
-    """The figures of report["worst_case"], where there are any."""
+    """Checks the figures of report["worst_case"], where there are any."""
     assert bench.written.report is not None
     stated = bench.written.report.get("worst_case")
     if stated is None:
@@ -57,11 +57,11 @@ def _problem(bench: Bench, stated: Mapping[str, Any]) -> str | None:
 def _followed(
     dense: nn.Module, compressed: nn.Module, x: Tensor
 ) -> tuple[dict[str, float], dict[str, Any], int]:
-    """Both networks on the inputs x, in float64 with their weights as they are read.
+    """Runs both networks on the inputs x, in float64 with their weights as they are read.
 
     Returns:
-        What was measured at the end; the bound with each linear layer's own error and the factor
-        on it; how many activations have a constant.
+        What was measured at the end; the bound, with the error and the factor of each linear layer;
+        how many activations have a constant.
     """
     old, new, bound = x, x.clone(), x.new_zeros(len(x))
     slope, num_constants = 1.0, 0
@@ -93,7 +93,7 @@ def _followed(
 
 
 def _chain(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of nested sequences, in the order in which they run."""
+    """Yields the parts of nested sequences, in the order in which they run."""
     if not isinstance(module, nn.Sequential):
         yield module
         return
@@ -102,10 +102,10 @@ def _chain(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def steepest(part: nn.Module) -> float:
-    """The largest slope of an elementwise function on a grid.
+    """Returns the largest slope of an elementwise function on a grid.
 
     Raises:
-        ValueError: it is not elementwise there.
+        ValueError: the function is not elementwise there.
     """
     grid = torch.linspace(-12, 12, 24_001, dtype=torch.float64).requires_grad_()
     with torch.enable_grad():
@@ -118,5 +118,5 @@ def steepest(part: nn.Module) -> float:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """2-norm of each input's entries, (N,)."""
+    """Returns the 2-norm of each input's entries, (N,)."""
     return torch.linalg.vector_norm(rows.flatten(1), dim=1)

@@ -1,4 +1,4 @@
-"""Files only: the certificate follows from the values that it lists, and says what they say."""
+"""These checks need the files only: the certificate follows from the values that it lists."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
 
 SELECTED = 16
-"""Calibration sequences that tolerances and clipping limits are taken from, at most."""
+"""The largest number of calibration sequences that tolerances and clipping limits come from."""
 
 UNITS = {
     "kl": "nats",
@@ -26,11 +26,11 @@ UNITS = {
     "all_layers": "times the layer's tolerance",
     "layer_error": "relative",
 }
-"""Of each quantity; a divergence of next or masked tokens is per token."""
+"""The unit of each quantity; a divergence of next or masked tokens is per token."""
 
 
 def check_certificate(written: Written, findings: Findings) -> None:
-    """The figures and the sentences of report["certificate"]."""
+    """Checks the figures and the sentences of report["certificate"]."""
     report = written.report
     if report is None:
         findings.not_checked("certificate", "the certificate", "report.json cannot be read")
@@ -59,13 +59,13 @@ def check_certificate(written: Written, findings: Findings) -> None:
 
 
 def _header(certificate: Mapping[str, Any]) -> Certificate:
-    """The certificate without its statements: one that is damaged keeps no other from holding."""
+    """Returns the certificate without statements, so that a damaged one spoils no other."""
     bare = {**certificate, "statements": [], "assumptions": []}
     return Certificate.from_json(bare, REPORT, "certificate")
 
 
 def _check_header(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:
-    """What the certificate says of its data, against the config and the report."""
+    """Checks what the certificate says of its data against the config and the report."""
     assert written.report is not None
     facts = written.report["provenance"]["sequences"]
     data, chosen = facts["certification"], facts["calibration"]
@@ -101,7 +101,7 @@ def _check_header(written: Written, certificate: Mapping[str, Any], findings: Fi
 
 
 def _check_population(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:
-    """Unit, sampling and population are those of the config's certification section."""
+    """Unit, sampling and population are as in the config's certification section."""
     assert written.report is not None and written.config is not None
     purpose = next(p for p in purposes_of(written.config) if p.name == CERTIFICATION)
     unit, population = member(purpose.path), certificate["population"]
@@ -134,7 +134,7 @@ def _check_population(written: Written, certificate: Mapping[str, Any], findings
 
 
 def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> None:
-    """N values of each quantity; as many statements as are counted; every one has its place."""
+    """Each quantity must have N values, and each statement must be counted and have its place."""
     values, statements = certificate["values"], certificate["statements"]
     series = {name: found for name, found in values.items() if name != "layers"}
     series |= {f"layers.{name}": found for name, found in values.get("layers", {}).items()}
@@ -170,14 +170,14 @@ def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> 
 
 
 def _series_name(statement: Mapping[str, Any]) -> str | None:
-    """The values that a statement is about; None for one that claims nothing of its own."""
+    """Returns the name of the values that a statement is about; None where there are none."""
     if statement["quantity"] != "layer_error":
         return str(statement["quantity"])
     return None if statement["layer"] is None else f"layers.{statement['layer']}"
 
 
 def statement_problem(statement: Mapping[str, Any], certificate: Mapping[str, Any]) -> str | None:
-    """What of a statement does not follow from the listed values; None where all does."""
+    """Returns what in a statement does not follow from the listed values; None where all does."""
     quantile = certificate["quantile"]
     name = _series_name(statement)
     stem = statement["quantity"] + ("" if not statement["layer"] else f".{statement['layer']}")
@@ -210,7 +210,7 @@ def statement_problem(statement: Mapping[str, Any], certificate: Mapping[str, An
 
 
 def _too_many_problem(statement: Mapping[str, Any], certificate: Mapping[str, Any]) -> str | None:
-    """For the entry that says why there are no statements on single layers."""
+    """Checks the entry that says why there are no statements on single layers."""
     if statement["status"] == "certified" or statement["bound"] is not None:
         return "it certifies a bound of no layer"
     drawn, size = certificate["num_sequences"], certificate["population"]["size"]

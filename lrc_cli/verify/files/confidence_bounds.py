@@ -1,6 +1,6 @@
-"""The certificate's mathematics once more, from its definitions (docs/theory.md), in exact numbers.
+"""The certificate's mathematics is done once more from its definitions (docs/theory.md), exactly.
 
-Binomial and hypergeometric tails are sums of whole numbers; the betting capital is a sum of
+Binomial and hypergeometric tails are sums of whole numbers. The betting capital is a sum of
 logarithms. Nothing here is shared with `engine/bounds.py`.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=4096)
 def binomial_tail(num_drawn: int, share: Fraction, order: int) -> Fraction:
-    """P(Bin(num_drawn, share) >= order)."""
+    """Returns P(Bin(num_drawn, share) >= order)."""
     hit, miss = share.numerator, share.denominator - share.numerator
     ways = (
         math.comb(num_drawn, j) * hit**j * miss ** (num_drawn - j)
@@ -24,7 +24,7 @@ def binomial_tail(num_drawn: int, share: Fraction, order: int) -> Fraction:
 
 @lru_cache(maxsize=4096)
 def hypergeometric_tail(num_drawn: int, below: int, population: int, order: int) -> Fraction:
-    """P(at least `order` of `num_drawn` values are among the `below` low ones of `population`)."""
+    """Returns P(at least `order` of `num_drawn` are among the `below` low of `population`)."""
     ways = (
         math.comb(below, j) * math.comb(population - below, num_drawn - j)
         for j in range(order, min(num_drawn, below) + 1)
@@ -33,18 +33,18 @@ def hypergeometric_tail(num_drawn: int, below: int, population: int, order: int)
 
 
 def exact(share: float) -> Fraction:
-    """The decimal that was written: 0.95 is 19/20."""
+    """Returns the decimal that was written: 0.95 is 19/20."""
     return Fraction(repr(share))
 
 
 def order_serves(
     order: int, num_drawn: int, quantile: float, delta: float, population: int
 ) -> bool:
-    """Whether the order-th smallest of the drawn values bounds the quantile at risk delta.
+    """Returns whether the order-th smallest of the drawn values bounds the quantile at risk delta.
 
-    It fails where `order` drawn values lie below the population's quantile: at most
+    The bound fails where `order` drawn values lie below the population's quantile. At most
     ceil(quantile P) - 1 of the P values do. Both the binomial and the hypergeometric probability of
-    that must be at most delta.
+    a failure must be at most delta.
     """
     share = exact(quantile)
     low = math.ceil(share * population) - 1
@@ -58,7 +58,10 @@ def order_serves(
 
 
 def smallest_order(num_drawn: int, quantile: float, delta: float, population: int) -> int | None:
-    """The smallest order that serves, by bisection (tails fall with the order); None: none does."""
+    """Returns the smallest order that serves, None where none does.
+
+    It is found by bisection, because tails fall with the order.
+    """
     if not num_drawn or not order_serves(num_drawn, num_drawn, quantile, delta, population):
         return None
     low, high = 0, num_drawn
@@ -70,7 +73,7 @@ def smallest_order(num_drawn: int, quantile: float, delta: float, population: in
 
 
 def is_needed(num: int, quantile: float, delta: float) -> bool:
-    """Whether `num` is the smallest N with quantile^N <= delta."""
+    """Returns whether `num` is the smallest N with quantile^N <= delta."""
     with localcontext(prec=60):
         step, limit = Decimal(repr(quantile)).ln(), Decimal(delta).ln() + Decimal("1e-40")
         return num >= 1 and num * step <= limit and (num == 1 or (num - 1) * step > limit)
@@ -85,13 +88,13 @@ def log_capital(
     delta: float,
     population: int,
 ) -> float:
-    """log of the most that betting against means as large as `mean` makes of a stake of 1.
+    """Returns log of the most that betting against means as large as `mean` makes of a stake of 1.
 
-    Waudby-Smith & Ramdas 2020, without replacement, with y in [0, 1] and m in its unit: before draw
-    i the values left have the mean mu = (P m - what was drawn) / (P - i + 1); the bet is
-    min(sqrt(2 ln(1/delta) / (N s2)), 1 / (2 (1 - mu))), s2 = (1/4 + sum of (y_j - ybar_j)^2) / i
-    over the draws before, ybar_j = (1/2 + y_1 + ... + y_j) / (j + 1); the stake is multiplied by
-    1 + bet (mu - y). Infinite where mu is above 1, and what it was where mu is below 0.
+    Waudby-Smith & Ramdas 2020, without replacement, with y in [0, 1] and m in its unit. Before draw
+    i the values left have the mean mu = (P m - what was drawn) / (P - i + 1). The bet is min(sqrt(2
+    ln(1/delta) / (N s2)), 1 / (2 (1 - mu))), with s2 = (1/4 + sum of (y_j - ybar_j)^2) / i over the
+    draws before, and ybar_j = (1/2 + y_1 + ... + y_j) / (j + 1). The stake is multiplied by 1 + bet
+    (mu - y). It becomes infinite where mu is above 1, and stays as it is where mu is below 0.
     """
     width = upper - lower
     y = [(value - lower) / width for value in values]
@@ -122,10 +125,11 @@ def mean_problem(
     delta: float,
     population: int,
 ) -> str | None:
-    """What is wrong with an upper confidence bound of a mean; None where it is right.
+    """Returns what is wrong with an upper confidence bound of a mean; None where it is right.
 
-    Right means: the capital against it reaches 1 / delta, and against a mean a little below does
-    not; or it is the upper limit, or the mean of a population that was drawn whole.
+    A bound is right if the capital against it reaches 1 / delta, and the capital against a mean a
+    little below does not. The upper limit is right too, and so is the mean of a population that was
+    drawn whole.
     """
     average = math.fsum(values) / len(values)
     width = upper - lower

@@ -1,4 +1,4 @@
-"""Files only: every figure of report.json that follows from the files or from other figures."""
+"""These checks need the files only: every figure of report.json that follows from other figures."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from lrc_cli.verify.methods import KNOWN, unknown_method
 from lrc_cli.verify.statements import Findings
 
 FLOORS = 64.0
-"""Times the numerical floor: Gram matrices that were summed in float32 are a little indefinite."""
+"""The slack in numerical floors: Gram matrices summed in float32 are a little indefinite."""
 ROUNDING = 1e-9
-"""Relative: figures that are computed in another order differ in their last digits."""
+"""The relative tolerance of figures that are computed in another order."""
 
 
 def check_figures(written: Written, findings: Findings) -> None:
-    """All that report.json says of itself; needs `written.report`."""
+    """Checks all that report.json says of itself; needs `written.report`."""
     report, config, source = written.report, written.config, written.source
     if report is None:
         findings.not_checked("report", "the report's figures", "report.json cannot be read")
@@ -60,7 +60,7 @@ def check_figures(written: Written, findings: Findings) -> None:
 
 
 def close(a: float, b: float, tolerance: float = ROUNDING) -> bool:
-    """Equal up to a relative tolerance; infinities equal themselves."""
+    """Returns whether numbers are equal up to a relative tolerance, or equal infinities."""
     return a == b or math.isclose(a, b, rel_tol=tolerance)
 
 
@@ -99,19 +99,21 @@ def _check_config(
             reason = f"verification does not know when {wanted} gives way to another method"
             findings.not_checked("config.method", what, reason)
             continue
-        # Relu is for layers before a ReLU: the others say that they were fitted otherwise, and why.
+        # Relu is for layers before a ReLU; other layers say how they were fitted, and why.
         other = wanted == "relu" and layer.get("method_reason") and layer["method"] == "frobenius"
         findings.equal("config.method", what, layer["method"], "frobenius" if other else wanted)
 
 
 def _check_size(written: Written, source: Source, findings: Findings) -> None:
-    """Bytes and parameters from the headers; what was before from the layers and what was kept."""
+    """Checks bytes and parameters: after the run by headers, before it by what layers state."""
     assert written.report is not None
     size, layers, skipped = (written.report[key] for key in ("size", "layers", "skipped"))
+    # The tensors that were kept must be there.
     kept = {entry["name"]: entry["bytes"] for entry in skipped}
     missing = sorted(set(kept) - set(source.tensors))
     problem = f"not there: {', '.join(missing[:3])}" if missing else None
     findings.judge("tensors.kept", "every tensor that was not compressible is there", problem)
+    # Other tensors belong to a layer, or are marks of fused experts or gained biases.
     known = {keys.key(name) for keys in written.keys.values() for name in TENSORS}
     marks = marks_of(written)
     known |= {*marks, *gained_biases(written)}
@@ -126,14 +128,17 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
         findings.not_checked("tensors.known", what, "some layers' tensors go by other names")
     if missing:
         return
+    # Bytes: before the run by the report's layers, after it by the files.
     before = sum(layer["bytes_before"] for layer in layers)
     whole = before + sum(kept.values())
     after = sum(info.num_bytes for info in source.tensors.values())
     rest = sum(source.tensors[key].num_bytes for key in (*kept, *marks))
+    # Parameters: permutations do not count.
     parameters = sum(math.prod(layer["shape"]) for layer in layers)
     parameters += sum(source.tensors[key].num_elements for key in kept)
     ends = tuple(f".{name}" for name in UNCOUNTED)
     left = sum(info.num_elements for key, info in source.tensors.items() if not key.endswith(ends))
+    # The report must state the same sizes, and no others.
     found = {
         "compressible_bytes": {"before": before, "after": after - rest},
         "checkpoint_bytes": {"before": whole, "after": after},
@@ -164,7 +169,7 @@ def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
     elif name == "max_layer_error":
         met = all(error["output"]["stored"] <= value for error in errors)
     elif name == "max_loss_increase":
-        # What a sequential fit inherits is predicted with the layers that it comes from.
+        # The error that a sequential fit inherits is predicted with the layers it comes from.
         own = (e["metric"]["stored"] - e["metric"].get("inherited", 0.0) for e in errors)
         met = sum(own) <= value
     elif name == "threshold":
@@ -176,13 +181,13 @@ def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
     used = any(layer.get("sequential") is True for layer in report["layers"])
     what = "whether layers were fitted in sequence is right"
     findings.equal("target", what, report["sequential"]["used"], used)
-    if not used:  # where some were, what was held back is measured with them
+    if not used:  # else the number held back is checked where both networks are measured
         what = "nothing was held back from sequential fits, of which there are none"
         findings.equal("target", what, report["sequential"]["held_back"], 0)
 
 
 def error_problem(layer: Mapping[str, Any]) -> str | None:
-    """What in a layer's errors cannot be; None where nothing is."""
+    """Returns what in a layer's errors cannot be; None where nothing is wrong."""
     metric, output = layer["errors"]["metric"], layer["errors"]["output"]
     for name, errors in (("metric", metric), ("output", output)):
         values = [errors[key] for key in ("stored", "svd", "floor") if errors[key] is not None]
@@ -208,7 +213,7 @@ def error_problem(layer: Mapping[str, Any]) -> str | None:
 
 
 def _leave_inputs(layer: Mapping[str, Any], findings: Findings) -> None:
-    """Say that nothing tells on which inputs an unknown method is judged."""
+    """Says that nothing tells on which inputs an unknown method is judged."""
     reason = unknown_method(layer)
     if reason is not None:
         what = f"the errors of {layer['name']} are on the inputs of its method"
@@ -216,7 +221,7 @@ def _leave_inputs(layer: Mapping[str, Any], findings: Findings) -> None:
 
 
 def _below(error: float | None, optimum: float | None, floor: float, kind: str) -> bool:
-    """Whether an error is below its provable optimum by more than the numerical floor."""
+    """Returns whether an error is below its provable optimum by more than the numerical floor."""
     if error is None or optimum is None:
         return False
     power = 2 if kind == "output" else 1
@@ -224,7 +229,7 @@ def _below(error: float | None, optimum: float | None, floor: float, kind: str) 
 
 
 def _ratio_problem(metric: Mapping[str, float], output: Mapping[str, float]) -> str | None:
-    """Where the metric is the squared output error, both say the same three things."""
+    """Metric and output must agree where the metric is the squared output error."""
     for key in ("optimum", "svd"):
         if metric[key] is None:  # a form without a rank is compared with nothing
             continue
@@ -271,7 +276,7 @@ def _check_gates(report: Mapping[str, Any], config: Config, findings: Findings) 
 
 
 def _measured(gate: str, report: Mapping[str, Any]) -> float | None:
-    """The figure of the report that a gate limits: the worst of its kind."""
+    """Returns the figure of the report that a gate limits: the worst of its kind."""
     if gate == "max_perplexity_increase":
         pairs = [(row.get("loss_before"), row.get("loss_after")) for row in report["quality"]]
         rises = [after - before for before, after in pairs if None not in (before, after)]
@@ -282,7 +287,7 @@ def _measured(gate: str, report: Mapping[str, Any]) -> float | None:
 
 
 def _check_pages(written: Written, report: dict[str, Any], findings: Findings) -> None:
-    """README.md and report.html say what report.json says, word by word."""
+    """README.md and report.html must say what report.json says, word by word."""
     for name, render in (("README.md", render_card), ("report.html", render_html)):
         what = f"{name} is what report.json renders to"
         with findings.guard("pages", what):

@@ -1,4 +1,4 @@
-"""Files only: manifest.json against every file and every tensor's bytes."""
+"""These checks need the files only: manifest.json against every file and every tensor's bytes."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,11 @@ REPORT = "report.json"
 OWN_FILES = frozenset(
     {MANIFEST, REPORT, "report.html", "README.md", "lrc.yaml", "config.json", INDEX_NAME}
 )
-"""What lrc writes beside the weight files."""
+"""The names of files that lrc writes beside the weight files."""
 
 
 def open_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json of a finished output.
+    """Returns manifest.json of a finished output.
 
     Raises:
         InputError: there is no such directory, or no manifest.json that can be read in it.
@@ -38,7 +38,7 @@ def open_manifest(directory: Path) -> dict[str, Any]:
 
 
 def sha256_of(file: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """Returns sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(1 << 22):
@@ -47,7 +47,7 @@ def sha256_of(file: Path) -> str:
 
 
 def data_sha256(path: Path) -> str:
-    """Of a data file its sha256, of a folder that of the list `sha256sum` makes of its files."""
+    """Returns a data file's sha256; a folder's is over the list that `sha256sum` makes of it."""
     if not path.is_dir():
         return sha256_of(path)
     names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
@@ -61,7 +61,7 @@ def data_sha256(path: Path) -> str:
 
 
 def check_manifest(directory: Path, manifest: dict[str, Any], findings: Findings) -> None:
-    """Every file and every tensor that manifest.json names, and no other."""
+    """Every file and every tensor must be named in manifest.json, and no other may be."""
     what = "manifest.json lists the hashes of files and of tensors"
     files, tensors = manifest.get("files"), manifest.get("tensors")
     right = all(isinstance(table, dict) for table in (files, tensors))
@@ -118,7 +118,7 @@ def _check_tensors(directory: Path, tensors: dict[str, str], findings: Findings)
 def check_origins(
     directory: Path, recorded: Mapping[str, str], weights: Iterable[str], findings: Findings
 ) -> None:
-    """Every file was written by lrc or is one of the original's, unchanged.
+    """Every file must be written by lrc or be an unchanged file of the original.
 
     Args:
         recorded: sha256 of the original's files, as in the report.
@@ -139,13 +139,13 @@ def check_origins(
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes, row-major."""
+    """Returns sha256 of a tensor's bytes, row-major."""
     data = tensor.contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def check_pin(directory: Path, expected: str | None, findings: Findings) -> str:
-    """The hash of manifest.json itself, which stands for the whole directory.
+    """Checks the hash of manifest.json itself, which stands for the whole directory.
 
     Args:
         expected: the hash that the user got elsewhere, in hexadecimal; None: none.
@@ -165,7 +165,7 @@ def check_pin(directory: Path, expected: str | None, findings: Findings) -> str:
 
 
 def check_hex(expected: str | None) -> None:
-    """Raise InputError where --manifest-sha256 cannot be a sha256."""
+    """Raises InputError where --manifest-sha256 cannot be a sha256."""
     digits = (expected or "0" * 64).strip().lower()
     if len(digits) != 64 or set(digits) - set("0123456789abcdef"):
         raise InputError(
@@ -174,6 +174,6 @@ def check_hex(expected: str | None) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name of a recorded file stays inside its directory."""
+    """Returns whether the name of a recorded file stays inside its directory."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts

@@ -1,4 +1,4 @@
-"""Files only: tensors, their index, their metadata and the layer table agree with one another."""
+"""These checks need the files only: tensors, index, metadata and layer table agree."""
 
 import json
 import math
@@ -32,11 +32,11 @@ from lrc_cli.verify.files.written import Written, gained_biases, layer_tensors, 
 from lrc_cli.verify.statements import Findings
 
 CHUNK = 1 << 22
-"""Entries looked at together."""
+"""The number of entries that are looked at together."""
 
 
 def check_weights(written: Written, findings: Findings) -> None:
-    """All that the weight files alone say; needs `written.source`."""
+    """Checks all that the weight files alone say; needs `written.source`."""
     source = written.source
     if source is None:
         reason = "the weight files cannot be opened"
@@ -121,13 +121,13 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What lrc wrote into a file's metadata."""
+    """Returns what lrc wrote into a file's metadata."""
     record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
     return record
 
 
 def _stated_table(source: Source) -> Mapping[str, Mapping[str, Any]]:
-    """The layer table of config.json, or of the metadata: disk name -> storage, rank, block."""
+    """Returns the layer table (disk name -> storage, rank, block) of config.json or metadata."""
     if source.config is None:
         record = _record(_metadata(source.files[-1]))
     else:
@@ -137,7 +137,7 @@ def _stated_table(source: Source) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _check_table(source: Source, findings: Findings) -> None:
-    """The table names exactly the layers whose tensors are factors, and says what they are."""
+    """The table must name exactly the layers whose tensors are factors, and say what they are."""
     if source.config is not None:
         quantization = source.config.get("quantization_config") or {}
         if quantization:
@@ -168,7 +168,7 @@ def _check_table(source: Source, findings: Findings) -> None:
 
 
 def _check_marks(written: Written, source: Source, findings: Findings) -> None:
-    """What stands in the place of experts' fused tensors is the ranks of their matrices."""
+    """Marks, which stand in for experts' fused tensors, must hold the ranks of their matrices."""
     fused, table = (written.report or {}).get("fused", {}), _stated_table(source)
     for key in marks_of(written):
         ranks = source.read(key).tolist()
@@ -184,7 +184,7 @@ def _shape(source: Source, key: str) -> tuple[int, ...] | None:
 
 
 def _check_layers(written: Written, source: Source, findings: Findings) -> None:
-    """The report's rows against the tensors."""
+    """Checks the report's rows against the tensors."""
     if not written.report:
         findings.not_checked("layers.shape", "the report's layers", "report.json cannot be read")
         return
@@ -236,5 +236,5 @@ def _layer_problem(
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> list[int]:
-    """Rows and columns; a convolution's columns are what its kernel covers in all channels."""
+    """Returns rows and columns; a convolution's columns cover its kernel in all channels."""
     return [shape[0], math.prod(shape[1:])]

@@ -1,4 +1,4 @@
-"""The output as it lies on the disk: its report, its weights, its config, its layers' names."""
+"""The output is opened here as it lies on the disk: report, weights, config and layer names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,33 +46,33 @@ PROVENANCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """An output; what could not be opened is None, and a statement says why."""
+    """Holds an output; a part that could not be opened is None, and a statement says why."""
 
     directory: Path
     report: dict[str, Any] | None = None
     source: Source | None = None
     config: Config | None = None
     keys: Mapping[str, Keys] = field(default_factory=dict)
-    """The report's layer names -> disk names, for the layers where files alone tell."""
+    """The layer names of the report -> disk names, for the layers where files alone tell."""
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """The report's layers."""
+        """The report's rows of layers."""
         return list((self.report or {}).get("layers", ()))
 
     @property
     def factorised(self) -> list[dict[str, Any]]:
-        """The report's layers that were replaced by factors."""
+        """The report's rows of layers that were replaced by factors."""
         return [layer for layer in self.layers if layer["storage"] != "dense"]
 
     @property
     def unread(self) -> list[dict[str, Any]]:
-        """The report's layers in forms that `lrc verify` knows nothing of."""
+        """The report's rows of layers in forms that `lrc verify` does not know."""
         return [layer for layer in self.layers if not is_read(layer["storage"])]
 
 
 def open_written(directory: Path, findings: Findings) -> Written:
-    """Open report.json, lrc.yaml and the weights; each that cannot be is a failed statement."""
+    """Opens report.json, lrc.yaml and the weights; an unreadable part is a failed statement."""
     report = _open_report(directory, findings)
     config = _open_config(directory, findings)
     source = _open_weights(directory, report, findings)
@@ -103,7 +103,7 @@ def _open_config(directory: Path, findings: Findings) -> Config | None:
 def _open_weights(
     directory: Path, report: dict[str, Any] | None, findings: Findings
 ) -> Source | None:
-    """The weights, with the fused experts apart that the report names."""
+    """Opens the weights; fused experts that the report names are seen apart."""
     what = "the weight files can be read, as their index names them"
     source = None
     with findings.guard("weights.open", what):
@@ -116,7 +116,7 @@ def _open_weights(
 
 
 def fused_of(report: dict[str, Any] | None, source: Source) -> dict[str, Fused]:
-    """How to see the fused tensors that a checkpoint holds as they are: not those with marks."""
+    """Returns how to see the fused tensors that a checkpoint holds as they are, without marks."""
     stated = (report or {}).get("fused", {})
     found = {key: Fused(**entry) for key, entry in stated.items()}
     there = source.tensors
@@ -124,7 +124,7 @@ def fused_of(report: dict[str, Any] | None, source: Source) -> dict[str, Fused]:
 
 
 def marks_of(written: Written) -> list[str]:
-    """The keys under which the ranks of experts stand that are stored apart."""
+    """Returns the keys under which stand the ranks of experts that are stored apart."""
     if written.source is None:
         return []
     stated = (written.report or {}).get("fused", {})
@@ -133,13 +133,13 @@ def marks_of(written: Written) -> list[str]:
 
 
 def layer_tensors(source: Source, keys: Keys) -> dict[str, torch.Tensor]:
-    """A layer's tensors in the forms that are read, by their names below it; views of the files."""
+    """Returns a layer's tensors in the forms that are read, by name, as views of the files."""
     keys_of = {name: keys.key(name) for name in TENSORS}
     return {name: source.read(key) for name, key in keys_of.items() if key in source.tensors}
 
 
 def _form_problem(report: dict[str, Any]) -> str | None:
-    """What keeps a JSON object from being a report at all; details are left to each statement."""
+    """Returns why a JSON object is no report at all; each statement looks at the details."""
     for key, wanted in FORM.items():
         if not isinstance(report.get(key), wanted):
             return f"{key} is {type(report.get(key)).__name__}, not {wanted.__name__}"
@@ -153,7 +153,7 @@ def _form_problem(report: dict[str, Any]) -> str | None:
 
 
 def _disk_names(report: dict[str, Any] | None, source: Source | None) -> dict[str, Keys]:
-    """Layer names are module names; disk names may have a prefix more or less."""
+    """Returns the disk names of layers; they may have a prefix more or less than module names."""
     if report is None or source is None:
         return {}
     skipped = {entry["name"] for entry in report["skipped"]}
@@ -171,7 +171,7 @@ def _disk_names(report: dict[str, Any] | None, source: Source | None) -> dict[st
 
 
 def gained_biases(written: Written) -> list[str]:
-    """Disk keys of biases that the original had not: known neither as skipped nor as a weight."""
+    """Returns disk keys of biases that the original had not: no tensor that was skipped."""
     assert written.source is not None
     skipped = {entry["name"] for entry in (written.report or {}).get("skipped", ())}
     keys = [keys.bias for keys in written.keys.values()]

@@ -1,4 +1,4 @@
-"""The original checkpoint: is it the recorded one, and is everything unchanged that should be?"""
+"""The original must be the recorded checkpoint, and its unchanged parts must be in the output."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ from lrc_cli.verify.statements import Findings
 
 
 def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
-    """The dense checkpoint.
+    """Opens the dense checkpoint.
 
     Raises:
-        InputError: it is missing or no dense checkpoint, or needs a factory that was not given.
+        InputError: the checkpoint is missing, not dense, or needs a factory that was not given.
     """
     source = open_source(against)
     if source.config is None and factory is None:
@@ -37,7 +37,7 @@ def open_original(against: Path, factory: str | None, recorded: str | None) -> S
 
 
 def check_original(written: Written, original: Source, findings: Findings) -> bool:
-    """Hashes, tensors and side files; returns whether it is the recorded checkpoint."""
+    """Checks hashes, tensors and side files; returns whether it is the recorded checkpoint."""
     assert written.report is not None
     recorded = written.report["provenance"]["checkpoint_sha256"]
     same = _check_hashes(recorded, original, findings)
@@ -50,7 +50,7 @@ def check_original(written: Written, original: Source, findings: Findings) -> bo
 
 
 def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings) -> bool:
-    """Every recorded file, and no weight file that is not recorded."""
+    """Every recorded file must have its hash, and no other weight file may be there."""
     single = original.path.is_file()
     weights = {file.name for file in original.files} | (
         {"config.json"} if original.config else set()
@@ -65,7 +65,7 @@ def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings
             found = sha256_of(file)
             problem = None if found == sha256 else f"stated {sha256}, found {found}"
         holds = findings.judge("original.hash", what, problem)
-        # A licence or a card that changed since does not make it another network.
+        # A licence or a card may have changed since; the network is still the same.
         same &= holds or not (single or name in weights or name.endswith(".safetensors"))
     if not single:
         unknown = sorted({file.name for file in original.files} - set(recorded))
@@ -76,7 +76,7 @@ def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings
 
 
 def _check_tensors(written: Written, original: Source, findings: Findings) -> None:
-    """Bit by bit, after the conversion that output.dtype asks for."""
+    """Unchanged tensors must equal bit by bit, after the conversion that output.dtype asks for."""
     assert written.report is not None
     if written.source is None:
         reason = "the weight files cannot be opened"
@@ -102,7 +102,7 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
             findings.not_checked("original.tensors", what, unread(unread_storages[key]))
         elif key not in source.tensors:
             findings.judge("original.tensors", what, "it is missing")
-        elif not _may_change(written, key):  # else C1 measures the layer with it
+        elif not _may_change(written, key):  # else C1 measures the bias with its layer
             wanted = original.read(key)
             findings.judge("original.tensors", what, _tensor_problem(written, wanted, key))
         if key in kept:
@@ -117,8 +117,10 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
 
 
 def _checked_copies(copies: dict[str, str], original: Source, findings: Findings) -> dict[str, str]:
-    """The copies that the report states and the original has: the output leaves them out, and has
-    the same numbers by another name."""
+    """Checks the copies that the report states and the original has, and returns the true ones.
+
+    The output leaves out a copy: a tensor with the numbers of another tensor.
+    """
     found = {key: of for key, of in copies.items() if {key, of} <= original.tensors.keys()}
     for key, of in found.items():
         what = f"the original's {key} is a copy of {of}"
@@ -128,7 +130,7 @@ def _checked_copies(copies: dict[str, str], original: Source, findings: Findings
 
 
 def _may_change(written: Written, key: str) -> bool:
-    """Whether a tensor is the bias of a factorised layer whose method has, or may have, its own."""
+    """Returns whether a tensor is the bias of a factorised layer whose method may change it."""
     named = [(x["method"], written.keys.get(x["name"])) for x in written.factorised]
     methods = {method for method, keys in named if keys is not None and keys.bias == key}
     if written.config is None or not methods:
@@ -150,14 +152,14 @@ def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str |
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes, in which every NaN equals itself and -0 is not 0."""
+    """Returns a tensor's bytes, in which every NaN equals itself and -0 is not 0."""
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _check_side_files(
     written: Written, original: Source, recorded: dict[str, str], findings: Findings
 ) -> None:
-    """Tokenizer, licence and the rest are carried over; config.json but for what was added."""
+    """Tokenizer, licence and the rest must be carried over; config.json may have additions."""
     if original.path.is_file():
         return
     weights = {file.name for file in original.files}
@@ -183,9 +185,9 @@ def _check_side_files(
 def open_layers(
     module: nn.Module, written: Written, original: Source, findings: Findings
 ) -> list[Layer]:
-    """The report's layers as modules of the dense network, in the report's order.
+    """Returns the report's layers as modules of the dense network, in the report's order.
 
-    Must see the module as it was built, before `make_network`.
+    The function must see the module as it was built, before `make_network`.
     """
     stored = stored_names(module, original.tensors)
     parts: dict[str, Any] = dict(module.named_modules())
@@ -227,8 +229,9 @@ def open_networks(
     trust_remote_code: bool,
     findings: Findings,
 ) -> tuple[Opened, nn.Module | None]:
-    """The original, opened, and the output's module; None, with a failed statement, for a damaged
-    output.
+    """Returns the original, opened, and the output's module.
+
+    The module of a damaged output is None, with a failed statement.
 
     Raises:
         InputError: the original cannot be loaded.
@@ -249,7 +252,7 @@ def open_networks(
 
 
 def check_factory(written: Written, factory: str | None, findings: Findings) -> None:
-    """The file that defines the factory has the recorded hash."""
+    """The file that defines the factory must have the recorded hash."""
     assert written.report is not None
     recorded = written.report["provenance"]["data_files_sha256"]
     named = written.config.model.factory if written.config else None
