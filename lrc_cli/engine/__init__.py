@@ -1,4 +1,4 @@
-"""The numerical core: no files, no configuration, no logging.
+"""The numerical core knows no files, no configuration and no logging.
 
 solver = SOLVERS["curvature"]
 problem, auto = SameInput(weight, statistics, solver), STORAGES["auto"]

@@ -73,14 +73,15 @@ def rank_above_floor(values: Tensor) -> int:
 
 
 def truncated_svd(weight: Tensor, rank: int) -> Factors:
-    """The best matrix of a rank where no data is known."""
+    """Returns the best matrix of a rank where no data is known."""
     directions = svd_directions(weight).truncated(rank)
     return balanced(directions.outer, directions.inner)
 
 
 def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
-    """W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first; only
-    directions above the numerical floor, at least one.
+    """Returns W = U (S V^T), U (m, k) orthonormal and the rows of S V^T orthogonal, largest first.
+
+    Only directions above the numerical floor are kept, at least one.
 
     Args:
         vectors: (min(m, n), j), the singular vectors of the smaller side, where they are known.
@@ -98,8 +99,10 @@ def svd_directions(weight: Tensor, vectors: Tensor | None = None) -> Factors:
 
 
 def singular_pairs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values (j,) above the numerical floor, and the vectors (k, j) of the smaller
-    side."""
+    """Returns squared singular values (j,) above the numerical floor, and the vectors (k, j).
+
+    The vectors are the singular vectors of the smaller side.
+    """
     values, vectors = eigenpairs(weight @ weight.T if is_wide(weight) else weight.T @ weight)
     rank = rank_above_floor(values)
     return values[:rank], vectors[:, :rank]

@@ -1,4 +1,4 @@
-"""Forms of storage: what a layer's tensors are called, and which matrix they stand for."""
+"""A form of storage says what a layer's tensors are called, and which matrix they stand for."""
 
 from lrc_cli.forms.form import DENSE, WEIGHT, Form, Orientation, Packed
 from lrc_cli.forms.known import FORMS, dense

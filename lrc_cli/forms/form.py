@@ -1,7 +1,7 @@
-"""A form: what its tensors are called, and which matrix they stand for.
+"""The interface of a form: what its tensors are called, and which matrix they stand for.
 
 Loaders, run-time modules and writers ask the form. How a matrix becomes tensors of a form is
-decided in engine/storage; `lrc verify` reads what was written with code of its own.
+decided in engine/storage. `lrc verify` reads what was written with code of its own.
 """
 
 from abc import ABC, abstractmethod
@@ -15,55 +15,58 @@ DENSE = "dense"
 """The form of a layer that stays as it is."""
 
 WEIGHT = "weight"
-"""The tensor under the dense weight's key. Every form but dense writes it in another shape than the
-dense one's, so that a loader which knows no lrc fails."""
+"""The tensor under the dense weight's key.
+
+Every form but dense writes it in another shape than the dense weight's, so that a loader which
+knows no lrc fails.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The tensors of one layer as a form takes them (docs/format.md)."""
+    """Holds the tensors of one layer as a form takes them (docs/format.md)."""
 
     form: str
     """The form's name in `FORMS`."""
     shape: tuple[int, int]
     """(m, n) of the matrix."""
     tensors: Mapping[str, Tensor]
-    """By their names below the layer."""
+    """The tensors by their names below the layer."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """What the tensors' shapes need not say: the rank, rows per block, bits ..."""
+    """The facts that the tensors' shapes need not say: the rank, rows per row group, bits ..."""
 
     @property
     def rank(self) -> int | None:
-        """r; None for a form without a rank."""
+        """The rank r; None for a form without a rank."""
         return self.parameters.get("rank")
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def on_host(self) -> "Packed":
-        """The same in CPU memory."""
+        """Returns the same in CPU memory."""
         return replace(self, tensors={name: x.cpu() for name, x in self.tensors.items()})
 
 
 class Orientation(Protocol):
-    """How a layer's matrices lie in its tensors: a `Layout` of network/layouts.py."""
+    """Says how a layer's matrices lie in its tensors: a `Layout` of network/layouts.py."""
 
     def inner(self, factor: Tensor) -> Tensor:
-        """The inner factor (r, n) as it is stored."""
+        """Returns the inner factor (r, n) as it is stored."""
 
     def outer(self, factor: Tensor) -> Tensor:
-        """The outer factor (m, r) as it is stored."""
+        """Returns the outer factor (m, r) as it is stored."""
 
 
 class Form(ABC):
-    """One form of storage."""
+    """Describes one form of storage."""
 
     name: ClassVar[str]
-    """What layer tables and reports call it."""
+    """The name in layer tables and reports."""
     tensors: ClassVar[tuple[str, ...]]
-    """The names below the layer of all that it may write; `weight` is one of them."""
+    """The names below the layer of all that the form may write; `weight` is one of them."""
     optional: ClassVar[tuple[str, ...]] = ()
     """The tensors that a layer may lack."""
     uncounted: ClassVar[tuple[str, ...]] = ()
@@ -73,23 +76,23 @@ class Form(ABC):
 
     @abstractmethod
     def dense(self, packed: Packed) -> Tensor:
-        """The matrix Z (m, n) that the tensors stand for, float64."""
+        """Returns the matrix Z (m, n) that the tensors stand for, float64."""
 
     def on_disk(self, packed: Packed, layout: Orientation) -> Mapping[str, Tensor]:
-        """The tensors as they are written."""
+        """Returns the tensors as they are written."""
         return packed.tensors
 
     def apply(self, packed: Packed, x: Tensor) -> Tensor | None:
-        """Z x for rows x (..., n), by a product of the form's own; None: the dense matrix is used.
+        """Returns Z x for rows x (..., n), by a product of the form's own.
 
-        It is asked where a layer runs that `nn.Linear` ran.
+        None: the dense matrix is used. The form is asked where a layer runs that `nn.Linear` ran.
         """
         return None
 
     def table_entry(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint's layer table says of a layer with these parameters."""
+        """Returns what a checkpoint's layer table says of a layer with these parameters."""
         return {"storage": self.name, **{key: parameters[key] for key in self.table_keys}}
 
     def largest_coefficient(self, packed: Packed) -> float | None:
-        """The largest entry of T, for forms that have one."""
+        """Returns the largest entry of T, for forms that have one."""
         return None

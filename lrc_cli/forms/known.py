@@ -1,4 +1,4 @@
-"""Every form by its name."""
+"""Every form is found here by its name."""
 
 from torch import Tensor
 
@@ -7,13 +7,13 @@ from lrc_cli.forms.low_rank import Interpolative, TwoFactors
 
 
 class Dense(Form):
-    """W itself."""
+    """Stores W itself."""
 
     name = DENSE
     tensors = (WEIGHT,)
 
     def dense(self, packed: Packed) -> Tensor:
-        """W, float64."""
+        """Returns W, float64."""
         return packed.tensors[WEIGHT].double()
 
 
@@ -21,5 +21,5 @@ FORMS: dict[str, Form] = {form.name: form for form in (Dense(), TwoFactors(), In
 
 
 def dense(packed: Packed) -> Tensor:
-    """The matrix (m, n) that packed tensors stand for, float64."""
+    """Returns the matrix (m, n) that packed tensors stand for, float64."""
     return FORMS[packed.form].dense(packed)

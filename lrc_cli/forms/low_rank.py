@@ -1,4 +1,4 @@
-"""The forms of a matrix of rank r: `weight` and `up.weight`, and perhaps a permutation."""
+"""The forms of a matrix of rank r have `weight` and `up.weight`, and perhaps a permutation."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -16,31 +16,37 @@ PERM = "perm"
 
 
 class LowRank(Form):
-    """A form that is a rank. Loaders know it by its tensors, and run both factors apart."""
+    """Describes a form that has a rank.
+
+    Loaders know it by its tensors, and run both factors apart.
+    """
 
     table_keys: ClassVar[tuple[str, ...]] = ("rank",)
 
     def on_disk(self, packed: Packed, layout: Orientation) -> Mapping[str, Tensor]:
-        """Both factors in the layer's layout."""
+        """Returns both factors in the layer's layout."""
         tensors = packed.tensors
         factors = {WEIGHT: layout.inner(tensors[WEIGHT]), UP: layout.outer(tensors[UP])}
         return {**tensors, **factors}
 
 
 class TwoFactors(LowRank):
-    """weight: the inner factor (r, n). up: the outer factor (m, r)."""
+    """Stores the inner factor (r, n) as `weight` and the outer factor (m, r) as `up`."""
 
     name = "factors"
     tensors = (WEIGHT, UP)
 
     def dense(self, packed: Packed) -> Tensor:
-        """up @ weight, float64."""
+        """Returns up @ weight, float64."""
         return packed.tensors[UP].double() @ packed.tensors[WEIGHT].double()
 
 
 class Interpolative(LowRank):
-    """weight: chosen rows Z_J (r, n). up: T (m - r, r). perm, int32 (m / block,): block i of the
-    rows of Z is block perm[i] of (Z_J, T Z_J)."""
+    """Stores Z_J (r, n) as `weight`, T (m - r, r) as `up`, and `perm`, int32 (m / block,).
+
+    Z_J are chosen rows of Z. Row group i of Z, of `block` rows, is row group perm[i] of (Z_J, T
+    Z_J).
+    """
 
     name = "interpolative"
     tensors = (WEIGHT, UP, PERM)
@@ -48,7 +54,7 @@ class Interpolative(LowRank):
     table_keys = ("rank", "block")
 
     def dense(self, packed: Packed) -> Tensor:
-        """The blocks of (Z_J, T Z_J) in the order of the permutation, float64."""
+        """Returns the row groups of (Z_J, T Z_J) in the order of the permutation, float64."""
         weight, up = (packed.tensors[name].double() for name in (WEIGHT, UP))
         perm = packed.tensors[PERM].long()
         stacked = torch.cat([weight, up @ weight])
@@ -56,5 +62,5 @@ class Interpolative(LowRank):
         return blocks[perm].reshape(stacked.shape)
 
     def largest_coefficient(self, packed: Packed) -> float:
-        """max |T|: rounding costs in proportion to T."""
+        """Returns max |T|: rounding costs in proportion to T."""
         return packed.tensors[UP].abs().max().item()

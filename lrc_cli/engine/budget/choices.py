@@ -64,8 +64,10 @@ class Predicted:
     spectrum: Tensor
     """(k,) float64: spectrum[r:].sum() is the error of rank r."""
     measured: Tensor | None = None
-    """(j,) float64: the errors of the choices that the layer's form has measured; None: it has
-    measured nothing, or not yet."""
+    """(j,) float64: the errors of the choices that the layer's form has measured.
+
+    None: the form has measured nothing, or not yet.
+    """
 
     @property
     def total(self) -> float:

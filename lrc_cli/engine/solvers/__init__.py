@@ -1,1 +1,1 @@
-"""The solvers: one method a file, with the problem that it solves."""
+"""Each file here holds one method, with the problem that it solves."""

@@ -1,7 +1,7 @@
-"""One layer's approximation problem: its solution of any rank, and the judge of any matrix.
+"""One layer's approximation problem gives its solution of any rank, and judges any matrix.
 
-What is fitted to what differs (the layer's own inputs, the inputs of a compressed network, the
-outputs behind a ReLU); rounding, packing and the errors that reports print do not, so they go
+Problems differ in what they fit to: the layer's own inputs, the inputs of a compressed network, the
+outputs behind a ReLU. Rounding, packing and the errors that reports print do not differ, so they go
 through this one interface.
 """
 
@@ -19,41 +19,44 @@ from lrc_cli.forms import dense
 
 
 class Approximation(ABC):
-    """What fit_layer needs to know. All tensors are float64 on one device."""
+    """Offers what fit_layer needs to know. All tensors are float64 on one device."""
 
     unit: str
-    """What Errors.metric measures, in words."""
+    """The unit of Errors.metric, in words."""
     inputs: str
-    """On which inputs Errors.output is measured: "calibration", "white" (no data was used) or
-    "compressed" (calibration data through the compressed network)."""
+    """The inputs on which Errors.output is measured.
+
+    They are "calibration", "white" (no data was used) or "compressed" (calibration data through the
+    compressed network).
+    """
     weight: Tensor
     """W (m, n), the dense weight."""
     metric: Metric
-    """The form in which rounded factors are refitted and forms of storage compared."""
+    """The metric in which rounded factors are refitted and forms of storage compared."""
 
     @abstractmethod
     def solve(self, rank: int) -> Solution:
-        """The solution of a rank in 1..min(m, n). Raises SolveError."""
+        """Returns the solution of a rank in 1..min(m, n). Raises SolveError."""
 
     @abstractmethod
     def errors(self, fitted: Tensor) -> Errors:
-        """The errors of a matrix Z (m, n), multiplied out from the difference."""
+        """Returns the errors of a matrix Z (m, n), multiplied out from the difference."""
 
     def errors_of(self, stored: Stored) -> Errors:
-        """The errors of a solution that was packed."""
+        """Returns the errors of a solution that was packed."""
         return self.errors(dense(stored.packed))
 
     def svd_errors(self, rank: int) -> Errors:
-        """The errors of plain truncated SVD of W."""
+        """Returns the errors of plain truncated SVD of W."""
         return self.errors(truncated_svd(self.weight, rank).dense())
 
     @abstractmethod
     def optimum(self, rank: int) -> float | None:
-        """The least Errors.metric of that rank; None where it cannot be proved."""
+        """Returns the least Errors.metric of that rank; None where it cannot be proved."""
 
     @abstractmethod
     def output_optimum(self, rank: int) -> float:
-        """The least Errors.output of that rank."""
+        """Returns the least Errors.output of that rank."""
 
     @property
     @abstractmethod
@@ -67,21 +70,25 @@ class Approximation(ABC):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What reports say of this problem beside its errors."""
+        """Returns what reports say of this problem beside its errors."""
         return {}
 
     def at(self, rank: int) -> Self:
-        """The problem that belongs to this granted rank: itself, unless its objective depends on
-        the rank."""
+        """Returns the problem that belongs to this granted rank.
+
+        It is the problem itself, unless its objective depends on the rank.
+        """
         return self
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """(m,) what Z's new bias adds to the old one; None: the bias stays as it is."""
+        """Returns (m,) what Z's new bias adds to the old bias; None: the bias stays as it is."""
         return None
 
     def offset(self, errors: Errors, offset: Tensor) -> Errors:
-        """`errors` where all outputs are off by `offset` (m,) as well, as a rounded bias makes
-        them; the rest of the difference is around the mean inputs."""
+        """Returns `errors` for outputs that are all off by `offset` (m,) as well.
+
+        A rounded bias has this effect. The rest of the difference is around the mean inputs.
+        """
         fisher = self.metric.fisher
         weighted = offset if fisher is None else fisher @ offset
         form = self.metric.scale * torch.dot(weighted, offset).item()
@@ -89,7 +96,7 @@ class Approximation(ABC):
 
 
 class OnDenseInputs(Approximation):
-    """Z approximates W on the inputs of the dense network: what holds for any objective.
+    """Approximates W by Z on the inputs of the dense network, for any objective.
 
     Args:
         weight: (m, n), any floating dtype.
@@ -115,11 +122,11 @@ class OnDenseInputs(Approximation):
         return varying if mean is None else varying + torch.sum((self.weight @ mean) ** 2).item()
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """W mean(x) - Z mean(x), the free bias of docs/theory.md."""
+        """Returns W mean(x) - Z mean(x), the free bias of docs/theory.md."""
         mean = self.statistics.mean
         return None if mean is None else (self.weight - fitted) @ mean
 
 
 def tail(spectrum: Tensor, rank: int) -> float:
-    """The sum of a spectrum (k,) from a rank on."""
+    """Returns the sum of a spectrum (k,) from a rank on."""
     return tails(spectrum)[min(rank, len(spectrum))].item()

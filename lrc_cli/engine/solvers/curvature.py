@@ -1,8 +1,8 @@
-"""Loss-aware: minimise 1/2 tr(F D G D^T), the K-FAC estimate of the loss increase per token.
+"""`curvature` minimises 1/2 tr(F D G D^T), the K-FAC estimate of the loss increase per token.
 
 F is damped by 1e-3 of its mean eigenvalue and handled as mean * (normalised matrix), because
-gradients are tiny (F is about 1e-12). Where no gradient ever arrived (F = 0) the normalised
-matrix is the identity and the scale 0: the solution is that of `frobenius`, at no cost.
+gradients are tiny (F is about 1e-12). Where no gradient ever arrived (F = 0) the normalised matrix
+is the identity and the scale 0: the solution is `frobenius`'s, at no cost.
 
 The eigenproblem is in weighted.py.
 """
@@ -14,7 +14,7 @@ from lrc_cli.engine.solver import Solver
 from lrc_cli.engine.solvers.weighted import Weighted, spanned
 
 DAMPING = 1e-3
-"""Added to F's eigenvalues, as a share of their mean."""
+"""The share of F's mean eigenvalue that is added to its eigenvalues."""
 
 
 def _metric(statistics: Statistics) -> Metric:

@@ -1,6 +1,6 @@
-"""D0': min over rank(Z) <= r of ||(W - Z) X||_F^2 / T, with no inverse of the Gram matrix.
+"""`frobenius` solves D0': min over rank(Z) <= r of ||(W - Z) X||_F^2 / T, without inverting G.
 
-Z = U U^T W with U the leading eigenvectors of W G W^T; the error is the sum of the remaining
+Z = U U^T W with U the leading eigenvectors of W G W^T. The error is the sum of the remaining
 eigenvalues (Eckart-Young). For tall W the eigenproblem is solved on the input side (weighted.py).
 """
 
@@ -13,8 +13,8 @@ def _metric(statistics: Statistics) -> Metric:
     return Metric(gram=required(statistics.gram, "gram"))
 
 
-# A layer with fewer tokens than inputs keeps all its directions: those that no token excited are
-# no part of the error, and others may excite them.
+# A layer with fewer tokens than inputs keeps all its directions. Directions that no token excited
+# are no part of the error, but other tokens may excite them.
 _WEIGHTED = Weighted(metric=_metric, capped=False)
 
 FROBENIUS = Solver(

@@ -1,15 +1,15 @@
-"""Nuclear norm: min over V = Z X of 1/2 ||W X - V||_F^2 + l ||V||_*, everything per token.
+"""`nuclear` solves min over V = Z X of 1/2 ||W X - V||_F^2 + l ||V||_*, everything per token.
 
-With U and s the left singular vectors and the singular values of W X / sqrt(T) (s^2 are the
-eigenvalues of W G W^T) the minimiser is the singular-value soft threshold (Cai, Candes, Shen 2010),
-realised by the weights
+Let U and s be the left singular vectors and the singular values of W X / sqrt(T) (s^2 are the
+eigenvalues of W G W^T). The minimiser is the singular-value soft threshold (Cai, Candes, Shen
+2010), realised by the weights
 
     Z = U diag((s - l)_+ / s) U^T W,    the ratio being exactly 0 where s <= l.
 
-Its rank falls out of l. Rank r takes the smallest threshold that gives it, l = s_{r+1}, so its
-plain output error is e_r = sum_i min(s_i, s_{r+1})^2. Among matrices of a rank k below the one
-that l gives, the least objective is that of the leading k directions of the same Z: by von
-Neumann's trace inequality it is at least sum_i 1/2 (s_i - t_i)^2 + l t_i over k values t_i >= 0.
+The rank of Z follows from l. Rank r takes the smallest threshold that gives it, l = s_{r+1}, so its
+plain output error is e_r = sum_i min(s_i, s_{r+1})^2. Among matrices of a smaller rank k, the
+leading k directions of the same Z have the least objective: by von Neumann's trace inequality
+it is at least sum_i 1/2 (s_i - t_i)^2 + l t_i over k values t_i >= 0.
 """
 
 from functools import cached_property
@@ -25,7 +25,7 @@ from lrc_cli.engine.solvers.approximation import OnDenseInputs
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 
 UNIT = "half the squared output error + l x nuclear norm of the outputs, per token"
-"""What the programme minimises."""
+"""The programme's objective, in words."""
 
 
 def _metric(statistics: Statistics) -> Metric:
@@ -33,30 +33,31 @@ def _metric(statistics: Statistics) -> Metric:
 
 
 def _spectrum(weight: Tensor, statistics: Statistics) -> Tensor:
-    """p_r = e_{r-1} - e_r = r (s_r^2 - s_{r+1}^2), whose sums from r on are the errors e_r."""
+    """Returns p_r = e_{r-1} - e_r = r (s_r^2 - s_{r+1}^2); its sums from r on are the errors
+    e_r."""
     energies = FROBENIUS.spectrum(weight, statistics)
     following = torch.cat([energies[1:], energies.new_zeros(1)])
     return _counted(energies) * (energies - following)
 
 
 def energies_of(spectrum: Tensor) -> Tensor:
-    """s^2 (k,), descending, from the spectrum p (k,) of NUCLEAR: s_r^2 = sum_{j >= r} p_j / j."""
+    """Returns s^2 (k,), descending, from NUCLEAR's spectrum p: s_r^2 = sum_{j >= r} p_j / j."""
     return (spectrum / _counted(spectrum)).flip(0).cumsum(0).flip(0)
 
 
 def rank_of(spectrum: Tensor, share: float) -> int:
-    """The number of s_i above share * s_1, at least 1, from the spectrum p (k,) of NUCLEAR."""
+    """Returns the number of s_i above share * s_1, at least 1, from NUCLEAR's spectrum p (k,)."""
     energies = energies_of(spectrum)
     return max(int((energies > share**2 * energies[0]).sum()), 1)
 
 
 def _counted(values: Tensor) -> Tensor:
-    """1, 2, ... k, where `values` (k,) is."""
+    """Returns 1, 2, ... k, on the device of `values` (k,)."""
     return torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
 
 
 def _directions(weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """U (m, k) and s (k,), descending; s is 0 below the numerical floor."""
+    """Returns U (m, k) and s (k,), descending; s is 0 below the numerical floor."""
     weight, gram = weight.double(), required(statistics.gram, "gram")
     if weight.shape[0] <= weight.shape[1]:
         energies, u = eigenpairs(weight @ gram @ weight.T)
@@ -68,7 +69,7 @@ def _directions(weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]
 
 
 def _shrunk(weight: Tensor, u: Tensor, s: Tensor, threshold: float, rank: int) -> Factors:
-    """The leading `rank` directions of Z, without those that the threshold removes (one stays)."""
+    """Returns the leading `rank` directions of Z that the threshold leaves, at least one."""
     kept = max(min(rank, int((s > threshold).sum())), 1)
     u, s = u[:, :kept], s[:kept]
     ratio = torch.where(s > threshold, (s - threshold) / s, 0.0)
@@ -76,7 +77,7 @@ def _shrunk(weight: Tensor, u: Tensor, s: Tensor, threshold: float, rank: int) -
 
 
 def _threshold(s: Tensor, rank: int) -> float:
-    """s_{rank+1}, the smallest threshold that leaves `rank` directions; 0 for the full rank."""
+    """Returns s_{rank+1}, the smallest threshold that leaves `rank` directions; else 0."""
     return s[rank].item() if rank < len(s) else 0.0
 
 
@@ -108,7 +109,7 @@ NUCLEAR = Solver(
 
 
 class _Outputs:
-    """What every threshold of one layer's programme starts from, found when it is asked for.
+    """Holds what every threshold of one layer's programme starts from, found when it is asked for.
 
     Args:
         weight: W (m, n) float64.
@@ -134,7 +135,7 @@ class _Outputs:
 
 
 class Shrunk(OnDenseInputs):
-    """One layer's nuclear-norm programme: its objective is what `errors` and `optimum` measure.
+    """One layer's nuclear-norm programme, whose objective `errors` and `optimum` measure.
 
     Args:
         weight: W (m, n), any floating dtype.
@@ -169,9 +170,9 @@ class Shrunk(OnDenseInputs):
         return self._level if self._share is None else self._share * self._outputs.s[0].item()
 
     def at(self, rank: int) -> "Shrunk":
-        """The programme with the smallest threshold that gives this rank; itself with a share.
+        """Returns the programme with the smallest threshold that gives this rank.
 
-        Raises SolveError.
+        A programme with a share returns itself. Raises SolveError.
         """
         if self._share is not None:
             return self
@@ -202,7 +203,7 @@ class Shrunk(OnDenseInputs):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The threshold, and as a share of the largest singular value."""
+        """Returns the threshold, also as a share of the largest singular value."""
         largest = self._outputs.s[0].item()
         share = self.threshold / largest if largest > 0 else 0.0
         return {"threshold": self.threshold, "threshold_share": share}

@@ -1,4 +1,4 @@
-"""A layer whose outputs go into a ReLU: Z and the bias b^ approximate relu(W X + b).
+"""`relu` fits a layer whose outputs go into a ReLU: Z and a bias b^ approximate relu(W X + b).
 
 The judge is the mean squared error behind the ReLU, per token. The solution of a rank is the best
 of three: the convex programme's truncated solution, polished (relu_programme.py); `frobenius`'s
@@ -31,7 +31,8 @@ class Rectified(Approximation):
     """The problem of one layer, which keeps its own bias if it has one and gains none.
 
     A matrix is judged with the best bias found for it, rounded as it will be stored: the layer's
-    own, the one that keeps the mean outputs, and what a few steps make of them (relu_errors.py).
+    own bias, the bias that keeps the mean outputs, or what a few steps make of them
+    (relu_errors.py).
 
     Args:
         weight: W (m, n), any floating dtype.
@@ -94,7 +95,7 @@ class Rectified(Approximation):
         return Solution(tried[start], tried[start].dense())
 
     def _factors(self, point: Tensor, rank: int) -> Factors:
-        """Z = U (U^T Z) with U the leading left singular vectors of A = Z R."""
+        """Returns Z = U (U^T Z) with U the leading left singular vectors of A = Z R."""
         matrix = self.programme.unwhitened(point)
         if is_wide(point):
             u = eigenpairs(point @ point.T)[1][:, :rank]
@@ -104,14 +105,14 @@ class Rectified(Approximation):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`relu`: one entry for every rank that was solved, lowest first."""
+        """Returns `relu`: one entry for every rank that was solved, lowest first."""
         return {"relu": [self._found[rank] for rank in sorted(self._found)]}
 
     def errors(self, fitted: Tensor) -> Errors:
         return self._errors(fitted, self._bias(fitted))
 
     def svd_errors(self, rank: int) -> Errors:
-        # Plain SVD knows no data, so it knows no better bias than the layer's own.
+        # Plain SVD knows no data, and so no better bias than the layer's own.
         simple = SVD.factorize(self.weight, Statistics(), rank).dense()
         own = torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias
         return self._errors(simple, own)
@@ -137,7 +138,7 @@ class Rectified(Approximation):
         return outputs.add_(bias[block].to(outputs.dtype))
 
     def _bias(self, fitted: Tensor) -> Tensor:
-        """The best bias found for a matrix, (m,) float64: zero where the layer has none."""
+        """Returns the best bias found for a matrix, (m,) float64: zero where the layer has none."""
         if self.bias is None:
             return torch.zeros_like(self.weight[:, 0])
         if self._biases is None or not torch.equal(self._biases[0], fitted):
@@ -158,14 +159,14 @@ class Rectified(Approximation):
         return torch.cat(found)
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """The change of the bias; added to the old one, it is exact in the stored dtype."""
+        """Returns the change of the bias, which added to the old bias is exact as stored."""
         return None if self.bias is None else self._bias(fitted) - self.bias
 
     def optimum(self, rank: int) -> None:
-        """None: see above."""
+        """Returns None: no optimum can be proved."""
 
     def output_optimum(self, rank: int) -> float:
-        """With a bias that may change, only what varies around the mean inputs counts."""
+        """Returns the least output error, around the mean inputs where the bias is free."""
         return self._varying.optimum(rank)
 
     @cached_property
@@ -189,10 +190,10 @@ class Rectified(Approximation):
 
 
 class Unpolished(Approximation):
-    """The same judge for `frobenius`'s solution as it is, packed as `frobenius` packs it.
+    """Judges `frobenius`'s solution as it is, packed as `frobenius` packs it.
 
-    Rounding may reverse the order of two solutions: whoever must not be above `frobenius` in the
-    stored dtype fits both problems and keeps the better outcome.
+    Rounding may reverse the order of two solutions. A caller that must not be above `frobenius` in
+    the stored dtype fits both problems and keeps the better outcome.
     """
 
     unit = UNIT
@@ -216,7 +217,7 @@ class Unpolished(Approximation):
         return self._judge.shift(fitted)
 
     def optimum(self, rank: int) -> None:
-        """None, as for the judge."""
+        """Returns None, as the judge does."""
 
     def output_optimum(self, rank: int) -> float:
         return self._judge.output_optimum(rank)
@@ -235,8 +236,11 @@ class Unpolished(Approximation):
 
 
 def _problems(given: Given) -> list[Approximation]:
-    """The polished solution, and what `frobenius` gives: rounding cannot put the error behind the
-    ReLU above `frobenius`'s at the same rank."""
+    """Returns the problems of the polished solution and of `frobenius`'s.
+
+    With both, rounding cannot put the error behind the ReLU above `frobenius`'s error at the same
+    rank.
+    """
     polished = Rectified(
         given.weight,
         given.bias,
@@ -270,8 +274,10 @@ RELU = Solver(
 
 
 def _around(rows: Tensor, mean: Tensor) -> Tensor:
-    """The second moments (n, n) float64 of rows (T, n) around their mean, which leaves the rows
-    first: gram - mean mean^T would lose as many digits as the mean is larger than the deviations.
+    """Returns the second moments (n, n) float64 of rows (T, n) around their mean.
+
+    The mean leaves the rows first: gram - mean mean^T would lose as many digits as the mean is
+    larger than the deviations.
     """
     total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)
     for chunk in rows.split(CHUNK_ROWS):

@@ -1,4 +1,4 @@
-"""A solver's own problem on the inputs of the dense network."""
+"""A solver's own problem on the inputs of the dense network is defined here."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ class SameInput(OnDenseInputs):
         self._largest: Factors | None = None
 
     def solve(self, rank: int) -> Solution:
-        # Solutions are nested: one of the largest rank asked for holds all smaller ones.
+        # Solutions are nested: the solution of the largest rank holds all smaller solutions.
         if self._largest is None or self._largest.rank < rank:
             self._largest = self._factorize(rank)
         zero = None if self._survey is None else self._survey.zero
@@ -60,13 +60,13 @@ class SameInput(OnDenseInputs):
 
     @cached_property
     def references(self) -> References:
-        """What the problem's solutions are compared with, at every rank."""
+        """The solutions that the problem's solutions are compared with, at every rank."""
         known = self._survey or self.solver.survey(self.weight, self.statistics)
         assert known.references is not None
         return known.references
 
     def errors_of(self, stored: Stored) -> Errors:
-        # It was compared with W, in this metric, when it was packed.
+        # The solution was compared with W, in this metric, when it was packed.
         return stored.errors
 
     def svd_errors(self, rank: int) -> Errors:
@@ -85,7 +85,7 @@ class SameInput(OnDenseInputs):
 
 
 def problems_of(solver: Solver, given: Given) -> Sequence[Approximation]:
-    """A solver's problems on a layer's own inputs, of which the best outcome is kept.
+    """Returns a solver's problems on a layer's own inputs, of which the best outcome is kept.
 
     Raises:
         SolveError: a problem cannot be set up.
@@ -96,9 +96,10 @@ def problems_of(solver: Solver, given: Given) -> Sequence[Approximation]:
 
 
 def survey(solver: Solver, weight: Tensor, statistics: Statistics) -> Survey:
-    """`solver.survey`, with all of ||W X||_F^2 / T as the sum of its output curve.
+    """Returns `solver.survey`, with all of ||W X||_F^2 / T as the sum of its output curve.
 
-    A free bias takes the mean output over at every rank but 0, so that is where it belongs.
+    A free bias takes over the mean output at every rank but 0, so the mean output's energy is added
+    to the first entry of the curve.
     """
     found = solver.survey(weight, statistics)
     if statistics.mean is None:

@@ -1,11 +1,11 @@
 """D0: Z x~ approximates W x, where x~ is what the layer's input became in the compressed network.
 
-With E = X - X~, C = X~ X~^T / T, S = E X~^T / T, V = E E^T / T and C_l = C + l I, minimises, in the
-solver's metric F, a mean of two aims (docs/theory.md has the proof):
+Let E = X - X~, C = X~ X~^T / T, S = E X~^T / T, V = E E^T / T and C_l = C + l I. Z minimises a mean
+of two aims in the solver's metric F (docs/theory.md has the proof):
 
     J(Z) = a (||W X - Z X~||^2 / T + l ||W - Z||^2) + (1 - a) ||(W - Z) C_l^(1/2)||^2
 
-give the dense network's outputs, or be the dense weights. Completing the square,
+The first aim is the dense network's outputs, the second the dense weights. Completing the square,
 
     W~ = W + a W S C_l^-1
     J(Z) = tr(F (W~ - Z) C_l (W~ - Z)^T) + a tr(F W (V - a S C_l^-1 S^T) W^T)
@@ -14,8 +14,8 @@ for any F: the solver's own problem on (W~, C_l), and an inherited part that no 
 in E, nothing cancels where the two networks hardly differ. Where the bias is free, all moments are
 taken around the mean inputs.
 
-The correction W S C_l^-1 is a regression of the drift on x~, and part of it is learnt by heart: the
-share a of it that pays is measured on tokens that no such fit saw (`correction`).
+The correction W S C_l^-1 is a regression of the drift on x~, and a part of the correction is learnt
+by heart. The share a that pays is measured on tokens that no such fit saw (`correction`).
 """
 
 from dataclasses import dataclass
@@ -33,14 +33,15 @@ from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.same_input import SameInput
 
 RESOLUTION = 2.0**-24
-"""Of the eigenvalues of C at unit diagonal: products of activations are rounded to float32."""
+"""The resolution of C's eigenvalues at unit diagonal: products are rounded to float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Second moments of a layer's inputs x in the dense and x~ in the compressed network.
+    """Holds second moments of a layer's inputs x in the dense and x~ in the compressed network.
 
-    Float64, over the same tokens. Where the means are given, the moments are around them.
+    The moments are float64, over the same tokens. Where the means are given, the moments are around
+    them.
     """
 
     compressed: Tensor
@@ -54,7 +55,7 @@ class Drift:
     mean_compressed: Tensor | None = None
     """The mean of x~ (n,), where the bias is free."""
     num_tokens: int
-    """T."""
+    """The number of tokens, T."""
 
     @property
     def gram(self) -> Tensor:
@@ -62,7 +63,7 @@ class Drift:
         return self.compressed + self.cross + self.cross.T + self.drift
 
     def ridge(self, share: float) -> float:
-        """l: a share of the mean diagonal of C, or the share itself where every x~ is zero."""
+        """Returns l: a share of C's mean diagonal, or the share itself where every x~ is zero."""
         mean = self.compressed.diagonal().mean().item()
         return share * mean if mean > 0 else share
 
@@ -113,21 +114,23 @@ class Sequential(Approximation):
             if isinstance(correction, Drift)
             else correction
         )
-        """a"""
+        """The share a."""
         step *= self.correction
         self._fit = SameInput(self.weight + step, statistics, solver)
         self.unit = f"{solver.unit}, on the compressed network's inputs, with ridge"
         left_over = self._left_over(step, self.metric.fisher)
         self.inherited = self.metric.scale * self.correction * left_over
-        """The part of J that is there whatever Z is, in the solver's unit."""
+        """The part of J that no Z removes, in the solver's unit."""
 
     @property
     def facts(self) -> dict[str, Any]:
         return {"correction": self.correction}
 
     def _left_over(self, step: Tensor, fisher: Tensor | None) -> float:
-        """tr(F (W V - A S^T) W^T) from A = `step`, a multiple of W S C^-; rounding may make a
-        little less than nothing of it where it is zero."""
+        """Returns tr(F (W V - A S^T) W^T) from A = `step`, a multiple of W S C^-.
+
+        Rounding may leave a little less than nothing where it is zero, which counts as zero.
+        """
         left = self.weight if fisher is None else fisher @ self.weight
         rows = self._drift - step @ self.moments.cross.T
         return max(torch.sum(left * rows).item(), 0.0)
@@ -146,7 +149,10 @@ class Sequential(Approximation):
         return self._fit.optimum(rank) + self.inherited
 
     def output_optimum(self, rank: int) -> float:
-        """Without the ridge: W~ = W + W S C^-, for any generalised inverse of C."""
+        """Returns the least output error without the ridge.
+
+        W~ = W + W S C^-, for any generalised inverse C^- of C.
+        """
         inherited, best = self._unregularised
         return inherited + best.optimum(rank)
 
@@ -168,7 +174,7 @@ class Sequential(Approximation):
         return varying if mean is None else varying + torch.sum((weight @ mean) ** 2).item()
 
     def shift(self, fitted: Tensor) -> Tensor | None:
-        """W mean(x) - Z mean(x~), the free bias of docs/theory.md."""
+        """Returns W mean(x) - Z mean(x~), the free bias of docs/theory.md."""
         mean, compressed = self.moments.mean, self.moments.mean_compressed
         if mean is None or compressed is None:
             return None
@@ -176,16 +182,16 @@ class Sequential(Approximation):
 
 
 def _paying_share(weight: Tensor, step: Tensor, held: Drift, fisher: Tensor | None) -> float:
-    """The a in 0..1 that makes ||W E - a A X~||^2 least on held-back tokens, in the metric F.
+    """Returns the a in 0..1 that makes ||W E - a A X~||^2 in F least on held-back tokens.
 
     Args:
         step: A (m, n), the whole correction.
-        held: moments of tokens that were not fitted to on both networks' inputs, neither by this
-            layer nor by one before it.
+        held: moments of tokens on both networks' inputs, to which neither this layer nor a layer
+            before it was fitted.
     """
     left = step if fisher is None else fisher @ step
     gained = torch.sum(left * (weight @ held.cross)).item()
     spent = torch.sum(left * (step @ held.compressed)).item()
     if spent > 0:
         return min(max(gained / spent, 0.0), 1.0)
-    return 0.0 if torch.any(step) else 1.0  # nothing says that it pays; or there is none
+    return 0.0 if torch.any(step) else 1.0  # a correction that nothing says pays, or none at all

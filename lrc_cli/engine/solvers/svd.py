@@ -1,8 +1,8 @@
-"""Plain truncated SVD: knows no data; the baseline every other solver is compared with.
+"""`svd` is plain truncated SVD, which knows no data and is every other solver's baseline.
 
-Taken from the eigenvectors of the small one of W W^T and W^T W, three times faster than a
-singular value decomposition. Singular values below about 1e-7 of the largest are lost, which is
-below what float32 factors resolve.
+The solution is taken from the eigenvectors of W W^T or W^T W, whichever is smaller, three times
+faster than a singular value decomposition. Singular values below about 1e-7 of the largest are
+lost, which is below what float32 factors resolve.
 """
 
 import torch
@@ -51,7 +51,7 @@ def _survey(weight: Tensor, statistics: Statistics) -> Survey:
         return Survey(
             spectrum=spectrum, output_curve=curve, vectors=vectors, references=references, zero=zero
         )
-    # D = sum of u_i (s_i v_i)^T over i >= r with orthonormal u_i: its output errors add up.
+    # D = sum of u_i (s_i v_i)^T over i >= r with orthonormal u_i, so the output errors add up.
     rows = svd_directions(weight, vectors).inner
     curve = torch.sum((rows @ statistics.gram.double()) * rows, dim=1).clamp(min=0.0)
     found = side_of(weight, Metric(gram=statistics.gram.double())).references()

@@ -1,1 +1,1 @@
-"""Forms in which a layer is stored: one form a file."""
+"""Each file here packs a layer into one form of storage, or chooses between forms."""

@@ -1,4 +1,4 @@
-"""`auto`: the form with the lowest stored error in the bytes that were granted."""
+"""`auto` takes the form with the lowest stored error in the bytes that were granted."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from lrc_cli.engine.storage.storage import Problem, Storage, Stored
 
 
 class Best(Storage):
-    """Interpolative at the granted rank, or two factors at the rank that the same bytes allow."""
+    """Tries the interpolative form at the granted rank, and two factors in the same bytes."""
 
     name = "auto"
 
@@ -25,7 +25,7 @@ class Best(Storage):
         rank_multiple: int,
         extra: int = 0,
     ) -> list[Choice]:
-        """The ranks of the interpolative form, which the trial starts from."""
+        """Returns the ranks of the interpolative form, which the trial starts from."""
         ranks = INTERPOLATIVE.choices(
             shape, itemsize, predicted, rank_multiple=rank_multiple, extra=extra
         )
@@ -39,7 +39,7 @@ class Best(Storage):
         *,
         rank_multiple: int = 1,
     ) -> Stored:
-        """Whichever has the lower stored error.
+        """Returns the form with the lower stored error.
 
         Args:
             rank_multiple: the rank of two factors is rounded down to it.
@@ -52,7 +52,7 @@ class Best(Storage):
             return replace(first, reason="interpolative: two factors do not fit these bytes")
         bound = problem.optimum(fewer)
         if bound is not None and bound >= first.error:
-            # Even unrounded they would be worse: their trial is spared.
+            # Two factors would be worse even unrounded, so they are not tried.
             return _preferred(first, f"at least {bound:.3g} for factors of rank {fewer}")
         second = FACTORS.pack(problem, choice._replace(rank=fewer), dtype)
         if second.error < first.error:
@@ -67,7 +67,7 @@ def _preferred(stored: Stored, against: str) -> Stored:
 
 
 def _same_bytes_rank(m: int, n: int, rank: int, itemsize: int, multiple: int) -> int:
-    """The largest rank of two factors in the bytes of the interpolative form; may be 0."""
+    """Returns the largest rank of two factors in the bytes of the interpolative form; may be 0."""
     block = pivot_block(m, rank)
     budget = INTERPOLATIVE.num_bytes(m, n, rank, itemsize, block)
     affordable = budget // FACTORS.num_bytes(m, n, 1, itemsize, block)

@@ -1,4 +1,4 @@
-"""The form of a layer that stays as it is."""
+"""A layer that stays as it is has a form of storage too."""
 
 import torch
 
@@ -9,7 +9,7 @@ from lrc_cli.forms import DENSE, WEIGHT, Packed
 
 
 class StoreDense(Storage):
-    """W itself: one choice, at error 0."""
+    """Stores W itself: one choice, at error 0."""
 
     name = DENSE
 
@@ -22,7 +22,7 @@ class StoreDense(Storage):
         rank_multiple: int = 1,
         extra: int = 0,
     ) -> list[Choice]:
-        """The one choice; a layer that stays as it is gains nothing."""
+        """Returns the only choice; a layer that stays as it is gains nothing."""
         m, n = shape
         return [Choice(self.name, None, m * n * itemsize, 0.0)]
 
@@ -34,7 +34,7 @@ class StoreDense(Storage):
         *,
         rank_multiple: int = 1,
     ) -> Stored:
-        """W in the stored dtype."""
+        """Returns W in the stored dtype."""
         m, n = problem.weight.shape
         weight = problem.weight.to(dtype)
         if not weight.isfinite().all():

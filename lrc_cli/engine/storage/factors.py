@@ -1,4 +1,4 @@
-"""Two factors: weight (r, n) and up (m, r), Z = up @ weight."""
+"""A layer is stored as two factors: weight (r, n) and up (m, r), Z = up @ weight."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from lrc_cli.forms import UP, WEIGHT, Packed, TwoFactors
 
 
 class StoreFactors(LowRankStorage):
-    """The outer factor is refitted against the rounded inner one (F drops out)."""
+    """Refits the outer factor against the rounded inner factor (F drops out)."""
 
     name = TwoFactors.name
 
     def num_bytes(self, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
-        """Bytes of two factors."""
+        """Returns the bytes of two factors."""
         return itemsize * rank * (m + n)
 
     def rounded(
@@ -28,7 +28,7 @@ class StoreFactors(LowRankStorage):
         block: int,
         zero: Errors | None = None,
     ) -> Stored:
-        """Both factors in the stored dtype; the block says nothing here."""
+        """Returns both factors in the stored dtype; `block` has no effect here."""
         weight = factors.inner.to(dtype)
         refit = Refit(
             factors.outer, target.double(), weight.double(), metric, deciding_dtype(dtype)

@@ -1,4 +1,4 @@
-"""An interpolative decomposition: r rows of Z itself, and the others as combinations of them."""
+"""An interpolative form stores r rows of Z itself, and the others as combinations of them."""
 
 from dataclasses import replace
 
@@ -13,16 +13,16 @@ from lrc_cli.engine.storage.storage import Stored
 from lrc_cli.forms import PERM, UP, WEIGHT, Interpolative, Packed
 
 PERM_ITEMSIZE = 4
-"""Bytes of one int32 of the permutation."""
+"""The bytes of one int32 of the permutation."""
 
 
 class StoreInterpolative(LowRankStorage):
-    """P [I; T] Z_J with pivots in blocks, T refitted against the rounded Z_J."""
+    """Stores P [I; T] Z_J with pivots in row groups, T refitted against the rounded Z_J."""
 
     name = Interpolative.name
 
     def num_bytes(self, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
-        """Bytes of the chosen rows, the coefficients and the permutation."""
+        """Returns the bytes of the chosen rows, the coefficients and the permutation."""
         return itemsize * rank * (n + m - rank) + PERM_ITEMSIZE * (m // block)
 
     def rounded(
@@ -34,15 +34,15 @@ class StoreInterpolative(LowRankStorage):
         block: int,
         zero: Errors | None = None,
     ) -> Stored:
-        """Chosen rows and coefficients in the stored dtype.
+        """Returns chosen rows and coefficients in the stored dtype.
 
-        `block` divides m. A rank that it does not divide (lowered by the numerical cap) is filled
-        up with idle rows. Where no set of whole blocks is well conditioned the block becomes 1, at
-        the largest rank that takes no more bytes.
+        `block`, the rows of a row group, divides m. A rank that it does not divide (lowered by the
+        numerical cap) is filled up with idle rows. Where no set of whole row groups is well
+        conditioned, a row group becomes one row, at the largest rank that takes no more bytes.
         """
         target = target.double()
         factors = _filled(factors, block)
-        # Which rows are chosen, and what T starts from, is no part of the error.
+        # The error does not depend on the precision in which rows are chosen and T starts.
         coarse = deciding_dtype(dtype)
         basis, _ = torch.linalg.qr(factors.outer.to(coarse))
         pivots = select(basis, block)
@@ -69,7 +69,7 @@ class StoreInterpolative(LowRankStorage):
         return measured(packed, refit, zero)
 
     def _rank_in_the_same_bytes(self, factors: Factors, itemsize: int, block: int) -> int:
-        """The largest rank whose permutation of single rows fits the bytes of the blocked form."""
+        """Returns the largest rank in the same bytes with a permutation of single rows."""
         (m, rank), n = factors.outer.shape, factors.inner.shape[1]
         budget = self.num_bytes(m, n, rank, itemsize, block)
         while rank > 1 and self.num_bytes(m, n, rank, itemsize, 1) > budget:
@@ -78,7 +78,7 @@ class StoreInterpolative(LowRankStorage):
 
 
 def _filled(factors: Factors, block: int) -> Factors:
-    """Zero directions up to a multiple of the block."""
+    """Returns the factors with zero directions up to a multiple of the row group."""
     m, missing = len(factors.outer), -factors.rank % block
     if m % block or factors.rank + missing >= m:
         raise ValueError(f"rank {factors.rank} of {m} rows has no pivots in blocks of {block}")

@@ -1,4 +1,4 @@
-"""Every storage by its name."""
+"""Every storage is found here by its name."""
 
 from lrc_cli.engine.storage.choose import AUTO
 from lrc_cli.engine.storage.dense import DENSE_STORAGE
@@ -9,4 +9,4 @@ from lrc_cli.engine.storage.storage import Storage
 STORAGES: dict[str, Storage] = {
     storage.name: storage for storage in (AUTO, DENSE_STORAGE, FACTORS, INTERPOLATIVE)
 }
-"""What `compression.storage` can name (config/compression.py), and dense."""
+"""The values of `compression.storage` (config/compression.py), and dense."""

@@ -1,5 +1,4 @@
-"""What the forms of a matrix of rank r share: two tensors `weight` and `up.weight`, fitted to each
-other after rounding.
+"""Forms of rank r have two tensors, `weight` and `up.weight`, fitted to each other after rounding.
 
 The errors that decide here are the errors of the stored, rounded tensors in the solver's metric.
 """
@@ -18,33 +17,35 @@ from lrc_cli.engine.storage.storage import Problem, Storage, Stored
 from lrc_cli.forms import UP, WEIGHT, Packed
 
 PIVOT_BLOCK = 8
-"""Rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
+"""The rows per pivot where the sizes divide by it: the gather then moves contiguous chunks."""
 
 TILE = 32
-"""Matrix units take bfloat16 numbers by the 32: on a CPU with AMX, 2048 x 2048 at rank 1120 runs a
-fifth faster than at 1128."""
+"""The number of bfloat16 numbers that matrix units take together.
+
+On a CPU with AMX, 2048 x 2048 at rank 1120 runs a fifth faster than at 1128.
+"""
 
 WIDE = 1024
 """The side from which ranks are multiples of TILE: below it too few ranks would be left."""
 
 
 def default_rank_multiple(m: int, n: int) -> int:
-    """TILE where both sides are wide and divide by it, else the pivot block, else 1."""
+    """Returns TILE where both sides are wide and divide by it, else the row group, else 1."""
     steps = [TILE] if min(m, n) >= WIDE else []
     return next((k for k in (*steps, PIVOT_BLOCK) if m % k == 0 and n % k == 0), 1)
 
 
 def pivot_block(m: int, rank: int, block: int = PIVOT_BLOCK) -> int:
-    """`block` where it divides m and the rank, else 1."""
+    """Returns `block` where it divides m and the rank, else 1."""
     return block if m % block == 0 and rank % block == 0 else 1
 
 
 class LowRankStorage(Storage):
-    """A form that is a rank."""
+    """Packs a layer into a form that has a rank."""
 
     @abstractmethod
     def num_bytes(self, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
-        """Bytes of all tensors."""
+        """Returns the bytes of all tensors."""
 
     @abstractmethod
     def rounded(
@@ -56,11 +57,11 @@ class LowRankStorage(Storage):
         block: int,
         zero: Errors | None = None,
     ) -> Stored:
-        """The rounded tensors, refitted to the target (m, n) in the metric where that lowers the
-        error.
+        """Returns the rounded tensors, refitted to the target (m, n) where that helps in the
+        metric.
 
         Args:
-            block: rows per entry of a permutation.
+            block: the rows of a row group of the permutation.
             zero: the errors of Z = 0, where they are known.
         """
 
@@ -73,8 +74,10 @@ class LowRankStorage(Storage):
         rank_multiple: int,
         extra: int = 0,
     ) -> list[Choice]:
-        """Every multiple of `rank_multiple` in 1..min(m - 1, n) that takes fewer bytes than dense,
-        at the tail of the spectrum."""
+        """Returns the multiples of `rank_multiple` in 1..min(m - 1, n) that are smaller than dense.
+
+        A choice's error is the tail of the spectrum.
+        """
         m, n = shape
         errors = tails(predicted.spectrum.cpu()).tolist()
         sizes = {
@@ -95,7 +98,7 @@ class LowRankStorage(Storage):
         *,
         rank_multiple: int = 1,
     ) -> Stored:
-        """The problem's solution of the granted rank (the solution's may be lower)."""
+        """Returns the problem's solution of the granted rank, packed (its rank may be lower)."""
         assert choice.rank is not None
         factors, aim, zero = problem.solve(choice.rank)
         block = pivot_block(len(problem.weight), choice.rank)
@@ -104,7 +107,7 @@ class LowRankStorage(Storage):
 
 
 def rounded_coefficients(refit: Refit, dtype: torch.dtype) -> Tensor:
-    """The coefficients in the stored dtype: the refitted ones, unless rounding undoes the gain."""
+    """Returns the refitted coefficients in the stored dtype, unless rounding undoes the gain."""
     start, fitted = refit.start.to(dtype), refit.solution(torch.finfo(dtype).eps).to(dtype)
     if not (fitted.isfinite().all() and refit.change(start, fitted) < 0):
         return start
@@ -112,7 +115,7 @@ def rounded_coefficients(refit: Refit, dtype: torch.dtype) -> Tensor:
 
 
 def measured(packed: Packed, refit: Refit, zero: Errors | None) -> Stored:
-    """The packed layer with its errors. Raises SolveError where they are not finite."""
+    """Returns the packed layer with its errors. Raises SolveError where they are not finite."""
     errors = refit.errors(packed.tensors[UP].double(), zero)
     if not math.isfinite(errors.metric):
         raise SolveError(f"the factors do not fit {packed.tensors[WEIGHT].dtype}")
