@@ -1,6 +1,6 @@
-"""What identifies statistics, factors and a finished output: when is earlier work good for a job?
+"""Fingerprints tell which earlier statistics, factors and outputs a job may use again.
 
-Whatever can change a number counts: other weights, tokenizers, code, data, dtypes and versions.
+Whatever can change a number counts: weights, tokenizers, code, data, dtypes and versions.
 """
 
 import hashlib
@@ -36,8 +36,7 @@ NUMBERS = (
 )
 """The folders of the package whose code can change a number of a work directory.
 
-`config` is one of them: the layers that a pattern covers, and what an override sets, are decided
-there.
+`config` is one of them: it decides which layers a pattern covers, and what an override sets.
 """
 FIGURES = ("quality",)
 """The folders that can change a figure of a report, but nothing in a work directory."""
@@ -45,7 +44,7 @@ NO_NUMBERS = (
     *("errors.py", "text.py", "report", "verify", "forecast", "commands"),
     *("cli.py", "hf.py", "__init__.py", "__main__.py"),
 )
-"""Everything else: it estimates, checks, prints, reads arguments or gives an address."""
+"""Everything else. Its code estimates, checks, prints, reads arguments or gives an address."""
 
 
 def statistics_fingerprint(
@@ -56,7 +55,7 @@ def statistics_fingerprint(
     network: Network,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What the Gram matrices and the spectra depend on, by names for people."""
+    """Returns what the Gram matrices and the spectra depend on, by names for people."""
     compression = config.compression
     return {
         "checkpoint": source.hashes,
@@ -79,7 +78,9 @@ def statistics_fingerprint(
 
 @cache
 def code_hash(folders: tuple[str, ...] = NUMBERS, root: Path = PACKAGE) -> str:
-    """sha256 of the package's sources in some of its folders: a copy may differ from its release.
+    """Returns the sha256 of the package's sources in some of its folders.
+
+    The version alone does not do: a copy may differ from its release.
 
     Args:
         folders: names of folders of the package.
@@ -90,19 +91,23 @@ def code_hash(folders: tuple[str, ...] = NUMBERS, root: Path = PACKAGE) -> str:
 
 
 def report_code_hash() -> str:
-    """sha256 of the sources that can change a number of a finished output, its report included."""
+    """Returns the sha256 of the sources that can change a number of an output or its report."""
     return code_hash((*NUMBERS, *FIGURES))
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON, in hexadecimal."""
+    """Returns the sha256 of a value's canonical JSON, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def factors_fingerprint(config: Config, statistics: str) -> str:
-    """What the factors depend on: the digest of the statistics, and the rest of the config."""
+    """Returns the digest of what the factors depend on: the statistics and the rest of the config.
+
+    Args:
+        statistics: the digest of the statistics' fingerprint.
+    """
     resolved = to_dict(config)
-    # As a list: the order of `layers` counts, the last pattern that matches wins.
+    # A list keeps the order of `layers`, which counts: the last pattern that matches wins.
     layers = list(resolved["compression"].pop("layers").items())
     fields = [
         statistics,
@@ -115,7 +120,7 @@ def factors_fingerprint(config: Config, statistics: str) -> str:
 
 
 def already_done(config: Config) -> bool:
-    """Whether the output is there, whole, and is what the config asks for.
+    """Returns whether the output is there, is whole, and is what the config asks for.
 
     Raises:
         InputError: the checkpoint, the factory or the output's JSON cannot be read.
@@ -144,10 +149,7 @@ def already_done(config: Config) -> bool:
 
 
 def data_hashes(config: Config) -> dict[str, str]:
-    """sha256 of every file or folder that the config names beside the checkpoint, by name.
-
-    That is data, and the code of the factory.
-    """
+    """Returns the sha256 of every data file or folder and of the factory's code, by name."""
     texts = (config.calibration, config.certification, *(config.evaluation or ()))
     paths = {text.path for text in texts if text is not None and text.path is not None}
     data = {path: hash_path(Path(path)) for path in sorted(paths) if Path(path).exists()}
@@ -155,9 +157,9 @@ def data_hashes(config: Config) -> dict[str, str]:
 
 
 def factory_hashes(config: Config) -> dict[str, str]:
-    """sha256 of the file that defines the factory, if it has one, by the factory's name.
+    """Returns the sha256 of the file that defines the factory, by the factory's name.
 
-    What that file imports is not followed.
+    Imports of the file are not followed. The result is empty where the config names no factory.
     """
     if config.model.factory is None:
         return {}

@@ -1,4 +1,4 @@
-"""Jobs of one config that differ in their size: finished ones are left as they are."""
+"""Jobs of one config at several sizes run here; finished outputs are left as they are."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,11 +22,13 @@ def run_jobs(
     progress: Progress,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[Config, Record]]:
-    """Every job with its record; without `force` and `restart`, finished ones are not run again.
+    """Yields every job with its record, after running the jobs whose output is not finished.
+
+    With `force` or `restart` every job is run.
 
     Args:
         configs: jobs that differ in `compression.size` and `output.path` only.
-        processes: those that share the work, each of which calls this.
+        processes: the processes that share the work. Each process calls this.
     """
     again = force or restart
     done = processes.from_first(lambda: [not again and already_done(x) for x in configs])

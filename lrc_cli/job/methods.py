@@ -1,4 +1,4 @@
-"""Whether the methods of a config can do what it asks, and which solver each layer gets."""
+"""The methods of a config are checked against what it asks; every layer gets its solver here."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,15 +12,15 @@ from lrc_cli.network.layer import Layer
 
 
 def methods_that(can: Callable[[Solver], bool]) -> list[str]:
-    """The names of the solvers that can do something, in the order of SOLVERS."""
+    """Returns the names of the solvers that can do something, in the order of SOLVERS."""
     return [solver.name for solver in SOLVERS.values() if can(solver)]
 
 
 def check_methods(compression: Compression, solvers: Mapping[str, Solver]) -> None:
-    """Raise InputError where a method cannot do what is asked.
+    """Raises InputError where a method cannot do what is asked.
 
     Args:
-        solvers: what the config names for each layer, by layer name.
+        solvers: the solvers that the config names, by layer name.
     """
     if compression.max_loss_increase is not None:
         _check_all(solvers, "max_loss_increase", lambda solver: solver.predicts_loss)
@@ -41,7 +41,7 @@ def check_methods(compression: Compression, solvers: Mapping[str, Solver]) -> No
 
 
 def _check_all(solvers: Mapping[str, Solver], target: str, can: Callable[[Solver], bool]) -> None:
-    """Raise InputError where a layer has a solver that cannot do what the target needs."""
+    """Raises InputError where a layer has a solver that cannot do what the target needs."""
     other = next((name for name, solver in solvers.items() if not can(solver)), None)
     if other is not None:
         raise InputError(
@@ -54,7 +54,7 @@ def _check_all(solvers: Mapping[str, Solver], target: str, can: Callable[[Solver
 def _check_none(
     solvers: Mapping[str, Solver], key: str, why_not: Callable[[Solver], str | None], remedy: str
 ) -> None:
-    """Raise InputError where a solver of any layer has a reason against the key."""
+    """Raises InputError where a solver of any layer has a reason against the key."""
     used = [solver for solver in SOLVERS.values() if solver in solvers.values()]
     reason = next(filter(None, map(why_not, used)), None)
     if reason is not None:
@@ -62,7 +62,7 @@ def _check_none(
 
 
 def _use_another() -> str:
-    """The remedy that names the methods which serve every layer and every setting."""
+    """Returns the remedy that names the methods which serve every layer and every setting."""
     return f"use {' or '.join(methods_that(_is_general))}"
 
 
@@ -74,10 +74,10 @@ def _is_general(solver: Solver) -> bool:
 def with_stand_ins(
     asked: Mapping[str, Solver], network: Network, layers: Sequence[Layer], batch: Batch
 ) -> tuple[dict[str, Solver], dict[str, str]]:
-    """A solver that needs an activation behind a layer gives way where the activation is missing.
+    """Replaces each solver that needs an activation after its layer where there is none.
 
     Args:
-        asked: what the config names for each layer, by layer name.
+        asked: the solvers that the config names, by layer name.
         batch: a micro-batch, on which the network is watched.
 
     Returns:

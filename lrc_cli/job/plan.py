@@ -1,4 +1,4 @@
-"""What a config will do: the checkpoint and the data, opened and checked before any work."""
+"""A plan is what a config will do; the checkpoint and the data are opened and checked for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,24 +45,24 @@ class Plan:
     layers: list[Layer]
     skipped: list[Skipped]
     planned: Mapping[str, PlannedLayer]
-    """What is settled for each of the layers, by name."""
+    """What is settled for each layer, by name."""
     sequences: dict[str, Sequences]
-    """Blocks by purpose: "calibration", "certification" and the names of the evaluation texts."""
+    """The sequences for "calibration", "certification" and each evaluation text, by its name."""
     statistics_fingerprint: dict[str, Any]
     factors_fingerprint: str
     work_dir: Path
     output: Path
     """The directory to write."""
     processes: Processes
-    """Those that share the work."""
+    """The processes that share the work."""
 
     def of(self, layer: Layer) -> PlannedLayer:
-        """What is planned for one of the layers."""
+        """Returns what is planned for one of the layers."""
         return self.planned[layer.name]
 
     @property
     def solvers(self) -> list[Solver]:
-        """The solvers of the layers, in their order."""
+        """The solvers, in the order of `layers`."""
         return [self.of(layer).solver for layer in self.layers]
 
     @property
@@ -75,12 +75,12 @@ class Plan:
 
     @cached_property
     def owners(self) -> dict[str, int]:
-        """By unit the rank that sums its statistics, solves its layers and writes its files."""
+        """{unit: rank of the process that sums its statistics, solves its layers and writes it}."""
         costs = {u: sum(x.solve_cost for x in layers) for u, layers in self.units.items()}
         return self.processes.owners(costs)
 
     def owns(self, unit: str) -> bool:
-        """Whether the unit is this process's."""
+        """Returns whether the unit belongs to this process."""
         return self.owners[unit] == self.processes.rank
 
     @property
@@ -100,21 +100,23 @@ class Plan:
 
     @property
     def evaluation_names(self) -> list[str]:
-        """Names of the texts quality is measured on, in order."""
+        """Names of the texts that quality is measured on, in order."""
         return [name for name in self.sequences if name not in (CALIBRATION, CERTIFICATION)]
 
 
 def make_plan(config: Config, *, force: bool = False, processes: Processes = ALONE) -> Plan:
-    """Open the checkpoint and the data and check whatever can be checked before the work begins.
+    """Opens the checkpoint and the data and checks all that can be checked before the work begins.
 
     Raises:
-        InputError: whatever is wrong, with the remedy.
+        InputError: the config, the checkpoint or the data cannot be used.
         RunError: another run is writing the output, or the processes do not plan the same.
     """
+    # Checks that need no weights come first: they take no time.
     check_gates_possible(config)
     output = resolve_output(config.output.path)
     source = open_source(Path(config.model.path))
     processes.from_first(lambda: check_output(output, source.path, force=force))
+    # The checkpoint becomes a module, and its layers are found.
     source.check_finite()
     module, source = open_module(
         source, factory=config.model.factory, trust_remote_code=config.model.trust_remote_code
@@ -123,6 +125,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     check_layers(config, layers)
     if config.compression.center:
         check_bias(module, source, layers)
+    # Sequences are drawn for every purpose at once, because no two may share a token.
     processors = open_processors(source, module, trust_remote_code=config.model.trust_remote_code)
     sequences = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
     if CALIBRATION not in sequences:
@@ -131,6 +134,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
             "give more data, widen the part, or lower sequence_length",
         )
     check_sequences(sequences, module, source)
+    # The network runs once, which shows the layers whose weight is not used as W in y = W x + b.
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     uses = probe(network, sequences, layers)
@@ -142,14 +146,17 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     ]
     layers = [layer for layer in layers if layer.name not in reasons]
     check_layers(config, layers)
+    # A solver that needs an activation after its layer is replaced where the network has none.
     asked = asked_solvers(config.compression, layers)
     one = next(sequences[CALIBRATION].batches(1))
     solvers, stand_in_reasons = with_stand_ins(asked, network, layers, one)
+    # The fingerprints tell which earlier work is used again.
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
     identity = digest(statistics)
     work_dir = _work_dir(config, output, identity)
+    # Processes with other files would mix two jobs into one output.
     if len(set(processes.gather(digest([identity, to_dict(config)])))) > 1:
         raise RunError(
             "the processes do not have the same config, checkpoint and data",
@@ -173,10 +180,10 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
 
 
 def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
-    """The plan of a config that differs in the target and in `output.path` only.
+    """Returns the plan of a config that differs in the target and in `output.path` only.
 
     Raises:
-        InputError: the target or the output cannot be had.
+        InputError: a method cannot do what the target needs, or the output cannot be written.
         RunError: another run is writing the output.
     """
     output = resolve_output(config.output.path)
@@ -187,7 +194,7 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
 
 
 def with_target(plan: Plan, config: Config) -> Plan:
-    """The plan with the target of another config, which differs in nothing else that counts."""
+    """Returns the plan with the target of another config, which may differ in nothing else."""
     solvers = {name: x.solver for name, x in plan.planned.items()}
     reasons = {name: x.method_reason for name, x in plan.planned.items() if x.method_reason}
     planned = plan_layers(config, plan.layers, plan.source, solvers, reasons)
@@ -195,7 +202,7 @@ def with_target(plan: Plan, config: Config) -> Plan:
 
 
 def _work_dir(config: Config, output: Path, identity: str) -> Path:
-    """The work directory, checked: its own place, or a hidden one beside the output."""
+    """Returns the checked work directory: `runtime.work_dir`, or a hidden one beside the output."""
     given = config.runtime.work_dir
     path = Path(given) if given else output.parent / ".lrc-work" / identity[:16]
     check_writable(path, "runtime.work_dir")
@@ -203,7 +210,7 @@ def _work_dir(config: Config, output: Path, identity: str) -> Path:
 
 
 def check_layers(config: Config, layers: list[Layer]) -> None:
-    """Raise InputError if nothing is left to compress, or a method cannot do what is asked."""
+    """Raises InputError if nothing is left to compress, or a method cannot do what is asked."""
     if not layers:
         raise InputError(
             "compression: no layer is selected",

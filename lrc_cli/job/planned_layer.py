@@ -1,4 +1,4 @@
-"""A plan says of every layer how it is fitted and stored, and what the config fixes."""
+"""A plan says of every layer how the layer is fitted and stored, and what the config fixes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,27 +21,27 @@ class PlannedLayer:
     solver: Solver
     """How the layer is fitted."""
     method_reason: str | None = None
-    """Why the solver is not what the config asks for; None: it is."""
+    """Why the solver is not the config's; None where it is."""
     storage: str
-    """What form is asked for: a name for `STORAGES`."""
+    """The form of storage that is asked for: a key of `STORAGES`."""
     dtype: torch.dtype
-    """What the factors are written in."""
+    """The dtype that the factors are written in."""
     rank_multiple: int
-    """What the rank is a multiple of; a rank that the user wrote is taken as it is."""
+    """The number that the rank is a multiple of; 1 where the user wrote the rank."""
     gained_bytes: int
     """Bytes of the bias that factorising the layer adds to the checkpoint."""
     fixed_rank: int | None = None
     """The rank that `compression.layers` gives the layer."""
     fixed_size: float | None = None
-    """The share of its bytes that `compression.layers` gives the layer; 1: it stays dense."""
+    """The share of its bytes that `compression.layers` gives the layer; 1 leaves it dense."""
     max_layer_error: float | None = None
     """A bound on the plain relative output error that the stored factors must meet."""
     threshold: float | None = None
-    """Singular values to cut, as a share of the layer's largest, where that decides the rank."""
+    """Singular values to cut, as a share of the largest; None where it does not set the rank."""
 
 
 def asked_solvers(compression: Compression, layers: Sequence[Layer]) -> dict[str, Solver]:
-    """The solvers that the config names, by layer name."""
+    """Returns the solvers that the config names, by layer name."""
     methods = {x.name: compression.override(x.name).method or compression.method for x in layers}
     return {name: SOLVERS[method] for name, method in methods.items()}
 
@@ -53,12 +53,12 @@ def plan_layers(
     solvers: Mapping[str, Solver],
     reasons: Mapping[str, str],
 ) -> dict[str, PlannedLayer]:
-    """What is planned for every layer, by name and in the order of `layers`.
+    """Returns what is planned for every layer, by name and in the order of `layers`.
 
     Args:
         source: the checkpoint, which tells where a layer would gain a bias.
-        solvers: how each layer is fitted, by name.
-        reasons: why a layer's solver is not what the config asks for, by name.
+        solvers: the solver of every layer, by name.
+        reasons: why a layer's solver is not the config's, by name.
     """
     return {
         layer.name: _planned(config, layer, source, solvers[layer.name], reasons.get(layer.name))

@@ -1,4 +1,4 @@
-"""The main job: a plan, the stages that fill the work directory, the output.
+"""The job makes a plan, runs the stages that fill the work directory, and writes the output.
 
 A global budget needs every layer's spectrum before any rank is known. So statistics and spectra of
 all layers come first, then the ranks, then the factors.
@@ -39,15 +39,15 @@ def compress(
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Compress the checkpoint that the config names and write the output directory.
+    """Compresses the checkpoint that the config names and writes the output directory.
 
     Args:
-        force: replace an existing output.
-        restart: drop the finished units of this run first.
-        processes: those that share the work, each of which calls this.
+        force: whether an existing output is replaced.
+        restart: whether finished units of earlier runs are dropped first.
+        processes: the processes that share the work. Each process calls this.
 
     Returns:
-        The report, as in report.json.
+        The record, as in report.json.
 
     Raises:
         InputError: the config or the data cannot be used; nothing was written.
@@ -68,9 +68,9 @@ def compress_each(
     progress: Progress,
     processes: Processes = ALONE,
 ) -> Iterator[Record]:
-    """As `compress`, for configs that differ in the target and in `output.path` only.
+    """Runs several jobs as `compress` runs one, and yields the record of each.
 
-    The statistics are collected once, for all of them.
+    The configs differ in the target and in `output.path` only, so all use the same statistics.
     """
     with progress.phase("checks", 1) as checks:
         plans = make_plans(configs, force=force, processes=processes)
@@ -84,13 +84,13 @@ def compress_each(
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
         shared = checks.timing | run_shared_stages(first, work, progress)
         for plan in plans:
-            # What is shared is counted once, with the first of them.
+            # The shared seconds are counted once, with the first plan.
             seconds = shared if plan is first else {}
             yield _write(plan, work, seconds, force=force, progress=progress)
 
 
 def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Seconds:
-    """What every size needs: the statistics and the spectra that are missing."""
+    """Collects what every size needs: the statistics and the spectra that are missing."""
     statistics = StatisticsStage(plan, work, partial(prepare, plan, work, progress))
     seconds = run_stage(statistics, progress)
     seconds |= run_stage(SpectraStage(plan, work), progress)
@@ -102,7 +102,7 @@ def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Se
 def make_plans(
     configs: Sequence[Config], *, force: bool, processes: Processes = ALONE
 ) -> list[Plan]:
-    """The checked plans of configs that differ in the target and in `output.path` only."""
+    """Returns the checked plans of configs that differ in the target and in `output.path` only."""
     first = make_plan(configs[0], force=force, processes=processes)
     plans = [first, *(with_config(first, config, force=force) for config in configs[1:])]
     for plan in plans:
@@ -114,10 +114,10 @@ def make_plans(
 def _write(
     plan: Plan, work: WorkDirectory, shared: Seconds, *, force: bool, progress: Progress
 ) -> Record:
-    """From spectra to the output, and its record.
+    """Makes the factors of one size, writes its output and returns its record.
 
     Args:
-        shared: what the phases before this took, as far as it is counted with this output.
+        shared: the seconds of earlier phases that are counted with this output.
     """
     granted = allocate(plan, read_predicted(plan, work))
     decision = decide(plan, work, granted)
@@ -157,7 +157,7 @@ def _say_what_failed(report: Record, progress: Progress) -> None:
 
 
 def _say_what_is_off(plan: Plan, progress: Progress) -> None:
-    """A setting that resolves to nothing is never ignored in silence."""
+    """Says which settings have no effect: none is ignored in silence."""
     compression = plan.config.compression
     if not any(_reads_loss(solver) for solver in plan.solvers):
         methods = " or ".join(methods_that(_reads_loss))
@@ -183,10 +183,10 @@ def _reads_loss(solver: Solver) -> bool:
 def _say_unused(
     compression: Compression, key: str, why: str, progress: Progress, *, default: object = None
 ) -> None:
-    """Say that a key is not used, where it is not at its default.
+    """Says that a key is not used, where its value is not the default.
 
     Args:
-        default: the default where it follows from other keys; None: it is the section's own.
+        default: the default where it follows from other keys; None: the section has the default.
     """
     value = getattr(compression, key)
     if value != (getattr(Compression, key) if default is None else default):

@@ -1,8 +1,8 @@
-"""A stage of the job: units of work, each of which is stored as soon as it is done.
+"""A stage of the job is done unit by unit, and each unit is stored as soon as it is solved.
 
 Statistics, spectra and factors are stages, and `run_stage` is the only loop that does them. A stage
-says what is left of it, what that costs, how it is solved and how a solved unit is stored. A killed
-run leaves whole units, so the same loop goes on where the last one stopped.
+says which units are missing, what they cost, how they are solved and how a solved unit is stored. A
+killed run leaves whole units, so the same loop goes on where the last run stopped.
 """
 
 from abc import ABC, abstractmethod
@@ -28,12 +28,12 @@ Solved = Generator[tuple[str, Outcome], None, None]
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Generic[Outcome]):
-    """What one process has to do for some units of a stage."""
+    """The work of one process on some units of a stage."""
 
     cost: float
-    """The sum that `solve` advances by, in any unit proportional to time. 0: no phase is shown."""
+    """The sum that `solve` advances by, proportional to time. 0: no phase is shown."""
     solve: Callable[[Advance], Solved[Outcome]]
-    """Begins the work. Units come in any order, each in the process that stores it."""
+    """Begins the work. Units come in any order, each in the process that stores the unit."""
 
 
 class Stage(ABC, Generic[Outcome]):
@@ -42,7 +42,7 @@ class Stage(ABC, Generic[Outcome]):
     Args:
         work: where finished units lie.
         folder: the stage's folder in the work directory.
-        units: the names of all its units, in the network's order.
+        units: the names of all units of the stage, in the network's order.
     """
 
     name: str
@@ -52,25 +52,25 @@ class Stage(ABC, Generic[Outcome]):
         self.work, self.folder, self.units = work, folder, list(units)
 
     def missing(self) -> list[str]:
-        """The units that are not stored yet, as all processes agree."""
+        """Returns the units that are not stored yet, on which all processes agree."""
         return self.work.missing(self.folder, self.units)
 
     @abstractmethod
     def task(self, units: Sequence[str]) -> Task[Outcome]:
-        """Prepare the work on units that are missing; called by all processes."""
+        """Prepares the work on units that are missing. All processes call this."""
 
     @abstractmethod
     def store(self, unit: str, outcome: Outcome) -> None:
-        """Store what is known of a unit. Raises RunError where that fails."""
+        """Stores what is known of a unit. Raises RunError where storing fails."""
 
     def close(self) -> None:
-        """Delete what only an unfinished stage needs; called by all processes."""
+        """Deletes what only an unfinished stage needs. All processes call this."""
 
 
 def run_stage(stage: Stage[Outcome], progress: Progress) -> Seconds:
-    """Do what is left of a stage and store every unit as soon as it is solved.
+    """Does what is left of a stage and stores every unit as soon as it is solved.
 
-    Returns, in every process, once all processes are done.
+    The call returns in every process once all processes are done.
 
     Returns:
         The seconds of the stage's phase by its name; empty where nothing took time.
@@ -93,17 +93,17 @@ def run_stage(stage: Stage[Outcome], progress: Progress) -> Seconds:
 
 
 def _solve(stage: Stage[Outcome], task: Task[Outcome], advance: Advance) -> None:
-    # Where storing fails, what is solved in the background ends at once.
+    # Where storing fails, work in the background ends at once.
     with closing(task.solve(advance)) as solved:
         for unit, outcome in solved:
             stage.store(unit, outcome)
-            del outcome  # it leaves memory before the next unit is solved
+            del outcome  # the memory is free before the next unit is solved
 
 
 class LayerStage(Stage[dict[str, Result]]):
-    """A stage that solves each layer by itself: every process does the units that it owns.
+    """A stage that solves each layer by itself. Every process does the units that it owns.
 
-    A unit's outcome is its layers' results by layer name.
+    The outcome of a unit is the results of its layers, by layer name.
     """
 
     def __init__(self, plan: Plan, work: WorkDirectory, folder: str) -> None:
@@ -112,11 +112,11 @@ class LayerStage(Stage[dict[str, Result]]):
 
     @abstractmethod
     def solve(self, layer: Layer) -> Result:
-        """The layer's result; called side by side in several threads where that pays."""
+        """Returns the layer's result. Several threads may call this side by side."""
 
     @abstractmethod
     def contents(self, unit: str, results: Mapping[str, Result]) -> tuple[Tensors, dict[str, Any]]:
-        """What is written of a unit's results: tensors and facts."""
+        """Returns what is written of a unit's results: tensors and facts."""
 
     def task(self, units: Sequence[str]) -> Task[dict[str, Result]]:
         """See Stage."""

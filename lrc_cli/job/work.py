@@ -1,15 +1,16 @@
-"""The work directory: one atomic file per finished unit, so that nothing is computed twice.
+"""The work directory keeps one atomic file for each finished unit: nothing is computed twice.
 
-    <root>/fingerprint.json            what the statistics were collected on
+    <root>/fingerprint.json            what the statistics depend on
     <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and collect.py
-    <root>/run.log                     what the runs have said, with the time
+    <root>/run.log                     the messages of all runs, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/surveys/<unit>              what does not depend on a layer's rank: eigenvalues,
-                                       eigenvectors in float32, what reports compare it with
+                                       eigenvectors in float32, the errors that reports compare
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
-A killed run leaves whole files or none; the same command finds them and goes on. Two fingerprints
-decide what may be reused: *statistics* names the directory, *factors* a folder inside it.
+A killed run leaves whole files or none, and the same command goes on with the files. Two
+fingerprints decide what may be used again: *statistics* names the directory, *factors* a folder
+inside it.
 """
 
 import json
@@ -35,28 +36,28 @@ Tensors = dict[str, torch.Tensor]
 WHOLE = "network"
 STATISTICS, SURVEYS, MEASURED = "statistics", "surveys", "measured"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
-"""On the way to the statistics: see sweep.py and collect.py. Deleted as soon as they are used."""
+"""Stages on the way to the statistics (sweep.py, collect.py), deleted as soon as they are used."""
 SHARED = STATISTICS, SURVEYS, MEASURED
-"""What every size uses again."""
+"""The stages that every size uses again."""
 MOST_WAITING = 2
-"""Units that wait to be stored in the background: they take memory."""
+"""The most units that may wait to be stored in the background, because they take memory."""
 PACKED_ROWS = 256
-"""Rows of a Gram matrix that are scaled at once when it is packed."""
+"""Rows of a Gram matrix that are scaled at once when the matrix is packed."""
 LOG = "run.log"
-"""What the runs in this directory have said."""
+"""The file with the messages of all runs in the directory."""
 
 
 class WorkDirectory:
-    """Finished units of one run, by stage ("statistics", "surveys", "factors/<fingerprint>").
+    """The finished units of one run, by stage ("statistics", "surveys", "factors/<fingerprint>").
 
-    Use as a context manager: it holds a lock, so that two runs never share a directory. Entering
-    it raises RunError where another run does, or where fingerprint.json is damaged, and InputError
-    where the directory belongs to a run with another fingerprint; the first such field is named.
+    A work directory is a context manager, which holds a lock: two runs never share a directory.
+    Entering raises RunError where another run holds the lock or fingerprint.json is damaged, and
+    InputError, with the field, where the directory belongs to a run with another fingerprint.
 
     Args:
-        root: created when missing.
+        root: the path, which is created when missing.
         fingerprint: named fields that the statistics depend on.
-        processes: those that share the directory; the first holds the lock for all.
+        processes: the processes that share the directory. The first one holds the lock for all.
     """
 
     def __init__(
@@ -122,15 +123,15 @@ class WorkDirectory:
         return self.root / stage / f"{unit or WHOLE}.safetensors"
 
     def has(self, stage: str, unit: str) -> bool:
-        """Whether the unit's file is there, whole."""
+        """Returns whether the unit has a file. Files are always whole."""
         return self._file(stage, unit).exists()
 
     def missing(self, stage: str, units: Iterable[str]) -> list[str]:
-        """The units that have no file yet, as all processes that share the directory agree."""
+        """Returns the units that have no file yet, on which all processes agree."""
         return self.processes.from_first(lambda: [x for x in units if not self.has(stage, x)])
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """Store a finished unit: written aside, flushed, then renamed.
+        """Stores a finished unit: the file is written aside, flushed, then renamed.
 
         Raises:
             RunError: the disk is full, or the file cannot be written for another reason.
@@ -152,16 +153,16 @@ class WorkDirectory:
         sync_directory(file.parent)
 
     def facts(self, stage: str, unit: str) -> dict[str, Any]:
-        """A unit's facts alone; raises as `get`."""
+        """Returns a unit's facts alone. Raises as `get` does."""
         return self.get(stage, unit, ())[1]
 
     def get(
         self, stage: str, unit: str, wanted: Collection[str] | None = None
     ) -> tuple[Tensors, dict[str, Any]]:
-        """A unit's tensors, as views of the mapped file, and its facts.
+        """Returns a unit's tensors, as views of the mapped file, and its facts.
 
         Args:
-            wanted: names of tensors, those of them that the unit has; None: all it has.
+            wanted: names of tensors, of which the unit may lack some; None: all its tensors.
 
         Raises:
             RunError: the file is damaged.
@@ -176,11 +177,11 @@ class WorkDirectory:
             raise RunError(f"{file}: damaged ({error})", "run again with --restart") from error
 
     def remove(self, stage: str, unit: str) -> None:
-        """Delete a unit's file if it is there."""
+        """Deletes a unit's file if there is one."""
         self._file(stage, unit).unlink(missing_ok=True)
 
     def drop(self, stages: Iterable[str]) -> None:
-        """Delete whole stages, once no process uses them any more."""
+        """Deletes whole stages, once no process uses them any more."""
         self.processes.wait()
         self.processes.from_first(lambda: self._drop(stages))
 
@@ -191,9 +192,9 @@ class WorkDirectory:
 
 
 class Background:
-    """Stores units in a work directory, one after the other, while the caller goes on.
+    """A thread that stores units in a work directory while the caller goes on.
 
-    Use as a context manager. Errors come out of the next call.
+    The object is a context manager. An error is raised by the next call.
     """
 
     def __init__(self, work: WorkDirectory) -> None:
@@ -213,22 +214,22 @@ class Background:
         self._thread.shutdown(cancel_futures=True)
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """As WorkDirectory.put, soon; the tensors must stay as they are."""
+        """Stores a unit soon, as WorkDirectory.put does. The tensors must not change until then."""
         while len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self.work.put, stage, unit, tensors, facts))
 
     def flush(self) -> None:
-        """Return once everything is stored."""
+        """Waits until everything is stored."""
         while self._waiting:
             self._waiting.popleft().result()
 
 
 def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack a Gram matrix into half the space at float32: its scaled lower triangle, and the scale.
+    """Packs a Gram matrix into its scaled lower triangle in float32, and the scale.
 
     Jacobi scaling (unit diagonal) bounds the rounding error of entry (i, j) by
-    2^-24 sqrt(G_ii G_jj), so that outlier channels do not drown the others.
+    2^-24 sqrt(G_ii G_jj), so outlier channels do not drown the others.
 
     Args:
         gram: (n, n) float64, of which only the lower triangle is read.
@@ -252,7 +253,7 @@ def compress_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expand_gram(triangle: torch.Tensor, scale: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The inverse of `compress_gram`: (n, n) float64 on `device`."""
+    """Undoes `compress_gram` and returns the matrix (n, n), float64 on `device`."""
     n = len(scale)
     left, right = _halves(triangle.to(device), n)
     half = left.shape[1]
@@ -267,14 +268,14 @@ def expand_gram(triangle: torch.Tensor, scale: torch.Tensor, device: torch.devic
 
 
 def _halves(triangle: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of a packed lower triangle: rectangular full packed format (Gustavson et al. 2010).
+    """Returns two views of a triangle in rectangular full packed format (Gustavson et al. 2010).
 
-    The left half of the columns, ceil(n / 2) of them, and the triangle of the right half, turned
-    over to fill what is free above the diagonal of the left one.
+    The format keeps the left ceil(n / 2) columns. The triangle of the right columns is turned over
+    and fills the room above the diagonal of the left columns.
 
     Returns:
-        (n, ceil(n / 2)), of which only what is on and below the diagonal counts; and the square of
-        the right half, of which only what is on and above its diagonal counts. They overlap.
+        (n, ceil(n / 2)), in which the entries on and below the diagonal count; and the square of
+        the right half, in which the entries on and above the diagonal count. The views overlap.
     """
     odd = n % 2
     rectangle = triangle.view(-1, (n + 1) // 2)

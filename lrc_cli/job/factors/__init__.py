@@ -1,1 +1,1 @@
-"""Phase two: the factors of every layer."""
+"""Phase two makes the factors of every layer."""

@@ -1,4 +1,4 @@
-"""Whether a run is sequential, and which of its layers can be."""
+"""A run decides here whether it is sequential, and which of its layers can be."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,38 +17,45 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.report.record import SequentialDecision
 
 MIN_TOKENS = 15
-"""For each input of a layer. With fewer the fit learns the calibration tokens by heart."""
+"""The fewest tokens for each input of a layer. With fewer tokens a fit learns them by heart."""
 MOST_SHORT = 0.1
-"""Share of the layers' weights that may have fewer tokens. Where a whole kind of layer is fitted
-plainly, what the others make up for does harm (docs/benchmarks.md)."""
+"""The largest fraction of the layers' weights that may have fewer tokens.
+
+Where a whole kind of layer is fitted plainly, the corrections of the other layers do harm
+(docs/benchmarks.md).
+"""
 TIED = "its factors are an embedding's too, which comes first"
 LARGEST_SHARE = 0.6
-"""The share of the bytes above which `auto` is off. On SmolLM2 it pays at 0.6 and 0.4, and changes
-nothing at 0.8 (docs/benchmarks.md)."""
+"""The fraction of the bytes above which `auto` is off.
+
+On SmolLM2, sequential fitting pays at 0.6 and 0.4, and changes nothing at 0.8 (docs/benchmarks.md).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether a run is sequential."""
+    """The decision whether a run is sequential."""
 
     used: bool
     reason: str
-    """Why or why not, in words."""
+    """Why the run is sequential or not, in words."""
 
     held_back: int = 0
-    """Calibration sequences that no layer is fitted to."""
+    """The number of calibration sequences that no layer is fitted to."""
 
     excluded: Mapping[str, str | None] = field(default_factory=dict)
-    """Why a layer is fitted plainly, by layer name, as far as its calls, its method and its tokens
-    tell; None: it is not. Empty where that does not matter."""
+    """{layer: why its calls, its method or its tokens exclude it; None: they do not}.
+
+    The mapping may be empty where the run is not sequential.
+    """
 
     def record(self) -> SequentialDecision:
-        """The decision as it is in the report."""
+        """Returns the decision as the report has it."""
         return SequentialDecision(used=self.used, reason=self.reason, held_back=self.held_back)
 
 
 def check_sequential(plan: Plan) -> None:
-    """Raise InputError where sequential fitting is asked for, and target or methods rule it out."""
+    """Raises InputError where sequential fitting is asked for, but target or methods forbid it."""
     compression = plan.config.compression
     if compression.sequential is not True:
         return
@@ -68,7 +75,7 @@ def check_sequential(plan: Plan) -> None:
 
 
 def _methods() -> list[str]:
-    """The methods whose problem has a form on two networks' inputs."""
+    """Returns the methods whose problem can be stated on two networks' inputs."""
     return methods_that(_is_sequential)
 
 
@@ -77,7 +84,7 @@ def _is_sequential(solver: Solver) -> bool:
 
 
 def decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> Decision:
-    """Resolve `compression.sequential` once every layer has its choice."""
+    """Resolves `compression.sequential` once every layer has its choice."""
     decision = _decide(plan, work, granted)
     return replace(decision, held_back=num_held_back(plan)) if decision.used else decision
 
@@ -118,17 +125,17 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
 
 
 def granted_share(plan: Plan, granted: Mapping[str, Choice]) -> float:
-    """Bytes of the compressible weights as they are granted, as a share of the dense ones."""
+    """Returns the granted bytes of the compressible weights, as a fraction of their dense bytes."""
     return sum(choice.num_bytes for choice in granted.values()) / plan.compressible_bytes
 
 
 def num_held_back(plan: Plan) -> int:
-    """How many of the last calibration sequences no layer is fitted to."""
+    """Returns how many of the last calibration sequences no layer is fitted to."""
     return plan.config.compression.num_held_back(len(plan.sequences[CALIBRATION]))
 
 
 def count_calls(plan: Plan) -> Counter[str]:
-    """How often each layer runs in one pass of the network over the first calibration sequence."""
+    """Counts how often each layer runs in one pass over the first calibration sequence."""
     calls: Counter[str] = Counter()
     count = watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name]))
     with torch.no_grad(), count:
@@ -137,7 +144,7 @@ def count_calls(plan: Plan) -> Counter[str]:
 
 
 def _not_able(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
-    """Why a layer could not be fitted sequentially, whatever its tokens."""
+    """Returns why a layer cannot be fitted sequentially, with any number of tokens; else None."""
     if layer.tied_to:
         return TIED
     if calls[layer.name] > 1:
@@ -147,7 +154,7 @@ def _not_able(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
 
 
 def _too_short(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
-    """Why a layer has too few tokens to be fitted sequentially; None: it has enough."""
+    """Returns why a layer has too few tokens to be fitted sequentially; else None."""
     tokens, n = _tokens(plan, work, layer), layer.shape[1]
     if tokens >= MIN_TOKENS * n:
         return None
@@ -159,6 +166,6 @@ def _size(layers: Sequence[Layer]) -> int:
 
 
 def _tokens(plan: Plan, work: WorkDirectory, layer: Layer) -> int:
-    """Calibration tokens that the layer would be fitted to."""
+    """Returns the number of calibration tokens that the layer would be fitted to."""
     tokens: int = work.facts(STATISTICS, layer.unit)["layers"][layer.name]["tokens"]
     return tokens - tokens * num_held_back(plan) // len(plan.sequences[CALIBRATION])

@@ -1,4 +1,4 @@
-"""One layer: from a granted rank to packed factors and to the errors that the report prints.
+"""One layer goes from a granted choice to packed factors and to the errors of the report.
 
 All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 """
@@ -23,28 +23,32 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.report.record import LayerErrors, LayerFacts, MetricErrors, OutputErrors
 
 RESOLUTION = 2.0**-24
-"""Of squared errors, relative to the total: Gram matrices are kept in float32. What is measured
-below it, exact zeros included, reads "below the numerical floor" in reports."""
+"""The smallest squared error, relative to the total, that can be measured.
+
+Gram matrices are kept in float32. Smaller errors, exact zeros included, read "below the numerical
+floor" in reports.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A layer's outcome: packed factors, or None for a layer that stays dense."""
+    """The outcome of a layer."""
 
     packed: Packed | None
+    """The packed factors; None for a layer that stays dense."""
     bias: torch.Tensor | None = None
-    """The new bias (m,), stored dtype; None where the old one stays."""
+    """The new bias (m,), stored dtype; None where the bias does not change."""
     facts: LayerFacts
-    """For the report; see `fit_layer`."""
+    """The facts for the report; see `fit_layer`."""
 
     def on_host(self) -> "Fitted":
-        """The same in CPU memory, to be handed to another process."""
+        """Returns the same outcome in CPU memory, for another process."""
         bias = None if self.bias is None else self.bias.cpu()
         packed = None if self.packed is None else self.packed.on_host()
         return replace(self, packed=packed, bias=bias)
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """What is written for the layer, by disk names; empty where it stays dense."""
+        """Returns the tensors that are written, by disk name; none where the layer stays dense."""
         if self.packed is None:
             return {}
         form, keys = FORMS[self.packed.form], layer.keys
@@ -55,10 +59,10 @@ class Fitted:
 
 
 def _check_loud(form: str, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A loader that knows no lrc must fail on the shape under the dense key.
+    """Checks that a loader which knows nothing of lrc fails on the shape under the dense key.
 
     Raises:
-        RunError: the form has no tensor there, or one of the dense shape.
+        RunError: the form has no tensor under that key, or a tensor of the dense shape.
     """
     dense = layer.layout.weight(torch.empty(layer.shape, device="meta")).shape
     weight = tensors.get("weight")
@@ -76,40 +80,40 @@ class Request:
     """What is asked of one layer."""
 
     choice: Choice
-    """What was granted."""
+    """The choice that the budget grants."""
     rank_multiple: int = 1
-    """What the rank is a multiple of, where it has to rise."""
+    """The step by which the rank rises where it has to."""
     dtype: torch.dtype
-    """Of the stored factors."""
+    """The dtype of the stored factors."""
     max_layer_error: float | None = None
     """A bound on the plain relative output error that the stored factors must meet."""
     bias: torch.Tensor | None = None
-    """The layer's bias (m,); None where it has none."""
+    """The bias (m,); None for a layer without a bias."""
 
 
 def left_dense(reason: str, *, fallback: bool) -> Fitted:
-    """The outcome of a layer that is not factorised.
+    """Returns the outcome of a layer that is not factorised.
 
     Args:
-        fallback: True where the layer was meant to be factorised and could not be.
+        fallback: whether the layer was meant to be factorised and could not be.
     """
     facts = LayerFacts(storage=DENSE, reason=reason, fallback=fallback)
     return Fitted(packed=None, facts=facts)
 
 
 def granted_dense() -> Fitted:
-    """The outcome of a layer to which the budget grants all its bytes."""
+    """Returns the outcome of a layer to which the budget grants all its bytes."""
     return left_dense("dense pays better at this size", fallback=False)
 
 
 def fit_layer(problem: Approximation, request: Request) -> Fitted:
-    """Factorise, round and pack one layer, and measure it.
+    """Factorises, rounds, packs and measures one layer.
 
     Returns:
-        The packed factors with facts: `errors.metric` in the problem's unit and `errors.output`
-        relative (||W X - Z X~||_F / ||W X||_F), each for the stored tensors, for the optimum of
-        that rank (None where none can be proved) and for plain SVD of that rank. A form without a
-        rank has neither.
+        The packed factors with facts. `errors.metric` is in the problem's unit. `errors.output` is
+        relative (||W X - Z X~||_F / ||W X||_F). Each has the error of the stored tensors, of the
+        optimum of the same rank (None where no optimum can be proved) and of plain SVD of the same
+        rank. A form without a rank has the first error only.
     """
     if request.choice.is_dense:
         return granted_dense()
@@ -135,10 +139,11 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
 
 
 def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stored | None]:
-    """The layer as it was granted; its rank is raised until max_layer_error holds.
+    """Packs the layer as granted, and raises the rank until max_layer_error holds.
 
     Returns:
-        The problem of the final rank, and the packed layer (None: none is smaller than dense).
+        The problem at the final rank, and the packed layer. The layer is None where no form that is
+        smaller than dense meets what is asked.
     """
     m, n = problem.weight.shape
     choice, relative = request.choice, request.max_layer_error
@@ -147,7 +152,7 @@ def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stor
     gains_bias = request.bias is None and problem.shift(problem.weight) is not None
     available = (m * n - (m if gains_bias else 0)) * request.dtype.itemsize
     if allowed is not None and choice.rank is not None:
-        problem.solve(largest)  # the rank may have to rise: one solution holds them all
+        problem.solve(largest)  # the rank may have to rise: one solution holds all lower ranks
     while choice.rank is None or choice.rank <= largest:
         problem = problem if choice.rank is None else problem.at(choice.rank)
         stored = STORAGES[choice.form].pack(
@@ -166,7 +171,7 @@ def _pack(problem: Approximation, request: Request) -> tuple[Approximation, Stor
 def _measured(
     problem: Approximation, stored: Stored, request: Request
 ) -> tuple[Errors, torch.Tensor | None]:
-    """The errors of what is written, the rounding of a new bias included, and that bias."""
+    """Returns the errors of what is written, with the rounding of a new bias, and the bias."""
     errors = stored.errors
     if problem.shift(problem.weight) is None:
         return errors, None
@@ -204,13 +209,17 @@ def _relative(error: float, energy: float) -> float:
 
 
 def fit_best(problems: Sequence[Approximation], request: Request) -> Fitted:
-    """The best outcome, as stored, of problems with one judge; the first of equals."""
+    """Returns the outcome with the lowest stored error, the first among equals.
+
+    Args:
+        problems: problems whose errors are in one unit.
+    """
     outcomes = [fit_layer(problem, request) for problem in problems]
     factorised = [fitted for fitted in outcomes if fitted.packed is not None]
     return min(factorised or outcomes[:1], key=_stored_error)
 
 
 def _stored_error(fitted: Fitted) -> float:
-    """The error in the problem's unit; zero where the layer stays dense."""
+    """Returns the error in the problem's unit; zero where the layer stays dense."""
     errors = fitted.facts.errors
     return 0.0 if errors is None else errors.metric.stored

@@ -1,4 +1,4 @@
-"""A layer's inputs, streamed from a file, for a solver that reads them."""
+"""A layer's inputs are written to a temporary file here, for a solver that reads inputs."""
 
 import tempfile
 from pathlib import Path
@@ -18,11 +18,11 @@ MICRO_BATCH_TOKENS = 2048
 def read_inputs(
     network: Network, sequences: Sequences, layer: Layer, directory: Path
 ) -> torch.Tensor:
-    """The layer's inputs on all sequences, by one pass: (T, n) float32 on the network's device.
+    """Returns the layer's inputs on all sequences, from one pass, as (T, n) float32.
 
-    Padding is left out. They are the rows that its Gram matrix was summed over. On the CPU they are
-    a view of a file without a name in `directory`, which goes with them: 4 T n bytes on the disk,
-    whose pages are read as they are needed.
+    The rows are the same as in the layer's Gram matrix: padding is left out. The tensor is on the
+    network's device. On the CPU it is a view of a file without a name in `directory`, of 4 T n
+    bytes. The file is gone with the tensor, and its pages are read on demand.
     """
     masks: Masks = ()
     with tempfile.NamedTemporaryFile(dir=directory, prefix="inputs-") as file:

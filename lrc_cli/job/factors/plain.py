@@ -1,7 +1,4 @@
-"""Phase two where `compression.sequential` is off.
-
-Every layer is fitted to the inputs that it has in the dense network.
-"""
+"""Phase two without `compression.sequential` fits layers to their inputs in the dense network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +16,10 @@ PHASE = "factors"
 
 
 class FactorsStage(LayerStage[Fitted]):
-    """The factors of every layer, each layer by itself.
+    """The stage that makes the factors of every layer, each layer by itself.
 
     Args:
-        granted: what the budget grants, by layer name.
+        granted: the choices that the budget grants, by layer name.
     """
 
     name = PHASE

@@ -1,4 +1,4 @@
-"""One layer's solve, from plan and work directory: its weight, problem, request and cost."""
+"""One layer is fitted here: the plan and the work directory give its problem and its request."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from lrc_cli.network.layer import Layer
 
 
 class GivenLayer:
-    """A layer's values for its solver (`engine.Given`). Every value is read on demand."""
+    """The values of a layer for its solver (`engine.Given`). Every value is read on demand."""
 
     def __init__(self, plan: Plan, work: WorkDirectory, layer: Layer) -> None:
         self._plan, self._work, self._layer = plan, work, layer
@@ -53,7 +53,7 @@ class GivenLayer:
 
 
 def request_of(plan: Plan, layer: Layer, choice: Choice) -> Request:
-    """What is asked of the layer, which was granted this choice."""
+    """Returns what is asked of a layer to which the budget grants `choice`."""
     planned = plan.of(layer)
     return Request(
         choice=choice,
@@ -65,7 +65,7 @@ def request_of(plan: Plan, layer: Layer, choice: Choice) -> Request:
 
 
 def fit(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice], layer: Layer) -> Fitted:
-    """The layer's outcome on the inputs that it has in the dense network."""
+    """Fits the layer to its inputs in the dense network and returns the outcome."""
     reason = dense_reason(work, layer)
     if reason is not None:
         return left_dense(reason, fallback=True)
@@ -83,12 +83,12 @@ def _fit(plan: Plan, work: WorkDirectory, layer: Layer, choice: Choice) -> Fitte
 
 
 def _noting_few_tokens(work: WorkDirectory, layer: Layer, fitted: Fitted) -> Fitted:
-    """Say so where an expert was fitted to fewer tokens than it has inputs.
+    """Notes in the facts where a layer, such as an expert, had fewer tokens than inputs.
 
-    No inverse is taken, so the factors are finite; directions that no token excited are not kept.
+    The factors are finite, because no inverse is taken. Directions that no token has are not kept.
     """
     tokens = work.facts(STATISTICS, layer.unit)["layers"][layer.name]["tokens"]
-    # Without any it was fitted to its weight alone.
+    # A layer without tokens was fitted to its weight alone.
     if fitted.packed is None or not 0 < tokens < layer.shape[1]:
         return fitted
     few = f"fitted to {tokens} tokens, fewer than its {layer.shape[1]} inputs"

@@ -1,15 +1,14 @@
-"""Phase two where `compression.sequential` is on.
+"""Phase two with `compression.sequential` fits layers to their inputs in the compressed network.
 
-Every layer is fitted to the inputs that the compressed layers before it give, so that it makes up
-for their errors.
+A layer thereby makes up for errors of the compressed layers before it.
 
 Both networks walk through the calibration data segment by segment. Inside a segment the layers come
-in groups that read one input, in the order in which they run: both networks run up to that input,
-its moments are summed, the group is fitted and becomes low-rank in the compressed network.
+in groups that read one input, in the order in which they run. Both networks run up to that input,
+and its moments are summed. The group is fitted and becomes low-rank in the compressed network.
 
-No layer is fitted in this way to the sequences that are held back: on them each measures how much
-of the drift of its inputs it can really make up for (engine/solvers/sequential.py). The ranks, the
-moments of gradients and the layers that are fitted plainly come from all sequences.
+Some sequences are held back from these fits. On them, each layer measures how much of the drift of
+its inputs a fit can really make up for (engine/solvers/sequential.py). The ranks, the moments of
+gradients and the layers that are fitted plainly come from all sequences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,27 +35,26 @@ from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.spill import HostMemory
 
 Drifts = tuple[Drift, Drift | None]
-"""Moments over what is fitted to, and over what is held back."""
+"""Moments over the sequences that layers are fitted to, and over the sequences held back."""
 UNREACHED = "the first calibration sequences do not reach it"
 WALK_COST = 0.05
-"""Cost of a multiplication in a forward pass, in multiplications of an eigenproblem."""
+"""The cost of a multiplication in a forward pass, in multiplications of an eigenproblem."""
 
 
 class SequentialStage(Stage[dict[str, Fitted]]):
-    """The factors of every layer, in the order in which the layers run.
+    """The stage that makes the factors of every layer, in the order in which the layers run.
 
-    All processes walk together, each with its share of the data, and each fits some of the layers
-    that read one input.
+    All processes walk together, each with some of the micro-batches. Each process fits some of the
+    layers that read one input.
 
     Args:
-        granted: what the budget grants, by layer name.
-        excluded: why a layer is fitted plainly, by layer name; None: it is not, as far as its
-            calls, its method and its tokens tell.
+        granted: the choices that the budget grants, by layer name.
+        excluded: see `Decision.excluded`.
     """
 
     name = PHASE
     networks: type[Streams] = Streams
-    """What holds both networks."""
+    """The class of the object that holds both networks."""
 
     def __init__(
         self,
@@ -69,7 +67,7 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         self.plan, self.granted, self.excluded = plan, granted, excluded
 
     def task(self, units: Sequence[str]) -> Task[dict[str, Fitted]]:
-        """See Stage. What an earlier run stored is put into the compressed network as it is."""
+        """See Stage. Layers that an earlier run stored are put into the compressed network."""
         plan = self.plan
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
         segments, streams = self.segments(chain), self.streams(chain)
@@ -91,7 +89,7 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         return Task(cost=cost, solve=solve)
 
     def batches(self) -> tuple[list[Batch], int]:
-        """The micro-batches of all processes, and how many of the last ones are held back."""
+        """Returns the micro-batches of all processes, and how many at the end are held back."""
         sequences = self.plan.sequences[CALIBRATION]
         size = micro_batch(sequences, MICRO_BATCH_TOKENS)
         fitted, held_back = sequences.split(len(sequences) - num_held_back(self.plan))
@@ -99,12 +97,12 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         return [*fitted.batches(size), *held], len(held)
 
     def segments(self, chain: Chain) -> list[Segment]:
-        """The segments that both networks pass, as the first micro-batch runs through them."""
+        """Returns the segments that both networks pass, as the first micro-batch shows them."""
         batches, _ = self.batches()
         return segments_of(self.plan.network, chain, self.plan.layers, batches[0])
 
     def streams(self, chain: Chain) -> Streams:
-        """Both networks at the start of this process's micro-batches."""
+        """Returns both networks at the start of this process's micro-batches."""
         plan, (batches, num_held) = self.plan, self.batches()
         own = plan.processes.share(len(batches))
         return self.networks(
@@ -123,9 +121,10 @@ class SequentialStage(Stage[dict[str, Fitted]]):
 
 
 class _Fits:
-    """The layers' outcomes: a unit is handed out as soon as all its layers have one.
+    """The outcomes of the layers. A unit is yielded as soon as all its layers have an outcome.
 
-    Of several processes each fits some of the layers that read one input; then all install them.
+    Each of several processes fits some of the layers that read one input. Every process then
+    installs all of them.
 
     Args:
         missing: the units that are not stored.
@@ -135,20 +134,20 @@ class _Fits:
         self.stage, self.plan, self.work = stage, stage.plan, stage.work
         self.streams = streams
         self.left = {layer.name for unit in missing for layer in self.plan.units[unit]}
-        """Layers that have no outcome."""
+        """The names of layers that have no outcome yet."""
         self.fitted: dict[str, Fitted] = {}
 
     def install_stored(self) -> None:
-        """Put what is there already into the compressed network."""
+        """Puts the layers of stored units into the compressed network."""
         for layer in self.plan.layers:
             if layer.name not in self.left:
-                # What comes before it in the network is not influenced, so it may come early.
+                # A layer has no influence on layers before it, so it may be put there early.
                 tensors, _ = self.work.get(self.stage.folder, layer.unit)
                 facts = read_facts(self.work, self.stage.folder, layer.unit)
                 self.streams.install(layer, tensors, facts[layer.name])
 
     def early(self, segments: Sequence[Segment]) -> dict[str, list[Layer]]:
-        """The layers that are fitted plainly before the walk, by the reason."""
+        """Returns the layers that are fitted plainly before the walk, by the reason."""
         reached = {layer.name for segment in segments for layer in segment.layers}
         layers = self._open(self.plan.layers)
         return {
@@ -158,7 +157,7 @@ class _Fits:
         }
 
     def in_turn(self, segments: Sequence[Segment]) -> list[Segment]:
-        """The segments to walk through: up to the last one with a layer to fit there."""
+        """Returns the segments to walk through, up to the last segment with a layer to fit."""
         is_last = [any(not x.tied_to for x in self._open(s.layers)) for s in segments]
         last = max((i for i, has_some in enumerate(is_last) if has_some), default=-1)
         return list(segments[: last + 1])
@@ -169,14 +168,14 @@ class _Fits:
     def add_plainly(
         self, layers: Sequence[Layer], reason: str, advance: Advance
     ) -> Solved[dict[str, Fitted]]:
-        """Fit layers to the inputs that they have in the dense network."""
+        """Fits layers to their inputs in the dense network."""
         yield from self._solve(partial(self._plain, reason=reason), layers)
         advance(solve_cost(layers))
 
     def add(
         self, segment: Segment, group: list[Layer], advance: Advance
     ) -> Solved[dict[str, Fitted]]:
-        """Fit the layers that read one input, to which both networks have come."""
+        """Fits the layers that read one input, to which both networks have come."""
         todo = self._open(group)
         if not todo:
             return
@@ -192,7 +191,7 @@ class _Fits:
     def _solve(
         self, solve: Callable[[Layer], Fitted], layers: Sequence[Layer]
     ) -> Solved[dict[str, Fitted]]:
-        """Every process fits its share of the layers; all get and keep them all."""
+        """Fits some of the layers in every process, and hands all outcomes to all processes."""
         processes = self.plan.processes
         owners = processes.owners({layer.name: layer.solve_cost for layer in layers})
         own = [layer for layer in layers if owners[layer.name] == processes.rank]
@@ -216,7 +215,7 @@ class _Fits:
         return all(member.name in self.fitted for member in self.plan.units[unit])
 
     def _reason(self, layer: Layer) -> str | None:
-        """Why a layer is not fitted to the compressed network's inputs."""
+        """Returns why a layer is not fitted to the compressed network's inputs; None: it is."""
         if self.stage.granted[layer.name].is_dense or dense_reason(self.work, layer):
             return "it stays dense"
         return self.stage.excluded[layer.name]
@@ -249,7 +248,7 @@ class _Fits:
 def _fit_drifts(
     plan: Plan, work: WorkDirectory, layer: Layer, drifts: Drifts, choice: Choice
 ) -> Fitted:
-    """The layer's outcome on both networks' inputs. Raises SolveError."""
+    """Fits a layer to both networks' inputs and returns the outcome. Raises SolveError."""
     drift, held_back = drifts
     solver = plan.of(layer).solver
     fisher = None
@@ -258,7 +257,7 @@ def _fit_drifts(
         assert statistics is not None
         fisher = statistics.fisher
     compression = plan.config.compression
-    # Where nothing could be held back, nothing says that a correction pays.
+    # Where no sequence was held back, nothing shows that a correction pays.
     asked = 0.0 if compression.correction == "auto" else compression.correction
     problem = Sequential(
         weight_of(plan, layer),
@@ -277,7 +276,7 @@ def _fit_drifts(
 
 
 def _groups(work: WorkDirectory, segment: Segment) -> list[list[Layer]]:
-    """The segment's layers by what they read, in the order in which they first run."""
+    """Returns the segment's layers in groups that read one input, in the order of their runs."""
     groups: dict[str, list[Layer]] = {}
     for layer in segment.layers:
         leader = work.get(STATISTICS, layer.unit)[1]["layers"].get(layer.name, {}).get("group")
@@ -286,13 +285,16 @@ def _groups(work: WorkDirectory, segment: Segment) -> list[list[Layer]]:
 
 
 def _walk_cost(plan: Plan, segment: Segment) -> float:
-    """Cost of one network's pass through the segment."""
+    """Returns the cost of one network's pass through the segment."""
     tokens = plan.sequences[CALIBRATION].num_tokens
     return WALK_COST * tokens * sum(m * n for m, n in (x.shape for x in segment.layers))
 
 
 def _group_cost(plan: Plan, segment: Segment, layer: Layer) -> float:
-    """Cost of both networks' way to a group's input, half a segment or so, and of its moments."""
+    """Returns the cost of both networks' way to a group's input, and of the input's moments.
+
+    The way is taken to be half a segment.
+    """
     tokens = plan.sequences[CALIBRATION].num_tokens
     return _walk_cost(plan, segment) + WALK_COST * 2 * tokens * layer.shape[1] ** 2
 

@@ -1,4 +1,4 @@
-"""A unit's outcomes in the work directory: its tensors, and what became of each layer."""
+"""A unit's factors and facts are written to the work directory and read back here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from lrc_cli.report.record import LayerFacts
 def contents_of(
     layers: Sequence[Layer], fitted: Mapping[str, Fitted]
 ) -> tuple[Tensors, dict[str, Any]]:
-    """What is written of a unit: the factors of its layers by their disk names, and the facts."""
+    """Returns what is written of a unit: its layers' factors by disk name, and their facts."""
     tensors: Tensors = {}
     for layer in layers:
         tensors |= fitted[layer.name].tensors(layer)
@@ -20,6 +20,6 @@ def contents_of(
 
 
 def read_facts(work: WorkDirectory, stage: str, unit: str) -> dict[str, LayerFacts]:
-    """What became of a stored unit's layers, by name; raises as `WorkDirectory.get`."""
+    """Returns the facts of a stored unit's layers, by name. Raises as `WorkDirectory.get` does."""
     stored = work.facts(stage, unit)
     return {name: LayerFacts.from_json(x, f"{stage}/{unit}", name) for name, x in stored.items()}

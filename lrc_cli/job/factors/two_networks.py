@@ -1,7 +1,7 @@
-"""The dense and the compressed network side by side, on their way through the calibration data.
+"""The dense and the compressed network walk through the calibration data side by side.
 
-The compressed one is the same checkpoint opened again, its parameters views of the same files;
-every layer becomes low-rank in it as soon as its factors are there.
+The compressed network is the checkpoint opened again, with parameters that are views of the same
+files. A layer becomes low-rank in it as soon as the layer has factors.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from lrc_cli.runtime.processes import Processes
 
 
 class DriftSum:
-    """Streaming sums of what `Drift` holds: products in float32, sums in float64."""
+    """The sums behind a `Drift`, as data streams by: products in float32, sums in float64."""
 
     def __init__(self, width: int, device: torch.device, *, center: bool) -> None:
         self.compressed, self.drift = (GramSum(width, device, center=center) for _ in range(2))
@@ -43,15 +43,14 @@ class DriftSum:
         self._center = center
 
     def add(self, x: torch.Tensor, compressed: torch.Tensor) -> None:
-        """Add rows (t, n) of inputs in the dense and, for the same tokens, in the compressed
-        network."""
+        """Adds the inputs (t, n) of the same tokens in the dense and in the compressed network."""
         compressed = compressed.float()
         drift, read = self.drift.add(x.float() - compressed), self.compressed.add(compressed)
         self.cross += (drift.rows.T @ read.rows).to(self.cross.device)
         drift.correct(self.cross, read)
 
     def sum_over(self, processes: Processes) -> None:
-        """Bring what all processes have added together, at each of them."""
+        """Sums over all processes. Every process gets the sum."""
         own = self.num_tokens
         drift, read = (x.sum_to(None, processes) for x in (self.drift, self.compressed))
         if drift is not None and read is not None:
@@ -60,17 +59,17 @@ class DriftSum:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no input was NaN or infinite, in either network."""
+        """Whether all inputs were finite, in both networks."""
         diagonals = self.compressed.total.diagonal(), self.drift.total.diagonal()
         return all(bool(torch.isfinite(diagonal.sum())) for diagonal in diagonals)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens were added."""
+        """The number of tokens that were added."""
         return self.compressed.num_rows
 
     def mean(self) -> Drift:
-        """The moments per token, around the means where they are asked for."""
+        """Returns the moments per token, around the means if the object was made with `center`."""
         num_tokens = self.num_tokens
         mean = self.compressed.mean_row() if self._center else None
         return Drift(
@@ -91,14 +90,14 @@ def _cloned(tensors: Tensors) -> Tensors:
 
 
 class Streams(Pair):
-    """Both networks over the same micro-batches.
+    """The dense and the compressed network, which run over the same micro-batches.
 
     Args:
-        chain: the network's.
+        chain: the blocks of the network.
         batches: this process's micro-batches of model inputs.
         num_held_back: how many of the last micro-batches nothing is fitted to.
-        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
-        hold: what becomes of a layer's factors; see `HostMemory.hold`.
+        keep: where hidden states stay between segments; see `HostMemory.keep`.
+        hold: where a layer's factors stay; see `HostMemory.hold`.
     """
 
     def __init__(
@@ -115,19 +114,19 @@ class Streams(Pair):
         self.num_fitted = len(batches) - num_held_back
 
     def install(self, layer: Layer, tensors: Tensors, facts: LayerFacts) -> None:
-        """Put a layer as it is stored into the compressed network, unless it stays dense.
+        """Puts a layer, as stored, into the compressed network. A dense layer stays as it is.
 
         Args:
-            tensors: as written, by their disk names.
-            facts: the layer's, with its form and the form's parameters.
+            tensors: the stored tensors, by disk name.
+            facts: the facts of the layer, with its form and the form's parameters.
         """
         form = FORMS[facts.storage]
         if form.name == DENSE:
             return
         keys = {name: layer.keys.key(name) for name in (*form.tensors, BIAS)}
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
-        # Copies: how a matrix product rounds may depend on where in memory a tensor begins, and a
-        # resumed run reads from a file what this one computed.
+        # Copies are made because the rounding of a matrix product may depend on where in memory a
+        # tensor begins. A resumed run reads from a file what this run computed.
         own = self.hold(own)
         bias = layer.bias(self.plan.source)
         if bias is not None and BIAS not in own:
@@ -151,15 +150,16 @@ class Streams(Pair):
     def drift(
         self, segment: Segment, layer: Layer, step: Callable[[], None]
     ) -> tuple[Drift, Drift | None] | None:
-        """The moments of a layer's inputs in both networks, over all processes' micro-batches.
+        """Measures the moments of a layer's inputs in both networks, over all processes' data.
 
         Args:
-            segment: the one that both networks have come to, in which the layer first runs.
+            segment: the segment that both networks have come to, in which the layer first runs.
             step: called after every micro-batch.
 
         Returns:
-            Over the micro-batches to fit to, and over those held back (None: no token of theirs).
-            None where the networks themselves choose which tokens go through the layer.
+            The moments over the micro-batches to fit to, and over the micro-batches held back (None
+            where no token is held back). The result is None where the networks themselves choose
+            which tokens go through the layer.
 
         Raises:
             RunError: an input is NaN or infinite.
@@ -168,8 +168,8 @@ class Streams(Pair):
             return None
         center = self.plan.config.compression.center
         fitted, held = (DriftSum(layer.shape[1], self.plan.device, center=center) for _ in range(2))
-        # Tokens per sequence: experts get a number that depends on the data, all others on its
-        # shape. None where the two networks' inputs cannot be compared.
+        # The numbers of tokens per sequence tell who chooses them: the data's shape gives one
+        # number, a router several. None stands for inputs that cannot be compared.
         counts: set[float | None] = set()
         for index, batch in enumerate(self.batches):
             pair = [input_of(walk, segment, index, layer) for walk in (self.dense, self.compressed)]
@@ -200,16 +200,16 @@ class Streams(Pair):
         return fitted.mean(), held.mean() if held.num_tokens else None
 
     def advance(self, segment: Segment) -> None:
-        """Both networks pass a segment."""
+        """Takes both networks through a segment."""
         self.dense.advance(segment)
         self.compressed.advance(segment)
 
 
 def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Tensor | None:
-    """What a layer reads when it first runs; what comes after it in the segment is not run.
+    """Returns what a layer reads when it first runs. The segment runs no further.
 
     Args:
-        index: of the micro-batch.
+        index: the number of the micro-batch.
 
     Returns:
         Rows (..., n), or None where the layer is not reached.
@@ -226,7 +226,7 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
 
 
 def _open_again(plan: Plan) -> Network:
-    """The checkpoint as a second network, its tensors rounded as they will be written."""
+    """Opens the checkpoint as a second network and rounds its tensors as they will be written."""
     model = plan.config.model
     module, _ = open_module(
         plan.source, factory=model.factory, trust_remote_code=model.trust_remote_code

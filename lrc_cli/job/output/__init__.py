@@ -1,1 +1,1 @@
-"""From packed factors to a finished directory."""
+"""Packed factors become a finished directory here."""

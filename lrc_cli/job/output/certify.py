@@ -1,7 +1,7 @@
-"""From a written network to its certificate: what is measured on which sequences, in which order.
+"""The written network is measured on held-out sequences, and its certificate is made.
 
-Selection data come first: tolerances and clipping limits are fixed on calibration sequences before
-any certification sequence is looked at.
+The order matters. Calibration sequences fix tolerances and clipping limits before any certification
+sequence is looked at.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.text import count
 
 NUM_SELECTION = 16
-"""Calibration sequences that tolerances and clipping limits are chosen on."""
+"""The number of calibration sequences that tolerances and clipping limits are chosen on."""
 PREDICTIONS = {
     "next_token": "next-token predictions",
     "masked_token": "predictions of masked tokens",
@@ -52,23 +52,22 @@ class Certified:
     """The outcome of the measurements on held-out sequences."""
 
     certificate: Certificate | NoCertificate
-    """What can be stated; nothing where the config asks for no certificate or no sequence was left.
-    """
+    """The statements, or a note why nothing can be stated."""
     held_out: Mapping[str, HeldOutErrors] = dataclasses.field(default_factory=dict)
     """The errors of every layer that could be measured, by name."""
     seconds: Seconds = dataclasses.field(default_factory=dict)
-    """What the measurements took, by phase."""
+    """The seconds of the measurements, by phase."""
 
 
 def certify(
     plan: Plan, network: Network, facts: Facts, keep: Keep, progress: Progress
 ) -> Certified:
-    """Measure the written network on held-out sequences and state what follows.
+    """Measures the written network on held-out sequences and states what follows.
 
     Args:
-        network: what was written, opened again.
-        facts: what became of every layer, by name.
-        keep: what becomes of hidden states between segments; see `HostMemory.keep`.
+        network: the written network, opened again.
+        facts: the facts of every layer, by name.
+        keep: where hidden states stay between segments; see `HostMemory.keep`.
 
     Raises:
         RunError: a network's outputs are not finite.
@@ -107,11 +106,11 @@ def certify(
 
 
 def held_out(errors: LayerErrors, tolerance: float, worst: float) -> HeldOutErrors:
-    """A layer's `errors.held_out` (C3): over all sequences together, relative to ||W x||.
+    """Returns a layer's `errors.held_out` (C3): over all sequences together, relative to ||W x||.
 
     Args:
-        tolerance: what its error on selection data allows for one sequence.
-        worst: its largest error on one certification sequence.
+        tolerance: the error that one sequence may have, fixed on selection data.
+        worst: the layer's largest error on one certification sequence.
     """
     return HeldOutErrors(
         **{kind: errors.overall(kind) for kind in ERRORS},
@@ -122,9 +121,9 @@ def held_out(errors: LayerErrors, tolerance: float, worst: float) -> HeldOutErro
 
 
 def selection_of(sequences: Mapping[str, Sequences]) -> Sequences:
-    """The first calibration sequences; blocks of text cut to the length of certification's.
+    """Returns the first calibration sequences, with texts as long as in certification.
 
-    The limits are for values of one certification sequence, and longer ones vary less.
+    Limits are for one certification sequence, and values of longer sequences vary less.
     """
     drawn, whole = sequences[CERTIFICATION], sequences[CALIBRATION]
     inputs = {name: tensor[:NUM_SELECTION] for name, tensor in whole.inputs.items()}
@@ -143,7 +142,7 @@ def _measure(
     progress: Progress,
     name: str,
 ) -> tuple[Measured, Seconds]:
-    """What was measured, and the seconds that it took, by phase."""
+    """Measures the network on sequences. Returns the outcome, and the seconds by phase."""
     with progress.phase(name, len(sequences)) as phase:
         measured = measure(
             plan.network,
@@ -165,7 +164,7 @@ def _factorised(plan: Plan, facts: Facts) -> list[Layer]:
 
 
 def _errors(measured: Measured, facts: Facts) -> Values:
-    """By layer, each sequence's error: on the inputs that the layer was fitted to."""
+    """Returns {layer: error of each sequence}, on the inputs that the layer was fitted to."""
     kinds = {name: "deployed" if x.sequential else "same_input" for name, x in facts.items()}
     return {name: x.relative(kinds[name]).tolist() for name, x in measured.layers.items()}
 
@@ -173,7 +172,7 @@ def _errors(measured: Measured, facts: Facts) -> Values:
 def _data(
     plan: Plan, drawn: Sequences, chosen: Sequences, loss: Loss, not_covered: list[str]
 ) -> CertificateData:
-    """What was drawn, from what, and what was chosen on which data."""
+    """Returns what was drawn, from which population, and which data fixed the limits."""
     purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
     unit = member(purpose.path)
     length = purpose.sequence_length if unit == "block" else None

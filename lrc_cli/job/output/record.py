@@ -1,4 +1,4 @@
-"""From a finished run to its record, which report.json is."""
+"""The record of a finished run, which becomes report.json, is filled in here."""
 
 import platform
 import sys
@@ -51,17 +51,17 @@ def build_record(
     seconds: Mapping[str, float],
     memory: Mapping[str, int],
 ) -> Record:
-    """The record, without gates.
+    """Returns the record of a run, without gates.
 
     Args:
-        layers: what became of every layer, by name.
-        held_out: errors on certification data, by the name of the layer.
-        loss: the loss whose gradients were measured; None where no method needs them.
+        layers: the facts of every layer, by name.
+        held_out: errors on certification data, by layer name.
+        loss: the loss whose gradients were measured; None where no method needs gradients.
         sequential: whether layers were fitted to the compressed network's inputs, and why.
         written: the output, opened.
-        quality: one row per evaluation text.
-        certificate: what `certify` has stated.
-        worst_case: the worst-case bound; None for networks that have none.
+        quality: one row for each evaluation text.
+        certificate: the statements of `certify`.
+        worst_case: the worst-case bound; None for networks without such a bound.
         seconds: wall time by phase.
         memory: peak bytes.
     """
@@ -119,7 +119,7 @@ def _with_held_out(
 def _what_became_of(
     sequential: SequentialDecision, layers: Mapping[str, LayerFacts]
 ) -> SequentialDecision:
-    """The decision to fit sequentially, as it turned out."""
+    """Returns the decision to fit sequentially, as it turned out."""
     if not sequential.used or any(facts.sequential for facts in layers.values()):
         return sequential
     reason = f"{sequential.reason}, and each of them was fitted plainly in the end"
@@ -127,7 +127,7 @@ def _what_became_of(
 
 
 def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> bool:
-    """Whether what was written meets the target; a layer that fell back may have spoilt it."""
+    """Returns whether the output meets the target. A layer that fell back may have missed it."""
     compression = plan.config.compression
     errors = [facts.errors for facts in layers.values() if facts.errors is not None]
     if compression.size is not None:
@@ -138,7 +138,7 @@ def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> boo
     if compression.threshold is not None:
         return not any(facts.fallback for facts in layers.values())
     assert compression.max_loss_increase is not None
-    # What a sequential fit inherits is predicted with the layers that it comes from.
+    # An error that a sequential fit inherits is predicted with the layers that cause it.
     own = (e.metric.stored - (e.metric.inherited or 0.0) for e in errors)
     return sum(own) <= compression.max_loss_increase
 
@@ -146,9 +146,9 @@ def _target_met(plan: Plan, layers: Mapping[str, LayerFacts], size: Size) -> boo
 def _size(plan: Plan, layers: Mapping[str, LayerFacts], written: Source) -> Size:
     compressible = {layer.keys.weight for layer in plan.layers}
     rest = sum(i.num_bytes for k, i in plan.source.tensors.items() if k not in compressible)
-    # Tensors that are not compressible keep their bytes unless output.dtype converts them.
+    # Tensors that are not compressible do not count among the compressed bytes.
     kept = {k for k in plan.source.tensors if k not in compressible}
-    # So do marks, which are for loaders.
+    # Neither do the marks of fused experts, which are for loaders.
     kept |= {key for key in plan.source.fused if key in written.tensors}
     after = written.num_bytes - sum(written.tensors[key].num_bytes for key in kept)
     parameters = sum(info.num_elements for info in plan.source.tensors.values())

@@ -1,4 +1,4 @@
-"""From packed factors to a finished directory: weights, checks, quality, report, manifest."""
+"""The output directory is written here: weights, then checks, quality, report and manifest."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,10 +44,10 @@ from lrc_cli.runtime.spill import HostMemory
 def write_checkpoint(
     plan: Plan, work: WorkDirectory, stage: str, directory: Path, progress: Progress
 ) -> Seconds:
-    """Stream the compressed weights and everything that belongs to them into a directory.
+    """Streams the compressed weights and the files around them into a directory.
 
     Returns:
-        The seconds that it took, by phase.
+        The seconds of writing, by phase.
     """
     entries = list(_entries(plan, work, stage))
     with progress.phase("writing", 1) as phase:
@@ -70,7 +70,7 @@ def write_checkpoint(
 
 
 def layer_table(plan: Plan, work: WorkDirectory, stage: str) -> dict[str, dict[str, Any]]:
-    """Disk name -> the storage and what its form states, for layers that are not dense."""
+    """Returns {disk name: the form and its parameters} of layers that are not dense."""
     table = {}
     for unit, layers in plan.units.items():
         facts = read_facts(work, stage, unit)
@@ -96,7 +96,7 @@ def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
-    """Every tensor of the output, in the source's order; factors stand where their weight stood."""
+    """Yields every tensor of the output. Factors take the place of their weight in the order."""
     owners = {layer.keys.weight: layer for layer in plan.layers}
     owners |= {layer.keys.bias: layer for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
@@ -126,12 +126,12 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
 
 
 class _Apart:
-    """Which fused experts are written apart: those of which some matrix is factorised."""
+    """The fused experts that are written apart, because some of their matrices are factorised."""
 
     def __init__(self, plan: Plan, work: WorkDirectory, stage: str) -> None:
         self.source, self.dtype = plan.source, DTYPES.get(plan.config.output.dtype)
         self.ranks: dict[str, int] = {}
-        """Of the factorised matrices, by key."""
+        """{key of a factorised matrix: its rank}."""
         for unit, layers in plan.units.items():
             facts = read_facts(work, stage, unit)
             for layer in layers:
@@ -144,11 +144,11 @@ class _Apart:
         return self.source.fused[self.source.parts[key][0]].experts
 
     def is_apart(self, key: str) -> bool:
-        """Whether a part of a fused tensor is written as a tensor of its own."""
+        """Returns whether a part of a fused tensor is written as a tensor of its own."""
         return self._experts(key) in self.experts
 
     def whole_before(self, key: str) -> Iterator[Entry]:
-        """What is written under a fused tensor's own key, when the first of its parts comes."""
+        """Yields what is written under a fused tensor's own key, when its first part comes."""
         whole, index = self.source.parts[key]
         fused, info = self.source.fused[whole], self.source.weights.tensors[whole]
         if index:
@@ -184,14 +184,14 @@ def finish_output(
     seconds: Seconds,
     progress: Progress,
 ) -> Record:
-    """Reload what was written, check and measure it, and write the report and the manifest.
+    """Reads the output back, checks and measures it, and writes the report and the manifest.
 
-    Called by all processes, which share the measuring.
+    All processes call this and share the measuring.
 
     Args:
-        directory: what `write_checkpoint` wrote into.
+        directory: the directory that `write_checkpoint` filled.
         sequential: whether the layers were fitted sequentially, and why.
-        seconds: what the phases until now took, for the report.
+        seconds: the seconds of the phases until now, for the report.
     """
     written = open_source(directory, factorised=True)
     with progress.phase("verification", 1) as phase:
@@ -237,7 +237,7 @@ def _write_record(directory: Path, record: Record) -> Record:
 
 
 def _loss(plan: Plan, work: WorkDirectory) -> LossRecord | None:
-    """What the statistics say of the loss; None where no layer needed one."""
+    """Returns the loss that the statistics were measured with; None where no layer needed it."""
     for unit in plan.units:
         loss = work.facts(STATISTICS, unit)["loss"]
         if loss is not None:
@@ -272,7 +272,7 @@ def _check_forward(network: Network, plan: Plan) -> None:
 def _measure(
     plan: Plan, network: Network, memory: HostMemory, progress: Progress
 ) -> tuple[list[QualityRow], Seconds]:
-    """A row for every text, and the seconds that they took, by phase."""
+    """Compares both networks on every text. Returns a row for each text, and seconds by phase."""
     names = plan.evaluation_names
     if not names:
         return [], {}

@@ -1,1 +1,1 @@
-"""Phase one, eigenproblems: every layer at every rank, and the ranks that are granted."""
+"""Phase one solves eigenproblems here: every layer at every rank, then the granted ranks."""

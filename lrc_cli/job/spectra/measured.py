@@ -1,4 +1,4 @@
-"""Phase one, forms without a spectrum: the errors of what they offer, measured once."""
+"""Phase one measures the errors of the storages whose errors no spectrum tells."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,10 @@ from lrc_cli.network.layer import Layer
 
 
 class MeasuredStage(LayerStage[Tensors]):
-    """The errors of one storage's choices for every layer, in both units that a target may have.
+    """The stage that measures the errors of one storage's choices, in both units of a target.
 
-    A layer's result: (j, 2) float64, `Errors` of each choice; nothing where it must stay dense.
+    The result of a layer is (j, 2) float64, the `Errors` of each choice. A layer that must stay
+    dense has no result.
     """
 
     name = "forms"
@@ -46,18 +47,18 @@ class MeasuredStage(LayerStage[Tensors]):
 
 
 def folder_of(plan: Plan, storage: str) -> str:
-    """Where a storage's errors lie: what is rounded depends on the dtype too."""
+    """Returns the folder of a storage's errors. The dtype counts, because it rounds."""
     return f"{MEASURED}/{storage}-{plan.config.output.dtype}"
 
 
 def measured_storages(plan: Plan) -> list[str]:
-    """The storages of the plan whose errors no spectrum tells."""
+    """Returns the storages of the plan whose errors no spectrum tells."""
     asked = dict.fromkeys(plan.of(layer).storage for layer in plan.layers)
     return [storage for storage in asked if STORAGES[storage].is_measured]
 
 
 def read_measured(plan: Plan, work: WorkDirectory, unit: str) -> Tensors:
-    """The errors that the target bounds, by layer name, for layers whose storage measures them."""
+    """Returns the errors that the target bounds, by layer name, where a storage measures errors."""
     kind = Errors._fields.index(
         "metric" if plan.config.compression.max_layer_error is None else "output"
     )

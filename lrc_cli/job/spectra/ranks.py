@@ -1,5 +1,7 @@
-"""From predicted errors to what every layer is granted: the layers' choices, the overrides, the
-target. No data, no solving."""
+"""Predicted errors, overrides and the target decide what every layer is granted.
+
+Nothing here reads data or solves a problem.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,18 +29,18 @@ from lrc_cli.job.planned_layer import PlannedLayer
 from lrc_cli.network.layer import Layer
 
 BISECTIONS = 30
-
+"""Steps of the search for the largest sum of relative errors that keeps the bound on the loss."""
 
 Granted = dict[str, Choice]
-"""What every layer becomes, by name."""
+"""The choice of every layer, by name."""
 
 
 def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
-    """The choice that every layer is granted.
+    """Returns the choice that every layer is granted.
 
     Args:
-        predicted: by layer name; the errors that the target bounds (the plain output error's for
-            `max_layer_error`, the method's own otherwise). A layer without any stays dense.
+        predicted: the errors that the target bounds, by layer name: plain output errors for
+            `max_layer_error`, else errors in the method's unit. A layer without errors stays dense.
 
     Raises:
         InputError: the target or an override cannot be reached.
@@ -78,12 +80,12 @@ def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
 
 
 def check_reachable(plan: Plan) -> None:
-    """Raise InputError for an override or a size that shapes alone rule out, before any pass."""
+    """Raises InputError for an override or a size that shapes alone rule out, before any pass."""
     allocate(plan, nothing_known(plan))
 
 
 def nothing_known(plan: Plan) -> dict[str, Predicted]:
-    """Predictions that rule nothing out: every error is 0."""
+    """Returns predictions that rule nothing out: every error is 0."""
     shapes = {layer.name: min(layer.shape) for layer in plan.layers}
     return {
         name: Predicted(spectrum=torch.zeros(size, dtype=torch.float64))
@@ -92,7 +94,7 @@ def nothing_known(plan: Plan) -> dict[str, Predicted]:
 
 
 def shares_relative_errors(compression: Compression) -> bool:
-    """Whether the budget is shared by errors relative to each layer's total."""
+    """Returns whether the allocation compares errors relative to each layer's total."""
     if compression.max_loss_increase is not None:
         return False
     return compression.allocation != "global" or compression.max_layer_error is not None
@@ -114,7 +116,7 @@ def _meets_target(plan: Plan, choices: Sequence[Choices], picks: Sequence[int]) 
 def _choices(
     planned: PlannedLayer, predicted: Predicted | None, *, relative: bool
 ) -> Sequence[Choice]:
-    """What the layer may become and how wrong it then is, overrides applied."""
+    """Returns the layer's choices with their errors, as overrides and the threshold leave them."""
     layer, itemsize = planned.layer, planned.dtype.itemsize
     dense = DENSE_STORAGE.choices(layer.shape, itemsize)
     if predicted is None or planned.fixed_size == 1:
@@ -126,7 +128,7 @@ def _choices(
         rank_multiple=planned.rank_multiple,
         extra=planned.gained_bytes,
     )
-    choices = [*own, *dense]  # dense comes last: of equal ones the allocation takes the first
+    choices = [*own, *dense]  # dense comes last: among equals the allocation takes the first
     rank, size = planned.fixed_rank, planned.fixed_size
     if rank is not None:
         return _only([x for x in choices if x.rank == rank], layer, f"rank {rank}")
@@ -164,11 +166,11 @@ def _pick(plan: Plan, choices: Sequence[Choices]) -> list[int]:
 def _pick_within_loss(
     plan: Plan, choices: Sequence[Choices], relative: Sequence[Choices]
 ) -> list[int]:
-    """The fewest bytes whose errors, in nats, add up to at most max_loss_increase.
+    """Returns the fewest bytes whose errors, in nats, add up to at most max_loss_increase.
 
     Args:
-        relative: the same choices, the errors divided by each layer's energy. Where `allocation` is
-            relative, their sum is what every saved byte is traded for.
+        relative: the same choices with errors divided by each layer's total. Where `allocation` is
+            relative, every saved byte is traded for the sum of these errors.
     """
     bound = plan.config.compression.max_loss_increase
     assert bound is not None
@@ -176,7 +178,7 @@ def _pick_within_loss(
         return _pick_uniform(plan, choices)
     if plan.config.compression.allocation == "global":
         return within_error(choices, bound)
-    # A hair above the least sum, which the allocator adds up in another order.
+    # The bound is a hair above the least sum, because the allocator adds in another order.
     low = sum(choice.errors.min().item() for choice in relative) * (1 + 1e-12)
     picks, high = within_error(relative, low), float(len(relative))
     for _ in range(BISECTIONS):
@@ -190,7 +192,10 @@ def _pick_within_loss(
 
 
 def _pick_uniform(plan: Plan, choices: Sequence[Choices]) -> list[int]:
-    """One share for every layer that has a choice; overrides and unreached layers have none."""
+    """Returns choices that keep the same fraction of every layer's bytes.
+
+    Layers that an override or a lack of data leaves a single choice are not counted.
+    """
     free = [i for i, choice in enumerate(choices) if len(choice.each) > 1]
     bound = plan.config.compression.max_loss_increase
     dense_bytes = [plan.layers[i].num_bytes for i in free]
@@ -210,7 +215,7 @@ def _pick_uniform(plan: Plan, choices: Sequence[Choices]) -> list[int]:
 
 
 def _budget(plan: Plan) -> float:
-    """Bytes that all compressible weights may take together."""
+    """Returns the bytes that all compressible weights may take together."""
     compression = plan.config.compression
     assert compression.size is not None
     if compression.size_of == "compressible":
@@ -219,7 +224,7 @@ def _budget(plan: Plan) -> float:
 
 
 def rest_bytes(plan: Plan) -> int:
-    """Bytes of all that is written beside the compressible weights."""
+    """Returns the bytes of everything that is written beside the compressible weights."""
     compressible = {layer.keys.weight for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
     return plan.source.mark_bytes + sum(

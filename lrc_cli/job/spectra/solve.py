@@ -1,4 +1,4 @@
-"""Solves of many layers, unit by unit: what they begin with, how many run side by side."""
+"""Many layers are solved unit by unit, as many side by side as the machine takes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
@@ -14,18 +14,21 @@ from lrc_cli.runtime.threads import in_parallel
 Result = TypeVar("Result")
 
 PARALLEL_WIDTH = 2048
-"""Layers up to this width are solved side by side on a CPU, wider ones in turn."""
+"""The largest width of layers that are solved side by side on a CPU; wider layers take turns."""
 
 
 def weight_of(plan: Plan, layer: Layer) -> torch.Tensor:
-    """The dense weight (m, n), stored dtype, on the run's device."""
+    """Returns the dense weight (m, n), stored dtype, on the run's device."""
     return layer.weight(plan.source).to(plan.device)
 
 
 def num_workers(plan: Plan, layers: list[Layer]) -> int:
-    """How many layers to solve at once: wide ones use all cores, and much memory, on their own."""
+    """Returns how many layers to solve at once.
+
+    A wide layer uses all cores, and much memory, by itself.
+    """
     widest = max((max(layer.shape) for layer in layers), default=0)
-    # Such a fit runs the network, and holds the layer's inputs.
+    # A solver that reads inputs runs the network and holds all inputs of its layer.
     reads_inputs = any(plan.of(layer).solver.reads_inputs for layer in layers)
     if plan.device.type != "cpu" or widest > PARALLEL_WIDTH or reads_inputs:
         return 1
@@ -33,7 +36,7 @@ def num_workers(plan: Plan, layers: list[Layer]) -> int:
 
 
 def solve_each(plan: Plan, layers: list[Layer], solve: Callable[[Layer], Result]) -> list[Result]:
-    """What `solve` makes of every layer, in their order, some of them side by side."""
+    """Returns the result of `solve` for every layer, in order. Some layers run side by side."""
     workers = max(min(num_workers(plan, layers), len(layers)), 1)
     (solved,) = in_parallel(solve, [layers], workers, cost=attrgetter("solve_cost"))
     return solved
@@ -42,10 +45,10 @@ def solve_each(plan: Plan, layers: list[Layer], solve: Callable[[Layer], Result]
 def solve_units(
     plan: Plan, units: Iterable[str], solve: Callable[[Layer], Result]
 ) -> Iterator[tuple[str, dict[str, Result]]]:
-    """What `solve` makes of every unit's layers, by layer name, unit by unit.
+    """Yields every unit with the results of `solve`, by layer name.
 
-    Where layers are solved side by side, the next unit's begin before this one's are stored. How a
-    unit is solved does not depend on which others are: a resumed run must give the same bytes.
+    Where layers are solved side by side, the next unit begins before this unit is stored. The way a
+    unit is solved does not depend on other units: a resumed run must give the same bytes.
     """
     for workers, alike in groupby(units, key=lambda unit: num_workers(plan, plan.units[unit])):
         names = list(alike)
@@ -56,5 +59,5 @@ def solve_units(
 
 
 def solve_cost(layers: Iterable[Layer]) -> float:
-    """The cost of the layers' solves together: multiplications."""
+    """Returns the cost of solving the layers: multiplications."""
     return sum(layer.solve_cost for layer in layers)

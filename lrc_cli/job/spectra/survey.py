@@ -1,4 +1,4 @@
-"""Phase one, eigenproblems: what is known of every layer at every rank, and where it lies."""
+"""Phase one surveys every layer: what is known of it at every rank, which is then stored."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,9 +18,9 @@ SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "
 
 
 class SpectraStage(LayerStage[tuple[Tensors, str]]):
-    """What is known of every layer at every rank.
+    """The stage that finds what is known of every layer at every rank.
 
-    A layer's result: the tensors of its survey, or none and the reason why the layer stays dense.
+    The result of a layer is the tensors of its survey, or the reason why the layer stays dense.
     """
 
     name = "spectra"
@@ -41,7 +41,7 @@ class SpectraStage(LayerStage[tuple[Tensors, str]]):
 
 
 def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str]:
-    """What is stored of a layer's survey; or the reason why the layer must stay dense."""
+    """Returns the tensors of a layer's survey, or the reason why the layer must stay dense."""
     statistics, reason = read_statistics(plan, work, layer)
     if statistics is None:
         return {}, reason
@@ -56,7 +56,7 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
         tensors |= found.references._asdict()
     if found.zero is not None:
         tensors[ZERO] = torch.tensor(found.zero, dtype=torch.float64)
-    # Some solvers give one tensor twice, and safetensors wants every tensor for itself.
+    # Some solvers give one tensor twice, and safetensors stores no tensors that share memory.
     return {
         f"{kind}.{layer.name}": tensor.cpu().contiguous()
         if kind == VECTORS
@@ -66,7 +66,7 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
 
 
 def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
-    """A layer's survey, on the run's device; its vectors are in float32."""
+    """Returns a layer's survey on the run's device. The vectors are in float32."""
     kinds = (SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO, *References._fields)
     stored, _ = work.get(SURVEYS, layer.unit, [f"{kind}.{layer.name}" for kind in kinds])
 
@@ -88,13 +88,13 @@ def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
 
 
 def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
-    """Why phase one found that the layer must stay dense; None where it need not."""
+    """Returns why phase one leaves the layer dense; None where it does not."""
     reasons: dict[str, str] = work.facts(SURVEYS, layer.unit)["dense"]
     return reasons.get(layer.name)
 
 
 def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
-    """The errors that the target bounds, by layer name."""
+    """Returns the errors that the target bounds, by layer name."""
     found: dict[str, Predicted] = {}
     for unit in plan.units:
         found |= unit_predicted(plan, work, unit)
@@ -102,7 +102,7 @@ def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
 
 
 def unit_predicted(plan: Plan, work: WorkDirectory, unit: str) -> dict[str, Predicted]:
-    """As `read_predicted`, for one unit's layers."""
+    """Returns the errors that the target bounds for the layers of one unit, by name."""
     kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
     stored, _ = work.get(SURVEYS, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
     spectra = {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items()}
@@ -114,7 +114,7 @@ def unit_predicted(plan: Plan, work: WorkDirectory, unit: str) -> dict[str, Pred
 
 
 def vectors_bytes(plan: Plan, units: Iterable[str]) -> int:
-    """What the surveys of units take on the disk, but for a few numbers a rank."""
+    """Returns the bytes of the units' surveys on disk, without a few numbers for each rank."""
     layers = [
         layer
         for unit in units

@@ -1,1 +1,1 @@
-"""Phase one, data: Gram matrices of every layer."""
+"""Phase one reads the data here and sums Gram matrices of every layer."""

@@ -1,4 +1,4 @@
-"""Phase one, data: which statistics are missing, one pass that collects them, where they lie."""
+"""Phase one collects the missing statistics in one pass over the data and stores them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ MICRO_BATCH_TOKENS = 2048
 
 
 Prepare = Callable[[Sequence[Layer]], tuple[Job, "Parts"]]
-"""The pass that measures some layers, and what makes parts of units of its outcome."""
+"""Returns the pass that measures some layers, and the object that cuts its outcome by unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Part:
     """What one segment says about a unit: the moments of the unit's layers that run there."""
 
     stage: str
-    """Where it waits for other parts of the unit."""
+    """The stage in which this part waits for the other parts of the unit."""
     others: Sequence[str]
-    """Where the other parts lie, one for each other segment in which layers of the unit run."""
+    """The stages of the other parts: one for each other segment that has layers of the unit."""
     tensors: Tensors
     layers: Mapping[str, Any]
     """Facts by layer name."""
@@ -52,17 +52,18 @@ class Part:
 
 
 UNMEASURED = Part(stage="", others=(), tensors={}, layers={}, loss=None)
-"""What is known about a unit that no layer's method needs data for."""
+"""What is known about a unit whose layers have methods that need no data."""
 
 
 class StatisticsStage(Stage[Part]):
-    """Gram matrices of every layer's inputs, in one pass over the calibration data.
+    """The stage that measures Gram matrices of every layer, in one pass over the calibration data.
 
-    Where a layer's method asks for them, Gram matrices of the gradients by its outputs come too.
-    All processes measure every unit, each on its share of the data.
+    Every measured layer gets a Gram matrix of its inputs. Some methods also ask for a Gram matrix
+    of the gradients by the layer's outputs. All processes measure every unit, each process on some
+    of the micro-batches.
 
     Args:
-        prepare: called once, with the layers to measure, if there are any.
+        prepare: called once with the layers to measure, if there are any.
         store_every: see Sweep.
     """
 
@@ -101,12 +102,12 @@ class StatisticsStage(Stage[Part]):
             yield from _unmeasured(others)
             for segment, moments in sweep.run(advance):
                 yield from parts.of(segment, moments)
-                del moments  # they leave memory before the next segment is measured
+                del moments  # the memory is free before the next segment is measured
 
         return Task(cost=sweep.cost, solve=solve)
 
     def store(self, unit: str, outcome: Part) -> None:
-        """Store a part of a unit, or the whole unit with the last part."""
+        """Stores a part of a unit, or the whole unit with the last part."""
         if not all(self.work.has(stage, unit) for stage in outcome.others):
             self.work.put(outcome.stage, unit, outcome.tensors, outcome.layers)
             return
@@ -128,13 +129,14 @@ def _unmeasured(units: Sequence[str]) -> Solved[Part]:
 
 
 def is_measured(plan: Plan, layer: Layer) -> bool:
+    """Returns whether the layer's method needs data."""
     return "gram" in plan.of(layer).solver.needs
 
 
 def prepare(
     plan: Plan, work: WorkDirectory, progress: Progress, layers: Sequence[Layer]
 ) -> tuple[Job, "Parts"]:
-    """The pass that measures `layers`, and what makes parts of units of its outcome."""
+    """Returns the pass that measures `layers`, and the object that cuts its outcome by unit."""
     graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
@@ -171,7 +173,7 @@ def _loss(plan: Plan, progress: Progress) -> Loss:
 def _facts(
     layers: Sequence[Layer], measured: Mapping[str, Any], loss: Loss | None
 ) -> dict[str, Any]:
-    """A unit's facts: where its layers' Gram matrices lie, and how many tokens they are of."""
+    """Returns where the Gram matrices of a unit's layers lie, and how many tokens were summed."""
     nothing = {"group": None, "group_unit": None, "tokens": 0, "has_gradient": False}
     return {
         "layers": {layer.name: measured.get(layer.name, nothing) for layer in layers},
@@ -180,26 +182,26 @@ def _facts(
 
 
 class Parts:
-    """Makes parts of units of what a pass measures, segment by segment.
+    """The outcome of a pass, cut by unit as each segment comes in.
 
-    A unit whose layers run in several segments waits, in the stage PARTS, for the last of them.
+    A unit whose layers run in several segments waits, in the stage PARTS, for the last segment.
     """
 
     def __init__(self, plan: Plan, work: WorkDirectory, cut: Cut, loss: Loss | None) -> None:
         self.plan, self.work, self.cut, self.loss = plan, work, cut, loss
 
     def has(self, segment: Segment) -> bool:
-        """Whether the segment was measured."""
+        """Returns whether the segment was measured before."""
         return all(
             self.work.has(_parts(segment), unit) or self.work.has(STATISTICS, unit)
             for unit in {layer.unit for layer in segment.layers}
         )
 
     def of(self, segment: Segment, moments: Moments) -> Iterator[tuple[str, Part]]:
-        """What all processes have measured in a segment: each unit's part, at the unit's owner.
+        """Yields each unit's part of what all processes have measured, at the unit's owner.
 
         Raises:
-            RunError: it is not finite.
+            RunError: a sum is not finite.
         """
         units = {layer.name: layer.unit for layer in segment.layers}
         owners = {name: self.plan.owners[unit] for name, unit in units.items()}
@@ -226,7 +228,10 @@ class Parts:
         ]
 
     def _fact(self, name: str, units: Mapping[str, str], moments: Moments) -> dict[str, Any]:
-        """Where a layer's Gram matrices lie: the inputs' matrix is stored once, with the leader."""
+        """Returns where a layer's Gram matrices lie.
+
+        The matrix of an input is stored once, with the first layer that reads the input.
+        """
         leader = self.cut.leaders[name]
         gram = moments.grams.get(leader)
         return {
@@ -258,7 +263,10 @@ def _packed(layers: Sequence[Layer], moments: Moments) -> Tensors:
 
 
 def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Statistics | None, str]:
-    """A layer's statistics on the run's device; None, with the reason, where it must stay dense."""
+    """Returns a layer's statistics on the run's device.
+
+    The result is None, with a reason, where the layer must stay dense.
+    """
     needs = plan.of(layer).solver.needs
     if not needs:
         return Statistics(), ""

@@ -1,9 +1,9 @@
-"""Streaming second moments: Gram matrices of layer inputs and of output gradients.
+"""Second moments are summed as data streams by: Gram matrices of inputs and output gradients.
 
-G = (1/N) sum x x^T over the N rows that reach a layer, and F = (1/T) sum g g^T over as many, but
-divided by the T calibration tokens, which is the same T for all layers: an error in F's metric is
-then per token of the data, whichever layer makes it. A micro-batch is multiplied in float32
-(products of bfloat16 numbers are exact there) and added to a float64 sum.
+G = (1/N) sum x x^T over the N rows that reach a layer. F = (1/T) sum g g^T over the same rows is
+divided by the T calibration tokens. T is the same for all layers, so an error in F's metric is per
+token of the data in every layer. A micro-batch is multiplied in float32 (products of bfloat16
+numbers are exact there) and added to a float64 sum.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,33 +20,32 @@ from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.processes import Processes
 
-# Only the lower triangle is needed: wide matrices are multiplied panel by panel, which spares up
-# to 40 % of the products. Narrower panels would slow the matrix product itself.
 PANEL = 256
+"""Columns that are multiplied at once.
+
+Only the lower triangle is needed, so panels spare up to 40 % of the products of a wide matrix.
+Narrower panels would slow the matrix product itself.
+"""
 
 
 class GramSum:
     """A float64 sum of x x^T over rows x, and the number of rows.
 
     Args:
-        center: sum (x - mean) (x - mean)^T. Rows are multiplied less the mean of those that came
-            with them, and the sums put together (Chan, Golub and LeVeque 1979): x x^T - mean mean^T
-            would lose as many digits as the mean is larger than the deviations.
+        center: whether (x - mean) (x - mean)^T is summed. Each call's rows are multiplied around
+            their own mean, and the sums are combined (Chan, Golub and LeVeque 1979). The difference
+            x x^T - mean mean^T would lose digits where the mean is larger than the deviations.
     """
 
     def __init__(self, width: int, device: torch.device, *, center: bool = False) -> None:
-        # float64 is missing on Apple's GPUs; their sums are held on the CPU.
+        # Apple's GPUs have no float64, so the CPU holds their sums.
         holder = torch.device("cpu") if device.type == "mps" else device
         self.total = torch.zeros(width, width, dtype=torch.float64, device=holder)
         self.num_rows = 0
         self._mean = self.total.new_zeros(width) if center else None
 
     def add(self, rows: torch.Tensor) -> "Added":
-        """Add rows of shape (t, n) in any floating dtype.
-
-        Returns:
-            What was multiplied.
-        """
+        """Adds rows of shape (t, n) in any floating dtype, and returns what was multiplied."""
         added = Added(rows)
         if self._mean is not None and len(rows):
             added = self._around_mean(rows.float(), self._mean)
@@ -70,10 +69,10 @@ class GramSum:
         return Added(rows, rest, step, weight=self.num_rows * share)
 
     def sum_to(self, owner: int | None, processes: Processes) -> torch.Tensor | None:
-        """Bring what all processes have added together at the rank `owner`; None: at each.
+        """Sums over all processes. The rank `owner` gets the sum; None: every process gets it.
 
         Returns:
-            With `center` (n,), by how much the mean of this process's rows was off that of all.
+            With `center` (n,), the mean of this process's rows less the mean of all rows.
         """
         num_rows, step = sum(processes.gather(self.num_rows)), None
         if self._mean is not None:
@@ -87,9 +86,9 @@ class GramSum:
         return step
 
     def mean(self, num: int | None = None) -> torch.Tensor:
-        """The Gram matrix divided by the number of rows: (n, n), float64, symmetric.
+        """Returns the Gram matrix divided by the number of rows: (n, n), float64, symmetric.
 
-        With `center` it is that of x - mean(x).
+        With `center` the matrix is the covariance of the rows.
 
         Args:
             num: what to divide by in place of the number of rows.
@@ -98,11 +97,11 @@ class GramSum:
         return lower + lower.tril(-1).T
 
     def lower(self, num: int | None = None) -> torch.Tensor:
-        """As `mean`, but of what is above the diagonal nothing counts."""
+        """Returns `mean`, of which only the lower triangle is valid."""
         return self.total / max(self.num_rows if num is None else num, 1)
 
     def mean_row(self) -> torch.Tensor:
-        """The mean of the rows (n,), float64; with `center` only."""
+        """Returns the mean of the rows (n,), float64. Only sums with `center` have it."""
         if self._mean is None:
             raise ValueError("the mean was not collected")
         return self._mean
@@ -113,20 +112,20 @@ class Added:
     """What one call of `GramSum.add` multiplied."""
 
     rows: torch.Tensor
-    """(t, n); with `center` less their mean in float32, which is not quite their mean."""
+    """(t, n); with `center` less their mean as computed in float32."""
     rest: torch.Tensor | None = None
-    """With `center` the mean (n,) of `rows`, float64."""
+    """With `center` the mean (n,) of `rows`, float64: rounding to float32 leaves one."""
     step: torch.Tensor | None = None
-    """With `center` how far the rows' mean is from that of all rows before them (n,), float64."""
+    """With `center` (n,), float64: the rows' mean less the mean of all rows before them."""
     weight: float = 0.0
-    """Of a product of two steps."""
+    """The factor of the product of two steps in the combined sum."""
 
     def correct(self, total: torch.Tensor, other: "Added") -> None:
-        """Make up for what sums of `self.rows` x `other.rows` leave out, with `center`, in place.
+        """Adds to `total`, with `center`, what products of `self.rows` and `other.rows` leave out.
 
         Args:
             total: (n, n'), the sum around the mean.
-            other: of rows that came with these, and were added to their sum as often.
+            other: rows of the same tokens, whose sum has had as many calls.
         """
         if self.rest is None or other.rest is None:
             return
@@ -137,10 +136,10 @@ class Added:
 
 @contextmanager
 def _exact_bfloat16(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows in the dtype to multiply. Within it, products of bfloat16 rows are exact and fast.
+    """Yields the rows in the dtype to multiply; products of bfloat16 rows are exact and fast.
 
-    A CPU has no product of bfloat16 matrices that keeps float32 sums. But float32 matrices may be
-    rounded to bfloat16 on the way into it, and to rows that are bfloat16 this does nothing.
+    A CPU has no product of bfloat16 matrices that keeps float32 sums. A product of float32 matrices
+    may round its factors to bfloat16, which changes nothing in rows that were bfloat16.
     """
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         yield rows
@@ -162,12 +161,12 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class Moments:
-    """Gram matrices of the layers that run together: of their inputs and output gradients.
+    """The Gram matrices of inputs and output gradients, for layers that run together.
 
     Args:
         leaders: {layer: first layer that reads the same input}; the leader's input is measured.
         graded: layers whose output gradients are measured too.
-        device: the network's.
+        device: the device of the network.
         center: whether inputs are summed around their mean.
     """
 
@@ -182,19 +181,19 @@ class Moments:
         self.leaders, self.graded = leaders, {layer.name for layer in graded}
         self.device = device
         self.grams: dict[str, GramSum] = {}
-        """By leader; a layer that was never reached has no entry."""
+        """{leader: sum over inputs}; a layer that was never reached has no entry."""
         self.fishers: dict[str, GramSum] = {}
-        """By layer; one that the loss does not depend on has no entry."""
+        """{layer: sum over output gradients}; a layer without effect on the loss has no entry."""
         self.num_tokens = 0
-        """Of the micro-batches that ran backwards, as often as they did."""
+        """Tokens that ran backwards. A token counts once for each of its backward passes."""
         self.center = center
 
     @contextmanager
     def watching(self, network: Network, layers: Sequence[Layer], masks: Masks) -> Iterator[None]:
-        """Within it, what passes through `layers` is added, forwards and backwards.
+        """Adds everything that passes through `layers` inside the context, forwards and backwards.
 
         Args:
-            masks: of the micro-batch that runs.
+            masks: the masks of the micro-batch that runs.
         """
 
         def after_layer(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
@@ -203,8 +202,8 @@ class Moments:
             if layer.name not in self.graded or not torch.is_grad_enabled():
                 return None
             if not y.requires_grad:
-                # Parameters are frozen, so gradients begin here; a clone, because a leaf may not
-                # be changed in place by what follows.
+                # Parameters are frozen, so gradients begin here. The clone may be changed in place
+                # by what follows, and a leaf may not.
                 y = y.requires_grad_().clone()
             y.register_hook(lambda gradient: _add(self.fishers, layer.name, gradient, masks))
             return y
@@ -213,12 +212,13 @@ class Moments:
             yield
 
     def sum_to(self, owners: Mapping[str, int], processes: Processes) -> None:
-        """Bring every layer's sums together at its owner.
+        """Sums every layer over all processes; the layer's owner gets the sum.
 
-        The others keep the number of tokens only, of layers too that reached other processes alone.
+        The other processes get the number of rows only. They get it for every layer that some
+        process has reached.
 
         Args:
-            owners: ranks by layer.
+            owners: {layer: rank of its owner}.
         """
         self.num_tokens = sum(processes.gather(self.num_tokens))
         for sums, center in ((self.grams, self.center), (self.fishers, False)):
@@ -231,7 +231,7 @@ class Moments:
                 sums[name].sum_to(owners[name], processes)
 
     def check_finite(self, names: Sequence[str]) -> None:
-        """Raise RunError if an activation or a gradient of these layers is NaN or infinite."""
+        """Raises RunError if an activation or a gradient of these layers is NaN or infinite."""
         for what, sums in (("inputs", self.grams), ("output gradients", self.fishers)):
             for name in names:
                 if name in sums and not bool(torch.isfinite(sums[name].total.diagonal().sum())):

@@ -1,18 +1,18 @@
-"""One pass over the calibration data, segment by segment, that stops and goes on anywhere.
+"""One pass over the calibration data goes segment by segment, and can stop and go on anywhere.
 
-Without gradients a segment's layers are measured as the network walks forward. With them it first
-walks to its tail and writes down what every segment reads; then the segments come last to first:
-each reads its inputs back, runs once more with autograd, takes the gradient at its output to
-its input, and is measured in the same run.
+Without gradients, a segment's layers are measured as the network walks forward. With gradients, the
+network first walks to its tail and writes down what every segment reads. The segments then come
+last to first. Each segment reads its inputs back, runs once more with autograd, takes the gradient
+from its output to its input, and is measured in the same run.
 
     <work>/inputs/<segment>/<micro-batch>      what the segment reads
-    <work>/gradients/<segment>/<micro-batch>   the gradients of the loss by it, one a probe
+    <work>/gradients/<segment>/<micro-batch>   the loss's gradients by it, one tensor a probe
 
 Inputs that the way back needs are always written. Everything else that passes from one segment to
-the next stays in memory, and is written every few seconds only, for the next run to go on from.
+the next stays in memory. It is also written every few seconds, so the next run can go on from it.
 
-Of several processes each runs its share of the micro-batches, and all come to the end of a segment
-together. Nothing depends on how many they are, so others may go on.
+Several processes share the micro-batches and come to the end of a segment together. Nothing written
+depends on the number of processes, so another number may go on.
 """
 
 import time
@@ -42,11 +42,11 @@ from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirecto
 from lrc_cli.network.layer import Layer
 
 Measured = Generator[tuple[Segment, Moments], None, None]
-"""Segments with the moments that one process has summed in them."""
+"""Segments with the moments that one process has summed in each segment."""
 STORE_EVERY = 10.0
-"""Seconds: what a run that goes on may have to run through again, beside the segment it was in."""
+"""Seconds of work that a stopped run may have to repeat, beside the segment that was running."""
 BACKWARD_COST = 3.0
-"""Cost of a segment that runs again with gradients, and backwards, in its forward runs."""
+"""The cost of running a segment again with gradients and backwards, in forward runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,49 +56,52 @@ class Job:
     network: Network
     chain: Chain
     segments: Sequence[Segment]
-    """The network's, with the layers that are to be measured."""
+    """The segments of the network, with the layers to measure in each segment."""
     batches: Sequence[Batch]
     leaders: Mapping[str, str]
     """{layer: first layer of its segment that reads the same input}."""
     graded: Collection[str]
-    """Layers whose output gradients are measured (needs `loss`)."""
+    """Layers whose output gradients are measured, which needs `loss`."""
     loss: Loss | None
     seed: int
-    """It decides masked tokens, drawn labels and probes."""
+    """The seed of masked tokens, drawn labels and probes."""
     center: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """What a pass has left to do: numbers of segments."""
+    """What a pass has left to do, as numbers of segments."""
 
     unfinished: Collection[int]
-    """To be measured."""
+    """Segments to measure."""
     forward: range
-    """To be run forwards, in this order."""
+    """Segments to run forwards, in this order."""
     backward: range
-    """To be run again with gradients, and backwards: last to first."""
+    """Segments to run again with gradients and backwards, last to first."""
 
 
 def first_graded(job: Job) -> int:
-    """The number of the first segment that is measured backwards; of all, if none is."""
+    """Returns the number of the first segment that is measured backwards.
+
+    The result is the number of all segments where no segment is measured backwards.
+    """
     graded = (i for i, segment in enumerate(job.segments) if graded_layers(job, segment))
     return min(graded, default=len(job.segments))
 
 
 def graded_layers(job: Job, segment: Segment) -> list[Layer]:
-    """The segment's layers whose output gradients are measured."""
+    """Returns the segment's layers whose output gradients are measured."""
     return [layer for layer in segment.layers if layer.name in job.graded]
 
 
 def way_of(
     job: Job, finished: Callable[[Segment], bool], has: Callable[[str, Segment], bool]
 ) -> Way:
-    """What is left of a pass.
+    """Returns what is left of a pass.
 
     Args:
-        finished: whether a segment was measured before.
-        has: whether an earlier run has stored the INPUTS or GRADIENTS of a segment.
+        finished: tells whether a segment was measured before.
+        has: tells whether an earlier run has stored the INPUTS or GRADIENTS of a segment.
     """
     segments = enumerate(job.segments)
     unfinished = {i for i, x in segments if x.layers and not finished(x)}
@@ -122,22 +125,22 @@ def _forward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment]
 
 
 def _backward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment], bool]) -> range:
-    """Last to first."""
+    """Returns the numbers of the segments that run backwards, last to first."""
     segments, first = job.segments, first_graded(job)
     start = max((i for i in unfinished if i >= first), default=first - 1)
-    # A segment with no layer to measure leaves nothing but the gradient.
+    # A segment without a layer to measure leaves nothing but its gradient.
     while first <= start < len(segments) - 1 and not has(GRADIENTS, segments[start + 1]):
         start += 1
     return range(start, first - 1, -1)
 
 
 class Sweep:
-    """The pass over the data.
+    """A pass over the data that measures segments.
 
     Args:
-        finished: whether a segment was measured before.
-        keep: what becomes of tensors between two segments; see `HostMemory.keep`.
-        store_every: in place of STORE_EVERY.
+        finished: tells whether a segment was measured before.
+        keep: where tensors stay between two segments; see `HostMemory.keep`.
+        store_every: seconds in place of STORE_EVERY.
     """
 
     def __init__(
@@ -152,11 +155,11 @@ class Sweep:
         self.job, self.work, self.keep = job, work, keep
         self.store_every = STORE_EVERY if store_every is None else store_every
         self.gradients: dict[int, Tensors] = {}
-        """The gradients by the input of the segment that ran backwards last, by micro-batch."""
+        """{micro-batch: gradients by the input of the segment that ran backwards last}."""
         self._stored = time.monotonic()
-        """When something to go on from was stored last."""
+        """The time when the last state to go on from was stored."""
         self._passed: list[tuple[str, Segment]] = []
-        """What lies in files and is of no use as soon as something further on does."""
+        """Stored states that a next run needs only until a later state is stored."""
         masking = torch.Generator().manual_seed(job.seed)
         prepared = [
             (batch, None) if job.loss is None else prepare(job.loss, batch, masking)
@@ -165,7 +168,7 @@ class Sweep:
         self.labels = [labels for _, labels in prepared]
         self.walk = Walk(job.network, job.chain, [batch for batch, _ in prepared], keep)
         self.own = work.processes.share(len(prepared))
-        """Numbers of the micro-batches that are this process's."""
+        """Numbers of the micro-batches that this process runs."""
         self.first_graded = first_graded(job)
         self.way = work.processes.from_first(lambda: way_of(job, finished, self._has))
 
@@ -174,12 +177,12 @@ class Sweep:
         return all(self.work.has(stage, str(index)) for index in range(len(self.walk.batches)))
 
     def _is_due(self) -> bool:
-        """Whether to store something to go on from: the first process tells all."""
+        """Returns whether to store a state to go on from. The first process decides for all."""
         due = time.monotonic() - self._stored >= self.store_every
         return self.work.processes.from_first(lambda: due)
 
     def _forget_passed(self) -> None:
-        """Delete what a run that goes on would not read any more."""
+        """Deletes stored states that a next run would not read any more."""
         self._stored = time.monotonic()
         for stage, segment in self._passed:
             for index in self.own:
@@ -188,12 +191,12 @@ class Sweep:
 
     @property
     def cost(self) -> float:
-        """What is left to do, in the unit of `advance`."""
+        """The cost of what is left to do, in the unit of `advance`."""
         forward = sum(self._cost(i) for i in self.way.forward)
         return forward + BACKWARD_COST * sum(self._cost(i) for i in self.way.backward)
 
     def _cost(self, number: int) -> float:
-        """One segment's forward run over all data: multiplications per token."""
+        """Returns the cost of a segment's forward run over all data: multiplications per token."""
         name, module = self.job.segments[number].name, self.job.network.module
         if name in self.job.chain.names:
             return float(_num_parameters(module.get_submodule(name)))
@@ -201,14 +204,14 @@ class Sweep:
         return float(_num_parameters(module) - blocks) if name != HEAD else 1.0
 
     def run(self, advance: Callable[[float], None]) -> Measured:
-        """Measure what is left.
+        """Measures what is left.
 
         Args:
             advance: called with the cost of every step that is done.
 
         Yields:
-            Every measured segment with what this process has summed. The segment must be stored
-            before the next one is asked for: what it was measured on is deleted then.
+            Every measured segment with what this process has summed. The caller must store the
+            segment before it asks for the next segment, because the inputs are deleted then.
 
         Raises:
             RunError: an activation or a gradient is NaN or infinite, or the disk is full.
@@ -223,7 +226,7 @@ class Sweep:
                 yield from self._return(number, aside, advance)
 
     def _enter(self) -> None:
-        """Bring the walk to where an earlier run has come."""
+        """Brings the walk to where an earlier run has come."""
         for index in self.own:
             self.walk.run(self.job.segments[0], index)
             if self.way.forward:
@@ -235,7 +238,7 @@ class Sweep:
         return self.work.get(f"{INPUTS}/{segment.name}", str(index))[0]["hidden"]
 
     def _walk(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
-        """Run a segment forwards; measure it if no gradients are wanted of it."""
+        """Runs a segment forwards, and measures it unless the way back will."""
         segments, is_before = self.job.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
         measures = is_before and number in self.way.unfinished
@@ -263,7 +266,7 @@ class Sweep:
                 self._forget_passed()
 
     def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
-        """Run a segment again with gradients, and backwards, and measure it."""
+        """Runs a segment again with gradients, then backwards, and measures it."""
         segments, first = self.job.segments, self.first_graded
         segment, above = segments[number], segments[number + 1 : number + 2]
         moments = self._moments(segment)
@@ -274,7 +277,7 @@ class Sweep:
             if segment.name not in (HEAD, WHOLE):
                 hidden = self._input(segment, index).to(self.job.network.device, copy=True)
                 hidden.requires_grad_(number > first)
-            if gradients is None:  # an earlier run has come to here
+            if gradients is None:  # an earlier run has come here
                 stages = [f"{GRADIENTS}/{follower.name}" for follower in above]
                 gradients = self.work.get(stages[0], str(index))[0] if stages else {}
             below = self._back(number, index, hidden, moments, gradients)
@@ -287,7 +290,7 @@ class Sweep:
         aside.flush()
         if number in self.way.unfinished:
             yield segment, moments
-        # Nobody's inputs go before the segment is stored: the next run would miss them.
+        # Inputs are deleted once every process has stored the segment: a next run needs them.
         self.work.processes.wait()
         self._passed += [(INPUTS, segment), *((GRADIENTS, follower) for follower in above)]
         if stores or number == first:
@@ -301,23 +304,23 @@ class Sweep:
         moments: Moments,
         above: Tensors,
     ) -> Tensors:
-        """One micro-batch: from the gradients by its output to gradients by `hidden`, by probe."""
+        """Takes one micro-batch's gradients, by probe, from the segment's output to `hidden`."""
         loss, network, segment = self.job.loss, self.job.network, self.job.segments[number]
         layers = segment.layers if number in self.way.unfinished else []
         below: Tensors = {}
         assert loss is not None
         masks = masks_of(self.walk.batches[index])
         with (
-            torch.enable_grad(),  # whatever the caller has set
+            torch.enable_grad(),  # the caller may have turned gradients off
             recast_in_backward(network.casts),
             moments.watching(network, layers, masks),
         ):
-            # A clone, because a leaf may not be changed in place.
+            # The network may change its input in place, which a leaf does not allow: hence a clone.
             given = None if hidden is None else hidden.clone()
             output = self.walk.run(segment, index, given, gradients=True)
             num_probes = num_scalars(loss)
             for probe, (root, gradient) in enumerate(self._roots(segment, index, output, above)):
-                # Without either, no measured layer has a say in the loss.
+                # Where one of the two is missing, the loss depends on no measured layer.
                 if root.requires_grad and gradient is not None:
                     root.backward(gradient, retain_graph=probe + 1 < num_probes)
                 if hidden is not None and hidden.grad is not None:
@@ -329,7 +332,7 @@ class Sweep:
     def _roots(
         self, segment: Segment, index: int, output: Any, above: Tensors
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Where the backward passes begin, one for every probe, and the gradient there."""
+        """Yields where each probe's backward pass begins, with the gradient there."""
         assert self.job.loss is not None
         if segment.name in (TAIL, WHOLE):
             masks, labels = masks_of(self.walk.batches[index]), self.labels[index]
@@ -352,7 +355,8 @@ def _num_parameters(module: torch.nn.Module) -> int:
 
 def _check_output(segment: Segment, output: torch.Tensor, masks: Masks) -> None:
     rows = unpadded(output, masks)
-    # Both are NaN if one number is: a twentieth of the time that looking at each would take.
+    # The minimum and the maximum are NaN if any number is. They take a twentieth of the time that
+    # a look at every number would take.
     if len(rows) and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
         raise RunError(
             f"{segment.name}: NaN or infinity in its outputs on the calibration data",
