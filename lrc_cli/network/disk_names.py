@@ -1,4 +1,4 @@
-"""Which module of a model each of a checkpoint's tensors belongs to."""
+"""This module finds the parameter or buffer of a model that each tensor of a checkpoint fills."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,10 +10,11 @@ from lrc_cli.network.experts import has_experts, without_merging
 def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """Maps a checkpoint's tensor keys to the names of the model's parameters and buffers.
 
-    Follows transformers' loader: the model's own renamings, then with or without its base prefix,
-    so that any class of a family finds its tensors in any other's checkpoint. Another module's keys
-    are its state dict's. Keys without a tensor of their own in the model are left out: those of
-    another head, and those that a conversion merges or splits (fused experts).
+    The search follows transformers' loader: the model's own renamings, then the name with or
+    without the base prefix. So a class finds its tensors in the checkpoint of any class of the same
+    family. For other modules, the keys are the names in the state dict. Keys that no tensor of the
+    model has alone are left out: keys of another head, and keys whose tensors a conversion merges
+    or splits (fused experts).
 
     Args:
         model: the module, on any device; factorised layers go by their disk names.
@@ -34,19 +35,19 @@ def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[int, str]:
-    """The checkpoint's key of each of the model's tensors, by id: tied ones have one."""
+    """Returns the checkpoint's key of each tensor of the model, by id; tied names share an id."""
     state = model.state_dict(keep_vars=True)
     return {id(state[name]): key for key, name in module_names(model, keys).items()}
 
 
 def converted(model: nn.Module, keys: Iterable[str]) -> set[str]:
-    """Those of a checkpoint's tensors that a conversion merges or splits for this model."""
+    """Returns the keys of the tensors that a conversion merges or splits for this model."""
     rename = _renaming(model)
     return {key for key in sorted(keys) if rename(key)[1]}
 
 
 def _renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """The model's checkpoint renamings: key -> (name, whether a conversion changes its value)."""
+    """Returns the model's renaming: key -> (name, whether a conversion changes the value)."""
     if not hasattr(model, "base_model_prefix"):
         return lambda key: (key, False)
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -70,7 +71,7 @@ def _renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
 
 
 def _find(key: str, prefix: str, known: set[str]) -> str | None:
-    """The name of `key` in the model, tried in the order of transformers' loader."""
+    """Returns the name of `key` in the model, tried in the order of transformers' loader."""
     candidates = [key]
     if prefix:
         candidates.insert(0, f"{prefix}.{key}")

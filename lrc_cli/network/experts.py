@@ -1,11 +1,11 @@
-"""Fused experts as a list of experts, whose matrices are `nn.Linear` layers.
+"""This module replaces fused experts by a list of experts, whose matrices are `nn.Linear` layers.
 
-transformers keeps the experts of a mixture as three-dimensional parameters, into which it merges
-the matrices that the checkpoint holds for each expert (others: fused_experts.py).
-Every expert is factorised on its own, from the tokens that are routed to it. So the fused module
-gives way to a list that computes the same, and whose layers have the checkpoint's names. No table
-of models: that a module is fused experts follows from the attributes that transformers' decorator
-gives it, the names from its conversions.
+transformers merges the matrices that a checkpoint holds for each expert into three-dimensional
+parameters (for checkpoints that hold merged matrices, see fused_experts.py). Every expert is
+factorised alone, from the tokens that are routed to the expert. So the fused module gives way to a
+list that computes the same, and whose layers have the checkpoint's names. There is no table of
+models: the attributes that transformers' decorator sets tell fused experts, and transformers'
+conversions tell the names.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from lrc_cli.network.low_rank.stored import replace_modules
 
 FUSED = {"gate_up_proj": 2, "down_proj": 1}
-"""The parameters of fused experts, (experts, outputs, inputs) each, and how many matrices of the
-checkpoint lie in each."""
+"""The parameters of fused experts, of shape (experts, outputs, inputs), each with the number of the
+checkpoint's matrices for each expert in the parameter."""
 
 
 class Expert(nn.Module):
-    """y = down(activation(gate(x), up(x))).
+    """An expert computes y = down(activation(gate(x), up(x))).
 
     Args:
-        names: of the layers gate, up and down, as in the checkpoint; or of the one that computes
-            gate and up together, and down.
+        names: the checkpoint's names of the layers gate, up and down, or of two layers if the first
+            computes gate and up together.
+        layers: the layers, in the same order.
         activate: maps gate(x) and up(x), put together along the last dimension, to down's input.
     """
 
@@ -47,25 +48,25 @@ class Expert(nn.Module):
 
 
 class FusedOrigin(Protocol):
-    """The fused module that a list of experts stands for, where the checkpoint holds it so."""
+    """The fused module of a checkpoint's fused tensors, for which a list of experts stands."""
 
     def together(self, experts: "Experts") -> nn.Module:
-        """The fused module again, from a list of dense experts."""
+        """Returns the fused module again, from a list of dense experts."""
 
 
 class Experts(nn.ModuleList):
-    """A list of experts in the place of fused ones."""
+    """A list of experts in the place of fused experts."""
 
     stored: FusedOrigin | None = None
-    """How the checkpoint holds them; None: each expert's matrices on their own."""
+    """The fused module, if the checkpoint holds fused tensors; None: it holds single matrices."""
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sums, for every token, its experts' outputs, weighted.
+        """Returns the weighted sum (t, n) of every token's experts' outputs.
 
         Args:
             hidden: tokens (t, n).
             top_k_index: the experts (t, k) of each token.
-            top_k_weights: their weights (t, k).
+            top_k_weights: the experts' weights (t, k).
         """
         total = torch.zeros_like(hidden)
         for index, expert in enumerate(self):
@@ -77,9 +78,9 @@ class Experts(nn.ModuleList):
 
 
 def unfuse(model: nn.Module) -> None:
-    """Replace fused experts by lists, in place, where the checkpoint holds each expert's matrices.
+    """Replaces fused experts by lists, in place, where the checkpoint holds each expert's matrices.
 
-    Weights are views of the fused ones; on the meta device they have no values either.
+    Weights are views of the fused weights, also on the meta device.
     """
     names = _matrix_names(model)
     if names is None:
@@ -89,7 +90,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is fused experts that `unfuse` can take apart: no bias, gate before up."""
+    """Returns whether a module is fused experts for `unfuse`: no bias, gate before up."""
     flags: dict[str, Any] = {
         "has_gate": True,
         "has_bias": False,
@@ -102,24 +103,24 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether some fused experts of the model were replaced by a list."""
+    """Returns whether a list has replaced fused experts anywhere in the model."""
     return any(isinstance(part, Experts) for part in model.modules())
 
 
 def is_expert(model: nn.Module, name: str) -> bool:
-    """Whether the module of that name lies in a list of experts: a router chooses its tokens."""
+    """Returns whether a module lies in a list of experts, so that a router chooses its tokens."""
     parts = name.split(".")
     above = (".".join(parts[:end]) for end in range(1, len(parts)))
     return any(isinstance(model.get_submodule(path), Experts) for path in above)
 
 
 def without_merging(conversions: Iterable[Any]) -> list[Any]:
-    """transformers' conversions, less those that merge experts."""
+    """Returns transformers' conversions without the conversions that merge experts."""
     return [x for x in conversions if not _merged_parameter(x)]
 
 
 def _merged_parameter(conversion: Any) -> str | None:
-    """The parameter of fused experts that a conversion merges a checkpoint's matrices into."""
+    """Returns the parameter of fused experts into which a conversion merges matrices, or None."""
     from transformers.core_model_loading import MergeModulelist
 
     operations = getattr(conversion, "operations", ())
@@ -131,7 +132,7 @@ def _merged_parameter(conversion: Any) -> str | None:
 
 
 def _matrix_names(model: nn.Module) -> tuple[str, ...] | None:
-    """What the checkpoint calls an expert's gate, up and down; None where it holds no experts."""
+    """Returns the checkpoint's names of gate, up and down; None where it holds no such experts."""
     if not any(is_fused(part) for part in model.modules()):
         return None
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -152,7 +153,7 @@ def _matrix_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def _unfused(fused: nn.Module, names: Sequence[str]) -> Experts:
     gate_up, down = (fused.get_parameter(name).detach() for name in FUSED)
-    fused._parameters.clear()  # what stays of it is the activation
+    fused._parameters.clear()  # only the activation is used on
     activate: Callable[..., Tensor] = fused._apply_gate  # type: ignore[assignment]
     experts = [
         Expert(names, [linear_of(x) for x in (*gate_up[i].chunk(2), down[i])], activate)
@@ -162,7 +163,7 @@ def _unfused(fused: nn.Module, names: Sequence[str]) -> Experts:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A layer with this weight (m, n) and bias (m,), not copies of them."""
+    """Returns a layer with exactly this weight (m, n) and bias (m,), without copies."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight)

@@ -1,4 +1,4 @@
-"""Functions that build the module of a checkpoint that is not transformers'."""
+"""A factory is a user's function that builds a checkpoint's module; factories are imported here."""
 
 import importlib
 import inspect
@@ -17,12 +17,14 @@ Factory = Callable[[], nn.Module]
 
 
 def resolve_factory(factory: Factory | str) -> Factory:
-    """A function that builds a module, checked; "package.module:function" is imported.
+    """Returns a function that calls the factory and checks the result.
 
-    The working directory is searched last, so that a script beside the config is found.
+    A name "package.module:function" is imported at once. The working directory is searched last, so
+    a script beside the config is found.
 
     Raises:
-        InputError: if it cannot be imported, fails or returns no `nn.Module`.
+        InputError: the factory cannot be imported. The returned function raises InputError where
+            the factory fails or returns no `nn.Module`.
     """
     name, function = str(factory), factory
     if isinstance(function, str):
@@ -73,10 +75,10 @@ def _import(name: str) -> Any:
 
 
 def source_file(factory: str) -> Path | None:
-    """The file that "package.module:function" is defined in, or None where it is not Python.
+    """Returns the file that defines "package.module:function", or None if the code is not Python.
 
     Raises:
-        InputError: if it cannot be imported.
+        InputError: the factory cannot be imported.
     """
     function = inspect.unwrap(_import(factory))
     module = sys.modules[factory.partition(":")[0]]
@@ -88,9 +90,10 @@ def source_file(factory: str) -> Path | None:
 
 
 def ask_for_factory(path: Path, recorded: str | None = None) -> InputError:
-    """What a command says that needs --factory for the checkpoint `path`.
+    """Returns the error of a command that needs --factory for the checkpoint `path`.
 
     Args:
+        path: the checkpoint.
         recorded: the factory that the checkpoint was compressed with, if known.
     """
     name = recorded or "PACKAGE.MODULE:FUNCTION"

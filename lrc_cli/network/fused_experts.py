@@ -1,8 +1,8 @@
-"""Fused experts that the checkpoint holds as they are, and lists of experts in their place.
+"""This module replaces fused experts by lists where the checkpoint holds fused tensors.
 
-That a module is fused experts follows from the attributes that transformers' decorator gives it,
-or from its parameters and what it computes. In the files each expert's matrices take the place of
-the fused tensors (checkpoint/fused.py).
+The attributes that transformers' decorator sets tell fused experts. Without them, the parameters
+and a trial run tell. In the output's files each expert's matrices take the place of the fused
+tensors (checkpoint/fused.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ from lrc_cli.network.low_rank.stored import replace_modules
 
 
 class SortedExperts(Experts):
-    """Of which each is given a row for every token: zero, where it is not the token's."""
+    """A list whose experts are given a row for every token: zeros for tokens of other experts."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
-        """Maps rows (experts * t, n), those of the first expert first, to (experts * t, n)."""
+        """Maps rows (experts * t, n), the first expert's rows first, to (experts * t, n)."""
         parts = []
         for expert, rows in zip(self, hidden.view(len(self), -1, hidden.shape[-1]), strict=True):
             (token,) = torch.where((rows != 0).any(dim=-1))
             total = torch.zeros_like(rows)
-            if len(token):  # without biases, what is zero stays zero
+            if len(token):  # without biases, zeros stay zeros
                 total = total.index_add(0, token, expert(rows[token]).to(rows.dtype))
             parts.append(total)
         return torch.cat(parts)
@@ -36,9 +36,10 @@ class SortedExperts(Experts):
 
 @dataclass(frozen=True)
 class Stored:
-    """Fused experts that the checkpoint holds as they are: the parameters first, and then down."""
+    """A fused module whose fused tensors the checkpoint holds, and the way to take it apart."""
 
     first: str
+    """The name of the parameter that is applied first; `down_proj` is applied to its outputs."""
     is_transposed: bool
     has_bias: bool
     kind: type[Experts]
@@ -52,7 +53,7 @@ class Stored:
         return self.first, "down_proj"
 
     def apart(self) -> Experts:
-        """The list of experts, whose weights are views; the fused module loses its parameters."""
+        """Returns the list of experts, whose weights are views; the fused module keeps none."""
         held = {name: parameter.detach() for name, parameter in self.shell.named_parameters()}
         self.shell._parameters.clear()
         layers = []
@@ -67,7 +68,7 @@ class Stored:
         return experts.train(self.shell.training)
 
     def together(self, experts: Experts) -> nn.Module:
-        """The fused module again, from a list of dense experts."""
+        """Returns the fused module again, from a list of dense experts."""
         for name in self.matrices:
             layers: list[Any] = [expert.get_submodule(name) for expert in experts]
             weights = [x.weight.detach().T if self.is_transposed else x.weight for x in layers]
@@ -79,7 +80,7 @@ class Stored:
         return self.shell.train(experts.training)
 
     def fused(self, name: str) -> dict[str, Fused]:
-        """How each parameter is taken apart, in a module of that name."""
+        """Returns how each parameter of the module `name` is taken apart, by parameter name."""
         found = {}
         for matrix in self.matrices:
             part = f"{matrix}.weight"
@@ -90,15 +91,16 @@ class Stored:
 
 
 def take_apart(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, Fused]:
-    """Replace fused experts that the checkpoint holds as they are by lists, in place.
+    """Replaces fused experts by lists, in place, where the checkpoint holds fused tensors.
 
-    Where marks stand in the checkpoint in place of their tensors, the lists have the marks too.
+    Where the checkpoint has marks in the place of fused tensors, the lists have the marks too.
 
     Args:
+        model: the module; changed in place.
         tensors: the checkpoint's headers.
 
     Returns:
-        How to see each of the checkpoint's fused tensors, by its key.
+        How to take each of the checkpoint's fused tensors apart, by key.
     """
     pairs = ((name, _stored(part)) for name, part in model.named_modules())
     found = {name: stored for name, stored in pairs if stored is not None}
@@ -112,7 +114,7 @@ def take_apart(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str,
         parameters = stored.fused(name)
         here = {keys[f"{name}.{x}"]: x for x in parameters if f"{name}.{x}" in keys}
         marks = [x for key, x in here.items() if is_mark(tensors[key])]
-        # transformers merged the tensors of others, or the experts are not stored at all.
+        # Otherwise transformers has merged the experts' tensors, or no file holds the experts.
         if not marks and len(here) < len(parameters):
             continue
         kind = type(stored.shell)
@@ -131,19 +133,19 @@ def take_apart(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str,
 
 
 def put_together(model: nn.Module) -> None:
-    """Make experts that `take_apart` replaced fused ones again; all of them must be dense."""
+    """Makes lists from `take_apart` fused modules again; all experts must be dense."""
     lists = [part for part in model.modules() if isinstance(part, Experts)]
     replace_modules(model, {x: x.stored.together(x) for x in lists if x.stored is not None})
 
 
 def _stored(module: nn.Module) -> Stored | None:
-    """What kind of fused experts a module is; None: of no kind that can be taken apart."""
+    """Returns a module as fused experts; None for a module that cannot be taken apart."""
     flags = vars(module)
     activation = getattr(module, "act_fn", None)
     if "has_gate" not in flags:
         if set(module._parameters) != set(FUSED) or activation is None:
             return None
-        # Nothing says what it computes: see `_computes_what_it_seems`.
+        # No attribute says what the module computes: see `_computes_what_it_seems`.
         return Stored("gate_up_proj", True, False, SortedExperts, _Gated(activation), module)
     if flags.get("has_post_expert_norm") or not hasattr(module, "_apply_gate"):
         return None
@@ -157,7 +159,7 @@ def _stored(module: nn.Module) -> Stored | None:
 
 @dataclass(frozen=True)
 class _Gated:
-    """up * activation(gate), of both put together; a class, so that models can be pickled."""
+    """Returns up * activation(gate) for (gate, up) in one tensor; a class, for pickled models."""
 
     activation: Callable[[Tensor], Tensor]
 
@@ -167,9 +169,10 @@ class _Gated:
 
 
 def _computes_what_it_seems(stored: Stored) -> bool:
-    """Whether a module that says nothing of itself maps a few rows as a list of its experts does.
+    """Returns whether a module without attributes maps a few rows as a list of its experts does.
 
-    On the meta device it has no values; the marks in a checkpoint say that it did.
+    A module on the meta device has no values and counts as checked: it belongs to a checkpoint with
+    marks, and the checkpoint was checked when it was compressed.
     """
     module = stored.shell
     if stored.kind is not SortedExperts or _device(module).type == "meta":
@@ -185,7 +188,7 @@ def _computes_what_it_seems(stored: Stored) -> bool:
             wanted = module(rows)
             gate_up = torch.bmm(rows.view(len(first), 2, -1), first)
             got = torch.bmm(stored.activate(gate_up), down).view(wanted.shape)
-    except (RuntimeError, TypeError):  # it takes something else
+    except (RuntimeError, TypeError):  # it takes other inputs
         return False
     return bool((got - wanted).norm() <= 0.01 * wanted.norm())
 

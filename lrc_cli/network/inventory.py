@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what of it would be compressed, from its headers."""
+"""This module lists what a checkpoint holds and what would be compressed, for `lrc inspect`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from lrc_cli.network.opening import open_module
 def inspect_checkpoint(
     path: Path, *, factory: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """The layers that the default config would compress, and every other tensor with the reason.
+    """Lists the layers that the default config would compress, and all other tensors with a reason.
 
     Args:
         path: a dense checkpoint.
-        factory: builds the module of a checkpoint that is not transformers'.
+        factory: the function that builds the module of a checkpoint that is not transformers'.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:

@@ -1,8 +1,8 @@
-"""How a layer's matrix W (m, n) lies in its weight, and its rows in what the layer is given.
+"""A layout says how W (m, n) lies in a layer's weight, and rows in the layer's inputs and outputs.
 
-A layer is y = W x + b for every row x, whatever its module calls it. A convolution is one too: its
-rows are the patches under its kernel, n = channels * kernel, and m is its output channels. Nothing
-else needs to know that: statistics, solvers and checks see W and rows.
+A layer computes y = W x + b for every row x. A convolution is such a layer: the rows are the
+patches under the kernel, n is channels * kernel, and m is the number of output channels. Only this
+module knows: statistics, solvers and checks see W and rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ from lrc_cli.network.embeddings import PLAIN, Scale, lookup_scale, new_embedding
 
 @dataclass(frozen=True)
 class Layout:
-    """`nn.Linear`'s: the weight is W, and rows lie along the last dimension."""
+    """The layout of `nn.Linear`: the weight is W, and rows lie along the last dimension."""
 
     picks_rows: ClassVar[bool] = False
-    """Whether the module is given numbers of rows of W, and returns these."""
+    """Whether the module is given numbers of rows of W, and returns the rows."""
 
     @property
     def channels(self) -> int:
@@ -30,51 +30,51 @@ class Layout:
         return -1
 
     def visible(self, m: int) -> Mapping[str, Any]:
-        """Attributes of the dense module that a model may read, apart from its tensors."""
+        """Returns the dense module's attributes that a model may read, apart from its tensors."""
         return {}
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W (m, n) from the dense weight: a view where it can be."""
+        """Returns W (m, n) for the dense weight, as a view where possible."""
         return weight
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The dense weight from W (m, n)."""
+        """Returns the dense weight for W (m, n)."""
         return matrix
 
     def inner(self, factor: Tensor) -> Tensor:
-        """The inner factor (r, n) as it is stored."""
+        """Returns the inner factor (r, n) in its stored shape."""
         return factor
 
     def outer(self, factor: Tensor) -> Tensor:
-        """The outer factor (m, r), or T (m - r, r), as it is stored."""
+        """Returns the outer factor (m, r), or T (m - r, r), in its stored shape."""
         return factor
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The rows (..., n) of what the layer is given."""
+        """Returns the rows (..., n) of the layer's input."""
         return x
 
     def outputs(self, y: Tensor) -> Tensor:
-        """The rows (..., m) of what the layer returns: a view."""
+        """Returns the rows (..., m) of the layer's output, as a view."""
         return y.movedim(self.channels, -1)
 
     def returned(self, rows: Tensor) -> Tensor:
-        """What the layer returns, from its rows (..., m): the reverse of `outputs`."""
+        """Returns the layer's output for rows (..., m): the reverse of `outputs`."""
         return rows.movedim(-1, self.channels)
 
     def apply(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The inner factor, as stored, applied to what the layer is given: r channels."""
+        """Applies the inner factor, in its stored shape, to the layer's input: r channels."""
         return F.linear(x, inner)
 
     def inner_part(self, rank: int, n: int, **place: Any) -> nn.Module:
-        """A plain module that applies the inner factor, uninitialised."""
+        """Returns a plain, uninitialised module that applies the inner factor."""
         return nn.Linear(n, rank, bias=False, **place)
 
     def outer_part(self, rows: int, rank: int, **place: Any) -> nn.Module:
-        """A plain module that applies the outer factor, uninitialised."""
+        """Returns a plain, uninitialised module that applies the outer factor."""
         return nn.Linear(rank, rows, bias=False, **place)
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
-        """A dense module of the kind that was factorised, uninitialised."""
+        """Returns an uninitialised dense module of the kind that was factorised."""
         return nn.Linear(n, m, bias=bias, **place)
 
 
@@ -83,18 +83,18 @@ LINEAR = Layout()
 
 @dataclass(frozen=True)
 class Transposed(Layout):
-    """That of transformers' `Conv1D` (GPT-2): the weight is W^T."""
+    """The layout of transformers' `Conv1D` (GPT-2): the weight is W^T."""
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W (m, n) from the dense weight (n, m): a view."""
+        """Returns W (m, n) for the dense weight (n, m), as a view."""
         return weight.T
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The dense weight (n, m) from W (m, n)."""
+        """Returns the dense weight (n, m) for W (m, n)."""
         return matrix.T.contiguous()
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
-        """A `Conv1D`, which always has a bias."""
+        """Returns an uninitialised `Conv1D`, which always has a bias."""
         from transformers.pytorch_utils import Conv1D
 
         with torch.device(place.get("device", "cpu")):
@@ -103,11 +103,11 @@ class Transposed(Layout):
 
 @dataclass(frozen=True)
 class Patches(Layout):
-    """That of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with groups = 1.
+    """The layout of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with groups = 1.
 
-    W is the weight (m, channels, *kernel) with its last dimensions put together, and a row is what
-    lies under the kernel at one position. Factors are a convolution with the layer's kernel to r
-    channels, and a 1x1 one behind it.
+    W is the weight (m, channels, *kernel) with its last dimensions put together. A row is the patch
+    under the kernel at one position. The factors are a convolution with the layer's kernel to r
+    channels, and a 1x1 convolution after it.
     """
 
     in_channels: int
@@ -123,27 +123,27 @@ class Patches(Layout):
         return -1 - len(self.kernel_size)
 
     def visible(self, m: int) -> Mapping[str, Any]:
-        """Attributes of the dense module that a model may read, apart from its tensors."""
+        """Returns the dense module's attributes that a model may read, apart from its tensors."""
         return vars(self) | {"groups": 1, "out_channels": m}
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W (m, n) from the dense weight (m, channels, *kernel): a view."""
+        """Returns W (m, n) for the dense weight (m, channels, *kernel), as a view."""
         return weight.flatten(1)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The dense weight (m, channels, *kernel) from W (m, n)."""
+        """Returns the dense weight (m, channels, *kernel) for W (m, n)."""
         return matrix.reshape(len(matrix), self.in_channels, *self.kernel_size)
 
     def inner(self, factor: Tensor) -> Tensor:
-        """The inner factor (r, n) as it is stored: (r, channels, *kernel)."""
+        """Returns the inner factor (r, n) in its stored shape, (r, channels, *kernel)."""
         return self.weight(factor)
 
     def outer(self, factor: Tensor) -> Tensor:
-        """The outer factor as it is stored: (m, r, 1, ...)."""
+        """Returns the outer factor in its stored shape, (m, r, 1, ...)."""
         return factor.reshape(*factor.shape, *(1 for _ in self.kernel_size))
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The patches (..., *positions, n) of what the layer is given, (..., channels, *sizes)."""
+        """Returns the patches (..., *positions, n) of the layer's input (..., channels, *sizes)."""
         x = self._padded(x)
         first = self.channels + 1  # the first dimension of a position, counted from the end
         for axis, size in enumerate(self.kernel_size):
@@ -154,20 +154,20 @@ class Patches(Layout):
         return x.movedim(channels, self.channels).flatten(self.channels)
 
     def apply(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The inner factor (r, channels, *kernel) applied to what the layer is given."""
+        """Applies the inner factor (r, channels, *kernel) to the layer's input."""
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         return convolve(self._padded(x), inner, None, self.stride, 0, self.dilation)
 
     def inner_part(self, rank: int, n: int, **place: Any) -> nn.Module:
-        """A convolution with the layer's kernel, uninitialised."""
+        """Returns an uninitialised convolution with the layer's kernel."""
         return self.dense(rank, n, bias=False, **place)
 
     def outer_part(self, rows: int, rank: int, **place: Any) -> nn.Module:
-        """A 1x1 convolution, uninitialised."""
+        """Returns an uninitialised 1x1 convolution."""
         return self._class(rank, rows, 1, bias=False, **place)
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
-        """A convolution of the kind that was factorised, uninitialised."""
+        """Returns an uninitialised convolution of the kind that was factorised."""
         settings = {key: x for key, x in vars(self).items() if key != "in_channels"}
         return self._class(self.in_channels, m, bias=bias, **settings, **place)
 
@@ -177,7 +177,7 @@ class Patches(Layout):
 
     def _padded(self, x: Tensor) -> Tensor:
         sides: list[int] = []
-        for axis in reversed(range(len(self.kernel_size))):  # as `pad` wants: the last one first
+        for axis in reversed(range(len(self.kernel_size))):  # `pad` wants the last axis first
             before = after = 0
             if self.padding == "same":
                 total = self.dilation[axis] * (self.kernel_size[axis] - 1)
@@ -192,44 +192,45 @@ class Patches(Layout):
 
 @dataclass(frozen=True)
 class Lookup(Layout):
-    """That of an `nn.Embedding`: its rows are one-hot, and W (m, n) is the table's transpose.
+    """The layout of an `nn.Embedding`: rows are one-hot, and W (m, n) is the table's transpose.
 
-    Factors are m rows of length r for every number, which `up` maps on.
+    The inner factor has a column of length r for each of the n numbers, and `up` maps the column to
+    m channels.
     """
 
     num_embeddings: int
 
     def visible(self, m: int) -> Mapping[str, Any]:
-        """Attributes of the dense module that a model may read, apart from its tensors."""
+        """Returns the dense module's attributes that a model may read, apart from its tensors."""
         return {"num_embeddings": self.num_embeddings, "embedding_dim": m}
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W (m, n) from the table (n, m): a view."""
+        """Returns W (m, n) for the table (n, m), as a view."""
         return weight.T
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The table (n, m) from W (m, n)."""
+        """Returns the table (n, m) for W (m, n)."""
         return matrix.T.contiguous()
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The one-hot rows (..., n) of numbers (...), float32."""
+        """Returns the one-hot rows (..., n) of numbers (...), as float32."""
         return F.one_hot(x, self.num_embeddings).float()
 
     def apply(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The columns of the inner factor (r, n) with these numbers: (..., r)."""
+        """Returns the columns of the inner factor (r, n) with these numbers, as (..., r)."""
         return F.embedding(x, inner.T)
 
     def inner_part(self, rank: int, n: int, **place: Any) -> nn.Module:
-        """A module that picks columns, uninitialised."""
+        """Returns an uninitialised module that picks columns."""
         return Columns(rank, n, **place)
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
-        """An embedding, uninitialised."""
+        """Returns an uninitialised embedding."""
         return nn.Embedding(n, m, **place)
 
 
 class Columns(nn.Module):
-    """Maps numbers (...) to the columns (..., rank) of its weight (rank, n)."""
+    """A module that maps numbers (...) to the columns (..., rank) of its weight (rank, n)."""
 
     def __init__(self, rank: int, n: int, **place: Any) -> None:
         super().__init__()
@@ -242,29 +243,29 @@ class Columns(nn.Module):
 
 @dataclass(frozen=True)
 class Table(Layout):
-    """That of an embedding whose table (m, n) is the weight W of a head too.
+    """The layout of an embedding whose table (m, n) is also the weight W of a head.
 
-    The factors are the head's; the embedding picks rows of their product, and may scale them.
+    The head has the factors. The embedding picks rows of their product, and may scale the rows.
     """
 
     picks_rows: ClassVar[bool] = True
     scale: Scale = PLAIN
 
     def visible(self, m: int) -> Mapping[str, Any]:
-        """Attributes of the dense module that a model may read, apart from its tensors."""
+        """Returns the dense module's attributes that a model may read, apart from its tensors."""
         return {"num_embeddings": m}
 
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
-        """An embedding, uninitialised."""
+        """Returns an uninitialised embedding."""
         return new_embedding(m, n, self.scale, **place)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """How a dense layer that can be factorised lies in memory; None for any other module.
+    """Returns the layout of a dense layer that can be factorised, or None for any other module.
 
-    Those are `nn.Linear`, transformers' `Conv1D`, known by its `nx` and `nf`, whose weight is
-    (n, m), convolutions that see all channels, and `nn.Embedding`. The output projection of
-    `nn.MultiheadAttention` is none: its weight is read directly.
+    Layers that can be factorised are `nn.Linear`, transformers' `Conv1D` (told by its `nx` and
+    `nf`), convolutions that see all channels, and `nn.Embedding`. The output projection of
+    `nn.MultiheadAttention` cannot: the attention reads its weight directly.
     """
     if isinstance(module, nn.Linear):
         return None if isinstance(module, NonDynamicallyQuantizableLinear) else LINEAR
@@ -272,7 +273,7 @@ def layout_of(module: nn.Module) -> Layout | None:
         return Lookup(module.num_embeddings) if lookup_scale(module) == PLAIN else None
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, kind):
-            # A class with a forward of its own may do something else around the convolution.
+            # A class with another forward may do something else around the convolution.
             plain = type(module).forward is kind.forward and module.groups == 1
             return _patches(module) if plain else None
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
@@ -282,9 +283,10 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def table_layout(embedding: nn.Module) -> Table | None:
-    """Of an embedding as the owner of a head's weight; None where it does more than scale rows.
+    """Returns the layout of an embedding that owns a head's weight, or None for other embeddings.
 
-    A square table would not tell in which way round it was factorised.
+    The embedding may only scale rows. A square table is refused: its shape would not tell which way
+    round it was factorised.
     """
     scale = lookup_scale(embedding)
     if scale is None or embedding.num_embeddings == embedding.embedding_dim:
@@ -305,7 +307,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Patches:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(m, n) of a dense layer that can be factorised, None for any other module."""
+    """Returns (m, n) of a dense layer that can be factorised, or None for any other module."""
     layout, weight = layout_of(module), getattr(module, "weight", None)
     if layout is None or weight is None:
         return None

@@ -1,4 +1,4 @@
-"""`lrc_cli.load`: one call for any checkpoint, dense or factorised, transformers' or not."""
+"""`lrc_cli.load` loads any checkpoint in one call: dense or factorised, transformers' or not."""
 
 import json
 import os
@@ -36,27 +36,29 @@ def load(
 ) -> nn.Module:
     """Loads a checkpoint and returns the module, ready to run (in eval mode).
 
-    On the CPU the parameters are views of mapped files unless `dtype` changes them, or the file is
-    one of torch.save before torch 1.6.
+    On the CPU the parameters are views of mapped files, unless `dtype` changes them or torch before
+    1.6 has saved the file.
 
     Args:
         path: a transformers directory, a .safetensors, .bin, .pt or .pth file, a directory with
-            one, or a directory of torch.distributed.checkpoint.
-        device: where the module goes.
+            such a file, or a directory of torch.distributed.checkpoint.
+        device: the device of the module.
         dtype: floating dtype of the parameters, e.g. `torch.float32` or "float32"; None: as stored.
         factory: a function, or "package.module:function" (looked up in the working directory too),
-            that builds the dense module; required where the checkpoint is not transformers', used
-            even beside a config.json. It is never taken from the checkpoint itself. It runs under
-            torch's meta device first, and again on the CPU for a module that needs real tensors.
+            that builds the dense module. A checkpoint that is not transformers' needs a factory; a
+            factory is used even beside a config.json. A factory that the checkpoint names is not
+            run unasked. The factory runs under torch's meta device first, and again on the CPU for
+            a module that needs real tensors.
         trust_remote_code: let transformers run model code that comes with the checkpoint.
 
     Raises:
-        InputError: for a missing path or factory, or tensors that do not fit the module.
+        InputError: the path or the factory is missing, or tensors do not fit the module.
     """
     place, dtype = _device(device), _dtype(dtype)
     source = open_source(Path(path), factorised=True)
     model = load_source(source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code)
-    # With a dtype, `Module.to` leaves integers alone; without one it copies nothing in place.
+    # With a dtype, `Module.to` leaves integers alone. Without a dtype and with the same device, it
+    # copies nothing.
     return model.to(device=place, dtype=dtype)
 
 
@@ -67,10 +69,10 @@ def load_source(
     factory: Factory | str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """As `load`, for a checkpoint that is open already; the module is on the CPU.
+    """Loads a checkpoint that is open already and returns the module on the CPU (see `load`).
 
     Raises:
-        InputError: for a missing factory, or tensors that do not fit the module.
+        InputError: the factory is missing, or tensors do not fit the module.
     """
     if factory is None and source.config is not None:
         model = _load_transformers(source, dtype, trust_remote_code)
@@ -101,7 +103,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _load_transformers(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> nn.Module:
-    """`from_pretrained` of the class that config.json names; a missing tensor is an error."""
+    """Calls `from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.network.transformers_plugin  # noqa: F401 - registers the format
 
     path, config = source.path, source.config or {}
@@ -123,8 +125,8 @@ def _load_transformers(
             model, info = _from_state(model_class, source, trust_remote_code, options)
     except LrcError:
         raise
-    # A config.json that makes no sense raises whatever its model class runs into: division by zero
-    # heads, validation errors of huggingface_hub, a missing key.
+    # On a config.json that makes no sense, a model class may raise any error: a division by zero
+    # heads, a validation error of huggingface_hub, a missing key.
     except Exception as error:
         raise InputError(
             f"{path} cannot be loaded by transformers: {named(error)}",
@@ -141,13 +143,13 @@ def _load_transformers(
 def _from_state(
     model_class: Any, source: Source, trust_remote_code: bool, options: Mapping[str, Any]
 ) -> Any:
-    """`from_pretrained` on tensors of our own reading, for files that transformers cannot map."""
+    """Calls `from_pretrained` on tensors that lrc reads, for files that transformers cannot map."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(
         source.path, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    if not hasattr(model_class, "config_class"):  # an auto class, which wants a path
+    if not hasattr(model_class, "config_class"):  # an auto class wants a path
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=trust_remote_code)
         model_class = type(model)
@@ -161,7 +163,7 @@ def _from_state(
 
 
 def _remedy_for_missing(model: Any, missing: Any) -> str:
-    """Where only a head is missing, the network without it can be compressed."""
+    """Returns a remedy: where only a head is missing, the network without a head can be used."""
     body = model.base_model
     if body is not model and not any(k.startswith(f"{model.base_model_prefix}.") for k in missing):
         name = type(body).__name__
@@ -170,7 +172,7 @@ def _remedy_for_missing(model: Any, missing: Any) -> str:
 
 
 def _stored_dtype(source: Source) -> torch.dtype | None:
-    """The floating dtype of most stored numbers, which config.json may contradict, if any."""
+    """Returns the floating dtype of most stored numbers (config.json may differ), or None."""
     numbers = dict.fromkeys(FLOAT_DTYPES, 0)
     for info in source.tensors.values():
         if info.dtype in numbers:
@@ -180,10 +182,10 @@ def _stored_dtype(source: Source) -> torch.dtype | None:
 
 
 def _model_class(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
-    """The class in config.json's `architectures`, or the auto class that stands for it.
+    """Returns the class in config.json's `architectures`, or the auto class that stands for it.
 
-    `AutoModel` where config.json names none; a name that is not known is never replaced by
-    another class, which would load a part of the network without a word.
+    Where config.json names no class, this is `AutoModel`. An unknown name is an error: another
+    class might load a part of the network without a word.
     """
     import transformers
 
@@ -210,7 +212,7 @@ def _model_class(path: Path, config: Mapping[str, Any], trust_remote_code: bool)
 
 
 def _auto_class(architecture: str, auto_map: object) -> str | None:
-    """The auto class that config.json's `auto_map` maps to code of the checkpoint, if any."""
+    """Returns the auto class that `auto_map` maps to the code of the checkpoint, or None."""
     if not isinstance(auto_map, dict):
         return None
     for name, reference in auto_map.items():
@@ -223,7 +225,7 @@ def _auto_class(architecture: str, auto_map: object) -> str | None:
 
 
 def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
-    """Builds the module by `factory` and hands it the files' tensors."""
+    """Builds the module by `factory` and puts the files' tensors into the module."""
     path = source.path
     record = source.record
     if factory is None:
@@ -243,7 +245,7 @@ def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
 
 
 def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> nn.Module | None:
-    """The module without memory of its own, or None where its factory cannot run on meta."""
+    """Returns the module without private memory, or None where the factory cannot run on meta."""
     try:
         with torch.device("meta"):
             model = build()
@@ -253,14 +255,14 @@ def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> n
 
 
 def _needs_values(model: nn.Module) -> bool:
-    """Whether the factory computed a tensor that no checkpoint holds, so that it has no values."""
+    """Returns whether a tensor has no values: the factory computes it, and no file holds it."""
     attributes = (value for module in model.modules() for value in vars(module).values())
     tensors = [*model.parameters(), *model.buffers(), *attributes]
     return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)
 
 
 def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.Module:
-    """The dense module, with slots for its factorised layers, holding the files' tensors."""
+    """Returns the module with slots for its factorised layers, holding the files' tensors."""
     table = record.get("layers", {})
     weights = module_names(model, stored_weights(source.tensors, table)).values()
     unroll(model, {name.rpartition(".")[0] for name in weights})
@@ -270,14 +272,14 @@ def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.M
     check_keys(expected, source.tensors)
     check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
-    # Several names of one tied tensor get one object, so that they stay tied.
+    # All names of a tied tensor get one object, so they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
     model.load_state_dict(state, assign=True)
     return model
 
 
 def _like(expected: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` as a parameter where the module has one; no copy."""
+    """Returns `tensor`, as a parameter where the module has a parameter, without a copy."""
     if not isinstance(expected, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=expected.requires_grad and tensor.is_floating_point())

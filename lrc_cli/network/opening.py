@@ -1,4 +1,4 @@
-"""A checkpoint as a network that runs, and its layers as hooks see them."""
+"""This module opens a checkpoint as a module that runs, with its layers as hooks see them."""
 
 from typing import Any, NamedTuple
 
@@ -15,33 +15,38 @@ from lrc_cli.network.tensor_checks import copies
 
 
 def token_embedding(module: nn.Module) -> Any:
-    """What maps a transformers model's token ids to vectors; None where nothing does, or may."""
+    """Returns the embedding of a transformers model's tokens, or None where there is none."""
     getter = getattr(module, "get_input_embeddings", None)
     try:
         return None if getter is None else getter()
-    except NotImplementedError:  # a model of several inputs may have no one table
+    except NotImplementedError:  # a model with several inputs may have several tables
         return None
 
 
 def vocabulary_of(module: nn.Module) -> int:
-    """Number of token ids a transformers model takes; 0 where it takes none or does not tell."""
+    """Returns the number of tokens that a transformers model knows, or 0 where it tells none."""
     return int(getattr(token_embedding(module), "num_embeddings", 0))
 
 
 class Opened(NamedTuple):
-    """A checkpoint that was opened as a module."""
+    """An opened checkpoint: a module, and the source as the module sees it."""
 
     module: nn.Module
     source: Source
-    """The checkpoint as this module sees it: tied tensors once, fused experts apart."""
+    """A view of the checkpoint for this module: tied tensors once, fused experts apart."""
 
 
 def open_module(source: Source, *, factory: str | None, trust_remote_code: bool = False) -> Opened:
-    """Build the checkpoint's module on the CPU, its parameters views of the mapped files.
+    """Builds the checkpoint's module on the CPU; its parameters are views of the mapped files.
 
     Fused experts become lists of experts; where the checkpoint holds their matrices one by one,
-    transformers has copied them. The matrices of LSTM and GRU become layers, and embeddings with
-    one table, which do the same with it, one module. The source stays as it is.
+    transformers has copied the matrices. The matrices of LSTM and GRU become layers. Embeddings
+    that do the same with one table become one module. The source stays as it is.
+
+    Args:
+        source: the checkpoint.
+        factory: the name of the function that builds the module; None: transformers builds it.
+        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
         InputError: the checkpoint is not the module's, or its code cannot be run.

@@ -1,8 +1,9 @@
-"""LSTM and GRU as linear layers with a recurrence around them.
+"""This module turns LSTM and GRU into linear layers with a recurrence around the layers.
 
-torch keeps their matrices as parameters of one module. Each is factorised on its own: those of the
-inputs on x_t, those of the hidden states on h_(t-1). So the module gives way to one that computes
-the same step by step, and whose matrices are layers. State dicts keep torch's names.
+torch keeps all matrices as parameters of one module. Each matrix is factorised alone: matrices on
+inputs are fitted to x_t, matrices on hidden states to h_(t-1). So a module takes the place of
+torch's module that computes the same step by step, and whose matrices are layers. State dicts keep
+torch's names.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,22 +19,22 @@ from lrc_cli.network.keys import BIAS, WEIGHT, Keys
 from lrc_cli.network.low_rank.stored import replace_modules
 
 State = tuple[Tensor, ...]
-"""(h, c) of an LSTM, (h,) of a GRU."""
+"""The states of a layer: (h, c) in an LSTM, (h,) in a GRU."""
 
 
 class RecurrentMatrix(nn.Linear):
-    """A matrix of a recurrent module, such as `weight_ih_l0`, and the bias that belongs to it."""
+    """A matrix of a recurrent module, such as `weight_ih_l0`, with its bias."""
 
 
 def _lstm(given: Tensor, recalled: Tensor, h: Tensor, c: Tensor) -> State:
-    """One step, from the products of the input and of h with their matrices, (b, 4 hidden)."""
+    """Makes a step from the products of the input and of h with their matrices, (b, 4 hidden)."""
     i, f, g, o = (given + recalled).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def _gru(given: Tensor, recalled: Tensor, h: Tensor) -> State:
-    """One step, from the products of the input and of h with their matrices, (b, 3 hidden)."""
+    """Makes a step from the products of the input and of h with their matrices, (b, 3 hidden)."""
     r, z, n = given.chunk(3, dim=-1)
     from_r, from_z, from_n = recalled.chunk(3, dim=-1)
     z = (z + from_z).sigmoid()
@@ -45,16 +46,17 @@ STEPS: dict[type[nn.Module], Callable[..., State]] = {nn.LSTM: _lstm, nn.GRU: _g
 
 
 class Recurrent(nn.Module):
-    """Computes what an `nn.LSTM` or `nn.GRU` does, from matrices that are layers of their own.
+    """A module that computes what `nn.LSTM` or `nn.GRU` does, and whose matrices are layers.
 
-    It is called and returns as they do. Products with the inputs are taken for all steps at once.
+    Arguments and results are the same as torch's. Products with the inputs are computed for all
+    steps at once.
 
     Args:
-        dense: the module whose place it takes; its parameters are shared.
+        dense: torch's module; its parameters are shared.
     """
 
     real: Tensor | None = None
-    """(batch, steps), true where a step is not padding, within `observed`."""
+    """(batch, steps), true where a step is not padding; set by `observed`."""
 
     def __init__(self, dense: nn.RNNBase) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Recurrent(nn.Module):
         self.train(dense.training)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        """Outputs of the last layer, and the states after the last step, as torch's modules give.
+        """Returns the last layer's outputs and the states after the last step, as torch does.
 
         Args:
             input: (batch, steps, n) with `batch_first`, else (steps, batch, n), (steps, n) without
@@ -93,7 +95,7 @@ class Recurrent(nn.Module):
         return output, after if len(after) > 1 else after[0]
 
     def _padded(self, x: Tensor, states: State | None) -> tuple[Tensor, State]:
-        """x (batch, steps, n), whatever the order that the module is given."""
+        """Runs sequences x (batch, steps, n)."""
         real = self.real if self.real is not None and self.real.shape == x.shape[:2] else None
         return self._run(
             x,
@@ -105,10 +107,10 @@ class Recurrent(nn.Module):
         )
 
     def _packed(self, packed: PackedSequence, states: State | None) -> tuple[PackedSequence, State]:
-        """Sequences sorted by length: at every step the first so many are not over yet."""
+        """Runs packed sequences, the longest first: each step has rows for the first so many."""
         sizes, order, back = packed.batch_sizes.tolist(), packed[2], packed[3]
         if sizes[0] == sizes[-1]:
-            # All are of one length: rows in the batch's own order tell whose they are.
+            # Sequences of one length run in the batch's order, so hooks know whose a row is.
             x, _ = pad_packed_sequence(packed, batch_first=True)
             y, states = self._padded(x, states)
             rows = (y if order is None else y.index_select(0, order)).transpose(0, 1).flatten(0, 1)
@@ -132,12 +134,15 @@ class Recurrent(nn.Module):
         join: Callable[[list[Tensor]], Tensor],
         real: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, State]:
-        """All layers, in both directions.
+        """Runs all layers, in both directions.
 
         Args:
-            split: rows of all steps -> those of each step, (b, width) with b at most `batch`.
-            join: the reverse.
-            real: of each step, which rows (b,) are not padding; None: all.
+            x: the inputs of all steps.
+            states: the states before the first step; None: zeros.
+            batch: the number of sequences.
+            split: maps rows of all steps to each step's rows (b, width), with b at most `batch`.
+            join: the reverse of `split`.
+            real: which rows (b,) of each step are not padding; None: all rows.
         """
         directions = ("", "_reverse") if self.bidirectional else ("",)
         last: list[State] = []
@@ -171,7 +176,7 @@ class Recurrent(nn.Module):
         *,
         backwards: bool,
     ) -> tuple[list[Tensor], State]:
-        """One layer in one direction: the hidden states after every step, and the last states."""
+        """Runs one layer in one direction; returns all steps' hidden states and the last states."""
         outputs = []
         numbers = range(len(given))
         for number in reversed(numbers) if backwards else numbers:
@@ -185,17 +190,17 @@ class Recurrent(nn.Module):
         return outputs[::-1] if backwards else outputs, state
 
     def flatten_parameters(self) -> None:
-        """Nothing: there is no fused kernel whose memory could be arranged."""
+        """Does nothing: there is no fused kernel whose memory could be arranged."""
 
     def extra_repr(self) -> str:
-        """The sizes that `print(model)` shows."""
+        """Returns the sizes that `print(model)` shows."""
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
 
 
 def _recalled(hh: nn.Module, h: Tensor, real: Tensor) -> Tensor:
-    """The product with h (b, n), in which hooks see zeros for the rows of padding.
+    """Returns the product with h (b, n), in which hooks see zeros for the rows of padding.
 
-    These say nothing of the layer, and get no gradient; the states themselves do not change.
+    Rows of padding say nothing of the layer, and get no gradient. The states do not change.
     """
     kept = real.to(h.device, torch.bool)[:, None]
     return torch.where(kept, hh(torch.where(kept, h, 0.0)), type(hh).forward(hh, h))
@@ -203,7 +208,7 @@ def _recalled(hh: nn.Module, h: Tensor, real: Tensor) -> Tensor:
 
 @contextmanager
 def observed(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, whoever looks at the matrices on hidden states sees no padded steps of a batch."""
+    """A context in which hooks of the matrices on hidden states see no padded steps of a batch."""
     parts = [part for part in module.modules() if isinstance(part, Recurrent)]
     try:
         for part in parts:
@@ -215,12 +220,13 @@ def observed(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def unroll(model: nn.Module, holders: Collection[str] | None = None) -> None:
-    """Replace `nn.LSTM` and `nn.GRU` by modules whose matrices are layers, in place.
+    """Replaces `nn.LSTM` and `nn.GRU` by modules whose matrices are layers, in place.
 
-    Not in transformers' models: their loader knows parameters only by the names of modules.
+    Models of transformers stay as they are: the loader knows parameters only by modules' names.
 
     Args:
-        holders: names of the modules to replace, if they can be; None: all of them.
+        model: the model.
+        holders: the names of the modules to replace, where possible; None: all modules.
     """
     if hasattr(model, "base_model_prefix"):
         return
@@ -233,7 +239,7 @@ def unroll(model: nn.Module, holders: Collection[str] | None = None) -> None:
 
 
 def _is_known(module: nn.Module) -> bool:
-    # A class of its own may compute its matrices, and with `proj_size` there is a third one.
+    # A derived class may compute its matrices, and with `proj_size` there is a third matrix.
     return type(module) in STEPS and not module.proj_size
 
 
@@ -247,7 +253,7 @@ def _matrix(weight: nn.Parameter, bias: nn.Parameter | None) -> RecurrentMatrix:
 
 
 def _renamed(module: nn.Module, prefix: str) -> dict[str, str]:
-    """The names of the matrices' weights and biases as modules have them -> torch's names."""
+    """Maps the matrices' weights and biases from their names in modules to torch's names."""
     names: dict[str, str] = {}
     for name in module._modules:
         keys = Keys(prefix + name)

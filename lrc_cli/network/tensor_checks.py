@@ -1,4 +1,4 @@
-"""Whether the tensors in the files are those of a module, and which of them are one."""
+"""These checks compare the tensors in the files with a module's tensors, and find tied tensors."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from lrc_cli.network.disk_names import module_names
 from lrc_cli.text import some_of
 
 EXTRA_STATE = "_extra_state"
-"""What torch calls, in a state dict, whatever a module's `get_extra_state` returns."""
+"""The name in a state dict under which torch puts the result of a module's `get_extra_state`."""
 
 
 def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> None:
@@ -45,9 +45,9 @@ def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]
 
 
 def copies(model: nn.Module, source: Source) -> dict[str, str]:
-    """Keys of which the model ties the tensor to another one, with the key that counts.
+    """Returns the keys of tensors that the model ties to another tensor, with the key that counts.
 
-    transformers ties no two that differ, whatever the config says.
+    transformers ties only tensors that are equal, even if the config ties others.
     """
     state = model.state_dict(keep_vars=True)
     sources = getattr(model, "all_tied_weights_keys", {}).values()

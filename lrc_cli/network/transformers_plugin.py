@@ -1,8 +1,9 @@
-"""The transformers plugin: `import lrc_cli.hf` lets `from_pretrained` load factorised checkpoints.
+"""`import lrc_cli.hf` runs this plugin, with which `from_pretrained` loads factorised checkpoints.
 
-Registers the quantization method "lrc": transformers has no entry point for that. Which layers are
-factorised, and their ranks, come from the safetensors headers. While loading, each is a slot that
-owns the tensors under their disk names; afterwards it has plain `nn.Linear` parts.
+The plugin registers the quantization method "lrc", because transformers has no entry point for such
+plugins. The safetensors headers tell which layers are factorised, and their ranks. While a
+checkpoint is loaded, each such layer is a slot that owns the tensors under their disk names.
+Afterwards the layer has plain `nn.Linear` parts.
 """
 
 from collections.abc import Mapping
@@ -52,13 +53,13 @@ class LrcConfig(QuantizationConfigMixin):
     """The `quantization_config` of a factorised checkpoint.
 
     Args:
-        format_version: of the files, see docs/format.md.
+        format_version: the version of the files' format, see docs/format.md.
         layers: disk name -> storage, rank, block. For people and for checks; shapes decide.
         quant_method: always "lrc".
         extra: anything else that config.json says, carried over when the model is saved.
 
     Raises:
-        InputError: for a format version that this lrc does not read.
+        InputError: this lrc does not read the format version.
     """
 
     def __init__(
@@ -77,34 +78,34 @@ class LrcConfig(QuantizationConfigMixin):
 
 
 class LrcQuantizer(HfQuantizer):
-    """Loads, saves and multiplies out factorised checkpoints; transformers calls it."""
+    """The class that transformers calls to load, save and multiply out factorised checkpoints."""
 
-    requires_calibration = True  # refuses to make a dense checkpoint factorised while it loads
+    requires_calibration = True  # refuses to factorise a dense checkpoint while loading
     quantization_config: LrcConfig
 
     @property
     def is_trainable(self) -> bool:
-        """The factors are ordinary parameters."""
+        """True: the factors are ordinary parameters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The factors can be trained without adapters."""
+        """True: the factors can be trained without adapters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The layers trace."""
+        """True: torch.compile can trace the layers."""
         return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_pretrained` writes the disk names again."""
+        """Returns True: `save_pretrained` writes the disk names again."""
         return True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Puts slots in the place of the factorised layers, after checking the headers."""
+        """Checks the headers, and puts slots in the place of the factorised layers."""
         headers = read_headers(checkpoint_files or ())
         table = self.quantization_config.layers
         if converted(model, stored_weights(headers, table)):
@@ -120,7 +121,7 @@ class LrcQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Leaves the matrices of experts apart where their lists took the place of fused ones."""
+        """Leaves experts' matrices apart where lists have taken the place of fused experts."""
         if has_experts(model):
             weight_conversions = without_merging(weight_conversions)
         return list(super().update_weight_conversions(weight_conversions, model))
@@ -139,7 +140,7 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Multiplies every layer's factors out, in place."""
-        # Saving a model leaves the dtype's name in its config.
+        # A saved model's config has the dtype's name instead of the dtype.
         asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         new: dict[nn.Module, nn.Module] = {
             layer: _dense(layer, asked or _own_dtype(layer, model))
@@ -152,7 +153,7 @@ class LrcQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Names the layers in config.json as this class saves them; the tensors need no change."""
+        """Writes the layers' disk names into config.json; the tensors need no change."""
         layers = {f"{name}.weight": layer for name, layer in stored_layers(model)}
         keys = {key: torch.empty(0, device="meta") for key in layers}
         disk = {id(tensor): key for key, tensor in revert_weight_conversion(model, keys).items()}
@@ -164,7 +165,7 @@ class LrcQuantizer(HfQuantizer):
 
 
 def _check_loaded(name: str, layer: StoredLayer) -> None:
-    """transformers only warns about a missing tensor, and leaves uninitialised memory there."""
+    """Raises an error for a missing tensor: transformers only warns and leaves random memory."""
     missing = [
         key
         for key, tensor in layer.state_dict(keep_vars=True).items()
@@ -175,7 +176,10 @@ def _check_loaded(name: str, layer: StoredLayer) -> None:
 
 
 def _check_dense(name: str, linear: nn.Linear) -> None:
-    """Under `ignore_mismatched_sizes` an unread factor must not stand in for a dense weight."""
+    """Raises an error for a dense weight of another shape, such as an unread factor's.
+
+    With `ignore_mismatched_sizes` transformers would accept the factor as the weight.
+    """
     shape = (linear.out_features, linear.in_features)
     if tuple(linear.weight.shape) != shape:
         raise damaged(
@@ -184,12 +188,12 @@ def _check_dense(name: str, linear: nn.Linear) -> None:
 
 
 def _own_dtype(layer: StoredLayer, model: PreTrainedModel) -> torch.dtype:
-    """What a dense weight is best in: a form's numbers need not have the model's dtype."""
+    """Returns the dtype of a layer's dense weight: the factors' dtype, or for forms the model's."""
     return layer.dtype if isinstance(layer, LowRankLayer) else model.dtype
 
 
 def _dense(layer: StoredLayer, dtype: torch.dtype) -> nn.Module:
-    """A dense module of the kind that was replaced."""
+    """Returns a dense module of the kind that was replaced."""
     weight = dense_weight(layer).to(dtype)
     m, n = layer.shape
     dense = layer.layout.dense(m, n, bias=layer.bias is not None, device="meta")

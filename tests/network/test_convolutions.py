@@ -1,4 +1,4 @@
-"""Convolutions: linear layers on patches, from statistics to files and back."""
+"""Convolutions are linear layers on patches, from statistics to files and back."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ GEOMETRIES: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] =
 
 
 def convolution(name: str) -> tuple[Any, Tensor]:
-    """A random convolution of GEOMETRIES from 5 to 8 channels, and an input of 2 items."""
+    """Returns a random convolution of GEOMETRIES from 5 to 8 channels, and an input of 2 items."""
     kind, settings, sizes = GEOMETRIES[name]
     torch.manual_seed(3)
     return kind(5, 8, **settings), torch.randn(2, 5, *sizes)
@@ -99,7 +99,7 @@ def in_folder(plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rows_and_gradients_are_those_of_the_layer(plain_folder: pico.PlainFolder) -> None:
-    """Also where the next operation changes the layer's output in place."""
+    """The next operation may change the layer's output in place."""
     factory = "pico_factories:pictures"
     source = open_source(plain_folder.path / "pictures.safetensors")
     module, source = open_module(source, factory=factory)
@@ -164,7 +164,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "curvature, certified": {"certification.num_sequences": 16},
     "curvature, sequential": {
         "compression.sequential": True,
-        "compression.layers": {"along": {"method": "svd"}},  # it has too few tokens
+        "compression.layers": {"along": {"method": "svd"}},  # this layer has too few tokens
     },
     "frobenius, centred": {"compression.method": "frobenius", "compression.center": True},
     "relu": {"compression.method": "relu"},
@@ -200,7 +200,7 @@ def test_a_plain_network_is_compressed_loaded_and_verified(
 
 
 def with_biases(model: nn.Module, state: pico.State) -> pico.State:
-    """Makes room for biases that `state` has and the model has not."""
+    """Makes room for biases that `state` has and the model lacks; returns `state`."""
     for key, tensor in state.items():
         part, _, leaf = key.rpartition(".")
         if leaf == "bias" and model.get_submodule(part).bias is None:
@@ -234,8 +234,11 @@ def test_the_stated_error_is_that_of_the_convolution(
 def test_the_estimate_of_every_layer_is_of_the_loss_per_image(
     plain_folder: pico.PlainFolder, tmp_path: Path, name: str
 ) -> None:
-    """A convolution has a row for every place; its errors count as often. Of noise, because what
-    the estimate leaves out, products of different places, then nearly cancels."""
+    """A convolution has a row for every place, and its errors count as often.
+
+    The images are noise. The estimate leaves out products of different places, and with noise such
+    products nearly cancel.
+    """
     pixels = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(3))
     save_file({"pixels": pixels}, tmp_path / "noise.safetensors")
     changes = plain_folder.model("pictures") | {

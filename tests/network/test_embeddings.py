@@ -1,4 +1,4 @@
-"""Token embeddings, and the heads that share their table: from statistics to files and back."""
+"""Token embeddings, and heads that share a table, go from statistics to files and back."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from lrc_cli.network.low_rank.stored import dense_weight
 from lrc_cli.network.low_rank.tied import Tied, TiedHead
 
 LLAMA, QWEN, BERT = "llama", "qwen2", "bert-mlm"
-"""Of tests/support/pico.py; the heads of the first and the last are tied."""
+"""Models of tests/support/pico.py; the heads of the first and the last are tied."""
 ARCHITECTURES = {
     LLAMA: "LlamaForCausalLM",
     QWEN: "Qwen2ForCausalLM",
@@ -50,7 +50,7 @@ CASES = [*((name, x) for name in (LLAMA, QWEN) for x in SETTINGS), (BERT, "curva
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A model's dense checkpoint, the compressed one and its report."""
+    """A model's dense checkpoint, the compressed checkpoint and its report."""
 
     name: str
     settings: str
@@ -64,19 +64,19 @@ class Made:
         return self.name in HEADS
 
     def load(self, path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """A checkpoint as the model's class."""
+        """Loads a checkpoint as the model's class."""
         kind = getattr(transformers, ARCHITECTURES[self.name])
         model: PreTrainedModel = kind.from_pretrained(path, dtype=dtype)
         return model.eval()
 
     def row(self, name: str) -> dict[str, Any]:
-        """The report's row of a layer."""
+        """Returns the report's row of a layer."""
         return next(row for row in self.report["layers"] if row["name"] == name)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=", ".join)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """One output per entry of CASES, all of its layers compressed."""
+    """Makes an output for each entry of CASES, with all layers compressed."""
     name, settings = request.param
     folder = tmp_path_factory.mktemp("embeddings")
     dense = pico.write_model(folder / "dense", name)
@@ -114,7 +114,7 @@ def test_one_pair_of_factors_serves_embedding_and_head(made: Made) -> None:
 def test_computes_what_its_factors_multiplied_out_do(made: Made, tmp_path: Path) -> None:
     state = pico.rebuilt(pico.read_state(made.output))
     weight = f"{TABLES[made.name]}.weight"
-    if not made.is_tied:  # stored like a layer's, which reads one-hot rows
+    if not made.is_tied:  # an untied table is stored as the weight of a layer on one-hot rows
         state[weight] = state[weight].T.contiguous()
     (tmp_path / "config.json").write_bytes((made.dense / "config.json").read_bytes())
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -193,12 +193,12 @@ def test_embeddings_are_left_alone_unless_asked_for(tmp_path: Path) -> None:
 
 
 MANY = ("t5", "t5-headed", "bart-headed", "marian", "gemma3-tied")
-"""Families whose table has several embeddings, or one that scales what it looks up."""
+"""Families whose table has several embeddings, or an embedding that scales its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A family's dense checkpoint and the compressed one."""
+    """A family's dense checkpoint and the compressed checkpoint."""
 
     family: Family
     dense: Path
@@ -206,13 +206,13 @@ class Shared:
     report: dict[str, Any]
 
     def load(self, architecture: str = "") -> PreTrainedModel:
-        """The compressed checkpoint as its class, or as another one."""
+        """Loads the compressed checkpoint as its class, or as another class."""
         kind = getattr(transformers, architecture or self.family.architecture)
         model: PreTrainedModel = kind.from_pretrained(self.output)
         return model.eval()
 
     def outputs(self, model: nn.Module) -> Tensor:
-        """The first floating-point output."""
+        """Returns the first floating-point output."""
         with torch.no_grad():
             found = model(**{name: x[:2] for name, x in self.family.inputs.items()})
         return next(x for x in found.values() if isinstance(x, Tensor) and x.is_floating_point())
@@ -220,7 +220,7 @@ class Shared:
 
 @pytest.fixture(scope="module", params=MANY)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """One output per entry of MANY, by the default method, which needs gradients."""
+    """Makes an output for each entry of MANY, by the default method, which needs gradients."""
     folder, family = tmp_path_factory.mktemp("shared"), FAMILIES[request.param]
     model = family.build()
     pico.randomise(model)
@@ -310,7 +310,7 @@ def test_a_head_that_is_stored_beside_its_table(same: bool, tmp_path: Path) -> N
 
 
 class Shifted(nn.Embedding):
-    """An embedding with a state of its own."""
+    """An embedding that adds a number to its rows."""
 
     embed_scale = 1.0
     shift = 0.0

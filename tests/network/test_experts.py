@@ -1,4 +1,4 @@
-"""Mixtures of experts: fused experts taken apart, each fitted to the tokens routed to it."""
+"""Fused experts are taken apart, and each expert is fitted to the tokens routed to the expert."""
 
 import shutil
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def test_other_models_are_left_alone() -> None:
 
 
 class Made:
-    """A mixture whose first block never chooses expert 3, and seldom expert 2, compressed."""
+    """A compressed mixture whose first block never chooses expert 3, and seldom expert 2."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.dense, self.settings = folder / "dense", settings
@@ -96,7 +96,7 @@ class Made:
 
 
 def expert_inputs(model: nn.Module, index: int) -> Tensor:
-    """What the down projection of an expert of the first block reads, from the fused weights."""
+    """Returns the inputs of the down projection of the first block's expert, from fused weights."""
     block = model.get_submodule("model.layers.0.mlp")
     seen: dict[str, Tensor] = {}
     handle = block.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
@@ -120,7 +120,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """One output per entry of SETTINGS."""
+    """Makes an output for each entry of SETTINGS."""
     return Made(tmp_path_factory.mktemp("mixture"), SETTINGS[request.param])
 
 
@@ -144,7 +144,7 @@ def test_each_expert_is_fitted_to_the_tokens_routed_to_it(made: Made) -> None:
 
 
 def test_experts_are_never_fitted_to_pairs_of_tokens(made: Made) -> None:
-    """The compressed network's router may send other tokens to them."""
+    """The compressed network's router may send other tokens to the experts."""
     if made.settings.get("compression.sequential") is not True:
         assert not any(layer.get("sequential") for layer in made.layers.values())
         return
@@ -155,7 +155,7 @@ def test_experts_are_never_fitted_to_pairs_of_tokens(made: Made) -> None:
 
 
 def test_certificates_of_layers_leave_experts_out(made: Made) -> None:
-    """Which sequence a row of theirs belongs to is not known."""
+    """Nobody knows to which sequence a row of an expert belongs."""
     experts = {x for x, row in made.layers.items() if ".experts." in x and "errors" in row}
     assert experts == set(made.report["certificate"]["not_covered"])
     assert made.report["certificate"]["statements"]
@@ -180,12 +180,13 @@ def test_verify_finds_every_statement_of_a_mixture_true(made: Made) -> None:
 
 
 STORED = ("gpt-oss", "granite-moe", "llama4")
-"""Families whose checkpoints hold the experts of a layer as one tensor: interleaved, transposed and
-with biases; under another name; transposed, and given all tokens by a module that says nothing."""
+"""Families whose checkpoints hold the experts of a layer as one tensor. The first family's tensors
+are interleaved, transposed and have biases. The second family's have another name. The third
+family's are transposed, and their module has no attributes and gives all tokens to all experts."""
 
 
 def read_fused(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model, taken apart as its own checkpoint asks for."""
+    """Returns the model, taken apart as the model's checkpoint asks for."""
     model.save_pretrained(folder)
     take_apart(model, open_source(folder).tensors)
     return model
@@ -225,7 +226,7 @@ class Kept:
 
 @pytest.fixture(scope="module", params=STORED)
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    """The first block's last expert is left out, and all of the second block's."""
+    """Makes an output without the first block's last expert and the second block's experts."""
     folder = tmp_path_factory.mktemp("stored")
     mixture(request.param).save_pretrained(folder / "dense")
     save_file({"input_ids": IDS}, folder / "ids.safetensors")

@@ -1,4 +1,4 @@
-"""Every family of support/families.py, from a dense checkpoint to a compressed one that loads."""
+"""Every family of support/families.py goes from a dense checkpoint to a compressed module."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from lrc_cli.network.low_rank.stored import stored_layers
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A family's dense checkpoint, the compressed one and its report."""
+    """A family's dense checkpoint, the compressed checkpoint and its report."""
 
     family: Family
     dense: Path
@@ -40,7 +40,7 @@ Get = Callable[[str], Made]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Get:
-    """Compresses each family once, all of its layers to about half, fitted to its inputs."""
+    """Compresses each family once: all layers to about half, fitted to the family's inputs."""
     done: dict[str, Made] = {}
 
     def get(name: str) -> Made:
@@ -106,7 +106,7 @@ def test_computes_what_its_factors_multiplied_out_do(made: Get, name: str, tmp_p
 
 
 def _fuse(state: State, made: Made) -> None:
-    """Put experts' tensors together again where the dense checkpoint has one for all of them."""
+    """Puts experts' tensors together again where the dense checkpoint has fused tensors."""
     fused = made.report["fused"]
     dense = read_state(made.dense)
     for key, entry in fused.items():
@@ -116,7 +116,7 @@ def _fuse(state: State, made: Made) -> None:
 
 
 def _transposed_keys(made: Made) -> set[str]:
-    """Disk names of factors of weights that the dense model keeps as (n, m)."""
+    """Returns the disk names of factorised weights that the dense model keeps as (n, m)."""
     model = made.family.build()
     heads = {id(x.weight) for x in model.modules() if isinstance(x, nn.Linear)}
     turned = {
@@ -137,7 +137,7 @@ def test_saves_the_same_tensors_again(made: Get, name: str, tmp_path: Path) -> N
     assert all(torch.equal(first[key], second[key]) for key in first)
     again = model_class(family).from_pretrained(tmp_path)
     for a, b in zip(outputs(model, family.family), outputs(again, family.family), strict=True):
-        # Not equal: how a product rounds may depend on where in a file its matrix begins.
+        # Outputs need not be equal: a product's rounding may depend on a matrix's place in a file.
         torch.testing.assert_close(a, b)
 
 
@@ -157,7 +157,7 @@ def test_factorises_all_but_a_twentieth_and_says_why_not_the_rest(made: Get, nam
 
 
 def compressible(model: nn.Module) -> list[Tensor]:
-    """The weights of the kinds that lrc says it factorises."""
+    """Returns the weights of the kinds that lrc promises to factorise."""
     names = {id(x): name for name, x in model.named_parameters()}
     linear = [x.weight for x in model.modules() if isinstance(x, nn.Linear | Conv1D)]
     convolutions = [x for x in model.modules() if isinstance(x, nn.Conv1d | nn.Conv2d)]
@@ -189,12 +189,12 @@ def test_loading_without_the_plugin_fails(made: Get) -> None:
 RUN_WHOLE = {name for name in FAMILIES if name.startswith(("t5", "bart", "whisper", "clip"))} | {
     "marian"
 }
-"""Two lists of blocks, on both of which the loss depends."""
+"""Families with two lists of blocks, where the loss depends on both lists."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_list_of_blocks_is_measured_block_by_block(name: str) -> None:
-    """By the default method, whose gradients must come from block to block too."""
+    """The default method also needs gradients to come from block to block."""
     family = FAMILIES[name]
     network = make_network(family.build(), device=torch.device("cpu"), dtype=None)
     module = network.module

@@ -1,4 +1,4 @@
-"""Which tensors are weights of layers, and the reasons of the others."""
+"""These tests show which tensors are weights of layers, and the reasons of all others."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_every_tensor_that_stays_says_why(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_transformers_splits_says_so(tmp_path: Path) -> None:
-    """NomicBert's checkpoints have query, key and value as one."""
+    """NomicBert's checkpoints have query, key and value as one tensor."""
     nomic = replace(FAMILIES["bert"], architecture="NomicBertModel", model_type="nomic_bert")
     nomic.build().save_pretrained(tmp_path)
     source = open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""`lrc_cli.load` on modules that are not transformers'."""
+"""These tests call `lrc_cli.load` on modules that are not transformers'."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ X = torch.linspace(-1, 1, 24 * 5).view(5, 24)
 
 
 class Mlp(nn.Module):
-    """Two linear layers around one that is used twice, with a tensor that no checkpoint holds."""
+    """Two linear layers around a layer that is used twice, with a tensor that no file holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class Mlp(nn.Module):
 
 
 def plain() -> nn.Module:
-    """A module whose tensors are all in its checkpoint."""
+    """Builds a module whose tensors are all in its checkpoint."""
     return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
 def needs_values() -> nn.Module:
-    """A module whose construction reads a tensor's value."""
+    """Builds a module; the construction reads a tensor's value."""
     return nn.Sequential(nn.Linear(24, int(torch.tensor(32.0))), nn.ReLU(), nn.Linear(32, 16))
 
 
@@ -68,7 +68,7 @@ def fails() -> nn.Module:
 
 
 def write(directory: Path, form: Form, record: dict[str, Any] | None = None) -> Mlp:
-    """A factorised checkpoint of an Mlp in `directory`; returns the dense model it must equal."""
+    """Writes a factorised checkpoint of an Mlp, and returns the dense model that it must equal."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = Mlp().eval()

@@ -1,4 +1,4 @@
-"""Opening a checkpoint as a module: what the module sees of the files, and that they stay as is."""
+"""A checkpoint opens as a module and a view of the files, and the source stays as it is."""
 
 import dataclasses
 from pathlib import Path
@@ -37,7 +37,7 @@ class Tied(Apart):
 
 
 def both_weights(folder: Path) -> Source:
-    """A file that holds one weight under two keys."""
+    """Writes a file that holds one weight under two keys."""
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     file = folder / "layers.safetensors"
     save_file({"first.weight": weight, "second.weight": weight.clone()}, file)

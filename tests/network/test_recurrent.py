@@ -1,4 +1,4 @@
-"""LSTM and GRU: their matrices as layers, from statistics to files and back."""
+"""The matrices of LSTM and GRU are layers, from statistics to files and back."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ FORMS = ["batch", "alone", "packed", "packed, sorted", "packed, of one length"]
 
 
 def both(name: str) -> tuple[Any, Any]:
-    """torch's module of KINDS, 5 inputs and 6 hidden units, and the one with matrices as layers."""
+    """Returns torch's module of KINDS (5 inputs, 6 hidden units), and the module with layers."""
     torch.manual_seed(1)
     kind, settings = KINDS[name]
     wrapped = nn.Sequential(kind(5, 6, **settings)).eval()
@@ -38,7 +38,7 @@ def both(name: str) -> tuple[Any, Any]:
 
 
 def given(dense: nn.RNNBase, form: str) -> tuple[Any, int]:
-    """Inputs in one of the forms that torch's modules take, and how many sequences they are."""
+    """Returns inputs in a form that torch's modules take, and the number of sequences."""
     if form == "alone":
         return torch.randn(7, 5), 0
     if form in ("packed", "packed, of one length"):
@@ -51,7 +51,7 @@ def given(dense: nn.RNNBase, form: str) -> tuple[Any, int]:
 
 
 def flat(value: Any) -> list[Tensor]:
-    """The tensors in what a module returns."""
+    """Returns the tensors in a module's output."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in value if item is not None for tensor in flat(item)]
@@ -139,7 +139,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "compression.sequential": True,
             "compression.correction": 1,
             "calibration.num_sequences": 64,
-            # With 32 inputs it has too few tokens, and too much of the weights to be passed over.
+            # This layer's 32 inputs are too many for the tokens, and it has too much of the weights
+            # to be passed over.
             "compression.layers": {"second.weight_ih_l0": {"method": "svd"}},
         },
     ),
@@ -203,7 +204,7 @@ def test_errors_are_those_of_the_hidden_states(
     dense = lrc_cli.load(plain_folder.path / "packed.safetensors", factory="pico_factories:packed")
     data = pico.read_state(plain_folder.path / "masked.safetensors")
     x, lengths = data["x"], data["attention_mask"].sum(1)
-    # Sequence by sequence through torch's own module: h_(t-1) is its output one step before.
+    # Each sequence goes through torch's own module alone: h_(t-1) is the output one step before.
     inputs: dict[str, list[Tensor]] = {name: [] for name in GRU}
     with torch.no_grad():
         for row, length in zip(x, lengths.tolist(), strict=True):
@@ -224,7 +225,7 @@ def test_errors_are_those_of_the_hidden_states(
 def test_padded_steps_do_not_count(
     method: str, plain_folder: pico.PlainFolder, tmp_path: Path
 ) -> None:
-    """What the states become behind a sequence's end is nobody's business."""
+    """States after a sequence's end reach neither statistics nor outputs."""
     source, factory = plain_folder.path / "masked.safetensors", "pico_factories:padded"
     data = pico.read_state(source)
     mask = data["attention_mask"].bool()

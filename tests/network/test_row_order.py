@@ -1,4 +1,4 @@
-"""Blocks of outputs come in the order of the permutation, bit by bit, however they are moved."""
+"""Row groups of outputs come in the order of the permutation, bit by bit, for any way to move."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ WIDTH = 256
 
 
 def made(dtype: torch.dtype, block: int, *, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, a permutation of their blocks, and the rows in its order."""
+    """Returns rows, a permutation of their row groups, and the rows in the permutation's order."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, num_rows // 2, WIDTH, generator=generator).to(dtype)
     rows[0, 0, 0], rows[0, 0, 1] = torch.nan, -torch.inf

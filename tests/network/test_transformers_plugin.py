@@ -1,4 +1,4 @@
-"""The transformers plugin and `lrc_cli.load` on factorised checkpoints made by hand."""
+"""The transformers plugin and `lrc_cli.load` read factorised checkpoints that are made by hand."""
 
 import importlib
 import json
@@ -154,7 +154,7 @@ def test_base_model_loads_from_a_checkpoint_with_a_head(
     with torch.no_grad():
         states = [m(input_ids=IDS).last_hidden_state for m in (loaded, dense)]
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
-    # Saved as the base model, the keys lose their prefix; the model with a head finds them.
+    # The base model saves its keys without the prefix; the model with a head finds the keys.
     loaded.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "model.safetensors")
     stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
@@ -216,7 +216,7 @@ def test_gradients_reach_both_factors(llama: Pair) -> None:
     dense(input_ids=IDS, labels=IDS).loss.backward()
     layer = model.get_submodule(Q_PROJ)
     assert layer.down.weight.grad.abs().sum() > 0
-    # y = [Z x; T Z x] in blocks: the gradient of T is that of its rows, times the inner factor.
+    # y = [Z x; T Z x] in row groups: T's gradient is its rows' gradient times the inner factor.
     rows = dense.get_submodule(Q_PROJ).weight.grad.unflatten(0, (-1, layer.block))
     merged = rows[layer.perm.argsort()].flatten(0, 1)[layer.rank :]
     expected = merged @ layer.down.weight.detach().T
@@ -291,7 +291,7 @@ for path in sys.argv[1:]:
 def test_loading_without_the_plugin_fails_for_every_layer(
     pairs: Callable[[str, str], Pair], tmp_path: Path
 ) -> None:
-    """One checkpoint per layer, at the rank whose shapes come closest, refused by two classes."""
+    """Two classes refuse a checkpoint for each layer, at the rank whose shapes come closest."""
     paths = []
     for model in MODELS:
         for form in ("rows-largest", "factors-largest"):
@@ -313,7 +313,7 @@ def test_loading_without_the_plugin_fails_for_every_layer(
 
 
 def refused(path: Path, *words: str, **options: Any) -> None:
-    """Both ways of loading raise one sentence with these words."""
+    """Sees that both ways of loading raise one sentence with these words."""
     for loader in (AutoModelForCausalLM.from_pretrained, load):
         with pytest.raises(InputError) as caught:
             loader(path, **options)
@@ -404,7 +404,7 @@ def test_missing_bias_is_refused(pairs: Callable[[str, str], Pair], tmp_path: Pa
 
 
 def test_new_bias_is_loaded(llama: Pair, tmp_path: Path) -> None:
-    """A layer fitted with a free bias gains one that its class does not have."""
+    """A layer that was fitted with a free bias gains a bias that its class does not have."""
     bias = torch.randn(32)
     path = edit_tensors(
         llama.factorised, tmp_path / "edited", lambda s: s.update({f"{Q_PROJ}.bias": bias})

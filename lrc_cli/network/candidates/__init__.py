@@ -1,1 +1,1 @@
-"""Which layers may be factorised, and why the others may not."""
+"""This folder finds the layers that may be factorised, and says why other tensors may not."""

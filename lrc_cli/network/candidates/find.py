@@ -1,7 +1,6 @@
-"""Which stored tensors are weights of layers that can be factorised, and why the others are not.
+"""This module finds the layers that can be factorised, and the reason for every other tensor.
 
-Layers are found by what they are (a module of a known layout that owns its weight), never by a
-model's name.
+A layer is a module of a known layout that owns its weight; no model's name decides.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ CONVERTED = "transformers merges or splits it as it loads the model; not in this
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A stored tensor that stays as it is, and why."""
+    """A stored tensor that stays as it is, with the reason."""
 
     name: str
     reason: str
@@ -33,14 +32,19 @@ class Skipped:
 def find_layers(
     module: nn.Module, source: Source, selection: Compression
 ) -> tuple[list[Layer], list[Skipped]]:
-    """Every compressible layer in order, and every other stored tensor with the reason.
+    """Returns every compressible layer in order, and every other stored tensor with the reason.
 
-    Must see the module as it was built, before `make_network`.
+    Args:
+        module: the dense network as it was built, before `make_network`.
+        source: the checkpoint as the module sees it.
+        selection: what `compression` includes and excludes.
     """
+    # A tensor belongs to the module whose parameter it fills.
     names = module_names(module, source.tensors)
     owners, state = _owners(module), module.state_dict(keep_vars=True)
     stored = {id(state[name]): key for key, name in names.items()}
     table = _token_table(module)
+    # All layers that can be factorised own their weight, alone or with an embedding.
     able = []
     for name, part in module.named_modules():
         layout, shape = layout_of(part), linear_shape(part)
@@ -62,10 +66,12 @@ def find_layers(
                     unit=_unit(name, module),
                 )
             )
+    # The config may leave some of these layers out.
     head = _head_name(module)
     reasons = {layer.keys.weight: _left_out(layer, selection, head) for layer in able}
     layers = [layer for layer in able if reasons[layer.keys.weight] is None]
     taken = {layer.keys.weight for layer in layers}
+    # All other tensors get a reason: the config, the module, or that the module has no such tensor.
     without = dict.fromkeys(source.tensors, "the network has no place for it")
     without |= dict.fromkeys(converted(module, source.tensors), CONVERTED)
     skipped = [
@@ -82,9 +88,9 @@ def find_layers(
 
 
 def _token_table(module: nn.Module) -> nn.Module | None:
-    """A transformers model's token embedding, if it does nothing but look rows up.
+    """Returns a transformers model's token embedding, if it does nothing but look rows up.
 
-    A square one would not tell in which way round it was factorised.
+    A square table is left out: its shape would not tell which way round it was factorised.
     """
     table = token_embedding(module)
     if table is None or not _is_table(table) or not _does_as_it_says(table):
@@ -104,10 +110,10 @@ def _does_as_it_says(embedding: nn.Module) -> bool:
 def _tied_to(
     module: nn.Module, stored: str, part: nn.Module, owners: Mapping[int, int]
 ) -> str | None:
-    """The embedding's name, if it and the layer alone have a weight, stored by that name.
+    """Returns the embedding's name, if only the embedding and the layer share the stored weight.
 
-    Embeddings that do the same with a table are one module here. Only where transformers ties them
-    does a loader know.
+    Embeddings that do the same with a table are one module here. The weight must be tied by
+    transformers, because only then does a loader tie it again.
     """
     name = stored.removesuffix(".weight")
     table = module.get_submodule(name)
@@ -119,19 +125,19 @@ def _tied_to(
 
 
 def _head_name(module: nn.Module) -> str | None:
-    """The name of a transformers model's language-model head; None where it has none."""
+    """Returns the name of a transformers model's language-model head, or None."""
     getter = getattr(module, "get_output_embeddings", None)
     head = None if getter is None else getter()
     return next((name for name, part in module.named_modules() if part is head), None)
 
 
 def _left_out(layer: Layer, selection: Compression, head: str | None) -> str | None:
-    """Why a layer that can be factorised is not to be; None: it is."""
+    """Returns why a layer that can be factorised is left out; None: it is not left out."""
     if (layer.tied_to or isinstance(layer.layout, Lookup)) and not selection.embeddings:
         return "an embedding, and compression.embeddings is false"
-    # What is tied goes by the embedding's name, as on the disk.
+    # A tied layer goes by the embedding's name, as on the disk.
     chosen = selection.selects(layer.tied_to or layer.name)
-    # A pattern for "lm_head" is one for the head, whatever the model calls it.
+    # A pattern for "lm_head" means the head, also where the model calls the head otherwise.
     is_head = layer.name == head and layer.tied_to is None
     if is_head and any(matches(pattern, "lm_head") for pattern in selection.exclude):
         chosen = False
@@ -139,7 +145,7 @@ def _left_out(layer: Layer, selection: Compression, head: str | None) -> str | N
 
 
 def _owners(module: nn.Module) -> dict[int, int]:
-    """How many modules hold each parameter, by id."""
+    """Returns the number of modules that hold each parameter, by id."""
     count: dict[int, int] = {}
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
@@ -150,7 +156,7 @@ def _owners(module: nn.Module) -> dict[int, int]:
 def _reason(
     module: nn.Module, name: str, state: Mapping[str, Tensor], owners: Mapping[int, int]
 ) -> str:
-    """Why a tensor is no layer's weight, or that of one that cannot be factorised."""
+    """Returns why a tensor is not the weight of a layer that can be factorised."""
     parent, _, leaf = name.rpartition(".")
     part, tensor = module.get_submodule(parent), state[name]
     if tensor.numel() == max(tensor.shape, default=1):
@@ -172,7 +178,7 @@ def _reason(
 
 
 def _unit(name: str, module: nn.Module) -> str:
-    """The entry of the outermost ModuleList on the way to `name`, or the empty string."""
+    """Returns the entry of the outermost ModuleList on the way to `name`, or the empty string."""
     part, path = module, ""
     for piece in name.split("."):
         parent, part = part, part.get_submodule(piece)

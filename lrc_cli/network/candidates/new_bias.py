@@ -1,8 +1,8 @@
-"""The free bias of `compression.center`: which layers can carry a new one, and what it costs.
+"""A layer that can carry the free bias of `compression.center` is found here, with the bias's cost.
 
-A bias is read back under `<layer>.bias`, by our own low-rank module. So a layer can carry one where
-that name belongs to it in the running network, and to nothing else. Whether it does is tried out on
-the module itself; there is no table of model names.
+lrc's own low-rank module reads a bias back under `<layer>.bias`. So a layer can carry a bias where
+this name belongs to the layer in the running network, and to nothing else. A trial on the module
+tells; there is no table of model names.
 """
 
 from collections import Counter
@@ -20,16 +20,17 @@ from lrc_cli.network.layer import Layer
 
 
 def gained_bytes(layer: Layer, source: Source, dtype: torch.dtype) -> int:
-    """Bytes of the bias that a layer without one gains, stored in `dtype`; 0 where it has one."""
+    """Returns the bytes in `dtype` of the bias that a layer gains; 0 where it has a bias."""
     return 0 if layer.keys.bias in source.tensors else layer.shape[0] * dtype.itemsize
 
 
 def check_bias(module: nn.Module, source: Source, layers: Sequence[Layer]) -> None:
-    """Raise InputError for the first layer that cannot carry a new bias.
+    """Raises InputError for the first layer that cannot carry a new bias.
 
     Args:
         module: the dense network as it was built, before `make_network`.
-        layers: those that are to be factorised.
+        source: the checkpoint.
+        layers: the layers to be factorised.
     """
     with _with_biases(module, layers):
         found = module_names(module, [layer.keys.bias for layer in layers])
@@ -50,7 +51,7 @@ def check_bias(module: nn.Module, source: Source, layers: Sequence[Layer]) -> No
 
 @contextmanager
 def _with_biases(module: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
-    """Within it every layer without a bias has one that holds no numbers."""
+    """A context in which every layer without a bias has a bias that holds no numbers."""
     bare = [module.get_submodule(layer.name) for layer in layers]
     bare = [part for part in bare if part._parameters.get("bias", 0) is None]
     for part in bare:
@@ -63,5 +64,5 @@ def _with_biases(module: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def _owners(module: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by id."""
+    """Returns the number of modules that hold each parameter, by id."""
     return Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
