@@ -1,4 +1,4 @@
-"""`lrc compress`: the job of a config, or a job for each of several sizes."""
+"""`lrc compress` runs the job of a config, or a job for each of several sizes."""
 
 import json
 from collections.abc import Sequence
@@ -65,9 +65,9 @@ def compress(
     strict: bool,
     **options: Any,
 ) -> None:
-    """Compress the checkpoint that CONFIG names; prints the output directory.
+    """Compress the checkpoint that CONFIG names, and print the output directory.
 
-    Interrupted or killed, the same command goes on where it stopped. Several processes share the
+    After an interruption the same command goes on where it stopped. Several processes share the
     work: torchrun --nproc_per_node N -m lrc_cli compress CONFIG.
     """
     from lrc_cli.config.sizes import load_configs
@@ -78,7 +78,7 @@ def compress(
     with joined() as processes:
         configs = load_configs(config, overrides, output=output, sizes=sizes)
         calm_transformers()
-        # With these torch is imported: only after the config was read and the caches are bounded.
+        # These imports load torch, so the config is read and the caches are bounded first.
         from lrc_cli.job.jobs import run_jobs
         from lrc_cli.runtime.progress import Progress
         from lrc_cli.runtime.signals import stop_on_signals
@@ -105,7 +105,7 @@ def compress(
 
 
 def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
-    """Raise InputError for gates that nothing measures and for a JUnit file that cannot be."""
+    """Raises InputError for gates that nothing measures and for an unusable JUnit file."""
     from lrc_cli.report.gates import check_gates_possible
     from lrc_cli.report.junit import check_junit_path
 
@@ -116,11 +116,11 @@ def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
 
 
 def conclude(records: "Sequence[Record]", junit: Path | None, *, strict: bool) -> None:
-    """Write the JUnit file, then fail for what the records say.
+    """Writes the JUnit file, then fails for what the records say.
 
     Raises:
-        GateMissed: in any of the jobs.
-        StrictFallback: with `strict`, where a layer fell back in any of them.
+        GateMissed: a gate is missed in any of the jobs.
+        StrictFallback: with `strict`, a layer fell back in any of the jobs.
     """
     from lrc_cli.report.facts import not_as_asked
     from lrc_cli.report.gates import fail_if_missed
@@ -137,7 +137,7 @@ def conclude(records: "Sequence[Record]", junit: Path | None, *, strict: bool) -
 
 
 def summary(record: "Record") -> str:
-    """What a run came to, in a few lines."""
+    """Returns what a run came to, in a few lines."""
     from lrc_cli.quality.sentences import main_statements
 
     size = record.size

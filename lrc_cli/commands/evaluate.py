@@ -1,4 +1,4 @@
-"""`lrc eval`: a written directory scored beside its original."""
+"""`lrc eval` scores a written directory beside its original."""
 
 import json
 from pathlib import Path
@@ -51,14 +51,14 @@ def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     from lrc_cli.runtime.signals import stop_on_signals
     from lrc_cli.verify.files.manifest import open_manifest
 
-    open_manifest(directory)  # raises InputError for what is no finished output
+    open_manifest(directory)  # raises InputError where this is no finished output
     with stop_on_signals() as stop:
         found = score_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
     click.echo(json.dumps(found, indent=2) if as_json else render_scores(found))
 
 
 def render_scores(found: dict[str, Any]) -> str:
-    """For people: one line per text."""
+    """Returns the text for people: one line per text."""
     size, seconds = found["bytes"], found["seconds_per_sequence"]
     peak = found["memory"]["host_resident"] / 1e6
     lines = [

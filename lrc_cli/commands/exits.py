@@ -1,4 +1,4 @@
-"""How a command ends: an exit code for every outcome, a sentence for every mistake."""
+"""A command ends with an exit code for every outcome and a sentence for every mistake."""
 
 import errno
 from collections.abc import Callable
@@ -16,7 +16,7 @@ LESS_MEMORY = (
 
 
 def run_command(command: Callable[..., Any]) -> int:
-    """Run a click command and return its exit code."""
+    """Runs a click command and returns its exit code."""
     try:
         command(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -36,7 +36,7 @@ def run_command(command: Callable[..., Any]) -> int:
         click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
         return 1
     except OSError as error:
-        # A full disk, a vanished file: the cause is the system's, the sentence ours.
+        # The disk is full or a file has vanished: the cause is the system's, the sentence ours.
         click.echo(f"error: {_describe(error)}", err=True)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""`lrc inspect`: what a checkpoint holds, and what of it would be compressed."""
+"""`lrc inspect` shows what a checkpoint holds, and what of it would be compressed."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_j
 
 
 def render_inspection(found: dict[str, Any]) -> str:
-    """For people: layers of one shape on a line, skipped tensors by reason."""
+    """Returns the text for people: layers of one shape on a line, skipped tensors by reason."""
     share = found["compressible_bytes"] / found["bytes"]
     lines = [
         f"{found['checkpoint']}: {found['architecture']}, {found['bytes'] / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Arguments, options and the form of examples, which several commands share."""
+"""Several commands share the arguments, options and form of examples that stand here."""
 
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ output_option = click.option("--output", metavar="DIR", help="Short for --set ou
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help: lines that can be copied, which click leaves as they are."""
+    """Returns the end of a command's help: lines to copy, which click leaves as they are."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def _parse_sizes(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
-    """Shares from "0.9,0.8"."""
+    """Returns shares from "0.9,0.8"."""
     if text is None:
         return ()
     try:

@@ -1,4 +1,4 @@
-"""`lrc plan`: what jobs will take, before they run."""
+"""`lrc plan` estimates what jobs will take, before they run."""
 
 import json
 from collections.abc import Sequence
@@ -40,8 +40,9 @@ def plan(
 ) -> None:
     """Check CONFIG and estimate what compressing takes, and what sizes cost in quality.
 
-    The estimates come from a short measured probe. The size/error curve needs spectra: those of the
-    work directory, else they are collected, for `compress` to use again. Writes no checkpoint.
+    The estimates come from a short measured probe. The size/error curve needs spectra. The work
+    directory may have them; else they are collected, and `compress` uses them again. No checkpoint
+    is written.
     """
     from lrc_cli.config.sizes import load_configs
 
@@ -53,7 +54,7 @@ def plan(
 def show_forecast(
     configs: "Sequence[Config]", *, collect: bool, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    """Print what jobs will take."""
+    """Prints what jobs will take."""
     from lrc_cli.forecast import forecast, render
     from lrc_cli.runtime.progress import Progress
     from lrc_cli.runtime.signals import stop_on_signals

@@ -1,4 +1,4 @@
-"""`lrc schema`: the config as JSON Schema, for editors and other programs."""
+"""`lrc schema` prints the config as JSON Schema, for editors and other programs."""
 
 import json
 

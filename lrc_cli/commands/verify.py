@@ -1,4 +1,4 @@
-"""`lrc verify`: every statement of a written directory, checked."""
+"""`lrc verify` checks every statement of a written directory."""
 
 import json
 from pathlib import Path

@@ -51,6 +51,7 @@ CLEAN = (
     "lrc_cli/runtime",
     "lrc_cli/forecast",
     "lrc_cli/job",
+    "lrc_cli/commands",
     "lrc_cli/engine",
     "lrc_cli/forms",
     "lrc_cli/verify",
