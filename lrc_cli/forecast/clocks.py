@@ -1,4 +1,4 @@
-"""Instruments of the probe: time by step, time and size of files, private memory."""
+"""The probe's instruments measure the time of each step and the time and size of files."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,46 +14,46 @@ from lrc_cli.job.work import Tensors, WorkDirectory
 Outcome = TypeVar("Outcome")
 
 NUM_BATCHES = 3
-"""Micro-batches that a probe runs; the first one warms up."""
+"""The number of micro-batches that a probe runs. The first micro-batch warms up."""
 
 
 class Clock:
-    """Times the steps of a loop: one `tick` after each."""
+    """A clock for the steps of a loop, which calls `tick` after each step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.steps = device, list[float]()
         self.last = self.now()
 
     def now(self) -> float:
-        """Seconds, with everything done that was asked of the device."""
+        """Returns the time in seconds, once the device has done everything that was asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def restart(self) -> None:
-        """What was done since the last step belongs to no step."""
+        """Begins the next step now: the time since the last step belongs to no step."""
         self.last = self.now()
 
     def tick(self, cost: float = 0.0) -> None:
-        """A step is done."""
+        """Ends a step and keeps its seconds."""
         now = self.now()
         self.steps.append(now - self.last)
         self.last = now
 
 
 class Timed(Stage[Outcome]):
-    """A stage of the job that does the units that it is told to, on the clock.
+    """A stage of the job whose units are timed.
 
     Args:
-        stage: the job's own.
-        units: the units to do; a unit that comes twice is done twice.
+        stage: the stage of the job.
+        units: the units to do; a unit that is named twice is done twice.
     """
 
     def __init__(self, stage: Stage[Outcome], units: Sequence[str], device: torch.device) -> None:
         super().__init__(stage.work, stage.folder, units)
         self.name, self.stage = stage.name, stage
         self.steps, self.storing = Clock(device), Clock(device)
-        """They time the pieces of work, and every unit that is stored."""
+        """The clocks of the pieces of work, and of the units that are stored."""
 
     def missing(self) -> list[str]:
         """See Stage."""
@@ -86,20 +86,20 @@ class Timed(Stage[Outcome]):
 
 
 def typical(steps: Sequence[float]) -> float:
-    """The mean of equal steps, less the first one, which warms up, where there are more."""
+    """Returns the mean of equal steps. The first of several steps warms up and does not count."""
     later = steps[1:] or steps
     return sum(later) / len(later)
 
 
 class TimedWork(WorkDirectory):
-    """A work directory that remembers how long it took to write how much, by kind of stage."""
+    """A work directory that counts the seconds and the bytes of writing, by kind of stage."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, {})
         self.seconds: dict[str, float] = {}
         self.num_bytes: dict[str, int] = {}
         self.places: dict[str, set[str]] = {}
-        """What was written of a kind of stage: the segments, of what passes between them."""
+        """{kind of stage: the rest of the names of its stages}, such as the names of segments."""
 
     def put(self, stage: str, unit: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         began = time.perf_counter()

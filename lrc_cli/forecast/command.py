@@ -1,4 +1,4 @@
-"""`lrc plan` and `compress --dry-run`: the checks, the estimates, the size/error curve."""
+"""`lrc plan` and `compress --dry-run` check a job, estimate it and draw the size/error curve."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
 
 SPEED_BYTES = 32 << 20
-"""Written once to see how fast the disk is."""
+"""The bytes that are written once to measure the speed of the disk."""
 PHASES = (
     *("checks", "statistics", "spectra", "factors", "writing", "verification"),
     *("evaluation", "selection", "certification"),
@@ -44,11 +44,11 @@ Forecast = dict[str, Any]
 
 
 def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) -> Forecast:
-    """Every check that `compress` makes, the estimates, and with spectra the size/error curve.
+    """Makes every check of `compress`, estimates the jobs and, with spectra, the size/error curve.
 
     Args:
         configs: jobs that differ in `compression.size` and `output.path` only.
-        collect: whether statistics and spectra that are missing are collected.
+        collect: whether missing statistics and spectra are collected.
 
     Raises:
         InputError: a job cannot be done, or does not fit in memory or on the disk.
@@ -85,7 +85,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
 
 @contextmanager
 def _fitting(config: Config) -> Iterator[None]:
-    """Within it, running out of a GPU's memory is a refusal: a probe takes as much as the job."""
+    """Turns a lack of GPU memory into InputError: a probe takes as much as the job."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -97,7 +97,7 @@ def _fitting(config: Config) -> Iterator[None]:
 
 
 def _open(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
-    """The job's work directory, if an earlier run has left one."""
+    """Opens the job's work directory, if an earlier run has left a directory."""
     if not (plan.work_dir / "fingerprint.json").exists():
         return None
     work = WorkDirectory(plan.work_dir, plan.statistics_fingerprint)
@@ -109,13 +109,15 @@ def _has_spectra(plan: Plan, work: WorkDirectory) -> bool:
 
 
 def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
-    """Time, memory and disk, measured. Raises InputError for what does not fit."""
+    """Estimates time, memory and disk from the probe. Raises InputError for what does not fit."""
     first = plans[0]
+    # One file shows how fast the disk writes.
     probe.work.put("speed", "", {"zeros": torch.zeros(SPEED_BYTES // 4)}, {})
     per_byte = probe.work.seconds["speed"] / SPEED_BYTES
+    # The pass runs on a few micro-batches. A network that does not fit should not be solved first.
     run_statistics(probe)
-    # A network that does not fit should not be solved first.
     _check_memory(probe)
+    # Spectra are solved for one unit of every kind, and predict the errors of the others.
     kinds = probe.unit_kinds()
     probe.run_spectra(kinds)
     probe.spread_facts(kinds)
@@ -125,6 +127,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     jobs, outputs = list[dict[str, Any]](), 0
     quality: list[Piece] | None = None
     for plan in plans:
+        # The factors of each size are made for one unit of every kind.
         granted = _likely(plan, predicted)
         decision = decide(plan, probe.work, granted)
         if decision.used:
@@ -132,9 +135,11 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             _add_streams(probe, granted_share(plan, granted) * plan.compressible_bytes)
         else:
             factors = probe.run_factors(plan, granted, kinds)
+        # The time of all measurements after the factors does not depend on the size.
         if quality is None:
             quality, memory = run_quality(plan, probe.work, kinds)
             probe.memory.append(memory)
+        # The size of the output follows from the ranks, and its time from the speed of the disk.
         granted_bytes = int(granted_share(plan, granted) * plan.compressible_bytes)
         size = granted_bytes + rest_bytes(plan)
         own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
@@ -152,8 +157,8 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             }
         )
     _check_memory(probe)
-    # The first units are stored at the turn of the pass, when all that passes is still there; the
-    # last one when little of it is left. Factors come after that.
+    # The first units are stored at the turn of the pass, while everything that passes is still on
+    # the disk. Little of it is left when the last unit is stored. Factors come later.
     share = min(probe.lag / max(len(first.units), 1), 1.0)
     turn = probe.passing_bytes + int(probe.statistics_bytes * share)
     end = probe.statistics_bytes + min(probe.passing_bytes, 2 * probe.boundary_bytes)
@@ -187,8 +192,10 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
 
 
 def _add_streams(probe: Probe, factor_bytes: float) -> None:
-    """What sequential fitting holds: both networks' hidden states, in memory up to the limit, and
-    all factors in files."""
+    """Adds what sequential fitting holds: both networks' hidden states, and all factors in files.
+
+    Hidden states stay in memory up to the limit.
+    """
     hidden, limit = 2 * probe.hidden_bytes, probe.plan.config.runtime.memory_bytes
     kept = hidden if limit is None else min(hidden, limit)
     largest = max((m for m in probe.memory if m.phase == "factors"), key=lambda m: m.measured)
@@ -202,8 +209,7 @@ def _check_memory(probe: Probe) -> None:
 
 
 def _likely(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
-    """What is granted by the errors of a few layers, or by the shapes alone where these rule it
-    out."""
+    """Returns what the errors of a few layers grant, or the shapes where errors rule it out."""
     try:
         return allocate(plan, predicted)
     except InputError:
@@ -211,7 +217,7 @@ def _likely(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
 
 
 def _ranks(granted: Granted) -> dict[str, int | None]:
-    """The ranks by layer name; 0 stands for dense, None for a form without a rank."""
+    """Returns the ranks by layer name; 0 stands for dense, None for a form without a rank."""
     return {name: 0 if choice.is_dense else choice.rank for name, choice in granted.items()}
 
 

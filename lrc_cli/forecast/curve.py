@@ -1,4 +1,4 @@
-"""What sizes cost, from spectra alone: predicted errors and ranks, before any factor is made."""
+"""Spectra alone predict the errors and ranks of several sizes, before any factor is made."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,13 +17,13 @@ SIZES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 def point_of(
     plan: Plan, granted: Mapping[str, Choice], predicted: Mapping[str, Predicted]
 ) -> dict[str, Any]:
-    """A size and its predicted errors: for exact factors before rounding, or as measured.
+    """Returns a size and its predicted errors: for exact factors before rounding, or as measured.
 
     Returns:
-        `kept`, the share of the compressible weights' bytes; `relative_error`, the root mean square
-        over the layers of each one's error relative to its total, in the unit of its method's
-        spectrum; and where every method predicts the loss, `loss_increase`, the sum of the layers'
-        errors in the unit of the loss.
+        `kept` is the fraction of the compressible weights' bytes. `relative_error` is the root mean
+        square, over the layers, of a layer's error relative to its total, in the unit of the
+        method's spectrum. Where every method predicts the loss, `loss_increase` is the sum of the
+        layers' errors in the unit of the loss.
     """
     lost, relative = 0.0, list[float]()
     for layer in plan.layers:
@@ -45,7 +45,7 @@ def point_of(
 
 
 def _error(plan: Plan, choice: Choice, known: Predicted) -> float:
-    """The predicted error of a layer that is not left dense, in the unit of its spectrum."""
+    """Returns the predicted error of a layer that is factorised, in the unit of its spectrum."""
     if choice.rank is None:
         is_relative = shares_relative_errors(plan.config.compression)
         return choice.error * known.total if is_relative else choice.error
@@ -53,13 +53,13 @@ def _error(plan: Plan, choice: Choice, known: Predicted) -> float:
 
 
 def curve_of(plan: Plan, predicted: Mapping[str, Predicted]) -> list[dict[str, Any]]:
-    """`point_of` several sizes with their `size`; a size that cannot be reached is left out."""
+    """Returns `point_of` several sizes, with `size`. A size that cannot be reached is left out."""
     points = []
     for size in SIZES:
         sized = with_target(plan, _of_size(plan.config, size))
         try:
             granted = allocate(sized, predicted)
-        except InputError:  # the config's own target is checked elsewhere, and may well be reached
+        except InputError:  # the config's target is checked elsewhere, and may be within reach
             continue
         points.append({"size": size, **point_of(sized, granted, predicted)})
     return points

@@ -1,4 +1,4 @@
-"""The probe's pass over the data, by the job's own stage.
+"""The probe measures the pass over the data with the job's own stage.
 
 A few micro-batches run through the head, a block of every kind, the first block and the tail.
 """
@@ -25,16 +25,16 @@ PHASE = "statistics"
 
 
 def run_statistics(probe: Probe) -> None:
-    """Measure the pass; the statistics of what it ran through stay in the probe's directory."""
+    """Measures the pass. Statistics of the segments that ran stay in the probe's directory."""
     plan = probe.plan
     measured = [layer for layer in plan.layers if is_measured(plan, layer)]
-    if not measured:  # quality is, and the check of what was written
+    if not measured:  # only the checks and the quality of the output need data
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
         probe.whole = None if chain.names else NO_CHAIN
         return
     job, parts = prepare(plan, probe.work, probe.quiet, measured)
     probe.whole = None if job.chain.names else parts.cut.reason
-    hidden = hidden_output(job.chain.shape)  # of one sequence
+    hidden = hidden_output(job.chain.shape)  # the shapes are for one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
     if not probe.missing(STATISTICS):
         return
@@ -53,7 +53,7 @@ def run_statistics(probe: Probe) -> None:
 
 
 class _Pass:
-    """A pass over a few micro-batches, and what it says of the whole one."""
+    """A pass over a few micro-batches, and what it says of the whole pass."""
 
     def __init__(self, probe: Probe, job: Job) -> None:
         self.probe, self.whole, self.work = probe, job, probe.work
@@ -65,13 +65,13 @@ class _Pass:
         )
         self.share = len(job.batches) / len(self.few.batches)
         self.steps: dict[tuple[str, bool], float] = {}
-        """Seconds of one micro-batch, by segment and by whether it ran backwards."""
+        """{(segment, whether it ran backwards): seconds of one micro-batch}."""
         self.storing: list[float] = []
         """Seconds to store the statistics of each segment."""
 
     def run(self, parts: Parts) -> None:
         plan = self.probe.plan
-        # Everything that passes is stored, to see how large it is.
+        # Everything that passes is stored, to see its size.
         stage = StatisticsStage(plan, self.work, lambda _: (self.few, parts), store_every=0.0)
         timed = Timed(stage, list(plan.units), plan.device)
         run_stage(timed, self.probe.quiet)
@@ -84,7 +84,7 @@ class _Pass:
         self.storing = timed.storing.steps
 
     def pieces(self) -> list[Piece]:
-        """The whole pass, less the segments that an earlier run has measured."""
+        """Returns the whole pass, without the segments that an earlier run has measured."""
         missing = set(self.probe.missing(STATISTICS))
         left = [s for s in self.whole.segments if any(x.unit in missing for x in s.layers)]
         ran = {segment.name for segment in self.few.segments}
@@ -109,8 +109,10 @@ class _Pass:
 
     @property
     def lag(self) -> int:
-        """Segments that run until what passes is stored, and what came before it deleted; all of
-        them where the whole way takes less time than that."""
+        """The number of segments that run between two times of storing what passes.
+
+        Older states are deleted then. A pass that is too short to store anything counts whole.
+        """
         back = any(x.name in self.whole.graded for s in self.whole.segments for x in s.layers)
         names = [self.kinds[segment.name] for segment in self.whole.segments]
         seconds = [self.steps[name, back] for name in names if (name, back) in self.steps]
@@ -120,8 +122,12 @@ class _Pass:
 
     @property
     def passing_bytes(self) -> int:
-        """Files at the turn of the pass: the inputs of all segments that will be run backwards and
-        the gradients of one, or of one segment less and two; where none will, two inputs."""
+        """The bytes of files at the turn of the pass.
+
+        The files are the inputs of all segments that will run backwards with the gradients of one
+        segment, or the inputs of one segment less with the gradients of two. Where no segment runs
+        backwards, the files are the inputs of two segments.
+        """
         segments, graded = self.whole.segments, self.whole.graded
         before = [all(x.name not in graded for x in s.layers) for s in segments]
         first = before.index(False) if False in before else len(segments)
@@ -134,14 +140,14 @@ class _Pass:
 
     @property
     def statistics_bytes(self) -> int:
-        """Statistics of all units that are missing."""
+        """The bytes of the statistics of all missing units."""
         ran = {layer.unit for segment in self.few.segments for layer in segment.layers}
         written = self.work.num_bytes.get(STATISTICS, 0)
         return int(written / max(len(ran), 1) * len(self.probe.missing(STATISTICS)))
 
     @property
     def spilled_bytes(self) -> int:
-        """Beyond runtime.memory_limit, or the inputs of a layer whose solver reads them."""
+        """The bytes in files without a name: beyond the memory limit, or inputs for a solver."""
         plan = self.probe.plan
         limit, tokens = plan.config.runtime.memory_bytes, plan.sequences[CALIBRATION].num_tokens
         beyond = 0 if limit is None else max(int(max(self.handed.values())) - limit, 0)
@@ -151,7 +157,7 @@ class _Pass:
 
     @property
     def kept_bytes(self) -> int:
-        """What the micro-batches that were not run add between two segments."""
+        """The bytes that the micro-batches which did not run add between two segments."""
         limit = self.probe.plan.config.runtime.memory_bytes
         whole = max(self.handed.values())
         kept = whole if limit is None else min(whole, limit)
@@ -159,13 +165,13 @@ class _Pass:
 
 
 def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
-    """Each segment's kind: the middle segment of all with the same parameters and layers."""
+    """Returns {segment: its kind}, the middle segment with the same parameters and layers."""
     groups: dict[Any, list[str]] = {}
     for segment in segments:
         key: Any = segment.name
         if segment.name not in (HEAD, TAIL, WHOLE):
             parameters = plan.network.module.get_submodule(segment.name).named_parameters()
-            # Experts that the first sequence misses come last, whichever they are.
+            # The layers are sorted because experts that the first sequence misses come last.
             own = sorted(layer.name.removeprefix(segment.name) for layer in segment.layers)
             key = (tuple((name, x.shape) for name, x in parameters), tuple(own))
         groups.setdefault(key, []).append(segment.name)
@@ -173,18 +179,18 @@ def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
 
 
 def representatives(segments: Sequence[Segment], kinds: dict[str, str]) -> list[Segment]:
-    """One segment of every kind, and the first block, where the backward pass ends."""
+    """Returns one segment of every kind, and the first block, where the backward pass ends."""
     wanted = {*kinds.values(), HEAD, TAIL, WHOLE}
     wanted |= {segment.name for segment in segments[1:2]}
     return [segment for segment in segments if segment.name in wanted]
 
 
 def counts_of(plan: Plan, segments: Sequence[Segment], solved: Collection[str]) -> dict[str, int]:
-    """Segments to run -> how many are like them, in the order in which they run.
+    """Returns {segment to run: number of segments of its kind}, in the order of their runs.
 
     Args:
-        solved: layers that have factors. A kind of segments is stood for by one with such layers,
-            if there is one.
+        solved: layers that have factors. A segment whose layers all have factors stands for its
+            kind, if there is such a segment.
     """
     kinds = kinds_of(plan, segments)
     groups: dict[str, list[Segment]] = {}

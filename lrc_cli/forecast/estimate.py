@@ -1,4 +1,4 @@
-"""What a job will take, from what was measured of it: arithmetic only, see probe.py."""
+"""Measurements of the probe are multiplied into what a job will take: arithmetic only."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lrc_cli.text import byte_size
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Work of one phase: measured once, done `times` times."""
+    """A piece of work of one phase, which is measured once and done `times` times."""
 
     phase: str
     seconds: float
@@ -19,18 +19,15 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Private memory (anonymous pages, mapped files left out) of one phase at its peak, in bytes.
-
-    On a GPU, its memory is estimated too.
-    """
+    """The private memory of one phase at its peak, in bytes: anonymous pages, no mapped files."""
 
     phase: str
     measured: int
     """The peak of the probe, the process included."""
     kept: int = 0
-    """What more sequences add: activations and gradients between two blocks."""
+    """The activations and gradients between two blocks that more sequences add."""
     gpu: int = 0
-    """Measured on the GPU; 0 where none is used."""
+    """The peak that was measured on the GPU; 0 without a GPU."""
 
     @property
     def total(self) -> int:
@@ -39,22 +36,22 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is written to one place, in bytes."""
+    """The disk space that a job takes in one place, in bytes."""
 
     key: str
     """The config's key for the place."""
     path: Path
     needed: int
-    """Beyond what is there already; at the peak."""
+    """The bytes beyond what is there already, at the peak."""
     passing: int = 0
-    """The part of it that is deleted again: what the calibration sequences write."""
+    """The part of `needed` that is deleted again: what the calibration sequences write."""
     free: int
     device: int
-    """The number of the file system: places on one file system share its free space."""
+    """The number of the file system. Places on one file system share its free space."""
 
 
 def seconds_by_phase(pieces: Iterable[Piece]) -> dict[str, float]:
-    """Wall time of every phase, in the order in which they first appear."""
+    """Returns the wall time of every phase, in the order in which phases first appear."""
     found: dict[str, float] = {}
     for piece in pieces:
         found[piece.phase] = found.get(piece.phase, 0.0) + piece.seconds * piece.times
@@ -62,12 +59,12 @@ def seconds_by_phase(pieces: Iterable[Piece]) -> dict[str, float]:
 
 
 def peak_of(phases: Iterable[Memory]) -> Memory:
-    """The phase that takes most."""
+    """Returns the memory of the phase that takes most."""
     return max(phases, key=lambda memory: memory.total)
 
 
 def check_memory(peak: Memory, available: int) -> None:
-    """Raise InputError, naming the lever, if the peak is more than can be had.
+    """Raises InputError, with what to change, if the peak is more than the available memory.
 
     Args:
         available: bytes that the process may take altogether, what it has now included.
@@ -89,12 +86,12 @@ def check_memory(peak: Memory, available: int) -> None:
 
 
 def check_disk(spaces: Iterable[Space]) -> None:
-    """Raise InputError, naming the lever, if a file system has too little room."""
+    """Raises InputError, with what to change, if a file system has too little room."""
     by_device: dict[int, list[Space]] = {}
     for space in spaces:
         by_device.setdefault(space.device, []).append(space)
     for places in by_device.values():
-        # Outputs are written when what passes is gone.
+        # Outputs are written once passing files are gone.
         lasting = sum(place.needed - place.passing for place in places)
         needed, free = max(lasting, *(place.needed for place in places)), places[0].free
         if needed <= free:

@@ -1,7 +1,7 @@
-"""What was measured of a job, and its solves: the layers of one unit of every kind.
+"""The probe measures a job on a little of it, and solves the layers of one unit of every kind.
 
-The solves work on the statistics that `data_pass.py` has collected from a few micro-batches, or on
-the job's own where it has them.
+The solves use the job's statistics where an earlier run has stored them. Otherwise they use the
+statistics that `data_pass.py` has collected from a few micro-batches.
 """
 
 import tempfile
@@ -30,56 +30,56 @@ from lrc_cli.runtime.progress import Progress
 
 @dataclass
 class Probe:
-    """What was measured of one checkpoint and its data.
+    """The measurements of one checkpoint and its data.
 
     Args:
-        plan: of any of the sizes.
-        real: the job's own work directory, where it is there: what it holds need not be done.
-        work: a directory for the probe's own units.
+        plan: the plan of any of the sizes.
+        real: the work directory of the job, if there is one; its units need not be done again.
+        work: the work directory of the probe.
     """
 
     plan: Plan
     real: WorkDirectory | None
     work: TimedWork
     stop: Progress
-    """Looked at between two steps."""
+    """The display of the command, which tells between two steps whether to stop."""
     pieces: list[Piece] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     passing_bytes: int = 0
-    """What the whole pass writes to the work directory and deletes again."""
+    """The bytes that the whole pass writes to the work directory and deletes again."""
     boundary_bytes: int = 0
     """The part of `passing_bytes` that is deleted at once, near the end too."""
     lag: int = 1
-    """Units that are measured before what they were measured on is deleted."""
+    """The number of units that are measured before their inputs are deleted."""
     spilled_bytes: int = 0
-    """What lies in files without a name while layers are solved, or networks run."""
+    """The bytes in files without a name, while layers are solved or networks run."""
     statistics_bytes: int = 0
-    """The size of the statistics that are missing."""
+    """The bytes of missing statistics."""
     hidden_bytes: int = 0
-    """The size of the hidden states of one network, between two segments."""
+    """The bytes of one network's hidden states between two segments."""
     whole: str | None = None
-    """Why the network runs whole, not block by block; None: it does not, or no data is needed."""
+    """Why the network runs whole, not block by block; None: it does not."""
     share: float = 1.0
-    """All micro-batches to the few that were run."""
+    """The number of all micro-batches, divided by the few that ran."""
 
     @property
     def quiet(self) -> Progress:
         return Progress(stop=self.stop.stop, quiet=True)
 
     def has(self, stage: str, unit: str) -> bool:
-        """Whether the job's work directory has the unit."""
+        """Returns whether the job's work directory has the unit."""
         return self.real is not None and self.real.has(stage, unit)
 
     def missing(self, stage: str) -> list[str]:
-        """Units that the job has yet to do."""
+        """Returns the units that the job has yet to do."""
         return [unit for unit in self.plan.units if not self.has(stage, unit)]
 
     def has_factors(self, plan: Plan) -> bool:
-        """Whether the job's work directory has all factors of a size."""
+        """Returns whether the job's work directory has all factors of a size."""
         return all(self.has(plan.factors_stage, unit) for unit in plan.units)
 
     def unit_kinds(self) -> dict[str, list[str]]:
-        """A unit whose statistics are at hand -> the units that are like it, itself included."""
+        """Returns {unit whose statistics are at hand: all units like it, itself included}."""
         groups: dict[Any, list[str]] = {}
         for unit, layers in self.plan.units.items():
             solvers = [self.plan.of(layer).solver.name for layer in layers]
@@ -96,7 +96,7 @@ class Probe:
         return not measured or self.work.has(STATISTICS, unit) or self.has(STATISTICS, unit)
 
     def _fetch(self, unit: str) -> None:
-        """Bring a unit's statistics into the probe's directory, with all that they refer to."""
+        """Brings a unit's statistics into the probe's directory, with the units they refer to."""
         if self.work.has(STATISTICS, unit):
             return
         if not self.has(STATISTICS, unit):
@@ -110,7 +110,7 @@ class Probe:
                 self._fetch(seen["group_unit"])
 
     def spread_facts(self, kinds: dict[str, list[str]]) -> None:
-        """Say of every unit how many tokens will reach its layers, from the unit it is like."""
+        """Stores for every unit how many tokens will reach its layers, as its kind tells."""
         for representative, units in kinds.items():
             tensors, facts = self.work.get(STATISTICS, representative)
             share = 1.0 if self.has(STATISTICS, representative) else self.share
@@ -123,7 +123,7 @@ class Probe:
                     self.work.put(STATISTICS, unit, tensors if is_own else {}, own)
 
     def run_spectra(self, kinds: dict[str, list[str]]) -> None:
-        """The spectra of one unit of every kind."""
+        """Solves and times the spectra of one unit of every kind."""
         for unit in kinds:
             self._fetch(unit)
         with PrivateMemory(self.plan.device) as memory:
@@ -135,8 +135,10 @@ class Probe:
         self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
 
     def predicted(self, kinds: dict[str, list[str]]) -> dict[str, Predicted]:
-        """The predicted errors of all layers: from the job where it has them, else from a layer of
-        the same kind."""
+        """Returns the predicted errors of all layers, by name.
+
+        A layer that the job has not surveyed gets the errors of a layer of the same kind.
+        """
         found: dict[str, Predicted] = {}
         for representative, units in kinds.items():
             like = unit_predicted(self.plan, self.work, representative)
@@ -152,14 +154,15 @@ class Probe:
     def run_factors(
         self, plan: Plan, granted: Mapping[str, Choice], kinds: dict[str, list[str]]
     ) -> list[Piece]:
-        """The factors of one unit of every kind at one size: stored in `work`, and their time."""
+        """Stores the factors of one unit of every kind at one size, and returns their times."""
         pieces = list[Piece]()
         with PrivateMemory(plan.device) as memory:
             for unit, units in kinds.items():
                 layers = plan.units[unit]
                 reads_inputs = any(plan.of(layer).solver.reads_inputs for layer in layers)
                 few, share = on_few_sequences(plan) if reads_inputs else (plan, 1.0)
-                # As many layers side by side as there will be, though one unit has fewer.
+                # One unit may have fewer layers than the job will solve side by side, so it is done
+                # several times.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
                 stage = Timed(FactorsStage(few, self.work, granted), [unit] * together, plan.device)
                 (seconds,) = run_stage(stage, self.quiet).values()
@@ -171,7 +174,7 @@ class Probe:
 
 
 def on_few_sequences(plan: Plan) -> tuple[Plan, float]:
-    """A plan with few calibration sequences, and all sequences to the few."""
+    """Returns a plan with few calibration sequences, and the number of all divided by the few."""
     whole = plan.sequences[CALIBRATION]
     number = min(NUM_BATCHES * micro_batch(whole, MICRO_BATCH_TOKENS), len(whole))
     few, _ = whole.split(number)
@@ -179,7 +182,7 @@ def on_few_sequences(plan: Plan) -> tuple[Plan, float]:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory on the way to `path` that is there."""
+    """Returns the last directory on the way to `path` that exists."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
@@ -187,7 +190,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def probe_directory(plan: Plan, stack: ExitStack) -> TimedWork:
-    """A work directory of its own, deleted with the stack, on the disk of the job's."""
+    """Makes the probe's work directory, on the disk of the job's. The stack deletes it."""
     place = existing_parent(plan.work_dir)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".lrc-probe-", dir=place))
     work = TimedWork(Path(folder))
@@ -196,7 +199,7 @@ def probe_directory(plan: Plan, stack: ExitStack) -> TimedWork:
 
 
 def _nothing(layers: Sequence[Layer]) -> tuple[Tensors, dict[str, Any]]:
-    """The statistics of layers that no token has reached."""
+    """Returns the statistics of layers that no token has reached."""
     seen = {"group": None, "group_unit": None, "tokens": 0, "has_gradient": False}
     return {}, {"layers": {layer.name: dict(seen) for layer in layers}, "loss": None}
 

@@ -1,6 +1,7 @@
-"""The probe's other half: both networks side by side over a few micro-batches.
+"""The probe measures evaluation and certification: both networks run over a few micro-batches.
 
-They run through the head, one block of every kind, compressed in one of the networks, and the tail.
+The networks run through the head, one block of every kind and the tail. One of the networks has
+compressed blocks.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,16 +26,16 @@ from lrc_cli.quality.compare import scoring
 from lrc_cli.runtime.memory import PrivateMemory
 
 Run = Callable[..., Any]
-"""`compare.compare` or `held_out.measure`, but for networks, sequences, `advance` and `only`."""
+"""`compare.compare` or `held_out.measure`; missing are networks, sequences, `advance`, `only`."""
 
 
 def run_quality(
     plan: Plan, work: WorkDirectory, units: Iterable[str]
 ) -> tuple[list[Piece], Memory]:
-    """What comes after the factors: their pieces and their memory.
+    """Returns the pieces and the memory of everything that comes after the factors.
 
     Args:
-        units: the units that `work` has factors of; all other layers stay dense here.
+        units: the units whose factors are in `work`; all other layers stay dense here.
     """
     with PrivateMemory(plan.device) as memory:
         both = _Comparison(plan, work, units)
@@ -73,7 +74,7 @@ class _Comparison:
         self.after(batch)
         clock.tick()
         self.opening = clock.steps[0]
-        """Seconds to open the checkpoint again and to try it out."""
+        """The seconds to open the checkpoint again and to run it once."""
         self.factorised, solved = list[Layer](), set[str]()
         for unit in units:
             tensors, _ = work.get(plan.factors_stage, unit)
@@ -85,7 +86,7 @@ class _Comparison:
         self.counts = counts_of(plan, segments, solved)
 
     def pieces(self, phase: str, run: Run, sequences: Sequences, limit: int) -> list[Piece]:
-        """One run over the sequences, in micro-batches of `limit` tokens."""
+        """Returns the pieces of one run over the sequences, in micro-batches of `limit` tokens."""
         size = micro_batch(sequences, limit)
         few, _ = sequences.split(size * NUM_BATCHES)
         clock = Clock(self.plan.device)
@@ -99,6 +100,6 @@ class _Comparison:
             )
             for i, count in enumerate(self.counts.values())
         ]
-        # Before the first step the segments are looked for.
+        # The run looks for the segments before its first step.
         setup = max(steps[0] - typical(steps[:each]), 0.0)
         return [*found, Piece(phase=phase, seconds=setup)]

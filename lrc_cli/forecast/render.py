@@ -1,4 +1,4 @@
-"""A forecast for people."""
+"""A forecast becomes text for people here."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ Forecast = dict[str, Any]
 
 
 def render(found: Forecast) -> str:
-    """The forecast as text, in a few tables."""
+    """Returns the forecast as text, in a few tables."""
     lines = [
         f"{found['checkpoint']}: {found['layers']} layers in {found['blocks']} units,"
         f" on {found['device']}",

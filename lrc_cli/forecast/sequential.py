@@ -1,4 +1,4 @@
-"""What sequential fitting will take, by the job's own stage.
+"""The probe measures sequential fitting with the job's own stage.
 
 Both networks run over a few micro-batches, through the head, one block of every kind and the tail.
 """
@@ -33,8 +33,7 @@ def run_sequential(
     decision: Decision,
     kinds: Mapping[str, list[str]],
 ) -> list[Piece]:
-    """The factors of one unit of every kind at one size: stored in the probe's directory, and what
-    the job will take for its factors.
+    """Stores the factors of one unit of every kind at one size, and returns their times.
 
     Args:
         kinds: see `Probe.unit_kinds`.
@@ -52,7 +51,7 @@ def run_sequential(
     left = len(missing) / len(plan.units)
     pieces = list[Piece]()
     for name, walking in stage.walking.items():
-        # The way is as long as the data; the solves are as many as the units that are left.
+        # The way is as long as the data, and there are as many solves as missing units.
         times = counts[name] if missing else 0
         solving = stage.whole[name] - walking
         pieces.append(Piece(phase=PHASE, seconds=walking, times=times * share))
@@ -61,15 +60,15 @@ def run_sequential(
 
 
 class _TimedStreams(Streams):
-    """Both networks, with the seconds that they and the solves between take in each segment."""
+    """Both networks, with the seconds of each segment and of the solves between its layers."""
 
     def __init__(self, plan: Plan, *given: Any) -> None:
         super().__init__(plan, *given)
         self.clock = Clock(plan.device)
         self.walking: dict[str, float] = {}
-        """Seconds of both networks by segment."""
+        """{segment: seconds of both networks}."""
         self.whole: dict[str, float] = {}
-        """Seconds by segment, until both networks have passed it, solves included."""
+        """{segment: seconds until both networks have passed it, solves included}."""
 
     @contextmanager
     def _walks(self, segment: Segment) -> Iterator[None]:
@@ -94,10 +93,10 @@ class _TimedStreams(Streams):
 
 
 class _OnFewSegments(SequentialStage):
-    """The job's stage, but for the segments that it passes over.
+    """The job's stage, which passes only some of the segments.
 
     Args:
-        only: names of the segments to pass.
+        only: the names of the segments to pass.
     """
 
     networks = _TimedStreams
