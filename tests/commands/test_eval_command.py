@@ -1,4 +1,4 @@
-"""`lrc eval`: the report's figures again, other data, wrong options."""
+"""These tests run `lrc eval`: the report's figures again, other data, wrong options."""
 
 import json
 import shutil

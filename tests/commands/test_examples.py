@@ -1,5 +1,7 @@
-"""The examples at the end of every command's help: each runs as it stands, in a folder whose files
-have the names that the examples use."""
+"""These tests run every example at the end of a command's help as it stands.
+
+The folder has files with the names that the examples use.
+"""
 
 import shlex
 import shutil
@@ -17,7 +19,7 @@ HEADING = "Examples:"
 
 
 def examples(command: click.Command, name: str) -> list[str]:
-    """The lines after the heading in a command's help."""
+    """Returns the lines after the heading in a command's help."""
     context = click.Context(command, info_name=name)
     _, _, end = command.get_help(context).partition(HEADING)
     return [line.strip() for line in end.splitlines() if line.strip()]
@@ -35,7 +37,7 @@ def test_every_help_ends_with_one_to_three_examples_of_its_command(name: str) ->
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, a text, a config and an output of it, called as in the examples."""
+    """Makes a checkpoint, a text, a config and its output, named as in the examples."""
     root = tmp_path_factory.mktemp("examples")
     (root / "models").mkdir()
     pico.write_model(root / "models" / "llama", "llama")

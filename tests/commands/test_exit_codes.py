@@ -1,4 +1,4 @@
-"""What the system refuses ends in one sentence; a mistake in the code does not."""
+"""These tests show that refusals of the system end in one sentence, and mistakes in code do not."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""A job counts as done when its output is whole and nothing that it was made from has changed."""
+"""A job counts as done when its output is whole and its config, data and code are unchanged."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lrc inspect`: every byte, for people and as JSON."""
+"""These tests run `lrc inspect`, which accounts for every byte, for people and as JSON."""
 
 import json
 

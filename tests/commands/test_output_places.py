@@ -1,4 +1,4 @@
-"""Places that an output or a work directory may not or cannot take."""
+"""These tests name places that an output or a work directory may not or cannot take."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ REFUSING = {
     "below-a-file": f"{__file__}/x",
     "read-only": "{tmp}/read-only/x",
 }
-"""Places in which not even root can make anything."""
+"""Returns places in which not even root can make anything."""
 
 
 @pytest.mark.parametrize("command", ["compress", "plan"])
@@ -58,7 +58,7 @@ def test_a_place_that_cannot_be_written(
     make = os.mkdir
 
     def refuse(path: Any, *rest: Any, **more: Any) -> None:
-        # As a read-only disk does: file modes do not keep root out.
+        # A read-only disk refuses in this way. File modes would not keep root out.
         if "read-only" in str(path):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         make(path, *rest, **more)

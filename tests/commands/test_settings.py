@@ -1,4 +1,4 @@
-"""The config file, what `--set` and `--output` change in it, and where results are printed."""
+"""These tests change a config by `--set` and `--output`, and see where results are printed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The commands and options that there are, their help, and what they import."""
+"""These tests list the commands and options, read their help, and watch what they import."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from lrc_cli.cli import lrc
 
 
 def test_commands_and_options_are_frozen() -> None:
-    """Scripts rely on these: add, never rename."""
+    """Scripts rely on every name: commands and options are added, never renamed."""
     surface = {
         name: sorted(max(parameter.opts, key=len) for parameter in command.params)
         for name, command in lrc.commands.items()

@@ -62,6 +62,9 @@ CLEAN = (
     "tests/execution",
     "tests/network",
     "tests/forecast",
+    "tests/scripts",
+    "tests/commands",
+    "tests/job",
     "tests/report",
     "tests/verify",
 )

@@ -1,4 +1,4 @@
-"""`lrc plan` and `compress --dry-run`: estimates, the curve, refusals, and nothing left behind."""
+"""These tests run `lrc plan` and `compress --dry-run`: estimates, curve, refusals, no traces."""
 
 import json
 import shutil
@@ -191,7 +191,7 @@ def test_the_disk_is_what_a_run_then_fills(
     method: str,
     store_every: float,
 ) -> None:
-    """What passes between blocks goes as statistics come: the peak is less than their sum."""
+    """Passing files are deleted as statistics come, so the peak is less than the sum."""
     monkeypatch.setattr(sweep, "STORE_EVERY", store_every)
     work = tmp_path / "work"
     changes = {"compression.method": method, "runtime.work_dir": str(work), "evaluation": []}

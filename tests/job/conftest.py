@@ -1,4 +1,4 @@
-"""A fixture shared by the tests of `compression.sequential`."""
+"""The tests of `compression.sequential` share the fixture that is made here."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from sequential_helpers import MANY, Changes
 
 @pytest.fixture
 def sequential_job(checkpoint: Models, text: Path) -> Any:
-    """Changes for `pico.job` by the model's name."""
+    """Returns a function from a model's name to changes for `pico.job`."""
 
     def changes(name: str, **compression: Any) -> Changes:
         asked = {f"compression.{key}": value for key, value in compression.items()}

@@ -1,6 +1,7 @@
-"""A form from outside the package, of other tensors than factors, goes all the way of a job.
+"""These tests take a form from outside the package, without factors, all the way of a job.
 
-It keeps W in steps of a scale per row, two whole numbers in a byte; no spectrum tells its error.
+The form keeps W in steps of a scale per row, two whole numbers in a byte. No spectrum tells the
+error of the form.
 """
 
 import json
@@ -27,7 +28,7 @@ NAME, ENDS = "nibbles", ("weight", "scale", "zero")
 
 
 def steps(weight: Tensor) -> dict[str, Tensor]:
-    """Codes 0..15 of pairs of inputs in a byte (m, n / 2 rounded up), scales and zero points."""
+    """Returns codes 0..15, two inputs a byte (m, n / 2 rounded up), scales and zero points."""
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8).float()
     zero = (-low / scale).round().to(torch.int32)
@@ -105,13 +106,13 @@ def changes(
     }
     if model == "llama":
         return asked | {"model.path": str(checkpoint(model)), "calibration.path": str(text)}
-    # Some layers as factors: forms can be mixed.
+    # Some layers are stored as factors, because forms can be mixed.
     mixed = {"compression.layers": {"*head*": {"storage": "auto"}}}
     return asked | mixed | plain_folder.model(model) | {"compression.method": "frobenius"}
 
 
 def rebuilt(state: dict[str, Tensor], layers: dict[str, Any], shapes: Any) -> dict[str, Tensor]:
-    """The dense state, by the words at the top."""
+    """Returns the dense state that the module's docstring describes."""
     dense = pico.rebuilt({k: t for k, t in state.items()})
     for layer, entry in layers.items():
         if entry["storage"] != NAME:
@@ -166,7 +167,7 @@ def test_it_is_written_loaded_verified_resumed_and_saved_again(
         matrix = dense.get_submodule(name).get_parameter("weight").flatten(1)
         torch.testing.assert_close(dense_weight(layer), matrix)
 
-    # What verify has no reader for is not checked, and nothing fails.
+    # Verify has no reader for the form, so its tensors are not checked and nothing fails.
     against = ["--against", asked["model.path"]]
     against += ["--factory", factory] if factory else []
     for options in ([], against):

@@ -1,4 +1,4 @@
-"""A method that is no part of the package: one `Solver`, its entry and its name in the config."""
+"""These tests add a method from outside: one `Solver`, its entry and its name in the config."""
 
 import ast
 import json
@@ -39,12 +39,12 @@ RUNS = ("job", "forecast", "execution", "commands", "network", "data", "quality"
 
 
 def scales(statistics: Statistics) -> Tensor:
-    """(n,) float64: the root mean square of every input."""
+    """Returns the root mean square of every input: (n,) float64."""
     return required(statistics.gram, "gram").diagonal().sqrt().clamp(min=1e-12)
 
 
 def diagonal(statistics: Statistics) -> Metric:
-    """The squared output error, as if the inputs were uncorrelated."""
+    """Returns the metric of the squared output error, as if the inputs were uncorrelated."""
     return Metric(gram=torch.diag(scales(statistics) ** 2))
 
 
@@ -68,7 +68,7 @@ class OnScaledInputs(OnDenseInputs):
 
     unit = "output error of uncorrelated inputs"
     made = 0
-    """How many problems were made; set to 0 by the test."""
+    """The number of problems that were made, which the test sets to 0."""
 
     def __init__(self, given: Given) -> None:
         super().__init__(given.weight, given.statistics)
@@ -117,7 +117,7 @@ Changes = dict[str, Any]
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, llama_job: Changes) -> Iterator[Changes]:
-    """Changes for `pico.job`, with the method known to the engine and to the config."""
+    """Returns changes for `pico.job`. The engine and the config know the method."""
     monkeypatch.setitem(SOLVERS, SCALED.name, SCALED)
     monkeypatch.setitem(METHODS, SCALED.name, MethodRules())
     monkeypatch.setattr(OnScaledInputs, "made", 0)
@@ -160,7 +160,7 @@ def test_verification_says_that_it_does_not_know_the_method(tmp_path: Path, job:
         )
         assert all(any(name in s.what for name in names) for s in own)
     assert not [s for s in found.findings.with_status("holds") if s.id.startswith("c1.")]
-    # What does not depend on the method is looked at as ever.
+    # Checks that do not depend on the method are made as for other methods.
     holds = {s.id for s in found.findings.with_status("holds")}
     assert {"tensors.hash", "original.tensors", "quality.measured", "config.method"} <= holds
     ended = pico.call("verify", output, "--against", against)
@@ -168,7 +168,7 @@ def test_verification_says_that_it_does_not_know_the_method(tmp_path: Path, job:
 
 
 def test_a_known_method_renamed_in_the_report_is_found(tmp_path: Path, llama_job: Changes) -> None:
-    """Else nothing of its errors would be checked."""
+    """Without this, none of the errors of a new method would be checked."""
     output, report = pico.compressed(tmp_path, {**llama_job, "compression.method": "frobenius"})
     for row in report["layers"]:
         row["method"] = "scaled"
@@ -243,7 +243,7 @@ def test_an_activation_and_what_stands_in_are_given_together() -> None:
 
 
 def words_of(file: Path) -> Iterator[str]:
-    """The texts, names and imported names of a source file."""
+    """Returns the texts, names and imported names of a source file."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         match node:
             case ast.Constant(value=str(word)) | ast.Name(id=word) | ast.alias(name=word):
@@ -259,7 +259,7 @@ def test_no_method_has_a_name_where_jobs_are_run(folder: str) -> None:
         for word in words_of(file)
         if word in names
     }
-    # Reports compare every layer with plain SVD: a key of its errors.
+    # Reports compare every layer with plain SVD, so a key of the errors has the name.
     assert found - {"fit.py: svd"} == set()
 
 

@@ -1,4 +1,4 @@
-"""The free bias through `lrc compress`: biases that are right, counted, carried or refused."""
+"""These tests show that `center: true` makes biases that are right, counted, carried or refused."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def num_bytes(state: dict[str, Tensor]) -> int:
 
 @pytest.fixture(scope="module")
 def centred_llama(tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path) -> Any:
-    """Every layer factorised, none of which had a bias."""
+    """Returns a job in which every layer is factorised. No layer had a bias."""
     job = {"model.path": str(checkpoint("llama")), "calibration.path": str(text), **CENTER}
     job |= {"compression.method": "frobenius", "compression.allocation": "uniform"}
     return pico.compressed(tmp_path_factory.mktemp("centred"), job)
@@ -85,7 +85,7 @@ def test_a_gained_bias_loads_runs_and_is_saved_again(centred_llama: Any, tmp_pat
 def test_the_written_network_is_closer_with_a_free_bias(
     plain_folder: pico.PlainFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At equal ranks, on inputs with a large mean, layer by layer and as the network runs."""
+    """The ranks are equal and the inputs have a large mean. Layers and the network are compared."""
     monkeypatch.chdir(plain_folder.path)
     rows = 4 + torch.randn(200, 24, generator=torch.Generator().manual_seed(7))
     save_file({"x": rows}, tmp_path / "rows.safetensors")
@@ -119,7 +119,7 @@ def test_behind_compressed_layers_no_mean_is_left_in_the_difference(
     plain_folder: pico.PlainFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """b^ = b + W mean(x) - Z mean(x~): every layer's outputs keep their mean in the network that
-    runs, though its inputs are no longer the dense network's."""
+    runs, although the inputs are no longer the dense network's."""
     monkeypatch.chdir(plain_folder.path)
     rows = 4 + torch.randn(1200, 24, generator=torch.Generator().manual_seed(7))
     save_file({"x": rows}, tmp_path / "rows.safetensors")
@@ -130,7 +130,7 @@ def test_behind_compressed_layers_no_mean_is_left_in_the_difference(
         "calibration.num_sequences": 1200,
         "compression.method": method,
         "compression.sequential": True,
-        "compression.correction": 1,  # all rows are fitted to
+        "compression.correction": 1,  # the fit uses all rows
         "compression.layers": {"*": {"rank": 4, "storage": "factors"}},
         "compression.size": 1.0,
     }
@@ -181,8 +181,8 @@ def test_padding_has_no_part_in_the_mean(
     fitted = pico.rebuilt(written)[f"{name}.weight"]
     drawn = report["provenance"]["sequences"]["calibration"]["num_sequences"]
     assert drawn == 40
-    # The bias is that of the mean of some 40 of 64 sequences: near all tokens' mean, far from that
-    # of padded rows, which are counted as if they were data.
+    # The bias belongs to the mean of some 40 of 64 sequences. This mean is near the mean of all
+    # tokens, and far from the mean that would count padded rows as data.
     tokens = data["x"][data["attention_mask"].bool()]
     expected = (weight - fitted) @ tokens.mean(dim=0)
     assert (written[f"{name}.bias"] - expected).norm() < 0.5 * ((weight - fitted) @ tokens.T).norm(
@@ -225,7 +225,7 @@ def test_methods_without_a_mean_to_correct_for_are_refused(
     assert f"compression.center: {why}; set center: false" in refused(tmp_path, changes)
 
 
-# ---------------------------------------------------------------- who cannot carry one
+# ---------------------------------------------------------------- layers that cannot carry one
 
 STRANGE = '''
 import torch

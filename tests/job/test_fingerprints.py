@@ -1,4 +1,4 @@
-"""What makes earlier statistics unusable: everything that their numbers depend on."""
+"""These tests show that whatever changes a number makes earlier statistics unusable."""
 
 import shutil
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def test_another_release_of_a_library_counts(plan: Plan, monkeypatch: pytest.Mon
 
 
 def test_every_part_of_the_package_is_on_one_side() -> None:
-    """A new folder makes numbers or it does not: whoever adds it says which."""
+    """Whoever adds a folder says whether the folder makes numbers."""
     parts = {path.name for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
     sides = [*NUMBERS, *FIGURES, *NO_NUMBERS]
     assert sorted(sides) == sorted(parts - {"__pycache__"})
@@ -107,7 +107,7 @@ def add(file: Path, text: str) -> None:
 def test_which_sources_make_earlier_work_unusable(
     file: str, work: bool, report: bool, tmp_path: Path
 ) -> None:
-    """Whether the work directory and the finished output are still good after an edit."""
+    """Returns whether the work directory and the finished output may be used after an edit."""
     before, after = tmp_path / "before", tmp_path / "after"
     for copy in (before, after):
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))

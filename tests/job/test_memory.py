@@ -1,8 +1,8 @@
-"""No code path copies a whole checkpoint into private memory.
+"""These tests show that no code path copies a whole checkpoint into private memory.
 
-Minutes rather than seconds: it compresses checkpoints of more than a gigabyte, in their own
-process, and samples the anonymous resident memory of that process all the while. (RLIMIT_DATA
-would not do: it counts safetensors' private file mappings.)
+They take minutes: they compress checkpoints of more than a gigabyte in a process of its own, whose
+anonymous resident memory is sampled all the while. (RLIMIT_DATA would not do: it counts the private
+file mappings of safetensors.)
 """
 
 import json
@@ -33,7 +33,7 @@ time.sleep(60)
 
 
 def write_large(directory: Path, dtype: torch.dtype) -> Path:
-    """A random Llama of more than a gigabyte, one shard for every few blocks."""
+    """Writes a random Llama of more than a gigabyte, one shard for every few blocks."""
     per_layer = (4 * WIDTH * WIDTH + 3 * WIDTH * FEED_FORWARD) * dtype.itemsize
     config = LlamaConfig(
         vocab_size=len(pico.VOCABULARY),
@@ -70,7 +70,7 @@ def write_large(directory: Path, dtype: torch.dtype) -> Path:
 
 
 def private_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 once it has ended."""
+    """Returns RssAnon of a process; 0 once the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -80,14 +80,14 @@ def private_bytes(pid: int) -> int:
 
 
 def gram_bytes(method: str) -> int:
-    """Float64 Gram matrices of one of the compressed blocks: two distinct inputs, four outputs."""
+    """Returns the bytes of one block's float64 Gram matrices: two distinct inputs, four outputs."""
     num_matrices = {"svd": 0, "frobenius": 2, "curvature": 2 + 4}[method]
     return 8 * num_matrices * WIDTH**2
 
 
 @pytest.fixture(scope="module")
 def idle() -> int:
-    """Private bytes of a process that has imported what `lrc compress` imports."""
+    """Returns the private bytes of a process with all imports of `lrc compress`."""
     with subprocess.Popen(
         [sys.executable, "-c", IDLE], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -99,7 +99,7 @@ def idle() -> int:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """Checkpoints by dtype, filled when they are first asked for."""
+    """Returns a dictionary of checkpoints by dtype. Each is made when it is first asked for."""
     return {}
 
 
@@ -131,7 +131,7 @@ def test_private_memory_stays_under_a_quarter_of_the_checkpoint(
         {
             "model.path": str(large[dtype]),
             "calibration.path": str(text),
-            # Few tokens: activations for the backward pass are private memory too.
+            # Tokens are few, because activations for the backward pass are private memory too.
             "calibration.num_sequences": 2,
             "calibration.sequence_length": 8,
             "evaluation": [{"name": "rest", "path": str(text), "num_sequences": 1}],

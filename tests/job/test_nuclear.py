@@ -1,4 +1,4 @@
-"""The method nuclear through `lrc compress`: by size, by error, by the threshold itself."""
+"""These tests compress with method nuclear: by size, by error, by the threshold itself."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_by_size_the_budget_holds_and_the_programme_is_solved(by_size: Any) -> N
         assert metric["optimum"] <= metric["stored"] < metric["optimum"] * (1 + 1e-4)
         assert metric["svd"] > metric["stored"]
         assert 0 < layer["threshold_share"] < 1
-        # It shrinks what it keeps: the plain error of that rank is above the least one.
+        # Nuclear shrinks what it keeps, so its plain error is above the least error of the rank.
         assert layer["errors"]["output"]["stored"] > layer["errors"]["output"]["optimum"]
 
 
@@ -159,7 +159,7 @@ def test_keys_that_a_threshold_makes_idle_are_named(
 def test_with_a_free_bias_nothing_is_lost_on_calibration(
     llama_job: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The soft threshold of the centred outputs, at the same ranks."""
+    """The centred fit is the soft threshold of the centred outputs, at the same ranks."""
     forced = {"compression.layers": {"*": {"rank": 16}}, "compression.size": 1.0}
     both = {}
     for center in (False, True):

@@ -1,4 +1,4 @@
-"""`lrc compress` end to end on tiny checkpoints: what is written, and what is said about it."""
+"""These tests run `lrc compress` on tiny checkpoints and check what is written and reported."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Outcome:
-    """A finished job: its source, its output and its report."""
+    """Runs a job and returns its source, its output and its report."""
 
     def __init__(self, source: Path, output: Path, report: Any, asked: dict[str, Any]) -> None:
         self.source, self.output, self.report, self.asked = source, output, report, asked
@@ -99,7 +99,7 @@ def test_the_size_is_what_the_report_says_to_the_byte(outcome: Outcome) -> None:
     if "max_layer_error" not in asked and "max_loss_increase" not in asked:
         kept = size["kept_checkpoint" if "size_of" in asked else "kept_compressible"]
         assert kept <= asked.get("size", 0.6)
-        # One step of the rank is up to a quarter of a small layer.
+        # A step of the rank is up to a quarter of a small layer.
         slack = 0.25 if asked.get("allocation") == "uniform" else 0.06
         assert kept > asked.get("size", 0.6) - slack, "the budget is not used"
 
@@ -198,7 +198,7 @@ def sample_inputs() -> dict[str, Tensor]:
 
 
 def dense_model(source: Path, state: dict[str, Tensor]) -> nn.Module:
-    """The source's class, given another dense state."""
+    """Returns a model of the source's class with another dense state."""
     architecture = json.loads((source / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
     found = model.load_state_dict(state, strict=False)
@@ -241,7 +241,7 @@ def test_a_fresh_process_generates(tmp_path: Path, llama_job: dict[str, Any]) ->
 
 
 def naive_errors(weight: Tensor, stored: Tensor, inputs: Tensor) -> tuple[float, float, float]:
-    """Relative output error of a stored weight, of the optimum of its rank and of plain SVD."""
+    """Returns relative output errors of a stored weight, its rank's optimum and plain SVD."""
     rank = int(torch.linalg.matrix_rank(stored.double(), rtol=1e-5))
     target = weight.double() @ inputs.double().T
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -409,7 +409,7 @@ def test_quality_is_measured_in_the_stored_dtype(tmp_path: Path, llama_job: dict
     (row,) = report["quality"]
     assert row["text"] == "rest" and row["num_sequences"] == 4
     assert row["num_scored"] == 4 * (pico.LENGTH - 1)
-    # The same blocks, scored by transformers' own loss.
+    # Transformers' own loss scores the same sequences.
     plan = make_plan(load_config(output / "lrc.yaml"), force=True)
     ids = plan.sequences["rest"].inputs["input_ids"]
     for path, side in ((Path(llama_job["model.path"]), "before"), (output, "after")):

@@ -1,4 +1,4 @@
-"""Targets, budgets and overrides: what is asked is met, or refused before any pass."""
+"""These tests ask for targets, budgets and overrides: each is met, or refused before any pass."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def report_of(directory: Path, job: dict[str, Any], **changes: Any) -> dict[str,
 
 
 def refused(directory: Path, job: dict[str, Any], **changes: Any) -> str:
-    """The message; nothing was computed for it."""
+    """Returns the message of a refusal, before which nothing was computed."""
     with pytest.raises(InputError) as caught:
         report_of(directory, job, **changes)
     assert not list(directory.rglob("statistics"))

@@ -1,6 +1,6 @@
-"""End to end on the real models that scripts/fetch_demo.py fetches.
+"""These tests compress the real models that scripts/fetch_demo.py fetches.
 
-Calibration is short and only some blocks are compressed, to keep the suite fast; the figures that
+Calibration is short and only some blocks are compressed, to keep the suite fast. The figures that
 the project claims come from scripts/bench_quality.py.
 """
 
@@ -35,17 +35,17 @@ print(AutoTokenizer.from_pretrained(sys.argv[1]).decode(
 
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
-"""The real model's run is minutes alone, and several times that on a machine that others share."""
+"""The seconds of a real model's run: minutes alone, several times more on a shared machine."""
 
 
 def run(config: str, output: Path, *overrides: str) -> dict[str, Any]:
-    """Compress by a shipped config with paths made absolute."""
+    """Compresses by a shipped config, with paths made absolute."""
     settings = (f"output.path={output}", *overrides)
     return compress(load_config(ROOT / "configs" / config, settings), progress=Progress(quiet=True))
 
 
 def texts(count: int) -> list[str]:
-    """Overrides that point a shipped config at the cache and shorten its evaluation."""
+    """Returns overrides that point a shipped config at the cache and shorten its evaluation."""
     return [
         f"calibration.path={DATA / 'wikipedia.txt'}",
         f"evaluation.0.path={DATA / 'wikipedia.txt'}",
@@ -57,7 +57,7 @@ def texts(count: int) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fair_share_of_the_cores() -> Iterator[None]:
-    """The machine's cores, shared by the workers: conftest's one thread suits tiny models.
+    """Gives each worker its part of the cores: conftest's one thread suits tiny models only.
 
     More threads than free cores wait for each other, which takes longer than one thread does.
     """
@@ -70,7 +70,7 @@ def fair_share_of_the_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Reports by method: the first four blocks at 70 %, 8 x 256 calibration tokens."""
+    """Returns reports by method: the first four blocks at 70 %, 8 x 256 calibration tokens."""
     root = tmp_path_factory.mktemp("smollm2")
     common = [
         f"model.path={MODELS / 'smollm2-135m'}",
@@ -120,7 +120,7 @@ def test_stored_errors_are_near_their_optimum(smollm2: dict[str, dict[str, Any]]
         if layer["storage"] == "dense":
             continue
         metric = layer["errors"]["metric"]
-        # bfloat16 adds its own rounding error, which only counts where the rank's is tiny.
+        # bfloat16 adds a rounding error, which counts only where the rank's error is tiny.
         rounding = 2e-3 * metric["total"]
         assert metric["optimum"] * 0.99 < metric["stored"], layer["name"]
         assert metric["stored"] < 1.25 * metric["optimum"] + rounding, layer["name"]
@@ -137,7 +137,7 @@ def test_a_fresh_process_generates_text(smollm2: dict[str, dict[str, Any]]) -> N
 
 
 def test_a_real_encoder(tmp_path: Path) -> None:
-    """MiniLM by the output loss, beside `frobenius` at the same size."""
+    """MiniLM is compressed by the output loss, and by `frobenius` at the same size."""
     common = [
         f"model.path={MODELS / 'minilm'}",
         *texts(16),

@@ -1,4 +1,4 @@
-"""`method: relu` through `lrc compress`: which layers it takes, what is written and said."""
+"""These tests compress with `method: relu`: which layers it takes, what is written and said."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ FC1 = [f"model.decoder.layers.{i}.fc1" for i in range(2)]
 
 
 class Run:
-    """A finished job of the pico OPT, and what its fc1 layers read in the dense network."""
+    """Returns a finished job of the pico OPT, and the dense inputs of its fc1 layers."""
 
     def __init__(self, directory: Path, changes: dict[str, Any]) -> None:
         changes = {"compression.allocation": "uniform", "compression.sequential": False, **changes}
@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, opt: dict[str, Any]) -> dict[
 
 
 def behind_relu(run: Run, name: str) -> tuple[float, float]:
-    """The mean squared error behind the ReLU of a written layer, per token; and that of zero."""
+    """Returns mean squared errors after the ReLU, per token: of a written layer, and of zeros."""
     layer = next(layer for layer in run.plan.layers if layer.name == name)
     x = read_inputs(run.plan.network, run.plan.sequences[CALIBRATION], layer, run.output).double()
     written = lrc_cli.load(run.output).get_submodule(name)
@@ -143,7 +143,7 @@ def test_a_layer_may_have_the_method_alone(tmp_path: Path, opt: dict[str, Any]) 
 def test_a_layer_whose_problem_cannot_be_posed_is_left_dense_and_strict_says_so(
     tmp_path: Path, opt: dict[str, Any]
 ) -> None:
-    """Without a ridge to speak of a singular Gram matrix has no Cholesky factor."""
+    """A singular Gram matrix with a tiny ridge has no Cholesky factor."""
     changes = {**opt, "compression.method": "relu", "compression.ridge": 1e-300, "evaluation": []}
     ended = pico.call("compress", pico.job(tmp_path, changes), "--strict")
     assert ended.code == 4, ended.err
@@ -170,7 +170,7 @@ def test_a_network_of_a_factory(tmp_path: Path, plain_folder: pico.PlainFolder) 
 
 
 class Mixed(nn.Module):
-    """One layer for each thing that may become of an output."""
+    """A network with one layer for each use that an output may have."""
 
     def __init__(self) -> None:
         super().__init__()

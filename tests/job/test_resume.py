@@ -1,4 +1,4 @@
-"""The same bytes whatever happened on the way: other processes, kills, signals, reuse."""
+"""These tests get the same bytes whatever happened: other processes, kills, signals, reuse."""
 
 import itertools
 import json
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.long
 Changes = dict[str, Any]
 
 SEQUENTIAL: Changes = {"compression.sequential": True, "calibration.num_sequences": 100}
-"""With as many tokens as it takes."""
+"""Sequential fitting is on, with enough tokens for it."""
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """The files whose bytes are promised: weights, index and config."""
+    """Returns the files whose bytes are promised: weights, index and config."""
     files = [*output.glob("*.safetensors"), *output.glob("*.index.json"), output / "config.json"]
     return {file.name: file.read_bytes() for file in files}
 
@@ -43,7 +43,7 @@ def times(directory: Path, stage: str) -> dict[Path, int]:
 
 @pytest.fixture
 def long_job(checkpoint: Models, text: Path) -> Changes:
-    """Twelve layers, so that there is time to interrupt it."""
+    """Returns a job of twelve layers, which leaves time to interrupt it."""
     return {
         "model.path": str(checkpoint("llama-long")),
         "calibration.path": str(text),
@@ -56,7 +56,7 @@ def long_job(checkpoint: Models, text: Path) -> Changes:
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path
 ) -> dict[str, bytes]:
-    """What `long_job` writes when nothing happens."""
+    """Returns what `long_job` writes when nothing happens."""
     changes: Changes = {
         "model.path": str(checkpoint("llama-long")),
         "calibration.path": str(text),
@@ -68,7 +68,7 @@ def undisturbed(
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path, llama_job: Changes) -> None:
-    """Through the installed command and as a module, from two directories."""
+    """The job runs through the installed command and as a module, from two directories."""
     lrc = Path(sys.executable).with_name("lrc")
     written, manifests = [], []
     for seed, command in (("1", [lrc]), ("2", [sys.executable, "-m", "lrc_cli"])):
@@ -140,7 +140,7 @@ def test_kills_at_random_moments_of_the_statistics_change_nothing(
         log = tmp_path / f"log-{number}"
         log.touch()
         running = start(command, log)
-        # Kills late enough leave no statistics to collect, and fall on what comes next.
+        # Late kills leave no statistics to collect, and fall on the stages after them.
         running.wait_until(lambda r=running: re.search("statistics |spectra ", r.err) is not None)
         moment = time.monotonic() + chance.uniform(0, report["timing"]["statistics"] / 3)
         running.stop_when(lambda moment=moment: time.monotonic() > moment, signal.SIGKILL)
@@ -158,7 +158,7 @@ def test_kills_at_random_moments_of_the_statistics_change_nothing(
 def test_kills_at_random_moments_of_a_whole_run_change_nothing(
     tmp_path: Path, long_job: Changes
 ) -> None:
-    """They may fall into sequential fits, evaluation, certification or the writing."""
+    """Kills may fall into sequential fits, evaluation, certification or the writing."""
     seed = time.time_ns()
     print(f"seed {seed}")  # shown where the test fails
     chance = random.Random(seed)
@@ -181,7 +181,7 @@ def test_kills_at_random_moments_of_a_whole_run_change_nothing(
         while not is_time():
             time.sleep(0.001)
         running.process.kill()
-        if running.wait() == 0:  # it was faster
+        if running.wait() == 0:  # the run was faster than the kill
             break
         if (tmp_path / "out").exists():  # between the rename and the end
             break
@@ -226,7 +226,7 @@ def test_what_does_not_fit_the_memory_limit_goes_to_disk_and_comes_back_the_same
 def test_both_networks_are_compared_block_by_block(
     tmp_path: Path, long_job: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All micro-batches pass a segment before any comes to the next one."""
+    """All micro-batches pass a segment before any micro-batch comes to the next segment."""
     phases, run = noted_phases(monkeypatch), Walk.run
     calls: dict[str, list[tuple[str, int]]] = {}
 
@@ -245,7 +245,7 @@ def test_both_networks_are_compared_block_by_block(
 
 
 def noted_phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the phases that were begun, in order."""
+    """Returns the names of the phases that were begun, in order."""
     begun, phase = [""], Progress.phase
 
     def noted(progress: Progress, name: str, cost: float) -> Any:

@@ -1,4 +1,4 @@
-"""`compression.sequential`: when it is on, and the sentence that says why."""
+"""These tests check when `compression.sequential` is on, and the sentence that says why."""
 
 import json
 from dataclasses import dataclass, replace
@@ -57,12 +57,14 @@ AUTO: dict[str, tuple[Changes, int, int, bool, str]] = {
     "loss-increase": ({"max_loss_increase": 1}, 8, 1631, False, "max_loss_increase is about the"),
     "nothing": ({}, None, 1631, False, "100.0% of the bytes are kept"),
 }
-"""Keys of compression, every layer's rank (None: dense), the tokens, and what comes of it. Of 60
-sequences 7 are held back: of 1630 tokens, 190."""
+"""{name: (keys of compression, every layer's rank (None: dense), tokens, decision, its reason)}.
+
+7 of 60 sequences are held back, which are 190 of 1630 tokens.
+"""
 
 
 def _granted(layer: Layer, rank: int | None) -> Choice:
-    """A layer's choice of this rank, in any unit."""
+    """Returns a layer's choice of a rank, with error 0."""
     itemsize = layer.dtype.itemsize
     if rank is None:
         return DENSE_STORAGE.choices(layer.shape, itemsize)[0]
@@ -109,7 +111,7 @@ def test_auto_is_off_with_few_tokens(tmp_path: Path, sequential_job: Any) -> Non
 def test_where_many_layers_have_few_tokens_none_is_fitted_sequentially(
     tmp_path: Path, sequential_job: Any
 ) -> None:
-    """960 tokens are 15 for each of 64 inputs, not of the 96 of the last layer of a block."""
+    """960 tokens are 15 for each of 64 inputs. The last layer of a block has 96 inputs."""
     changes = sequential_job("llama", size=0.4, sequential=True) | {"calibration.num_sequences": 34}
     _, report = pico.compressed(tmp_path, changes)
     assert not report["sequential"]["used"] and report["sequential"]["held_back"] == 0

@@ -1,4 +1,4 @@
-"""`compression.sequential`: what it lowers, and the errors that the report and the files have."""
+"""These tests check what `compression.sequential` lowers, and the errors in report and files."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lrc_cli.data.draw import Batch
 
 @torch.no_grad()
 def hidden_error(source: Path, output: Path, batch: Batch) -> float:
-    """The relative error of the last hidden states."""
+    """Returns the relative error of the last hidden states."""
     models = [AutoModel.from_pretrained(path, dtype=torch.float32) for path in (source, output)]
     expected, found = (model(**batch).last_hidden_state for model in models)
     return (torch.linalg.norm(expected - found) / torch.linalg.norm(expected)).item()
@@ -43,7 +43,7 @@ def test_it_lowers_the_error_of_the_whole_network(
 def test_the_report_has_the_errors_on_both_networks(
     name: str, tmp_path: Path, sequential_job: Any
 ) -> None:
-    """Measured again from the written files, with forward passes alone."""
+    """Errors are measured again from the written files, with forward passes alone."""
     output, report = pico.compressed(tmp_path, sequential_job(name, sequential=True))
     assert report["sequential"]["used"] and "asked for" in report["sequential"]["reason"]
     assert_errors_as_written(tmp_path, report)
@@ -53,7 +53,7 @@ def test_the_report_has_the_errors_on_both_networks(
 
 
 def test_ranks_come_from_the_original_network(tmp_path: Path, sequential_job: Any) -> None:
-    """The statistics and the spectra are those of the plain run, and are used again."""
+    """The sequential run uses the statistics and the spectra of the plain run."""
     _, plain = pico.compressed(
         tmp_path, sequential_job("llama", sequential=False, storage="factors")
     )
@@ -73,7 +73,7 @@ def test_ranks_come_from_the_original_network(tmp_path: Path, sequential_job: An
 def test_what_is_written_is_what_the_second_network_ran_with(
     center: bool, tmp_path: Path, sequential_job: Any
 ) -> None:
-    """In another dtype than the source's, biases and embeddings included."""
+    """The output has another dtype than the source, biases and embeddings included."""
     changes = sequential_job("qwen2", size=0.4, sequential=True, center=center)
     _, report = pico.compressed(tmp_path, changes | {"output.dtype": "float16"})
     assert_errors_as_written(tmp_path, report)

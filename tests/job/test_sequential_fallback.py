@@ -1,4 +1,4 @@
-"""`compression.sequential`: layers that are fitted plainly although it is on."""
+"""These tests find layers that are fitted plainly although `compression.sequential` is on."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from lrc_cli.verify import verify_directory
 def test_a_few_layers_with_few_tokens_are_fitted_plainly(
     tmp_path: Path, sequential_job: Any
 ) -> None:
-    """Of BERT's 13 layers the pooler alone reads one token of each sequence."""
+    """The pooler alone, among BERT's 13 layers, reads one token of each sequence."""
     _, report = pico.compressed(tmp_path, sequential_job("bert", size=0.5, sequential=True))
     assert report["sequential"]["used"] and "12 of 13" in report["sequential"]["reason"]
     for layer in factorised(report):

@@ -1,4 +1,4 @@
-"""`compression.sequential` on networks that are no stack of like blocks."""
+"""These tests fit networks sequentially that are no stack of equal blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def twice():
 def plain_job(
     plain_folder: pico.PlainFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """Changes for networks that are not transformers', with 1200 calibration rows."""
+    """Returns changes for networks outside transformers, with 1200 calibration rows."""
     for name, source in (("more_factories", FACTORIES), ("pico_factories", pico.FACTORY_SOURCE)):
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -120,7 +120,7 @@ def test_a_plain_network_runs_whole(method: str, tmp_path: Path, plain_job: Any)
 
 @pytest.mark.parametrize("method", ["frobenius", "curvature"])
 def test_branches_that_meet_again(method: str, tmp_path: Path, plain_job: Any) -> None:
-    """What a layer reads comes by several ways, all of them compressed before it."""
+    """A layer's input comes from several branches, all compressed before the layer."""
     changes = plain_job("branching", method=method, size=0.5, allocation="uniform")
     _, report = pico.compressed(tmp_path, changes)
     assert {x["name"] for x in report["layers"] if x["sequential"]} >= {"up", "across", "last"}
@@ -195,7 +195,7 @@ def test_layers_without_one_input_for_every_token_are_fitted_plainly(
     name: str, layers: list[str], reason: str, tmp_path: Path, plain_job: Any
 ) -> None:
     asked = {"method": "frobenius", "allocation": "uniform", "size": 0.5}
-    # A lone row leaves an expert without a token: every storage must take that.
+    # A lone row leaves an expert without a token, which every storage must accept.
     asked |= {"exclude": ["router"], "storage": "interpolative"}
     _, report = pico.compressed(tmp_path, plain_job(name, **asked))
     assert report["sequential"]["used"]

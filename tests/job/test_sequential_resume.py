@@ -1,4 +1,4 @@
-"""`compression.sequential`: a stopped run goes on."""
+"""These tests stop runs with `compression.sequential`, which then go on."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from lrc_cli.job.factors.two_networks import Streams
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Models, text: Path
 ) -> Callable[[str], tuple[Changes, Path]]:
-    """A model's job, and what it writes when nothing happens."""
+    """Returns a model's job, and what the job writes when nothing happens."""
     found: dict[str, tuple[Changes, Path]] = {}
 
     def run(name: str) -> tuple[Changes, Path]:
@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     undisturbed: Callable[[str], tuple[Changes, Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped inside a block, inside the next one, and before the pooler behind the blocks."""
+    """The run stops inside a block, inside the next block, and before the final pooler."""
     changes, expected = undisturbed(name)
     install, done = Streams.install, []
 

@@ -1,4 +1,4 @@
-"""`compress --sizes`: outputs from one pass of statistics; reuse at another size; run.log."""
+"""These tests run `compress --sizes`: one pass of statistics, reuse at another size, run.log."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_each_size_is_what_it_would_be_alone(tmp_path: Path, job: Path) -> None:
     alone = pico.call("compress", job, *elsewhere, "--output", tmp_path / "alone")
     assert alone.code == 0, alone.err
     assert same_weights(outputs[1], tmp_path / "alone")
-    # What the second size took over from the first it would have found itself.
+    # The second size would have found by itself what it took over from the first size.
     fresh = json.loads((tmp_path / "alone" / "report.json").read_text())
     for one, other in zip(reports[1]["layers"], fresh["layers"], strict=True):
         assert one.get("errors") == other.get("errors")

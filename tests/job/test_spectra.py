@@ -1,10 +1,10 @@
-"""Eigenproblems are what phase one's `spectra` spend their time on: none is solved for nothing.
+"""These tests show that phase one's `spectra` solve no eigenproblem for nothing.
 
-A layer's problem depends on its own weight, so that no two layers share one, not even q, k and v,
-whose inputs are the same. What is needed, once for all sizes:
+Eigenproblems take most of the time. A layer's problem depends on its own weight, so no two layers
+share a problem, not even q, k and v, which read one input. These are needed once for all sizes:
 
-- values and vectors of every layer: ranks are granted once all values are known, and the vectors,
-  which are kept, hold the solution of every rank;
+- values and vectors of every layer: ranks are granted once all values are known, and the vectors
+  hold the solution of every rank;
 - vectors of W itself, for the report's plain SVD, which errors in every direction;
 - values of W G W^T, for the report's least output error, where the method minimises another one.
 """
@@ -27,9 +27,9 @@ OTHERS = ("eig", "eigvals", "svd", "svdvals", "lobpcg")
 NEEDED: dict[str, Counter[str]] = {
     "frobenius": Counter({VECTORS: 2}),
     "curvature": Counter({VECTORS: 2, VALUES: 1}),
-    "svd": Counter({VECTORS: 1}),  # it is the plain SVD, on inputs that count as white
+    "svd": Counter({VECTORS: 1}),  # method svd is the plain SVD, on inputs that count as white
 }
-"""By method, of every layer."""
+"""{method: the calls that every layer needs}."""
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_plan_leaves_its_spectra_to_the_job(
 def test_bounded_layer_errors_need_no_second_spectrum(
     center: bool, method: str, tmp_path: Path, llama_job: dict[str, Any], solved: Counter[str]
 ) -> None:
-    """What the target bounds is known with the layer's own spectrum."""
+    """The layer's own spectrum tells the errors that the target bounds."""
     changes = {"compression.method": method, "compression.max_layer_error": 0.4}
     _, report = pico.compressed(tmp_path, llama_job | changes | {"compression.center": center})
     assert solved == times(NEEDED[method], len(report["layers"]))
@@ -93,7 +93,7 @@ def test_bounded_layer_errors_need_no_second_spectrum(
 def test_nothing_is_solved_or_factorised_on_the_larger_side(
     method: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With m > n no root of F, with m <= n no root of G: those would be of the larger side."""
+    """With m > n no root of F is taken, with m <= n no root of G: each is of the larger side."""
     m, n = shape
     weight, x, g = gaussian(m, n, seed=0), gaussian(200, n, seed=1), gaussian(200, m, seed=2)
     statistics = Statistics(gram=x.T @ x / 200, fisher=g.T @ g / 200)

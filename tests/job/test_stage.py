@@ -1,4 +1,4 @@
-"""The loop of the job's stages, tried on a stage that squares numbers."""
+"""These tests try the loop of the job's stages on a stage that squares numbers."""
 
 import json
 import os
@@ -21,11 +21,11 @@ QUIET = Progress(quiet=True)
 
 
 class Squares(Stage[float]):
-    """Squares the numbers that the units are named after.
+    """A stage that squares the numbers that its units are named after.
 
     Args:
         before: called with each unit before it is solved.
-        cost: for each unit.
+        cost: the cost of each unit.
     """
 
     name = "squares"

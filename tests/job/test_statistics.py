@@ -1,4 +1,4 @@
-"""Gram matrices of inputs and output gradients against autograd, and the loss that is chosen."""
+"""These tests check Gram matrices against autograd, and the loss that is chosen."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def naive(
     model: nn.Module, layers: list[Layer], inputs: dict[str, Tensor], labels: Tensor
 ) -> tuple[Moments, Moments]:
-    """The same by one float64 forward and backward pass, token by token."""
+    """Returns the same matrices by one float64 forward and backward pass, token by token."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Any:
@@ -359,7 +359,7 @@ def test_the_chosen_labels_are_scored_once() -> None:
 
 
 class InPlace(nn.Module):
-    """Two layers that read one address before and after a change in place, and one called twice."""
+    """Two layers read one address before and after a change in place. A third is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ def test_only_layers_that_always_read_the_same_values_share_a_gram_matrix() -> N
 def test_a_bidirectional_model_is_never_taken_for_a_causal_one(
     checkpoint: Models, spread: float
 ) -> None:
-    """Its tokens hardly look at distant ones, and padding at the end changes nothing at all."""
+    """Tokens hardly look at distant tokens here, and padding at the end changes nothing at all."""
     module, _ = opened(checkpoint("bert-mlm"))
     for parameter in module.parameters():
         nn.init.normal_(parameter.data, std=spread)
@@ -408,7 +408,7 @@ def test_a_bidirectional_model_is_never_taken_for_a_causal_one(
 
 
 def test_padded_positions_of_the_output_do_not_count() -> None:
-    """The gradient of every probe, and of a drawn label, is zero there."""
+    """The gradients of probes and of drawn labels are zero at the padding."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     for kind in ("output", "sampled"):
         output = torch.randn(2, 3, 5, requires_grad=True)
@@ -451,7 +451,7 @@ def test_tokens_of_encoder_and_decoder_are_told_apart_by_their_number() -> None:
 
 
 def test_no_room_to_tell_them_apart_is_said(tmp_path: Path) -> None:
-    """Both have as many tokens as the model has positions, and none ends with padding alone."""
+    """Both have as many tokens as the model has positions, and no last column is all padding."""
     model = FAMILIES["bart"].settings | {"max_position_embeddings": 8}
     replace(FAMILIES["bart"], settings=model).build().save_pretrained(tmp_path / "dense")
     ids = torch.randint(4, 64, (8, 8), generator=torch.Generator().manual_seed(0))
@@ -472,7 +472,7 @@ def test_no_room_to_tell_them_apart_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [8, 12])
 def test_a_decoder_leaves_out_its_own_padding(tmp_path: Path, width: int) -> None:
-    """Also where it has as many tokens as the encoder, whose padding is elsewhere."""
+    """The decoder may have as many tokens as the encoder, whose padding is elsewhere."""
     media_helpers.write_model(tmp_path / "t5", "t5")
     ids = torch.randint(4, 40, (16, 12), generator=torch.Generator().manual_seed(0))
     mask, own = torch.ones_like(ids), torch.ones_like(ids[:, :width])

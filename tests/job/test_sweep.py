@@ -1,4 +1,4 @@
-"""The pass over the calibration data, segment by segment, against the whole network at once."""
+"""These tests compare the pass by segments with one pass of the whole network."""
 
 import gc
 from pathlib import Path
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 def test_streamed_moments_equal_those_of_the_whole_network(
     name: str, kind: str, checkpoint: Models
 ) -> None:
-    """Padding masks, several probes, a smaller last micro-batch, layers in head and tail."""
+    """The case has padding, several probes, a smaller last micro-batch, layers in head and tail."""
     module, layers = opened(checkpoint(name), exclude=())
     network = make_network(module, device=CPU, dtype=torch.float32)
     loss = Loss(kind=kind, mask_token=pico.SPECIAL.index("[MASK]"))
@@ -63,7 +63,7 @@ def test_gradients_come_whatever_the_caller_has_set(checkpoint: Models) -> None:
 def test_experts_and_convolutions_are_measured_block_by_block(
     name: str, kind: str, tmp_path: Path
 ) -> None:
-    """Experts that the first sequence misses included."""
+    """Experts that the first sequence misses are measured too."""
     family = FAMILIES[name]
     model = family.build()
     pico.randomise(model)
@@ -72,7 +72,7 @@ def test_experts_and_convolutions_are_measured_block_by_block(
     network = make_network(module, device=CPU, dtype=torch.float32)
     inputs = {key: tensor[:7].clone() for key, tensor in family.inputs.items()}
     if name == "mixtral":
-        inputs["input_ids"][0] = 7  # one token all along is one choice of experts
+        inputs["input_ids"][0] = 7  # a sequence of one repeated token makes one choice of experts
     first = {key: tensor[:1] for key, tensor in inputs.items()}
     (reached,) = segments_of(network, Chain(), layers, first)
     assert (len(reached.layers) < len(layers)) == (name == "mixtral")
@@ -85,7 +85,7 @@ def test_experts_and_convolutions_are_measured_block_by_block(
 
 
 class Blocks(nn.Module):
-    """A head, three blocks and a tail; `way` says what else is wired."""
+    """A network of a head, three blocks and a tail; `way` adds another connection."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def plain(way: str) -> tuple[Network, list[Layer]]:
 def test_plain_networks_are_cut_only_where_nothing_is_lost(
     way: str, reason: str, kind: str | None
 ) -> None:
-    """Layers of head and tail included; whatever the cut, the moments are those of the whole."""
+    """The moments are the same for every cut. Layers of head and tail are included."""
     network, layers = plain(way)
     inputs = {"x": torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(1))}
     loss = None if kind is None else Loss(kind=kind)
@@ -158,7 +158,7 @@ def test_plain_networks_are_cut_only_where_nothing_is_lost(
 def test_gram_matrices_leave_memory_with_their_block(
     tmp_path: Path, checkpoint: Models, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever a unit is stored, no more of them are alive than a single block has."""
+    """Whenever a unit is stored, no more moments are alive than a single block has."""
     alive: list[int] = []
     put = WorkDirectory.put
 

@@ -1,4 +1,4 @@
-"""A pass over the calibration data that ends anywhere goes on there, to the same bytes."""
+"""These tests stop the pass over the data anywhere; it goes on there, to the same bytes."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,7 +57,7 @@ class Killed(BaseException):
 
 
 class Killing:
-    """Lets a number of changes of the work directory happen, and none after them."""
+    """Lets a number of changes of the work directory happen, and no more."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
@@ -146,7 +146,7 @@ def test_whatever_is_the_last_file_that_is_written_the_next_run_goes_on_from_it(
             before, killing.left, killing.written = killing.written, None, []
         work = collect(job)
         assert statistics(work) == expected
-        # Where all that passes is stored, no work but that on the file that was not is done twice.
+        # Where everything that passes is stored, only the work on the missing file is done twice.
         stages = (STATISTICS, *PASSING) if stored == "always" else (STATISTICS,)
         again = [x for x in killing.written if x[0] in stages and x in before]
         assert len(again) <= 1, "at most what belongs to the file that was not written"

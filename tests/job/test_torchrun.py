@@ -1,4 +1,4 @@
-"""Several processes on one job, over gloo: what they compute, and how they end."""
+"""These tests run several processes on one job, over gloo: what they compute, how they end."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough for five micro-batches."""
+    """Writes a text that is long enough for five micro-batches."""
     file = tmp_path_factory.mktemp("text") / "words.txt"
     file.write_text(pico.words(20_000))
     return file
@@ -79,7 +79,7 @@ def compressed(folder: Path, changes: Changes, size: int) -> Path:
 
 
 def measure(environment: dict[str, str], path: str, root: str, center: bool, to: str) -> None:
-    """The Gram matrices of a pico Llama at their owner, in float64, as a process of several."""
+    """Returns the Gram matrices at their owner, in float64, as one of several processes."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     module, layers = opened(Path(path))
@@ -139,7 +139,7 @@ def whole_units(folder: Path, stage: str) -> dict[str, dict[str, Tensor]]:
 
 
 def figures(value: Any) -> list[float]:
-    """All fractions in a part of a report, in order."""
+    """Returns all fractions in a part of a report, in order."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -148,13 +148,13 @@ def figures(value: Any) -> list[float]:
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """What two runs must share that added up in another order."""
+    """Checks what two runs must share that have added in another order."""
     for stage in ("statistics", "surveys"):
         one, other = (whole_units(output.parent, stage) for output in (first, second))
         assert one and set(one) == set(other)
         for unit, tensors in one.items():
             for name, tensor in tensors.items():
-                if name.startswith("vectors."):  # in a cluster they are any that span it
+                if name.startswith("vectors."):  # clustered values leave their vectors open
                     continue
                 scale = tensor.abs().max()
                 assert (other[unit][name] - tensor).abs().max() <= 1e-6 * scale, (unit, name)
@@ -207,7 +207,7 @@ def test_each_process_solves_and_writes_its_own_units(
 
 
 def test_owners_have_about_as_much_to_do() -> None:
-    """The most that one has is at most 4/3 of the least possible (Graham 1969)."""
+    """The largest load is at most 4/3 of the least possible (Graham 1969)."""
 
     class Three(Processes):
         size = 3
@@ -229,7 +229,7 @@ def test_a_network_that_runs_whole_is_shared_out_too(
     plain_folder: pico.PlainFolder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """40: one micro-batch, so that one process has none; random probes; a layer out of reach."""
+    """With 40 sequences one process has no data. Probes are random; a layer is out of reach."""
     changes = plain_folder.model(name) | {"output.dtype": "float32", "compression.size": 0.9}
     changes |= {"calibration.num_sequences": number, **PLACE}
     monkeypatch.syspath_prepend(str(plain_folder.path))
@@ -244,7 +244,7 @@ DATA = {
 
 @pytest.mark.parametrize("name", DATA)
 def test_experts_and_convolutions_are_shared_out_too(name: str, tmp_path: Path) -> None:
-    """Several micro-batches; an expert's tokens come from both processes."""
+    """There are several micro-batches, and an expert's tokens come from both processes."""
     model, data = FAMILIES[name].build(), tmp_path / "data.safetensors"
     pico.randomise(model)
     model.save_pretrained(tmp_path / "dense")
@@ -295,7 +295,7 @@ def statistics_of(folder: Path) -> dict[Path, int]:
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
     tmp_path: Path, checkpoint: Models, text: Path
 ) -> None:
-    """What it goes on from are units, and gradients that lie between two blocks."""
+    """The run goes on from stored units and from gradients between two blocks."""
     changes = llama(checkpoint, text, "llama-long") | {"calibration.num_sequences": 150}
     units, gradients = (reached(tmp_path, stage) for stage in ("statistics", "gradients"))
 
@@ -328,7 +328,7 @@ def test_the_same_number_of_processes_writes_the_same_bytes_killed_or_not(
     command = ["compress", pico.job(tmp_path, changes)]
     first, other = start_many(command, tmp_path, 2)
     first.stop_when(reached(tmp_path, "factors"), signal.SIGKILL)
-    since = time.monotonic()  # the first is where all of them meet
+    since = time.monotonic()  # all processes meet at the first one
     assert other.wait() == 1 and time.monotonic() - since < 60
     assert ended(start_many(command, tmp_path, 2)) == [0, 0]
     names = ("model.safetensors", "config.json")

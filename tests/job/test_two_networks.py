@@ -1,4 +1,4 @@
-"""The network that sequential layers are fitted to: its moments, its modules, its memory."""
+"""These tests check the compressed network of sequential fits: moments, modules, memory."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def _facts(storage: str) -> LayerFacts:
 
 
 def test_the_second_network_holds_low_rank_layers(tmp_path: Path, sequential_job: Any) -> None:
-    """Factors that a layer has are put in its place, and no other layer changes."""
+    """Factors take the place of their layer, and no other layer changes."""
     config = load_config(pico.job(tmp_path, sequential_job("llama", sequential=True)))
     plan = make_plan(config)
     batches = list(plan.sequences["calibration"].batches(4))
@@ -87,7 +87,7 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, sequential_job
 def test_factors_of_finished_layers_are_not_in_private_memory(
     tmp_path: Path, sequential_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a deep network they would take as much as its checkpoint."""
+    """The factors of a deep network would take as much memory as its checkpoint."""
     streams: list[Streams] = []
 
     def opened(*arguments: Any) -> Streams:

@@ -1,4 +1,4 @@
-"""The work directory: whole units or none, one run at a time, Gram matrices in half the space."""
+"""These tests check the work directory: whole units, one run at a time, packed Gram matrices."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: the random checkpoint, and the check of what is installed."""
+"""These tests check what benchmarks need: a random checkpoint, and the installed versions."""
 
 import sys
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""scripts/coverage.py: bounds that hold pass, one that does not is found."""
+"""These tests run scripts/coverage.py, which passes bounds that hold and finds one that fails."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ NUM_DRAWS = 500
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    # By path: `coverage` is also the name of a package.
+    # The path is given, because `coverage` is also the name of a package.
     spec = importlib.util.spec_from_file_location("coverage_script", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

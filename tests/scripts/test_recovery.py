@@ -1,4 +1,4 @@
-"""D1 and D2: the recovery bounds hold, and are no idle ones."""
+"""These tests show that the recovery bounds D1 and D2 hold, and are not trivial."""
 
 import itertools
 
@@ -25,20 +25,20 @@ GRID = [
 
 
 def coloured(n: int, num_tokens: int, seed: int, decades: float = 2.0) -> Tensor:
-    """Inputs (n, T) whose principal axes spread over `decades` of amplitude."""
+    """Returns inputs (n, T) whose principal axes spread over `decades` of amplitude."""
     axes, _ = torch.linalg.qr(gaussian(n, n, seed=seed))
     scales = torch.logspace(0, -decades, n, dtype=torch.float64)
     return (axes * scales) @ gaussian(n, num_tokens, seed=seed + 1)
 
 
 def planted(m: int, n: int, rank: int, seed: int, *, exact: bool) -> Tensor:
-    """M (m, n) of the rank, or with a small remainder beyond it."""
+    """Returns M (m, n) of the rank, or with a small remainder beyond the rank."""
     low = gaussian(m, rank, seed=seed) @ gaussian(rank, n, seed=seed + 1)
     return low if exact else low + 0.1 * gaussian(m, n, seed=seed + 2)
 
 
 def recovered(outputs: Tensor, inputs: Tensor, rank: int) -> Tensor:
-    """M^: the engine's solution for the least-squares weight of the noisy outputs."""
+    """Returns M^, the engine's solution for the least-squares weight of the noisy outputs."""
     weight = outputs @ torch.linalg.pinv(inputs)
     gram = inputs @ inputs.T / inputs.shape[1]
     return FROBENIUS.factorize(weight, Statistics(gram=gram), min(rank, *weight.shape)).dense()
@@ -67,7 +67,7 @@ def test_d1_is_never_violated(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_d1_holds_for_noise_that_hides_the_truth(seed: int) -> None:
-    """Noise chosen against the solution: it lifts a wrong direction above the planted ones."""
+    """The noise is chosen against the solution: a wrong direction rises above the planted ones."""
     inputs, rank = coloured(16, 120, seed=seed), 2
     matrix = planted(12, 16, rank, seed=seed + 3, exact=True)
     clean = matrix @ inputs
@@ -153,7 +153,7 @@ def test_a_probability_is_between_zero_and_one(delta: float) -> None:
 
 
 def sweep(power: float, agnostic: float, slack: float) -> Sweep:
-    """Points whose measured errors have a slope of `power` where 1 is predicted."""
+    """Returns points whose measured errors have a slope of `power` where 1 is predicted."""
     points = [
         Point(
             x=x,

@@ -1,4 +1,4 @@
-"""What scripts/bench_tasks.py needs: counting errors, splitting texts, reading files."""
+"""These tests check the parts of scripts/bench_tasks.py: errors, texts, files."""
 
 import struct
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_an_error_rate_is_over_all_that_was_wanted() -> None:
 
 
 def test_the_standard_error_is_of_the_difference_to_the_first_network() -> None:
-    """Of inputs that differ in how hard they are, but on which the second is worse by one each."""
+    """Inputs differ in how hard they are, but the second network is worse by one on each input."""
     rate = common.ErrorRate(["abc", "def"])
     rate.of(["abc", "xyf"])
     rate.of(["axc", "xyz"])
