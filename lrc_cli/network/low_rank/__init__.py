@@ -1,1 +1,1 @@
-"""The low-rank modules, and how a loader puts them in place."""
+"""This folder has the modules of layers that are not stored densely, and puts them in place."""

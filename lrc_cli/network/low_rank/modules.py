@@ -1,4 +1,4 @@
-"""The low-rank modules: a slot while a checkpoint loads, plain parts at run time.
+"""A factorised layer is a slot while a checkpoint loads, and has plain parts at run time.
 
 A layer of m outputs and n inputs at rank r is stored, and named in every state dict, as
 
@@ -7,9 +7,9 @@ A layer of m outputs and n inputs at rank r is stored, and named in every state 
     perm        (m / block) int32, interpolative only
     bias        (m,)        optional
 
-(a convolution's factors in its own layout, see layouts.py) and computes z = weight x, y = up z;
-interpolative: y = concat(z, T z), its rows of `block` entries put in the order `perm`. Pure torch:
-nothing here knows transformers.
+A convolution's factors have the convolution's layout (layouts.py). The layer computes z = weight x
+and y = up z. An interpolative layer computes y = concat(z, T z), and puts row groups of `block`
+rows in the order `perm`. This module is pure torch and does not know transformers.
 """
 
 from typing import Any
@@ -25,14 +25,14 @@ from lrc_cli.network.low_rank.stored import StoredLayer
 
 
 class LowRankLayer(StoredLayer):
-    """What both modules of a factorised layer share; subclasses own the inner factor.
+    """The base class of both modules of a factorised layer; subclasses own the inner factor.
 
     Args:
         in_features: n.
         out_features: m.
         rank: r, below m.
-        block: rows moved together by the permutation; 0 for two factors.
-        layout: of the dense layer.
+        block: the rows of a row group, which the permutation moves together; 0 for two factors.
+        layout: the layout of the dense layer.
     """
 
     up: nn.Module
@@ -47,7 +47,7 @@ class LowRankLayer(StoredLayer):
 
     @property
     def storage(self) -> str:
-        """`factors` or `interpolative`."""
+        """The name of the form: `factors` or `interpolative`."""
         return "interpolative" if self.block else "factors"
 
     @property
@@ -56,13 +56,13 @@ class LowRankLayer(StoredLayer):
         return self.factors()[0].dtype
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Both factors as matrices: (r, n), and (m, r) or (m - r, r)."""
+        """Returns both factors as matrices: (r, n), and (m, r) or (m - r, r)."""
         inner, outer = self.weight, self.up.weight
         assert isinstance(inner, Tensor) and isinstance(outer, Tensor)
         return inner.flatten(1), outer.flatten(1)
 
     def table_entry(self) -> dict[str, Any]:
-        """What a checkpoint's layer table says of this layer; `block` is None for two factors."""
+        """Returns the entry in a checkpoint's layer table; `block` is None for two factors."""
         return {"storage": self.storage, "rank": self.rank, "block": self.block or None}
 
     def inner(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class LowRankLayer(StoredLayer):
         raise NotImplementedError
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """The rows (..., n) of the dense weight with these numbers (...)."""
+        """Returns the rows (..., n) of the dense weight with these numbers (...)."""
         inner, outer = self.factors()
         if self.perm is None:
             return F.embedding(numbers, outer) @ inner
@@ -81,35 +81,38 @@ class LowRankLayer(StoredLayer):
         return torch.where((places < self.rank)[..., None], chosen, mixed)
 
     def product(self, x: Tensor) -> Tensor:
-        """The dense weight, and the bias, applied to inputs."""
+        """Applies the dense weight, and the bias, to inputs."""
         z, channels = self.inner(x), self.layout.channels
         return self.biased(self.assemble(z, self.up(z), channels))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (m, n): the factors multiplied out."""
+        """Returns the weight (m, n): the factors multiplied out."""
         inner, outer = (factor.to(dtype) for factor in self.factors())
         return self.assemble(inner.T, inner.T @ outer.T).T
 
     def assemble(self, z: Tensor, y: Tensor, channels: int = -1) -> Tensor:
-        """Puts z and T z, of r and m - r channels, into the output's order; two factors: returns y.
+        """Puts z and T z into the order of the outputs; for two factors, returns y as it is.
 
         Args:
-            channels: the dimension that counts them, from the end.
+            z: r channels.
+            y: T z, m - r channels; for two factors, the outputs, m channels.
+            channels: the dimension that counts the channels, from the end.
         """
         if self.perm is None:
             return y
         return in_order(torch.cat([z, y], dim=channels), self.perm, self.block, channels)
 
     def extra_repr(self) -> str:
-        """The sizes that `print(model)` shows."""
+        """Returns the sizes that `print(model)` shows."""
         sizes = f"{self.in_features}, {self.out_features}, rank={self.rank}, storage={self.storage}"
         return sizes + (f", block={self.block}" if self.block else "")
 
 
 class LowRankSlot(LowRankLayer):
-    """The form of a factorised layer while loading: owns `weight` (r, n) under its disk name.
+    """A factorised layer while a checkpoint loads: it owns `weight` (r, n) under the disk name.
 
-    A layer whose tensors stay offloaded keeps this form, because the hooks that fetch them hold it.
+    A layer with offloaded tensors stays a slot, because the hooks that fetch the tensors hold the
+    slot.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class LowRankSlot(LowRankLayer):
         return self.layout.apply(x, self.weight)
 
     def check(self, name: str) -> None:
-        """Raises InputError unless the tensors have their shapes and `perm` is a permutation."""
+        """Raises InputError unless the tensors' shapes fit and `perm` is a permutation."""
         shapes = FactorShapes(
             name=name,
             weight=tuple(self.weight.shape),
@@ -159,11 +162,13 @@ class LowRankSlot(LowRankLayer):
 
 
 class LowRankModule(LowRankLayer):
-    """The run-time form: `down` and `up` are plain `nn.Linear`, which PEFT and torchao recognise.
+    """A factorised layer at run time: `down` and `up` are plain modules.
 
-    Those of a convolution are plain convolutions.
+    They are `nn.Linear`, which PEFT and torchao recognise, or for a convolution plain convolutions.
+    The module shares its tensors with the slot. State dicts keep the disk names.
 
-    Shares its tensors with the slot it is made from. State dicts keep the disk names.
+    Args:
+        slot: the slot with the loaded tensors.
     """
 
     def __init__(self, slot: LowRankSlot) -> None:
@@ -178,7 +183,7 @@ class LowRankModule(LowRankLayer):
         self.down.weight = slot.weight
         self.up = slot.up
         self.bias = slot.bias
-        # Some loaders cast every tensor of a module that is kept in float32, the permutation too.
+        # Some loaders cast all tensors of a module that is kept in float32, also the permutation.
         self.register_buffer("perm", None if slot.perm is None else slot.perm.to(torch.int32))
         self.register_state_dict_post_hook(_to_disk_names)
         self.register_load_state_dict_pre_hook(_from_disk_names)
@@ -186,7 +191,7 @@ class LowRankModule(LowRankLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The inner factor (r, n): some models read the dtype of a layer's `weight`."""
+        """The inner factor (r, n); some models read the dtype of a layer's `weight`."""
         weight = self.down.weight
         assert isinstance(weight, Tensor)
         return weight

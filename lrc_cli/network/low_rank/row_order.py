@@ -1,20 +1,22 @@
-"""The order of an interpolative layer's outputs, which come as the chosen rows and the others."""
+"""This module puts outputs of interpolative layers in order, which begin with the chosen rows."""
 
 import torch
 from torch import Tensor
 
 CELL = torch.complex128
-"""The widest number: a CPU gathers single ones three times as fast as rows of a few."""
+"""The widest dtype: a CPU gathers single numbers three times as fast as rows of a few numbers."""
 MANY = 2**17
-"""Numbers from which on that makes up for the calls that it takes: 64 tokens of 2048."""
+"""The number of outputs from which gathering pays for its calls: 64 tokens of 2048 channels."""
 
 
 def in_order(rows: Tensor, perm: Tensor, block: int, channels: int = -1) -> Tensor:
-    """Blocks of outputs in the order `perm` (m / block,).
+    """Returns outputs whose row groups are put in the order `perm`.
 
     Args:
-        rows: contiguous, m channels.
-        channels: the dimension that counts them, from the end.
+        rows: the outputs, contiguous, with m channels.
+        perm: (m / block,), the row group for each place.
+        block: the rows of a row group.
+        channels: the dimension that counts the channels, from the end.
     """
     if channels == -1 and _has_cells(rows, block):
         return _gathered(rows, perm, block)
@@ -23,8 +25,8 @@ def in_order(rows: Tensor, perm: Tensor, block: int, channels: int = -1) -> Tens
 
 
 def _has_cells(rows: Tensor, block: int) -> bool:
-    """Whether blocks can be moved as numbers of 16 bytes, which have no gradient, and it pays."""
-    # Tracers, and tensors that carry a derivative forwards, see none of this.
+    """Returns whether row groups can move as 16-byte numbers without a gradient, and this pays."""
+    # Tracers and forward derivatives do not follow a view as other numbers.
     plain = type(rows) is Tensor and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not plain or torch.autograd.forward_ad._current_level >= 0:
         return False

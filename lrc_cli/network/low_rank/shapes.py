@@ -1,4 +1,4 @@
-"""Shapes of a factorised layer's tensors, as a checkpoint has them, and whether they fit."""
+"""This module checks whether the shapes of a factorised layer's tensors in a checkpoint fit."""
 
 from dataclasses import dataclass
 
@@ -9,40 +9,40 @@ from lrc_cli.network.layouts import Layout
 
 
 def damaged(cause: str) -> InputError:
-    """The error for a checkpoint whose tensors contradict each other."""
+    """Returns the error for a checkpoint whose tensors contradict each other."""
     return InputError(cause, "write the checkpoint again, it is damaged")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorShapes:
-    """Shapes of one factorised layer's tensors, as found in a checkpoint."""
+    """The shapes of a factorised layer's tensors in a checkpoint."""
 
     name: str
     """The layer's name in the checkpoint, for messages."""
     weight: tuple[int, ...]
-    """Shape of the inner factor, (r, n) in the layer's layout."""
+    """The shape of the inner factor, (r, n) in the layer's layout."""
     up: tuple[int, ...]
-    """Shape of the outer factor, (m, r), or of T, (m - r, r), in the layer's layout."""
+    """The shape of the outer factor, (m, r), or of T, (m - r, r), in the layer's layout."""
     perm: tuple[int, ...] | None = None
-    """Shape of the permutation, (m / block,); None for two factors."""
+    """The shape of the permutation, (m / block,); None for two factors."""
     bias: bool = False
     """Whether the checkpoint has a bias for the layer."""
 
     @property
     def rank(self) -> int:
-        """The second dimension of the outer factor."""
+        """r, the second dimension of the outer factor."""
         return self.up[1]
 
     @property
     def out_features(self) -> int:
-        """m, of which the outer factor leaves out the chosen rows."""
+        """m: the rows of the outer factor, plus the r chosen rows of an interpolative layer."""
         return self.up[0] if self.perm is None else self.up[0] + self.rank
 
     def block(self, out_features: int) -> int:
-        """Rows that the permutation moves together, 0 for two factors.
+        """Returns the rows of a row group, which the permutation moves together; 0 for two factors.
 
         Raises:
-            InputError: if the shapes cannot be those of a layer with `out_features` outputs.
+            InputError: the shapes do not fit a layer with `out_features` outputs.
         """
         if self.perm is None:
             return 0

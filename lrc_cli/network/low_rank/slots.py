@@ -1,4 +1,4 @@
-"""From a checkpoint's headers to slots in a dense module tree, and on to run-time modules."""
+"""This module puts slots into a dense module tree, and turns loaded slots into run-time modules."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -26,13 +26,13 @@ from lrc_cli.network.low_rank.stored import (
 from lrc_cli.network.low_rank.tied import Tied, TiedEmbedding, TiedHead
 
 Entries = Mapping[str, Mapping[str, Any]]
-"""A checkpoint's layer table: disk name -> storage, and what the form states."""
+"""A checkpoint's layer table: disk name -> storage, and the form's parameters."""
 
 
 def stored_weights(headers: Mapping[str, TensorInfo], table: Entries) -> list[str]:
-    """Disk names of the tensors that take a dense weight's place.
+    """Returns the disk names of the tensors that take a dense weight's place.
 
-    A rank is known by the factor that lies beside it, any other form by the layer table.
+    The outer factor beside a tensor tells a low-rank layer; the layer table tells all other forms.
     """
     ups = [key.removesuffix(f".{UP}") for key in headers if key.endswith(f".{UP}")]
     others = [layer for layer, entry in table.items() if not _is_low_rank(layer, entry)]
@@ -40,7 +40,11 @@ def stored_weights(headers: Mapping[str, TensorInfo], table: Entries) -> list[st
 
 
 def _is_low_rank(layer: str, entry: Mapping[str, Any]) -> bool:
-    """Raises InputError for a form that this version does not know."""
+    """Returns whether an entry of the layer table has a rank.
+
+    Raises:
+        InputError: this version does not know the form.
+    """
     form = FORMS.get(entry.get("storage", ""))
     if form is None:
         known = " and ".join(name for name in FORMS if name != DENSE)
@@ -54,12 +58,12 @@ def _is_low_rank(layer: str, entry: Mapping[str, Any]) -> bool:
 def find_stored(
     model: nn.Module, headers: Mapping[str, TensorInfo], table: Entries
 ) -> dict[str, FactorShapes | FormTensors]:
-    """Module name -> shapes, for each layer that is no dense weight on disk and the model has.
+    """Returns the shapes, by module name, of the model's layers that are not dense on disk.
 
     Args:
         model: the dense module tree.
-        headers: the checkpoint's.
-        table: the layer table that the checkpoint states; it may be empty.
+        headers: the checkpoint's headers.
+        table: the checkpoint's layer table; it may be empty.
 
     Raises:
         InputError: a layer's form is unknown, a tensor is missing, or a permutation is not int32.
@@ -73,7 +77,7 @@ def find_stored(
         entry = table.get(keys.layer)
         if name and entry is not None and not _is_low_rank(keys.layer, entry):
             found[name] = _form_tensors(keys, headers, entry)
-        # A dense model may have a part of its own that is called `up`.
+        # A dense model may have a part that is called `up`.
         elif name and f"{name}.up" not in modules:
             found[name] = _factor_shapes(keys, headers)
     return found
@@ -82,7 +86,7 @@ def find_stored(
 def _form_tensors(
     keys: Keys, headers: Mapping[str, TensorInfo], entry: Mapping[str, Any]
 ) -> FormTensors:
-    """One layer's tensors, in a form that is no rank, from the headers."""
+    """Reads a layer's tensors in a form without a rank from the headers."""
     form = FORMS[entry["storage"]]
     ends = (*form.tensors, BIAS)
     here = {end: headers[keys.key(end)] for end in ends if keys.key(end) in headers}
@@ -96,7 +100,7 @@ def _form_tensors(
 
 
 def _factor_shapes(keys: Keys, headers: Mapping[str, TensorInfo]) -> FactorShapes:
-    """One layer's shapes from the headers."""
+    """Reads the shapes of a layer's factors from the headers."""
     layer, weight, perm = keys.layer, headers.get(keys.weight), headers.get(keys.key(PERM))
     if weight is None:
         raise damaged(f"layer {layer}: {keys.weight} is missing")
@@ -117,17 +121,17 @@ def _factor_shapes(keys: Keys, headers: Mapping[str, TensorInfo]) -> FactorShape
 
 
 def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks a checkpoint's layer table against the slots that its tensors' shapes asked for.
+    """Checks a checkpoint's layer table against the slots, which follow from the tensors' shapes.
 
-    They are compared by module name, because a model saved again as another class has other disk
-    names. Entries for layers that this model does not have are passed over.
+    Layers are compared by module name, because a model that is saved again as another class has
+    other disk names. Entries for layers that this model does not have are passed over.
 
     Args:
         model: the module tree with slots.
-        table: disk name -> storage, rank, block; empty: there is none, and nothing to check.
+        table: disk name -> storage, rank, block; empty: there is nothing to check.
 
     Raises:
-        InputError: naming the first layer for which the two differ.
+        InputError: the table and a slot differ; the message names the first such layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     stated = set()
@@ -144,7 +148,7 @@ def check_table(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _check_entry(layer: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compares one entry; the block says something of interpolative storage only."""
+    """Raises InputError if an entry differs; a None in `found` is not compared."""
     for key, value in found.items():
         if stated.get(key) != value and value is not None:
             raise damaged(
@@ -158,16 +162,16 @@ def insert_slots(
     found: Mapping[str, FactorShapes | FormTensors],
     stored: Collection[str] = (),
 ) -> None:
-    """Puts a slot in the place of each named dense layer, on that layer's device and in its dtype.
+    """Puts a slot in the place of each named dense layer, with the layer's device and dtype.
 
     Args:
         model: the dense module tree, usually on the meta device; changed in place.
-        found: module name -> shapes of its tensors.
-        stored: the model's tensors that the checkpoint holds. A head among them is not tied,
-            whatever the config says.
+        found: the shapes of each layer's tensors, by module name.
+        stored: the names of the model's tensors that the checkpoint holds. A head among these
+            tensors is not tied, even if the config ties the head.
 
     Raises:
-        InputError: where the module is no linear layer, or the shapes do not make its matrix.
+        InputError: the module is no linear layer, or the shapes do not make its matrix.
     """
     slots: dict[nn.Module, nn.Module] = {}
     for name, shapes in found.items():
@@ -189,7 +193,7 @@ def insert_slots(
 def _is_table(
     model: nn.Module, name: str, embedding: nn.Embedding, found: FactorShapes | FormTensors
 ) -> bool:
-    """Whether the matrix is the embedding's table, as for a tied head, and not its transpose."""
+    """Returns whether the matrix is the table, as for a tied head, and not its transpose."""
     if isinstance(found, FactorShapes):
         return found.out_features == embedding.num_embeddings
     ties = getattr(model, "all_tied_weights_keys", {})
@@ -197,7 +201,10 @@ def _is_table(
 
 
 def _untied(model: nn.Module, table: str, stored: Collection[str]) -> list[nn.Module]:
-    """The modules to whose weight transformers would tie the table's after loading: no more."""
+    """Unties a table in `all_tied_weights_keys`, and returns the other modules of the tie.
+
+    Otherwise transformers would tie their weights to the table after loading.
+    """
     ties = getattr(model, "all_tied_weights_keys", {})
     source = ties.get(f"{table}.weight", f"{table}.weight")
     group = {source, *(key for key in ties if ties[key] == source)}
@@ -223,7 +230,10 @@ def _tied(part: nn.Module, slot: StoredLayer) -> Tied:
 def _slot(
     dense: nn.Module, found: FactorShapes | FormTensors, layout: Layout, shape: tuple[int, int]
 ) -> LowRankSlot | FormLayer:
-    """What holds the tensors while they are loaded: a form that is no rank goes on running so."""
+    """Returns the module that holds a layer's tensors while they load.
+
+    In a form without a rank, the same module also runs.
+    """
     m, n = shape
     if isinstance(found, FormTensors):
         return FormLayer(dense, found, layout, out_features=m, in_features=n)
@@ -238,17 +248,17 @@ def stored_module(
     shape: tuple[int, int],
     entry: Mapping[str, Any],
 ) -> StoredLayer:
-    """The run-time module of one layer, holding the given tensors.
+    """Returns the run-time module of a layer, holding the given tensors.
 
     Args:
-        replaced: the module whose place it will take, for the mode it is in.
-        tensors: by their names below the layer.
-        layout: of the dense layer.
-        shape: (m, n) of its matrix.
+        replaced: the module whose place the new module will take; gives the training mode.
+        tensors: the tensors, by their names below the layer.
+        layout: the layout of the dense layer.
+        shape: (m, n), the shape of the dense matrix.
         entry: the form and its parameters, as in a layer table.
 
     Raises:
-        InputError: where the tensors do not fit one another.
+        InputError: the tensors do not fit one another.
     """
     if _is_low_rank(str(replaced), entry):
         return low_rank_module(replaced, tensors, layout, shape)
@@ -264,11 +274,16 @@ def low_rank_module(
     layout: Layout,
     shape: tuple[int, int],
 ) -> LowRankModule:
-    """As `stored_module`, for factors: weight, up.weight, perm and bias; the last two may be
-    missing.
+    """Returns the run-time module of a factorised layer (see `stored_module`).
+
+    Args:
+        replaced: the module whose place the new module will take; gives the training mode.
+        tensors: weight, up.weight, perm and bias; perm and bias may be missing.
+        layout: the layout of the dense layer.
+        shape: (m, n), the shape of the dense matrix.
 
     Raises:
-        InputError: where the tensors do not fit one another.
+        InputError: the tensors do not fit one another.
     """
     perm = tensors.get(PERM)
     shapes = FactorShapes(
@@ -285,10 +300,10 @@ def low_rank_module(
 
 
 def finish_slots(model: nn.Module) -> None:
-    """Turns every slot whose tensors are in memory into its run-time form, sharing the tensors.
+    """Turns every slot with its tensors in memory into a run-time module that shares the tensors.
 
     Raises:
-        InputError: where a tensor has the wrong shape or a permutation is none.
+        InputError: a tensor has the wrong shape, or `perm` is not a permutation.
     """
     finished: dict[nn.Module, Any] = {}
     for name, layer in stored_layers(model):

@@ -1,7 +1,7 @@
-"""A layer that is not stored as a dense weight: what all of its modules share, and the module of a
-form that is no rank.
+"""A stored layer is a layer without a dense weight; this module has the base class and `FormLayer`.
 
-State dicts have the tensors under their disk names. Pure torch: nothing here knows transformers.
+State dicts have the tensors under their disk names. This module is pure torch and does not know
+transformers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ from lrc_cli.network.layouts import LINEAR, Layout, Table, layout_of
 
 
 class StoredLayer(nn.Module):
-    """The place of a dense layer (m, n).
+    """A module in the place of a dense layer (m, n); the base class of all forms.
 
     Args:
         in_features: n.
         out_features: m.
-        layout: of the dense layer.
+        layout: the layout of the dense layer.
     """
 
     bias: nn.Parameter | None
@@ -44,28 +44,28 @@ class StoredLayer(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n) of the dense weight that the tensors stand for."""
+        """(m, n), the shape of the dense weight."""
         return self.out_features, self.in_features
 
     def table_entry(self) -> dict[str, Any]:
-        """What a checkpoint's layer table says of this layer."""
+        """Returns the layer's entry in a checkpoint's layer table."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the numbers that the tensors stand for, as far as they tell."""
+        """The dtype of the dense weight's numbers, as far as the tensors tell."""
         raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (m, n) that the layer applies, in a dtype in which products are taken."""
+        """Returns the weight (m, n) that the layer applies, in `dtype`."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """The dense weight, and the bias, applied to inputs."""
+        """Applies the dense weight, and the bias, to inputs."""
         raise NotImplementedError
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """The rows (..., n) of the dense weight with these numbers (...)."""
+        """Returns the rows (..., n) of the dense weight with these numbers (...)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,27 +74,27 @@ class StoredLayer(nn.Module):
         return layout.scale(self.rows(x)) if isinstance(layout, Table) else self.product(x)
 
     def biased(self, y: Tensor) -> Tensor:
-        """Outputs with the bias, where the layer has one."""
+        """Adds the bias to outputs, where the layer has a bias."""
         if self.bias is None:
             return y
         return y + self.bias.view(-1, *(1,) * (-1 - self.layout.channels))
 
     def extra_repr(self) -> str:
-        """The sizes that `print(model)` shows."""
+        """Returns the sizes that `print(model)` shows."""
         return f"{self.in_features}, {self.out_features}, storage={self.storage}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormTensors:
-    """One layer's tensors in a form that is no rank, as found in a checkpoint."""
+    """The shapes and dtypes of a layer's tensors, in a form without a rank, in a checkpoint."""
 
     name: str
     """The layer's name in the checkpoint, for messages."""
     form: Form
     entry: Mapping[str, Any]
-    """What the layer table says of the layer."""
+    """The layer's entry in the layer table."""
     infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """Shapes and dtypes, by the names below the layer."""
+    """The shapes and dtypes, by the tensors' names below the layer."""
     bias: bool = False
     """Whether the checkpoint has a bias for the layer."""
 
@@ -102,9 +102,12 @@ class FormTensors:
     def of(
         cls, name: str, form: Form, entry: Mapping[str, Any], found: Mapping[str, Any]
     ) -> "FormTensors":
-        """The layer's tensors.
+        """Returns the shapes and dtypes of a layer's tensors.
 
         Args:
+            name: the layer's name in the checkpoint.
+            form: the form.
+            entry: the layer's entry in the layer table.
             found: headers or tensors, by their names below the layer.
         """
         infos = {
@@ -114,9 +117,9 @@ class FormTensors:
 
 
 class FormLayer(StoredLayer):
-    """A layer in a form that is no rank: holds the form's tensors under their disk names.
+    """A layer in a form without a rank: it holds the form's tensors under their disk names.
 
-    It runs with the dense matrix that the form gives, or with a product of the form's own.
+    The layer runs with the dense matrix that the form returns, or with the form's own product.
     """
 
     def __init__(
@@ -146,18 +149,18 @@ class FormLayer(StoredLayer):
         return self.form.name
 
     def table_entry(self) -> dict[str, Any]:
-        """What a checkpoint's layer table says of this layer."""
+        """Returns the layer's entry in a checkpoint's layer table."""
         return self.form.table_entry(self.parameters_stated)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the bias or of the first tensor whose numbers are not whole."""
+        """The dtype of the bias, or of the first tensor whose numbers are not whole."""
         tensors = [*([] if self.bias is None else [self.bias]), *self.packed().tensors.values()]
         found = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
         return next(found, torch.get_default_dtype())
 
     def packed(self) -> Packed:
-        """The layer's tensors, as the form takes them."""
+        """Returns the layer's tensors, as the form takes them."""
         return Packed(
             form=self.form.name,
             shape=self.shape,
@@ -166,11 +169,11 @@ class FormLayer(StoredLayer):
         )
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (m, n) that the layer applies, multiplied out in float64."""
+        """Returns the weight (m, n) that the layer applies, in `dtype`."""
         return self.form.dense(self.packed()).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """The dense weight, and the bias, applied to inputs."""
+        """Applies the dense weight, and the bias, to inputs."""
         layout = self.layout
         y = self.form.apply(self.packed(), x) if layout == LINEAR else None
         if y is None:
@@ -179,12 +182,12 @@ class FormLayer(StoredLayer):
         return self.biased(y)
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """The rows (..., n) of the dense weight with these numbers (...)."""
+        """Returns the rows (..., n) of the dense weight with these numbers (...)."""
         return F.embedding(numbers, self.matrix(self.dtype))
 
 
 def _hold(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a tensor under a name with dots: numbers that are not whole as a parameter."""
+    """Registers a tensor under a name with dots: whole numbers as a buffer, else a parameter."""
     first, dot, rest = name.partition(".")
     if dot:
         if first not in module._modules:
@@ -197,7 +200,7 @@ def _hold(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def stored_layers(model: nn.Module) -> Iterator[tuple[str, StoredLayer]]:
-    """The layers of a model that are not stored as a dense weight, with their names."""
+    """Yields the layers of a model that are not stored as a dense weight, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, StoredLayer):
             yield name, module
@@ -213,12 +216,12 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 @torch.no_grad()
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight (m, n) that a layer applies, multiplied out where it is stored otherwise.
+    """Returns the weight (m, n) that a layer applies, multiplied out where it is not stored.
 
-    Products are taken in float32, or in the tensors' dtype where that is wider.
+    Products are computed in float32, or in the tensors' dtype if it is wider.
 
     Raises:
-        InputError: for an offloaded layer, or a module that is no linear layer.
+        InputError: the layer is offloaded, or the module is no linear layer.
     """
     if isinstance(module, StoredLayer):
         if is_offloaded(module):
@@ -231,7 +234,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """The matrix (m, n) and the bias (m,) that a linear layer applies, float64."""
+    """Returns the matrix (m, n) and the bias (m,) that a linear layer applies, in float64."""
     if isinstance(module, StoredLayer):
         weight = module.matrix(torch.float64)
     else:
@@ -242,5 +245,5 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def is_offloaded(layer: nn.Module) -> bool:
-    """Whether a layer's tensors are elsewhere, and hooks fetch them when it runs."""
+    """Returns whether a layer's tensors are elsewhere, so that hooks fetch them for a run."""
     return any(parameter.is_meta for parameter in layer.parameters())

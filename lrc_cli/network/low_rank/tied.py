@@ -1,6 +1,6 @@
-"""Modules that use an embedding's factors, which belong to the embedding.
+"""A tied head and a second embedding use the stored tensors of another embedding in these modules.
 
-State dicts have the factors once, under the embedding's name.
+State dicts have the tensors once, under the embedding's name.
 """
 
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from lrc_cli.network.low_rank.stored import StoredLayer
 
 
 class Tied(nn.Module):
-    """What a head and a second embedding with the same table share.
+    """The base class of a tied head and of a second embedding with the same table.
 
     Args:
-        table: the factorised embedding.
+        table: the embedding that is not stored densely.
     """
 
     def __init__(self, table: StoredLayer) -> None:
@@ -22,24 +22,24 @@ class Tied(nn.Module):
 
     @property
     def table(self) -> StoredLayer:
-        """The factorised embedding."""
+        """The embedding that is not stored densely."""
         return self._table[0]
 
     def share(self, table: StoredLayer) -> None:
-        """From now on use this one, which does not become a part of this module."""
+        """Uses another table from now on; the table does not become a part of this module."""
         self._table = (table,)
 
     def dense(self, table: nn.Module) -> nn.Module:
-        """The dense module, with the weight of the dense table."""
+        """Returns the dense module, with the weight of the dense table."""
         raise NotImplementedError
 
 
 class TiedHead(Tied):
-    """y = Z x + b with an embedding's table Z (m, n).
+    """A head that computes y = Z x + b with an embedding's table Z (m, n).
 
     Args:
-        table: the factorised embedding.
-        bias: (m,) of the head's own, or None.
+        table: the embedding that is not stored densely.
+        bias: the head's bias (m,), or None.
     """
 
     def __init__(self, table: StoredLayer, bias: nn.Parameter | None) -> None:
@@ -52,7 +52,7 @@ class TiedHead(Tied):
         return y if self.bias is None else y + self.bias
 
     def dense(self, table: nn.Module) -> nn.Module:
-        """The dense head, with the weight of the dense table."""
+        """Returns the dense head, with the weight of the dense table."""
         m, n = self.table.shape
         dense = nn.Linear(n, m, bias=self.bias is not None, device="meta")
         dense.weight = table.get_parameter("weight")
@@ -62,11 +62,11 @@ class TiedHead(Tied):
 
 
 class TiedEmbedding(Tied):
-    """Another embedding with the same table.
+    """A second embedding with the same table.
 
     Args:
-        table: the factorised embedding.
-        scale: of its own.
+        table: the embedding that is not stored densely.
+        scale: the scale of the second embedding.
     """
 
     def __init__(self, table: StoredLayer, scale: Scale) -> None:
@@ -75,13 +75,13 @@ class TiedEmbedding(Tied):
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table."""
+        """The rows of the table."""
         m, n = self.table.shape
         return m if self.table.layout.picks_rows else n
 
     @property
     def weight(self) -> Tensor:
-        """The table's own: some models read the dtype or the device of a weight."""
+        """The weight of the table; some models read the dtype or the device of a weight."""
         weight = self.table.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -94,7 +94,7 @@ class TiedEmbedding(Tied):
         )
 
     def dense(self, table: nn.Module) -> nn.Module:
-        """The dense embedding, with the weight of the dense table."""
+        """Returns the dense embedding, with the weight of the dense table."""
         weight = table.get_parameter("weight")
         num, width = weight.shape
         dense = new_embedding(num, width, self.scale, device="meta")
