@@ -1,1 +1,1 @@
-"""Two networks compared, and what may be said of the difference."""
+"""Two networks are compared here, and it is decided what may be said of the difference."""

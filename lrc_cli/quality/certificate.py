@@ -1,8 +1,8 @@
-"""From values per sequence to statements that hold together at a confidence (docs/theory.md, C2).
+"""Values per sequence become statements that hold together at a confidence (docs/theory.md, C2).
 
-Pure: no networks, no files. The bounds come from engine/bounds.py, the words from sentences.py.
-M statements are made at (1 - confidence) / M each, so that by the union bound all of them hold
-together with the probability `confidence` over the draw of the sequences.
+The functions are pure: no networks, no files. The bounds come from engine/bounds.py, the words from
+sentences.py. M statements are made at (1 - confidence) / M each, so that by the union bound all of
+them hold together with the probability `confidence` over the draw of the sequences.
 """
 
 import math
@@ -25,10 +25,13 @@ Values = Mapping[str, Sequence[float]]
 
 ALL_LAYERS, LAYER_ERROR = "all_layers", "layer_error"
 CLIP_FACTOR = 4.0
-"""A mean is bounded after clipping at so many times the largest value on selection data."""
+"""A mean is bounded after clipping at this factor times the largest value on selection data."""
 LEAST_CLIP = 1e-6
 LEAST_TOLERANCE = 1e-6
-"""So that a layer that was exact on selection data does not make every later error infinite."""
+"""The least tolerance.
+
+A layer that was exact on selection data would otherwise make every later error infinite.
+"""
 UNITS = {
     "kl": "nats",
     "loss_difference": "nats per token",
@@ -42,7 +45,8 @@ NO_SEQUENCES = "none could be issued: no sequence was left for certification"
 
 
 def clips_of(selection: Values) -> dict[str, float]:
-    """The limit B of each quantity whose mean is bounded after clipping, from selection data."""
+    """Returns the limit B at which each clipped quantity is cut before its mean, from selection
+    data."""
     return {
         name: max(LEAST_CLIP, CLIP_FACTOR * max(map(abs, values)))
         for name, values in selection.items()
@@ -51,7 +55,7 @@ def clips_of(selection: Values) -> dict[str, float]:
 
 
 def tolerances_of(selection: Values) -> dict[str, float]:
-    """Each layer's tolerance: its largest error on selection data."""
+    """Returns each layer's tolerance: its largest error on selection data."""
     return {name: max(LEAST_TOLERANCE, *values) for name, values in selection.items()}
 
 
@@ -65,13 +69,13 @@ def make_certificate(
     quantile: float,
     data: CertificateData,
 ) -> Certificate:
-    """The `certificate` of report.json.
+    """Returns the `certificate` of report.json.
 
     Args:
-        values: by quantity, one value per certification sequence, in the order of the draw.
-        layers: by layer, its errors likewise; may be empty.
-        clips: of `clips_of`.
-        tolerances: of `tolerances_of`, for the same layers.
+        values: the quantities, with one value per certification sequence in the order of the draw.
+        layers: the layers, with their errors likewise; may be empty.
+        clips: what `clips_of` returns.
+        tolerances: what `tolerances_of` returns for the same layers.
         data: what was drawn and how.
 
     Returns:
@@ -110,7 +114,7 @@ def make_certificate(
 
 
 def _worst_ratio(layers: Values, tolerances: Mapping[str, float]) -> tuple[float, ...]:
-    """Per sequence the largest error / tolerance of any layer: one value, so one statement."""
+    """Returns the largest error / tolerance of any layer, one value and statement per sequence."""
     each = ([error / tolerances[name] for error in found] for name, found in layers.items())
     return tuple(max(ratios) for ratios in zip(*each, strict=True))
 
@@ -179,7 +183,7 @@ def _statement(
     delta: float,
     layer: str | None = None,
 ) -> Statement:
-    """A statement that certifies nothing and has no text yet."""
+    """Returns a statement that certifies nothing and has no text yet."""
     stem = f"{quantity}.{layer}" if layer is not None else quantity
     per_token = quantity == "kl" and "loss_difference" in certificate.values.quantities
     return Statement(

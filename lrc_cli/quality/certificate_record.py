@@ -1,4 +1,4 @@
-"""What a certificate is in report.json: its data, its values, its statements."""
+"""A certificate has this form in report.json: its data, its values, its statements."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ CERTIFIED, CANNOT = "certified", "cannot certify"
 
 @dataclass(frozen=True, kw_only=True)
 class Population(JsonRecord):
-    """The finite set that the certification sequences were drawn from."""
+    """Describes the finite set that the certification sequences were drawn from."""
 
     description: str
     """The population in words."""
@@ -20,19 +20,19 @@ class Population(JsonRecord):
     part: tuple[float, ...]
     """The two ends of the share of the file that was drawn from."""
     size: int
-    """How many sequences the population has."""
+    """The number of sequences in the population."""
     file_sha256: str
     """sha256 of the data file, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(JsonRecord):
-    """The sequences that tolerances and clipping limits were chosen on."""
+    """Describes the sequences that tolerances and clipping limits were chosen on."""
 
     purpose: str
     """The purpose that they were drawn for."""
     num_sequences: int
-    """How many sequences were used."""
+    """The number of sequences that were used."""
     num_tokens: int
     """Their tokens, or rows."""
     sha256: str
@@ -41,22 +41,22 @@ class Selection(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateData(JsonRecord):
-    """What was drawn, from what, and what was chosen on which data."""
+    """Says what was drawn, from what, and what was chosen on which data."""
 
     sequence_length: int | None
     """Tokens of a sequence; null where a member of the population is a row."""
     unit: str
-    """What one sequence is, in words."""
+    """The meaning of one sequence, in words."""
     sampling: str
-    """How sequences were drawn, in words."""
+    """The way in which sequences were drawn, in words."""
     population: Population
-    """What they were drawn from."""
+    """The population that they were drawn from."""
     data_sha256: str
     """sha256 of the certification data, in hexadecimal."""
     selection: Selection
-    """What tolerances and limits were chosen on."""
+    """The data that tolerances and limits were chosen on."""
     predictions: str
-    """What kind of predictions was compared, in words."""
+    """The kind of predictions that was compared, in words."""
     activation_dtype: str
     """The dtype of activations, as torch calls it."""
     not_covered: tuple[str, ...]
@@ -65,15 +65,15 @@ class CertificateData(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceValues(JsonRecord):
-    """The values that statements are made of: one per certification sequence, in drawn order."""
+    """Holds the values of statements: one per certification sequence, in drawn order."""
 
     quantities: Mapping[str, tuple[float, ...]]
-    """By quantity; `all_layers` is the largest error / tolerance of any layer."""
+    """The values of each quantity; `all_layers` is the largest error / tolerance of any layer."""
     layers: Mapping[str, tuple[float, ...]] | None = None
-    """By layer its errors; absent where the layers have no statements of their own."""
+    """The errors of each layer; absent where layers have no statements of their own."""
 
     def to_json(self) -> dict[str, Any]:
-        """The quantities as keys, and `layers` where there are any."""
+        """Returns the quantities as keys, and `layers` where there are any."""
         found: dict[str, Any] = {name: list(x) for name, x in self.quantities.items()}
         if self.layers is not None:
             found["layers"] = {name: list(x) for name, x in self.layers.items()}
@@ -81,7 +81,7 @@ class SequenceValues(JsonRecord):
 
     @classmethod
     def from_json(cls, value: Any, file: str, path: str = "") -> Self:
-        """As JsonRecord.from_json."""
+        """Reads the values as JsonRecord.from_json does."""
         by_name = read_value(Mapping[str, Any], value, file, path)
         rest = {name: found for name, found in by_name.items() if name != "layers"}
         hint = Mapping[str, tuple[float, ...]]
@@ -94,16 +94,16 @@ class SequenceValues(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Statement(JsonRecord):
-    """One statement: a bound of a quantity's mean or quantile, or why there is none."""
+    """Holds one statement: a bound of a quantity's mean or quantile, or why there is none."""
 
     id: str
     """Quantity, layer if any, and kind, joined by dots."""
     quantity: str
-    """What is bounded; see `certificate.UNITS`."""
+    """The bounded quantity; see `certificate.UNITS`."""
     kind: str
     """mean | quantile."""
     layer: str | None
-    """The layer that it is about; null for the whole network or for all layers."""
+    """The layer of the statement; null for the whole network or for all layers."""
     status: str
     """certified | cannot certify."""
     bound: float | None
@@ -117,11 +117,11 @@ class Statement(JsonRecord):
     clip: tuple[float, ...] | None
     """The two limits that values were clipped at before a mean was bounded; null otherwise."""
     num_clipped: int = 0
-    """How many values were beyond those limits."""
+    """The number of values beyond these limits."""
     delta: float
     """The risk of this statement alone."""
     order: int | None
-    """The bound is so manieth smallest value of the sample; null for means and where none is."""
+    """The bound is the value of this order in the sample, smallest first; null without one."""
     num_needed: int | None
     """The least number of sequences that serve for such a quantile; null for means."""
     text: str
@@ -130,44 +130,44 @@ class Statement(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate(JsonRecord):
-    """Statements that hold together at a confidence (docs/theory.md, C2)."""
+    """Holds statements that are true together at a confidence (docs/theory.md, C2)."""
 
     confidence: float
     """The probability that all statements hold, over the draw of the sequences."""
     quantile: float
     """The share of the population that quantile statements are about."""
     num_statements: int
-    """How many statements share the risk."""
+    """The number of statements that share the risk."""
     num_sequences: int
-    """How many certification sequences were measured."""
+    """The number of certification sequences that were measured."""
     data: CertificateData = field(metadata=INLINE)
-    """What was drawn, from what."""
+    """The data that were drawn, and their source."""
     tolerances: Mapping[str, float]
-    """By layer the largest error on selection data, which its errors are divided by."""
+    """The largest error of each layer on selection data, by which its errors are divided."""
     clips: Mapping[str, float]
-    """By quantity the limit that values are clipped at before their mean is bounded."""
+    """The limit of each quantity, at which values are clipped before their mean is bounded."""
     values: SequenceValues
-    """What was measured, sequence by sequence."""
+    """The measured values, sequence by sequence."""
     note: str | None
-    """null: there are statements."""
+    """Always null: there are statements."""
     statements: tuple[Statement, ...]
-    """All statements, with those that could not be certified."""
+    """All statements, also what could not be certified."""
     assumptions: tuple[str, ...]
-    """What the statements rest on, in sentences."""
+    """The assumptions of the statements, in sentences."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoCertificate(JsonRecord):
-    """The certificate of a report that certifies nothing."""
+    """Stands in a report that certifies nothing."""
 
     statements: tuple[Statement, ...] = ()
     """Always empty."""
     note: str | None = None
-    """Why there are no statements."""
+    """The reason why there are no statements."""
 
 
 def read_certificate(value: Any, file: str, path: str) -> Certificate | NoCertificate:
-    """Either kind of certificate, by its statements; raises as JsonRecord.from_json."""
+    """Returns either kind of certificate, by its statements; raises as JsonRecord.from_json."""
     if isinstance(value, dict) and value.get("statements") == []:
         return NoCertificate.from_json(value, file, path)
     return Certificate.from_json(value, file, path)

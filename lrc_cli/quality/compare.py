@@ -1,4 +1,4 @@
-"""Quality of a compressed network beside the dense one, block by block, on unseen text."""
+"""A compressed network's quality is measured beside the dense network's, on unseen text."""
 
 import math
 from collections.abc import Callable, Collection
@@ -20,13 +20,13 @@ from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 1024
 LARGEST_RATIO = 2.0**24
-"""What a relative error counts as where it is larger, or relative to an output of 0."""
+"""The largest relative error: larger ones, and errors relative to 0, count as this."""
 OUTPUT_ONLY = Loss(kind="output")
 
 
 @dataclass
 class _Sums:
-    """Running totals of one text."""
+    """Holds the running totals of one text."""
 
     tokens: int = 0
     nll_before: float = 0.0
@@ -38,7 +38,7 @@ class _Sums:
 
 
 def scoring(network: Network, batch: Batch, tokenizer: Any) -> Loss:
-    """How outputs are scored: the likelihood of tokens for a language model, else their change."""
+    """Returns how outputs are scored: a language model's by likelihood, others by their change."""
     try:
         loss = choose_loss("nll", network, batch, tokenizer)
     except InputError:
@@ -58,15 +58,15 @@ def compare(
     only: Collection[str] | None = None,
     processes: Processes = ALONE,
 ) -> Scores:
-    """Run both networks over the same sequences, segment by segment.
+    """Runs both networks over the same sequences, segment by segment.
 
     Args:
-        loss: of `scoring`.
-        seed: of the masked tokens where the network predicts those.
+        loss: what `scoring` returns.
+        seed: the seed of masked tokens, where the network predicts masked tokens.
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
         only: names of segments to run in place of all, to see how long they take.
-        processes: those that share the sequences, each of which calls this.
+        processes: the processes that share the sequences; each of them calls this function.
 
     Returns:
         For a language model: mean loss (nats per scored token) and perplexity of both, KL

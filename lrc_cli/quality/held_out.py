@@ -1,4 +1,4 @@
-"""What compression changed, sequence by sequence: the values that certificates are made of.
+"""Certificates are made of the values measured here, which tell sequence by sequence what changed.
 
 The dense and the written network run over the same sequences. A sequence is a row of the batch;
 padded positions count nowhere. Outputs of layers are compared in float32, sums are float64.
@@ -27,13 +27,13 @@ from lrc_cli.quality.per_sequence import by_sequence, ratio, values_of
 from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 512
-"""The dense outputs of a segment's layers are held for so many tokens."""
+"""The number of tokens for which the dense outputs of a segment's layers are held."""
 ERRORS = ("deployed", "inherited", "new", "same_input")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors:
-    """One layer's squared errors on N sequences, sums over a sequence's real tokens.
+    """Holds one layer's squared errors on N sequences, summed over a sequence's real tokens.
 
     With y = W x + b in the dense network and y~ = Z x~ + b~ in the compressed one:
     """
@@ -41,32 +41,38 @@ class LayerErrors:
     energy: Tensor
     """||W x||^2, (N,) float64, as are the others."""
     deployed: Tensor
-    """||y - y~||^2: what the layer is off in the compressed network."""
+    """||y - y~||^2: the layer's error in the compressed network."""
     inherited: Tensor
-    """||W x - W x~||^2: what it would be off if it had stayed dense."""
+    """||W x - W x~||^2: the error that the layer would have if it had stayed dense."""
     new: Tensor
-    """||W x~ + b - y~||^2: what its own factors add. deployed <= inherited + new as norms."""
+    """||W x~ + b - y~||^2: the error that its own factors add.
+
+    deployed <= inherited + new as norms.
+    """
     same_input: Tensor
-    """||y - (Z x + b~)||^2: what its factors change on the dense network's inputs."""
+    """||y - (Z x + b~)||^2: the change by its factors on the dense network's inputs."""
 
     def relative(self, kind: str) -> Tensor:
-        """(N,) float64: each sequence's error relative to its ||W x||, see `ratio`."""
+        """Returns (N,) float64: each sequence's error relative to its ||W x||, see `ratio`."""
         return ratio(getattr(self, kind), self.energy)
 
     def overall(self, kind: str) -> float:
-        """The error over all sequences together, relative to their ||W x||."""
+        """Returns the error over all sequences together, relative to their ||W x||."""
         return float(ratio(getattr(self, kind).sum(), self.energy.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Everything measured on N sequences, in the order of the draw."""
+    """Holds everything measured on N sequences, in the order of the draw."""
 
     values: dict[str, list[float]]
-    """By quantity, one value per sequence; see `measure`."""
+    """The quantities, with one value per sequence; see `measure`."""
     layers: dict[str, LayerErrors]
-    """By layer name. A layer is absent where no token reached it, or where the tokens that did
-    cannot be told apart by sequence (so for experts), or are not the same in both networks."""
+    """The errors by layer name.
+
+    A layer is absent where no token reached it, or where its tokens cannot be told apart by
+    sequence (so for experts), or are not the same in both networks.
+    """
 
 
 def measure(
@@ -83,18 +89,18 @@ def measure(
     only: Collection[str] | None = None,
     processes: Processes = ALONE,
 ) -> Measured:
-    """Walk both networks over the same sequences and compare their outputs, and their layers'.
+    """Runs both networks over the same sequences and compares outputs, the layers' too.
 
     Args:
-        layers: the factorised ones.
-        loss: as `compare.scoring` gives it.
-        seed: of the masked tokens, drawn for all sequences at once, where the network predicts
-            those.
+        layers: the factorised layers.
+        loss: what `compare.scoring` returns.
+        seed: the seed of masked tokens, where the network predicts masked tokens; they are drawn
+            for all sequences at once.
         decompose: False leaves out `inherited` and `new`, and their product (they are 0 then).
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
         only: names of segments to run in place of all, to see how long they take.
-        processes: those that share the sequences, each of which calls this.
+        processes: the processes that share the sequences; each of them calls this function.
 
     Returns:
         Values by quantity. With a likelihood of tokens: `kl`, the mean over scored tokens of the
@@ -108,7 +114,7 @@ def measure(
     Raises:
         RunError: an output, or a layer's output, is NaN or infinite.
     """
-    # By chance an expert gets as many tokens as there are sequences.
+    # An expert may by chance get as many tokens as there are sequences.
     layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
@@ -134,7 +140,7 @@ def measure(
 
 
 class _Comparison:
-    """Both networks' forward passes, with every layer's outputs compared on the way."""
+    """Compares every layer's outputs while both networks run."""
 
     def __init__(
         self,
@@ -160,10 +166,10 @@ class _Comparison:
     def watching(
         self, segment: Segment, batch: Batch, start: int
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What to enter around a run of the dense network, and then of the compressed one.
+        """Returns what to enter around a run of the dense network, and then of the compressed one.
 
         Args:
-            segment: that they run.
+            segment: the segment that they run.
             start: the number of the batch's first sequence.
         """
         layers = segment.layers
@@ -177,11 +183,11 @@ class _Comparison:
         )
 
     def end(self) -> None:
-        """Both networks have run."""
+        """Notes as lost, after both networks have run, layers with dense outputs left over."""
         self.lost |= {name for name, left in self.outputs.items() if left}
 
     def unite(self, processes: Processes) -> None:
-        """Add what the others have compared; every sequence was one process's."""
+        """Adds what the other processes have compared; every sequence was one process's."""
         parts = processes.gather(self.sums)
         for name, kinds in self.sums.items():
             for kind in kinds:
@@ -190,7 +196,7 @@ class _Comparison:
         self.lost = set().union(*processes.gather(self.lost))
 
     def layers(self) -> dict[str, LayerErrors]:
-        """What was summed of every layer that could be followed through both networks."""
+        """Returns the sums of every layer that could be followed through both networks."""
         followed = [x.name for x in self.all if x.name in self.reached - self.lost]
         for name in followed:
             if not all(bool(torch.isfinite(total).all()) for total in self.sums[name].values()):
@@ -205,7 +211,7 @@ class _Comparison:
         rows = layer.layout.outputs(y).float()
         self._add(layer, "energy", rows if bias is None else rows - bias.float())
         self._add(layer, "same_input", _difference(layer, y, _module(self.after, layer)(x)))
-        self.outputs[layer.name].append(y.clone())  # what comes next may change it in place
+        self.outputs[layer.name].append(y.clone())  # the next module may change it in place
         self.reached.add(layer.name)
 
     def _in_compressed(self, layer: Layer, x: Tensor, y: Tensor) -> None:
@@ -237,7 +243,7 @@ def _difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _united(values: dict[str, list[float]], processes: Processes) -> dict[str, list[float]]:
-    """All processes' values, in the order of the sequences. Raises RunError for NaN."""
+    """Returns all processes' values, in the order of the sequences. Raises RunError for NaN."""
     united: dict[str, list[float]] = {}
     for part in processes.gather(values):
         for name, found in part.items():

@@ -1,4 +1,4 @@
-"""Two networks' outputs compared sequence by sequence, padding left out."""
+"""Two networks' outputs are compared sequence by sequence, and padding is left out."""
 
 from typing import Any
 
@@ -13,13 +13,16 @@ from lrc_cli.quality.compare import LARGEST_RATIO
 
 
 def ratio(error: Tensor, energy: Tensor) -> Tensor:
-    """sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN if one is infinite."""
+    """Returns sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN where one is
+    inf."""
     floor = error / LARGEST_RATIO**2
     return (error / torch.maximum(energy, floor)).sqrt().masked_fill(error == 0, 0.0)
 
 
 def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:
-    """Sums over each sequence's real tokens, (sequences,); None where they cannot be told apart.
+    """Returns sums over each sequence's real tokens, (sequences,).
+
+    It returns None where the sequences cannot be told apart.
 
     Args:
         rows: (sequences, ...) or, flattened by the model, (sequences * tokens,).
@@ -43,11 +46,12 @@ def by_sequence(rows: Tensor, batch: Batch) -> Tensor | None:
 def values_of(
     old: Any, new: Any, batch: Batch, labels: Tensor | None, start: int
 ) -> dict[str, list[float]]:
-    """By quantity one value per sequence of a micro-batch; see `certify.measure`.
+    """Returns the quantities, with one value per sequence of a micro-batch; see `held_out.measure`.
 
     Args:
         old, new: both networks' outputs.
-        labels: of `losses.prepare`, of all sequences; `start` is the number of the batch's first.
+        labels: what `losses.prepare` returns for all sequences.
+        start: the number of the batch's first sequence.
     """
     if labels is None:
         return _output_values(old, new, batch)
@@ -81,7 +85,7 @@ def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
 
 
 def _predictions(old: Tensor, new: Tensor, wanted: Tensor | None = None) -> dict[str, float]:
-    """Means over the predictions (rows of logits) of one sequence; 0 where it has none."""
+    """Returns means over the predictions (rows of logits) of one sequence; 0 where it has none."""
     log_old, log_new = old.float().log_softmax(-1), new.float().log_softmax(-1)
     # Rounding may leave a divergence of equal predictions a little below 0; NaN stays NaN.
     kl = functional.kl_div(log_new, log_old, reduction="none", log_target=True).sum(-1).clamp(min=0)

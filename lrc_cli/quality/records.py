@@ -1,4 +1,4 @@
-"""What measurements of quality are in report.json: scores and the worst case."""
+"""Measurements of quality have this form in report.json: scores and the worst case."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,13 @@ from lrc_cli.runtime.json_records import ABSENT, INLINE, JsonRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(JsonRecord):
-    """Both networks on the same sequences. A figure is absent where the network has none."""
+    """Holds figures of both networks on the same sequences.
+
+    A figure is absent where the network has none.
+    """
 
     num_sequences: int
-    """How many sequences were run."""
+    """The number of sequences that were run."""
     num_scored: int
     """Positions that were scored; for networks without a likelihood the output's positions."""
     relative_output_error: float | None = field(default=None, metadata=ABSENT)
@@ -40,21 +43,21 @@ class Scores(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRow(JsonRecord):
-    """The quality on one evaluation text."""
+    """Holds the quality on one evaluation text."""
 
     text: str
     """The name of the text."""
     scores: Scores = field(metadata=INLINE)
-    """What was measured on it."""
+    """The figures that were measured on it."""
     population: int | None = field(default=None, metadata=ABSENT)
-    """How many sequences the text has; absent in scores of `lrc eval`."""
+    """The number of sequences in the text; absent in scores of `lrc eval`."""
     sha256: str
     """sha256 of the sequences that were drawn, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnError(JsonRecord):
-    """One linear layer in the worst-case bound."""
+    """Holds one linear layer's part in the worst-case bound."""
 
     error: float
     """The layer's own largest error on one input, 2-norm."""
@@ -64,14 +67,14 @@ class OwnError(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCase(JsonRecord):
-    """The worst-case bound of a plain feed-forward network (docs/theory.md, C3)."""
+    """Holds the worst-case bound of a plain feed-forward network (docs/theory.md, C3)."""
 
     label: str
-    """What the bound is called."""
+    """The name of the bound."""
     inputs: str
     """The purpose whose inputs are bounded."""
     num_inputs: int
-    """How many inputs these are."""
+    """The number of these inputs."""
     bound: float
     """The largest ||f~(x) - f(x)||_2 over the inputs that the layers' norms allow."""
     measured: float

@@ -1,4 +1,4 @@
-"""Quality, speed and memory of a written directory beside its original."""
+"""A written directory is scored beside its original: quality, speed and memory."""
 
 import time
 from itertools import zip_longest
@@ -39,23 +39,24 @@ def score_directory(
     trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Run both checkpoints over the same blocks.
+    """Runs both checkpoints over the same sequences.
 
-    Device and dtype are those of the output's lrc.yaml. Code is not: neither its factory nor its
-    trust_remote_code is taken from a directory that may be somebody else's.
+    Device and dtype come from the output's lrc.yaml. The factory and trust_remote_code do not,
+    because the directory may be somebody else's.
 
     Args:
         directory: a finished output of `lrc compress`.
-        against: the original; None: the one that the output's lrc.yaml names.
+        against: the original; None: the checkpoint that the output's lrc.yaml names.
         data: files to score on; empty: the evaluation texts of lrc.yaml, drawn as they were then.
-        part: "A:B" for each of `data`, in order; missing ones are the whole file.
-        sequence_length: tokens of a block of `data`; None: as in the output's calibration.
+        part: "A:B" for each of `data`, in order; a file without a part is taken whole.
+        sequence_length: tokens of a sequence of `data`; None: as in the output's calibration.
         factory: builds the module of checkpoints that are not transformers'.
         trust_remote_code: whether code that comes with the checkpoints may run.
 
     Raises:
         InputError: something cannot be opened, or there is nothing to score on.
     """
+    # The output and its original are opened.
     written = open_source(directory, factorised=True)
     config = load_config(directory / "lrc.yaml")
     original = open_source(against or Path(config.model.path))
@@ -67,6 +68,7 @@ def score_directory(
         for source in (original, written)
     )
     processors = open_processors(original, module, trust_remote_code=trust_remote_code)
+    # The texts are the user's files, or the evaluation texts drawn as in the run.
     if data or part:
         length = sequence_length or config.calibration.sequence_length
         wanted = _purposes(data, part, num_sequences, length, config.calibration)
@@ -76,12 +78,14 @@ def score_directory(
         texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
     if not texts:
         raise InputError("eval: there is no text to score on", "give one with --data")
+    # Both networks get one dtype, and what both are scored by.
     check_sequences(texts, module, original)
     before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     probe(before, texts)
     after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
     loss = scoring(before, next(first.batches(1)), processors.tokenizer)
+    # Each text gives a row; speed is measured on the first text.
     rows = []
     with progress.phase("evaluation", sum(len(s) for s in texts.values())) as phase:
         for name, sequences in texts.items():
@@ -140,7 +144,7 @@ def _parse_part(text: str) -> tuple[float, float]:
 
 
 def _time(network: Network, sequences: Sequences) -> float:
-    """Seconds for one sequence, the best of a few."""
+    """Returns seconds for one sequence, the best of a few."""
     batch = next(sequences.batches(1))
     best = float("inf")
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""The certificate in words: every sentence is a function of the certificate's own figures."""
+"""The certificate becomes words: every sentence is a function of its own figures."""
 
 import math
 from decimal import ROUND_CEILING, Decimal
@@ -7,11 +7,11 @@ from lrc_cli.quality.certificate_record import CERTIFIED, Certificate, NoCertifi
 from lrc_cli.text import count, small
 
 DIGITS = 4
-"""Significant digits of a bound."""
+"""The number of significant digits of a bound."""
 
 
 def rounded_up(value: float | Decimal) -> str:
-    """A bound with four significant digits, never below the value: 0.123412 -> "0.1235"."""
+    """Returns a bound with four significant digits, never below the value: 0.123412 -> "0.1235"."""
     if not math.isfinite(value) or value == 0:
         return "infinite" if value else "0"
     exact = Decimal(value)
@@ -20,16 +20,16 @@ def rounded_up(value: float | Decimal) -> str:
 
 
 def share(value: float) -> str:
-    """A share as a percentage without needless digits: 0.95 -> "95 %"."""
+    """Returns a share as a percentage without needless digits: 0.95 -> "95 %"."""
     return f"{(Decimal(repr(value)) * 100).normalize():f} %"
 
 
 def statement_text(statement: Statement, certificate: Certificate) -> str:
-    """One statement in words.
+    """Returns one statement in words.
 
     Args:
-        statement: its `text` is not looked at.
-        certificate: its statements are not looked at.
+        statement: the statement; its `text` is not looked at.
+        certificate: the certificate; its statements are not looked at.
     """
     if statement.status != CERTIFIED:
         return _cannot(statement, certificate)
@@ -91,7 +91,7 @@ def _claim(statement: Statement, certificate: Certificate) -> str:
 
 
 def _name(statement: Statement, certificate: Certificate) -> str:
-    """What is measured on one sequence."""
+    """Returns what is measured on one sequence."""
     what, unit = certificate.data.predictions, _unit(certificate)
     return {
         "kl": f"the KL divergence of the {what} (dense to compressed), averaged over the {unit},",
@@ -126,7 +126,7 @@ def _ordinal(number: int) -> str:
 
 
 def main_statements(certificate: Certificate | NoCertificate) -> list[str]:
-    """The sentences that are about the whole network, and that layers have their own if so."""
+    """Returns the sentences about the whole network; one more says if layers have their own."""
     statements = certificate.statements
     lines = [s.text for s in statements if s.layer is None and s.status == CERTIFIED]
     missing = [s for s in statements if s.layer is None and s.status != CERTIFIED]
@@ -138,7 +138,7 @@ def main_statements(certificate: Certificate | NoCertificate) -> list[str]:
 
 
 def title(statement: Statement) -> str:
-    """What a statement is about, in a few words."""
+    """Returns what a statement is about, in a few words."""
     names = {
         "kl": "KL divergence",
         "top1_disagreement": "changed predictions",
@@ -151,7 +151,7 @@ def title(statement: Statement) -> str:
 
 
 def assumptions(certificate: Certificate) -> tuple[str, ...]:
-    """What the statements rest on, in sentences; its statements are not looked at."""
+    """Returns what the statements rest on, in sentences, without a look at the statements."""
     confidence = share(certificate.confidence)
     selection = certificate.data.selection
     lines = [
@@ -184,7 +184,7 @@ def assumptions(certificate: Certificate) -> tuple[str, ...]:
 
 
 def not_promised(certificate: Certificate) -> list[str]:
-    """What the statements do not say, in sentences; for a certificate that has some."""
+    """Returns what the statements do not say, in sentences; for a certificate that has some."""
     return [
         f"The certificate speaks of {certificate.data.population.description} and of nothing else:"
         " not of other texts, languages or tasks, and not of data that change over time.",

@@ -1,4 +1,4 @@
-"""C3 for plain feed-forward networks: the worst case of the output error, by a product of norms.
+"""C3 bounds the worst output error of plain feed-forward networks by a product of norms.
 
 For layers y_l = W_l x_l + b_l with elementwise activations between them, the compressed network's
 error obeys, input by input,
@@ -7,8 +7,8 @@ error obeys, input by input,
 
 with Lip_l the Lipschitz constant of what stands between layer l - 1 and layer l, because W x - Z x~
 is (W - Z) x + Z (x - x~) (docs/theory.md, C3). The bound is loose by construction and vacuous for
-deep networks; nothing like it is offered for networks with attention, normalisation, convolutions
-or skip connections.
+deep networks. Networks with attention, normalisation, convolutions or skip connections get no such
+bound.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,31 +40,31 @@ LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
 
 @dataclass
 class _Chain:
-    """Both networks' activations, input by input, and how far they can be apart."""
+    """Holds both networks' activations, input by input, and how far they can be apart."""
 
     dense: Tensor
     compressed: Tensor
     bound: Tensor
     """E_l of the inputs, (N,) float64."""
     lipschitz: float = 1.0
-    """Of what came since the last linear layer."""
+    """The Lipschitz constant of the steps since the last linear layer."""
     layers: list["_Linear"] = field(default_factory=list)
 
 
 class _Linear(NamedTuple):
-    """A linear layer that both networks have passed."""
+    """Holds a linear layer that both networks have passed."""
 
     error: float
-    """Its largest own error."""
+    """The layer's largest own error."""
     factor: float
-    """What it multiplies the errors that come before it with."""
+    """The factor by which the layer multiplies earlier errors."""
 
 
 @torch.no_grad()
 def worst_case(
     dense: nn.Module, compressed: nn.Module, inputs: Mapping[str, Tensor]
 ) -> WorstCase | None:
-    """The largest output error that the product bound allows on any of the inputs.
+    """Returns the largest output error that the product bound allows on any of the inputs.
 
     Both networks are followed in float64 with their weights as they are read.
 
@@ -115,7 +115,7 @@ def _linear(chain: _Chain, old: nn.Module, new: nn.Module) -> None:
 
 
 def _amplified(chain: _Chain) -> tuple[OwnError, ...]:
-    """Each layer's own error with the product of the factors behind it."""
+    """Returns each layer's own error with the product of the factors behind it."""
     product, found = chain.lipschitz, []
     for layer in reversed(chain.layers):
         found.append(OwnError(error=layer.error, amplification=product))
@@ -124,7 +124,7 @@ def _amplified(chain: _Chain) -> tuple[OwnError, ...]:
 
 
 def _paired(dense: nn.Module, compressed: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None:
-    """The steps of both networks side by side; None where they are not plain chains."""
+    """Returns the steps of both networks side by side; None where they are not plain chains."""
     old, new = list(_steps(dense)), list(_steps(compressed))
     if len(old) != len(new) or not any(isinstance(part, StoredLayer) for part in new):
         return None
@@ -133,7 +133,7 @@ def _paired(dense: nn.Module, compressed: nn.Module) -> list[tuple[nn.Module, nn
 
 
 def _steps(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of nested sequences in the order in which they run."""
+    """Yields the parts of nested sequences in the order in which they run."""
     plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
     if not plain or _has_hooks(module):
         yield module
@@ -165,7 +165,7 @@ def _is_norm_bounded(part: nn.Module) -> bool:
     if type(part) is nn.Dropout:
         return not part.training
     if type(part) is nn.Flatten:
-        return part.start_dim >= 1  # from 0 it would mix inputs
+        return part.start_dim >= 1  # flattening from dimension 0 would mix inputs
     return type(part) in LIPSCHITZ
 
 
@@ -180,5 +180,5 @@ def _spectral_norm(matrix: Tensor) -> float:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """2-norm of each input's entries, (N,)."""
+    """Returns the 2-norm of each input's entries, (N,)."""
     return torch.linalg.vector_norm(rows.flatten(1), dim=1)

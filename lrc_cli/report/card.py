@@ -1,4 +1,4 @@
-"""The model card: README.md of an output directory."""
+"""The model card is README.md of an output directory."""
 
 import re
 from typing import Any
@@ -32,16 +32,16 @@ VERIFYING = (
     "`lrc verify path/to/this/directory --against path/to/the/original` checks these files and"
     " measures errors, quality and certificate again."
 )
-"""How to check an output, for its card."""
+"""The way to check an output, for its card."""
 MAX_FALLBACKS = 20
-"""How many fallen layers are listed by name."""
+"""The number of fallen layers that are listed by name."""
 
 
 def render_card(record: Record) -> str:
-    """README.md of the output.
+    """Returns README.md of the output.
 
     Args:
-        record: what report.json holds.
+        record: the content of report.json.
 
     Returns:
         Markdown with YAML front matter. Names that come from the checkpoint, the data or the
@@ -181,7 +181,7 @@ def _fenced(language: str, text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """One line of text that Markdown shows as it is."""
+    """Returns one line of text that Markdown shows as it is."""
     marked = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
     entities = re.sub(r"&(?=[#\w])", "&amp;", marked)
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities)

@@ -1,4 +1,4 @@
-"""Inline SVG charts: small pure functions from layers and timings to markup."""
+"""Small pure functions draw inline SVG charts of layers and timings."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,21 +9,21 @@ from lrc_cli.report.record import LayerRecord
 from lrc_cli.text import duration, percent, small
 
 Scale = Callable[[float], float]
-"""From a value to a vertical coordinate."""
+"""A function from a value to a vertical coordinate."""
 
 WIDTH, HEIGHT = 380, 130
 LEFT, RIGHT, TOP, BOTTOM = 36, 4, 8, 8
 MAX_DECADES = 4.0
 MARGIN = 0.08
-"""Room beyond the least and the largest error, in decades."""
+"""The room beyond the least and the largest error, in decades."""
 BAR_HEIGHT, LABEL_WIDTH, TIME_WIDTH = 22, 110, 90
 SINGLES = "other layers"
 ERRORS = {"svd": "plain SVD of that rank", "stored": "stored", "optimum": "optimum of that rank"}
-"""What is drawn per layer, from back to front."""
+"""The errors that are drawn per layer, from back to front."""
 
 
 def families(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
-    """Layers that differ in numbers only (blocks, experts) together, e.g. `layers.*.q_proj`.
+    """Groups layers whose names differ in numbers only (blocks, experts), e.g. `layers.*.q_proj`.
 
     Layers without a sibling share one group.
     """
@@ -37,7 +37,7 @@ def families(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
 
 
 def share_chart(layers: Sequence[LayerRecord]) -> Markup:
-    """Bytes after / before, a bar per layer, a panel per family."""
+    """Draws bytes after / before, a bar per layer, a panel per family."""
     top = max([1.0, *map(kept, layers)])
 
     def vertical(value: float) -> float:
@@ -48,7 +48,7 @@ def share_chart(layers: Sequence[LayerRecord]) -> Markup:
 
 
 def error_chart(layers: Sequence[LayerRecord]) -> Markup:
-    """Plain relative output error of the stored factors, the optimum and plain SVD, on a log axis.
+    """Draws relative output errors of stored factors, optimum and plain SVD, on a log axis.
 
     Layers left dense have no mark; they keep their place.
     """
@@ -66,14 +66,14 @@ def error_chart(layers: Sequence[LayerRecord]) -> Markup:
 
 
 def _decades(errors: Sequence[float]) -> tuple[float, float]:
-    """The ends of the logarithmic axis."""
+    """Returns the ends of the logarithmic axis."""
     high = math.log10(max(errors, default=1.0)) + MARGIN
     low = math.log10(min(errors, default=0.1)) - MARGIN
     return max(low, high - MAX_DECADES), high
 
 
 def error_legend() -> Markup:
-    """What the marks of `error_chart` mean."""
+    """Explains the marks of `error_chart`."""
     items = [
         join(
             element("svg", _symbol(name, 8.0, 8.0, 10.0), viewBox="0 0 16 16", class_="key"), words
@@ -84,7 +84,7 @@ def error_legend() -> Markup:
 
 
 def time_chart(timing: Mapping[str, float]) -> Markup:
-    """A horizontal bar per phase."""
+    """Draws a horizontal bar per phase."""
     longest = max(timing.values(), default=0) or 1.0
     room = 2 * WIDTH - LABEL_WIDTH - TIME_WIDTH
     rows = []
@@ -110,7 +110,7 @@ def _panels(
     mark: Callable[[LayerRecord, float, float, Scale], Markup],
     label: str,
 ) -> Markup:
-    """One panel per family, all on the same vertical scale."""
+    """Draws one panel per family, all on the same vertical scale."""
     grid = [_grid_line(text, vertical(value)) for text, value in ticks.items()]
     figures = []
     for name, group in families(layers).items():
@@ -175,7 +175,7 @@ def _symbol(name: str, x: float, y: float, width: float) -> Markup:
 
 
 def _output(layer: LayerRecord) -> dict[str, float]:
-    """The errors that are drawn; a form without a rank is compared with nothing."""
+    """Returns the errors that are drawn; a form without a rank is compared with nothing."""
     errors = layer.facts.errors
     found = {} if errors is None else {name: getattr(errors.output, name) for name in ERRORS}
     return {name: error for name, error in found.items() if error is not None}

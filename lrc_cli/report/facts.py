@@ -1,4 +1,4 @@
-"""What the card and the page both say: derived from the report, in plain words."""
+"""The card and the page say these facts in plain words, derived from the report."""
 
 import math
 from typing import Any
@@ -13,19 +13,22 @@ from lrc_cli.text import byte_size, count, percent
 
 
 def not_as_asked(record: Record) -> list[LayerRecord]:
-    """The layers that --strict minds: those that fell back, and those whose sequential solve failed
-    and that were fitted plainly instead."""
+    """Returns the layers that --strict minds.
+
+    A layer counts if it fell back, or if its sequential solve failed and it was fitted plainly
+    instead.
+    """
     return [x for x in record.layers if x.facts.fallback or x.facts.sequential_failed]
 
 
 def settings(record: Record) -> dict[str, Any]:
-    """The resolved config, parsed."""
+    """Returns the resolved config, parsed."""
     parsed: dict[str, Any] = yaml.safe_load(record.provenance.config)
     return parsed
 
 
 def summary(record: Record) -> str:
-    """What was done, in two sentences."""
+    """Returns what was done, in two sentences."""
     size, target = record.size, record.target
     of = {"compressible": "the compressible weights", "checkpoint": "the whole checkpoint"}
     aim = f"{target.name} {target.value:g}"
@@ -48,19 +51,19 @@ def summary(record: Record) -> str:
 
 
 def stored_dtypes(record: Record) -> str:
-    """The dtypes of the compressible weights as written."""
+    """Returns the dtypes of the compressible weights as written."""
     return ", ".join(sorted({layer.dtype for layer in record.layers}))
 
 
 def measured_in(record: Record) -> str:
-    """In which precision the quality was measured."""
+    """Returns the precision in which the quality was measured."""
     dtypes = stored_dtypes(record) or "the stored dtype"
     activations = record.provenance.activation_dtype
     return f"Measured with the weights as stored ({dtypes}); activations computed in {activations}."
 
 
 def perplexity_ratio(row: QualityRow) -> float | None:
-    """After / before, from the losses: these stay finite where a perplexity does not."""
+    """Returns after / before from the losses, which stay finite where a perplexity does not."""
     rise = row.scores.loss_increase
     if rise is None:
         return None
@@ -68,12 +71,12 @@ def perplexity_ratio(row: QualityRow) -> float | None:
 
 
 def kept(layer: LayerRecord) -> float:
-    """Bytes after / before of one layer."""
+    """Returns bytes after / before of one layer."""
     return layer.bytes_after / layer.bytes_before if layer.bytes_before else 1.0
 
 
 def error_note(record: Record) -> str:
-    """What the errors of the layer table are, in words; empty where nothing is factorised."""
+    """Returns what the errors of the layer table are, in words; empty without factorised layers."""
     errors = record.errors
     if not errors:
         return ""
@@ -93,7 +96,7 @@ def error_note(record: Record) -> str:
 
 
 def _thresholds(record: Record) -> str:
-    """Where nuclear cut, in a sentence."""
+    """Returns where nuclear cut, in a sentence."""
     found = [x.facts.threshold_share for x in record.factorised]
     shares = [share for share in found if share is not None]
     if not shares:
@@ -104,7 +107,7 @@ def _thresholds(record: Record) -> str:
 
 
 def held_out_note(record: Record) -> str:
-    """What the errors on certification data are, in words; empty where there are none."""
+    """Returns what the errors on certification data are, in words; empty where there are none."""
     found = [layer.facts.held_out for layer in record.layers]
     numbers = {errors.num_sequences for errors in found if errors is not None}
     if not numbers:
@@ -120,15 +123,15 @@ def held_out_note(record: Record) -> str:
 
 
 def loss_estimate(record: Record) -> str:
-    """The predicted loss increase beside the measured ones; empty where nothing predicts it."""
+    """Returns predicted and measured loss increase in words; empty without a prediction."""
     metrics = [errors.metric for errors in record.errors]
     rises = [(row.scores.loss_increase, row.text) for row in record.quality]
     measured = [f"{rise:+.3g} on {text}" for rise, text in rises if rise is not None]
     methods = {layer.method for layer in record.factorised}
-    # Other losses are per other units than the perplexity's, and methods of other metrics.
+    # Other losses have other units than the perplexity's loss, and other methods other metrics.
     if methods != {"curvature"} or record.loss is None or record.loss.kind != "next_token":
         return ""
-    # The errors of a sequential fit hold what it inherits: their sum would count that many times.
+    # The errors of sequential fits hold what they inherit; a sum would count it many times.
     if any(metric.inherited is not None for metric in metrics):
         return ""
     total = sum(metric.stored for metric in metrics)
@@ -137,7 +140,7 @@ def loss_estimate(record: Record) -> str:
 
 
 def memory_note(record: Record) -> str:
-    """Peak memory in words."""
+    """Returns peak memory in words."""
     names = {
         "host_resident": "resident on the host, pages of mapped files included",
         "gpu_allocated": "allocated on the GPU",
@@ -147,7 +150,7 @@ def memory_note(record: Record) -> str:
 
 
 def limits(record: Record) -> list[str]:
-    """What the figures do not promise, in sentences."""
+    """Returns what the figures do not promise, in sentences."""
     certificate = record.certificate
     if isinstance(certificate, NoCertificate):
         note = certificate.note or "none was asked for"
@@ -167,18 +170,18 @@ def limits(record: Record) -> list[str]:
 
 
 def layers_fell_back(record: Record) -> str:
-    """How many layers fell back, with the verb."""
+    """Returns how many layers fell back, with the verb."""
     number = len(record.fallen_back)
     return f"{number} layer{'' if number == 1 else 's'} fell back to dense"
 
 
 def missed_gates(record: Record) -> list[str]:
-    """The gates that are missed, each in words."""
+    """Returns the gates that are missed, each in words."""
     return [gate_missed(gate) for gate in record.gates if not gate.met]
 
 
 def gate_missed(gate: Gate) -> str:
-    """One missed gate in words."""
+    """Returns one missed gate in words."""
     limit = f"gates.{gate.name}: {gate.limit:g} is missed"
     if gate.measured is None:
         return f"{limit}: {gate.reason}"

@@ -1,4 +1,4 @@
-"""The limits of `gates:` against what a report measured; a gate that was not measured is missed."""
+"""The limits of `gates:` are held against a report; a gate that was not measured is missed."""
 
 from lrc_cli.config import Config, Gates
 from lrc_cli.errors import GateMissed, InputError
@@ -6,11 +6,11 @@ from lrc_cli.report.facts import missed_gates, perplexity_ratio
 from lrc_cli.report.record import Gate, Record
 
 Measured = tuple[float | None, str | None, str | None]
-"""The worst figure, where it was found, and what there is to say about it."""
+"""The worst figure, the place where it was found, and what there is to say about it."""
 
 
 def check_gates_possible(config: Config) -> None:
-    """Raise InputError if a gate is set on what the config lets nobody measure."""
+    """Raises InputError if a gate is set on what the config lets nobody measure."""
     if config.gates.max_perplexity_increase is not None and config.evaluation == ():
         raise InputError(
             "gates.max_perplexity_increase: evaluation is [], so no perplexity is measured",
@@ -24,7 +24,7 @@ def check_gates_possible(config: Config) -> None:
 
 
 def check_gates(gates: Gates, record: Record) -> tuple[Gate, ...]:
-    """Every gate that is set, with what was measured; the record's own gates are not looked at."""
+    """Returns every gate that is set, with what was measured; ignores the record's own gates."""
     found = []
     if gates.max_perplexity_increase is not None:
         measured = _perplexity_increase(record)
@@ -35,7 +35,7 @@ def check_gates(gates: Gates, record: Record) -> tuple[Gate, ...]:
 
 
 def fail_if_missed(*records: Record) -> None:
-    """Raise GateMissed, naming every missed gate of the records' gates."""
+    """Raises GateMissed, naming every missed gate of the records' gates."""
     several = len(records) > 1
     missed = [
         f"{record.target.name} {record.target.value:g}: {text}" if several else text

@@ -1,4 +1,4 @@
-"""report.html: one page that needs neither network nor scripts."""
+"""report.html is one page that needs neither network nor scripts."""
 
 from collections.abc import Iterable
 from importlib.resources import files
@@ -46,10 +46,10 @@ HEAD = (
 
 
 def render_html(record: Record) -> str:
-    """report.html as text: style and charts inline, every name escaped.
+    """Returns report.html as text: style and charts inline, every name escaped.
 
     Args:
-        record: what report.json holds.
+        record: the content of report.json.
     """
     title = f"{record.model}, low-rank compressed"
     style = Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def _skipped(record: Record) -> list[Markup]:
 def _table(
     table: Table, kind: str | None = None, *, tall: bool = False, alarms: set[int] | None = None
 ) -> Markup:
-    """An HTML table; `alarms` are the rows that stand out."""
+    """Returns an HTML table; `alarms` are the rows that stand out."""
 
     def cells(name: str, row: tuple[str, ...]) -> Markup:
         sides = zip(row, table.align, strict=True)

@@ -1,4 +1,4 @@
-"""A run as JUnit XML, for the CI systems that read it: what was promised, and what was not kept."""
+"""A run is written as JUnit XML for CI systems: what was promised, and what was not kept."""
 
 import re
 from collections.abc import Sequence
@@ -18,11 +18,12 @@ _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render_junit(*records: Record, strict: bool = False) -> str:
-    """A test suite for every report: a case per gate, the target, the layers that fell back, the
-    certificate.
+    """Returns a test suite for every report.
+
+    A suite has a case for each gate, the target, the layers that fell back and the certificate.
 
     Args:
-        records: of one or several jobs, their gates as checked now.
+        records: the records of one or several jobs, with gates as checked now.
         strict: whether a layer that fell back counts as a failure (`--strict`).
 
     Returns:
@@ -67,7 +68,7 @@ def _suite(record: Record, *, strict: bool) -> ElementTree.Element:
 
 
 def check_junit_path(path: Path, output: Path) -> None:
-    """Raise InputError unless a file can be written there, outside the output directory."""
+    """Raises InputError unless a file can be written there, outside the output directory."""
     path = path.absolute()
     if path.is_dir():
         raise InputError(f"--junit: {path} is a directory", "give the name of a file")
@@ -75,13 +76,13 @@ def check_junit_path(path: Path, output: Path) -> None:
         raise InputError(
             f"--junit: {path.parent} is not a writable directory", "make it, or give another path"
         )
-    # Every file in there is named in its manifest.
+    # Every file in the output is named in its manifest.
     if path.resolve().is_relative_to(output.absolute().resolve()):
         raise InputError(f"--junit: {path} lies in the output directory", "give another path")
 
 
 def write_junit(path: Path, records: Sequence[Record], *, strict: bool = False) -> None:
-    """Write `render_junit` whole or not at all."""
+    """Writes `render_junit` whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     write_text(partial, render_junit(*records, strict=strict))
     partial.replace(path)
@@ -118,5 +119,5 @@ def _case(
 
 
 def _clean(text: str) -> str:
-    """Names come from checkpoints and configs; XML has no way to write a control character."""
+    """Replaces control characters, which names may have and XML cannot write."""
     return _NOT_XML.sub("\ufffd", text)

@@ -1,16 +1,16 @@
-"""HTML and SVG elements as strings, escaped by construction."""
+"""HTML and SVG elements are strings here, escaped by construction."""
 
 from html import escape
 
 
 class Markup(str):
-    """Text that is already HTML and is not escaped again."""
+    """Marks text that is already HTML and is not escaped again."""
 
     __slots__ = ()
 
 
 def element(name: str, /, *children: str, **attributes: object) -> Markup:
-    """`<name attributes>children</name>`; every child and value that is not Markup is escaped.
+    """Returns `<name attributes>children</name>`, escaped where children and values are not Markup.
 
     Args:
         attributes: a trailing underscore is dropped (`class_`), other underscores become hyphens;
@@ -25,7 +25,7 @@ def element(name: str, /, *children: str, **attributes: object) -> Markup:
 
 
 def join(*children: str) -> Markup:
-    """Children one after another, escaped where they are not Markup."""
+    """Returns children one after another, escaped where they are not Markup."""
     return Markup(
         "".join(child if isinstance(child, Markup) else escape(child) for child in children)
     )

@@ -1,4 +1,4 @@
-"""report.json as dataclasses: the one record that the card, the page and scripts are made from.
+"""These dataclasses are report.json, from which the card, the page and scripts are made.
 
 The order of the fields is the order of the keys. Each field says its unit and when it is null;
 *absent* means that the key is not in the file.
@@ -22,55 +22,55 @@ DENSE = "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class LossRecord(JsonRecord):
-    """The loss that `curvature` was taken of."""
+    """Describes the loss that `curvature` was taken of."""
 
     description: str
     """The loss in words."""
     kind: str
     """next_token | masked_token | sampled | output."""
     unit: str = ""
-    """What the layers' estimates of its increase are in; early outputs have no such key."""
+    """The unit of the layers' estimates of its increase; early outputs have no such key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target(JsonRecord):
-    """What was asked for."""
+    """Says what was asked for."""
 
     name: str
     """size | max_layer_error | max_loss_increase | threshold."""
     value: float
     """The limit that the config gives."""
     of: str | None
-    """What a size is a share of: compressible | checkpoint; null for other targets."""
+    """The whole of which a size is a share: compressible | checkpoint; null for other targets."""
     met: bool
-    """Whether what was written is within the limit."""
+    """Whether the written files are within the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialDecision(JsonRecord):
-    """Whether layers were fitted to the compressed network's inputs."""
+    """Says whether layers were fitted to the compressed network's inputs."""
 
     used: bool
-    """Whether any layer was."""
+    """Whether any layer was fitted so."""
     reason: str
-    """Why or why not, in words."""
+    """The reason for this decision, in words."""
     held_back: int
     """Calibration sequences that no layer was fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeAfter(JsonRecord):
-    """A number of the original and of the output."""
+    """Holds a number of the original and of the output."""
 
     before: int
-    """In the original."""
+    """The number in the original."""
     after: int
-    """In the output."""
+    """The number in the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size(JsonRecord):
-    """Bytes and parameters."""
+    """Holds bytes and parameters."""
 
     compressible_bytes: BeforeAfter
     """Bytes of the compressible weights."""
@@ -90,10 +90,10 @@ class Size(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricErrors(JsonRecord):
-    """A layer's errors in what its method minimises, in `unit`."""
+    """Holds a layer's errors in what its method minimises, in `unit`."""
 
     floor: float
-    """What is below this is rounding."""
+    """The numerical floor: an error below it is rounding."""
     inherited: float | None = field(default=None, metadata=ABSENT)
     """The part that no factors could have avoided; absent unless fitted sequentially."""
     optimum: float | None
@@ -110,10 +110,10 @@ class MetricErrors(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputErrors(JsonRecord):
-    """A layer's output errors relative to ||W X||_F."""
+    """Holds a layer's output errors relative to ||W X||_F."""
 
     floor: float
-    """What is below this is rounding."""
+    """The numerical floor: an error below it is rounding."""
     inputs: str
     """X: calibration | white | compressed (the inputs in the compressed network)."""
     optimum: float | None
@@ -126,42 +126,42 @@ class OutputErrors(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutErrors(JsonRecord):
-    """A layer's errors over all certification sequences, relative to ||W x|| (docs/theory.md, C3).
+    """Holds a layer's errors over all certification sequences, relative to ||W x||.
 
-    y = W x + b in the dense network, y~ = Z x~ + b~ in the compressed one.
+    See docs/theory.md, C3. y = W x + b in the dense network, y~ = Z x~ + b~ in the compressed one.
     """
 
     deployed: float
-    """||y - y~||: what the layer is off in the compressed network."""
+    """||y - y~||: the layer's error in the compressed network."""
     inherited: float
-    """||W x - W x~||: what came from the layers before."""
+    """||W x - W x~||: the error that came from the layers before."""
     new: float
-    """||W x~ + b - y~||: what the layer's own factors add."""
+    """||W x~ + b - y~||: the error that the layer's own factors add."""
     same_input: float
-    """||y - (Z x + b~)||: what its factors change on the dense network's inputs."""
+    """||y - (Z x + b~)||: the change by its factors on the dense network's inputs."""
     worst_sequence: float
     """The largest error on one certification sequence, of the kind that the certificate bounds."""
     tolerance: float
     """The largest such error on one selection sequence."""
     num_sequences: int
-    """How many certification sequences were measured."""
+    """The number of certification sequences that were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors(JsonRecord):
-    """A factorised layer's errors, from the written tensors."""
+    """Holds a factorised layer's errors, from the written tensors."""
 
     metric: MetricErrors
-    """In what the method minimises."""
+    """The errors in what the method minimises."""
     output: OutputErrors
-    """On the layer's outputs."""
+    """The errors of the layer's outputs."""
     held_out: HeldOutErrors | None = field(default=None, metadata=ABSENT)
-    """On certification data; absent where the layer was not measured on any."""
+    """The errors on certification data; absent where the layer was not measured on any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReluRank(JsonRecord):
-    """How `relu` solved one rank."""
+    """Says how `relu` solved one rank."""
 
     gap: float
     """A proven bound: the objective exceeds its least value by at most this."""
@@ -172,44 +172,46 @@ class ReluRank(JsonRecord):
     rank: int
     """The rank."""
     start: str
-    """What the polished factors began from."""
+    """The factors from which polishing began."""
     steps: int
-    """Steps that the programme took."""
+    """The number of steps that the programme took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts(JsonRecord):
-    """What became of a layer. Of a dense layer only fallback, reason and storage are there."""
+    """Says what became of a layer. A dense layer has only fallback, reason and storage."""
 
     block: int | None = field(default=None, metadata=ABSENT)
-    """Rows for an entry of the permutation, 1 without permutation; absent for a dense layer."""
+    """Rows of a row group of the permutation, 1 without permutation; absent for a dense layer."""
     correction: float | None = field(default=None, metadata=ABSENT)
     """Share of the drift that a sequential fit makes up for; absent otherwise."""
     errors: LayerErrors | None = field(default=None, metadata=ABSENT)
-    """Its errors; absent for a dense layer."""
+    """The layer's errors; absent for a dense layer."""
     fallback: bool
     """Whether the layer was meant to be factorised and could not be."""
     max_coefficient: float | None = None
-    """The largest entry of the interpolation coefficients; null without permutation, absent for a
-    dense layer."""
+    """The largest interpolation coefficient.
+
+    It is null without permutation, and absent for a dense layer.
+    """
     rank: int | None = field(default=None, metadata=ABSENT)
     """The rank; absent for a dense layer."""
     parameters: Mapping[str, Any] | None = field(default=None, metadata=ABSENT)
-    """What the layer table states of a form without a rank; absent for other layers."""
+    """The parameters in the layer table of a form without a rank; absent for other layers."""
     reason: str | None
-    """Why this storage, or why dense, in words; null where there is nothing to say."""
+    """The reason for this storage, or for staying dense, in words; null without one."""
     relu: tuple[ReluRank, ...] | None = field(default=None, metadata=ABSENT)
     """Every rank that `relu` solved; absent for other methods."""
     sequential: bool | None = field(default=None, metadata=ABSENT)
     """Whether it was fitted to the compressed network's inputs; absent where no layer was."""
     sequential_failed: bool | None = field(default=None, metadata=ABSENT)
-    """Whether that was tried and failed; absent where `sequential` is true or absent."""
+    """Whether a sequential fit failed; absent where `sequential` is true or absent."""
     sequential_reason: str | None = field(default=None, metadata=ABSENT)
-    """Why it was fitted plainly; absent where `sequential` is true or absent."""
+    """The reason for a plain fit; absent where `sequential` is true or absent."""
     storage: str
     """dense | factors | interpolative, or another form."""
     threshold: float | None = field(default=None, metadata=ABSENT)
-    """Where `nuclear` cut the singular values; absent for other methods."""
+    """The threshold at which `nuclear` cut the singular values; absent for other methods."""
     threshold_share: float | None = field(default=None, metadata=ABSENT)
     """`threshold` as a share of the largest singular value; absent for other methods."""
 
@@ -220,17 +222,17 @@ class LayerFacts(JsonRecord):
 
     @property
     def stated(self) -> dict[str, Any]:
-        """The form and its parameters, by the names of a layer table."""
+        """Returns the form and its parameters, by the names of a layer table."""
         own = {"storage": self.storage, "rank": self.rank, "block": self.block}
         return own | dict(self.parameters or {})
 
     @property
     def held_out(self) -> HeldOutErrors | None:
-        """Its errors on certification data; None where there are none."""
+        """The errors on certification data; None where there are none."""
         return None if self.errors is None else self.errors.held_out
 
     def to_json(self) -> dict[str, Any]:
-        """As JsonRecord.to_json; a dense layer has no null."""
+        """Writes the facts as JsonRecord.to_json does; a dense layer has no null."""
         found = super().to_json()
         if self.is_dense:
             del found["max_coefficient"]
@@ -239,61 +241,61 @@ class LayerFacts(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord(JsonRecord):
-    """One compressible layer."""
+    """Holds what is said of one compressible layer."""
 
     name: str
-    """Its module's name."""
+    """The name of the layer's module."""
     kind: str
-    """Its module's class."""
+    """The class of the layer's module."""
     tied_to: str | None = None
     """The layer that has the same weight; null where none has."""
     shape: tuple[int, ...]
-    """Rows and columns (m, n) of its matrix."""
+    """Rows and columns (m, n) of the layer's matrix."""
     method: str
     """The method that it was fitted with."""
     method_reason: str | None = None
-    """Why this is not the method that was asked for; null where it is."""
+    """The reason why this is not the method that was asked for; null where it is."""
     bytes_before: int
-    """Bytes of its weight in the original."""
+    """Bytes of the layer's weight in the original."""
     bytes_after: int
-    """Bytes of what stands in the weight's place, with a bias that the layer has gained."""
+    """Bytes of the tensors in the weight's place, with a bias that the layer has gained."""
     dtype: str
-    """The dtype of what is written, as torch calls it."""
+    """The dtype of the written tensors, as torch calls it."""
     facts: LayerFacts = field(metadata=INLINE)
-    """What became of it."""
+    """The outcome for the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedTensor(JsonRecord):
-    """A tensor that is not compressible."""
+    """Holds what is said of a tensor that is not compressible."""
 
     name: str
-    """Its key on the disk."""
+    """The tensor's key on the disk."""
     reason: str
-    """Why, in words."""
+    """The reason, in words."""
     bytes: int
-    """Its bytes in the original."""
+    """The tensor's bytes in the original."""
     share: float
-    """Its share of the original's bytes."""
+    """The tensor's share of the original's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnSequences(JsonRecord):
-    """The sequences that were drawn for one purpose."""
+    """Describes the sequences that were drawn for one purpose."""
 
     num_sequences: int
-    """How many."""
+    """The number of sequences."""
     num_tokens: int
     """Their tokens, or rows."""
     population: int
-    """How many there were to draw from."""
+    """The number of sequences to draw from."""
     sha256: str
     """sha256 of them all, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance(JsonRecord):
-    """Where the output comes from; hashes are sha256 in hexadecimal."""
+    """Says where the output comes from; hashes are sha256 in hexadecimal."""
 
     lrc_version: str
     """Version of lrc."""
@@ -314,22 +316,22 @@ class Provenance(JsonRecord):
     seed: int
     """runtime.seed."""
     config_sha256: str
-    """Hash of the resolved config, without what changes no number."""
+    """Hash of the resolved config, without keys that change no number."""
     config: str
     """The resolved config, YAML."""
     evaluation: tuple[Mapping[str, Any], ...] | None
-    """The config's evaluation section; null: what calibration left free."""
+    """The config's evaluation section; null: the data that calibration left free."""
     checkpoint_sha256: Mapping[str, str]
     """Hash of every file of the original, by name."""
     data_files_sha256: Mapping[str, str]
     """Hash of every data file, and of the factory's file, by name."""
     sequences: Mapping[str, DrawnSequences]
-    """What was drawn for calibration and certification."""
+    """The sequences that were drawn for calibration and certification."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(JsonRecord):
-    """A limit of the config's gates and what was measured."""
+    """Holds a limit of the config's gates and what was measured."""
 
     name: str
     """The key in `gates`."""
@@ -340,14 +342,14 @@ class Gate(JsonRecord):
     where: str | None
     """The text or the layer with that figure; null where nothing was measured."""
     met: bool
-    """Whether it is within the limit; false where nothing was measured."""
+    """Whether the figure is within the limit; false where nothing was measured."""
     reason: str | None
-    """Why nothing was measured, or what there is to add; null otherwise."""
+    """The reason why nothing was measured, or a remark; null otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(JsonRecord):
-    """report.json."""
+    """Holds all of report.json."""
 
     schema_version: int = SCHEMA_VERSION
     """The version of this form."""
@@ -358,13 +360,13 @@ class Record(JsonRecord):
     method: str
     """compression.method."""
     loss: LossRecord | None
-    """What `curvature` was taken of; null for other methods."""
+    """The loss that `curvature` was taken of; null for other methods."""
     target: Target
-    """What was asked for."""
+    """The target that was asked for."""
     allocation: str
     """compression.allocation."""
     sequential: SequentialDecision
-    """Whether layers were fitted to the compressed network's inputs."""
+    """The decision whether layers are fitted to the compressed network's inputs."""
     size: Size
     """Bytes and parameters."""
     quality: tuple[QualityRow, ...]
@@ -376,9 +378,9 @@ class Record(JsonRecord):
     copies: Mapping[str, str] = field(default_factory=dict)
     """Keys of copies that the original holds of tied tensors -> the key that was kept."""
     fused: Mapping[str, Fused] = field(default_factory=dict)
-    """How tensors that hold all experts' matrices were taken apart, by key."""
+    """The way in which tensors that hold all experts' matrices were taken apart, by key."""
     certificate: Certificate | NoCertificate = field(metadata={"read": read_certificate})
-    """What holds at a confidence."""
+    """The statements that hold at a confidence."""
     worst_case: WorstCase | None = None
     """The worst-case bound; null for networks that have none."""
     timing: Mapping[str, float]
@@ -407,10 +409,13 @@ class Record(JsonRecord):
 
 
 def parse_record(value: Any) -> Record:
-    """report.json from its parsed JSON; raises InputError as `JsonRecord.from_json`."""
+    """Returns report.json from its parsed JSON; raises InputError as `JsonRecord.from_json`."""
     return Record.from_json(value, REPORT)
 
 
 def read_record(directory: Path) -> Record:
-    """report.json of an output directory; raises InputError as `JsonRecord.from_json`."""
+    """Returns report.json of an output directory.
+
+    Raises InputError as `JsonRecord.from_json` does.
+    """
     return parse_record(read_json(directory / REPORT))

@@ -1,4 +1,4 @@
-"""The tables of the card and of the page, as plain text."""
+"""The tables of the card and of the page are made here, as plain text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from lrc_cli.text import (
 )
 
 Column = tuple[str, str, Callable[[Any], str]]
-"""Heading, "l" or "r" for the alignment, and what a row's cell says."""
+"""The heading, "l" or "r" for the alignment, and a function from a row to its cell's text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Plain text in rows and columns; whoever renders it escapes it."""
+    """Holds plain text in rows and columns; a renderer escapes it."""
 
     head: tuple[str, ...]
     """Headings, one per column."""
@@ -39,7 +39,7 @@ class Table:
 
 
 def make_table(columns: Sequence[Column], items: Iterable[Any]) -> Table:
-    """One row per item; a column in which no row has anything to say is left out."""
+    """Returns one row per item; a column in which no row has anything to say is left out."""
     items = list(items)
     cells = [[text(item) for item in items] for _, _, text in columns]
     kept = [i for i, column in enumerate(cells) if any(cell != EMPTY for cell in column)]
@@ -51,7 +51,7 @@ def make_table(columns: Sequence[Column], items: Iterable[Any]) -> Table:
 
 
 def size_table(record: Record) -> Table:
-    """Bytes and parameters before and after, with the names of the three ratios."""
+    """Returns bytes and parameters before and after, with the names of the three ratios."""
     size = record.size
     rows = [
         ("compressible weights, bytes", size.compressible_bytes, "kept_compressible"),
@@ -69,7 +69,7 @@ def size_table(record: Record) -> Table:
 
 
 def quality_table(record: Record) -> Table:
-    """One row per evaluation text."""
+    """Returns one row per evaluation text."""
     columns: list[Column] = [
         ("text", "l", lambda row: row.text),
         ("perplexity before", "r", lambda row: perplexity(row.scores.perplexity_before)),
@@ -85,7 +85,7 @@ def quality_table(record: Record) -> Table:
 
 
 def gates_table(record: Record) -> Table:
-    """One row per gate."""
+    """Returns one row per gate."""
     columns: list[Column] = [
         ("gate", "l", lambda gate: gate.name),
         ("limit", "r", lambda gate: f"{gate.limit:g}"),
@@ -103,7 +103,7 @@ def _drawn(row: QualityRow) -> str:
 
 
 def layer_table(record: Record) -> Table:
-    """One row per compressible layer, in the network's order."""
+    """Returns one row per compressible layer, in the network's order."""
 
     def error(layer: LayerRecord, kind: str, of: str) -> str:
         if layer.facts.errors is None:
@@ -141,7 +141,7 @@ def layer_table(record: Record) -> Table:
 
 
 def held_out_table(record: Record) -> Table:
-    """One row per layer that was measured on certification data; see `held_out_note`."""
+    """Returns one row per layer that was measured on certification data; see `held_out_note`."""
 
     def error(kind: str) -> Callable[[Any], str]:
         return lambda layer: small(getattr(layer.facts.held_out, kind))
@@ -160,7 +160,7 @@ def held_out_table(record: Record) -> Table:
 
 
 def certificate_table(record: Record) -> Table:
-    """One row per statement of the certificate."""
+    """Returns one row per statement of the certificate."""
 
     def bound(statement: Statement) -> str:
         if statement.bound is None:
@@ -181,17 +181,17 @@ def certificate_table(record: Record) -> Table:
 
 
 def left_dense_table(layers: Iterable[LayerRecord]) -> Table:
-    """Layers that are dense by choice, counted by reason."""
+    """Returns layers that are dense by choice, counted by reason."""
     return _reasons_table([(x.facts.reason or "", x.bytes_after, None) for x in layers], "layers")
 
 
 def skipped_table(skipped: Iterable[SkippedTensor]) -> Table:
-    """Tensors that are not compressible, counted by reason."""
+    """Returns tensors that are not compressible, counted by reason."""
     return _reasons_table([(x.reason, x.bytes, x.share) for x in skipped], "tensors")
 
 
 def _reasons_table(items: Sequence[tuple[str, int, float | None]], what: str) -> Table:
-    """One row per reason.
+    """Returns one row per reason.
 
     Args:
         items: reason, bytes, and share of the checkpoint if it is known.
@@ -215,7 +215,7 @@ def _sum_or_none(values: Iterable[float | None]) -> float | None:
 
 
 def provenance_table(record: Record) -> Table:
-    """Versions, hardware, seed, hashes and the data that were drawn."""
+    """Returns versions, hardware, seed, hashes and the data that were drawn."""
     facts, sequential = record.provenance, record.sequential
     device = " ".join(filter(None, (facts.device, facts.device_name)))
     pairs = [

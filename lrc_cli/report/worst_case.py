@@ -1,11 +1,11 @@
-"""The worst-case bound of plain feed-forward networks, in words."""
+"""The worst-case bound of plain feed-forward networks is put into words here."""
 
 from lrc_cli.report.record import Record
 from lrc_cli.text import count, small
 
 
 def worst_case_note(record: Record) -> str:
-    """One labelled sentence; empty for networks that have no such bound."""
+    """Returns one labelled sentence; empty for networks that have no such bound."""
     found = record.worst_case
     if found is None:
         return ""

@@ -40,6 +40,8 @@ CLEAN = (
     "lrc_cli/commands",
     "lrc_cli/engine",
     "lrc_cli/forms",
+    "lrc_cli/quality",
+    "lrc_cli/report",
     "lrc_cli/verify",
     "scripts",
     "tests/config",
