@@ -77,7 +77,7 @@ class DistributedFiles:
         self._kept: dict[str, torch.Tensor] = {}
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor `key` on the CPU.
+        """Returns the whole tensor `key` on the CPU.
 
         Raises:
             InputError: the tensor's shards cannot be read.

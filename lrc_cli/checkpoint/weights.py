@@ -92,7 +92,7 @@ def open_weights(path: Path) -> Weights:
 
 
 def check_dense(weights: Weights) -> None:
-    """Raise InputError where a weight is quantised, by other tools than lrc."""
+    """Raises InputError where another tool than lrc has quantised a weight."""
     for key, info in weights.tensors.items():
         _check_dense(key, info)
 

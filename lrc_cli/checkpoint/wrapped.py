@@ -45,7 +45,7 @@ def find_state(tree: Mapping[Any, Any], leaf: type[T], where: Path) -> dict[str,
             f"{where}: holds several state dicts ({names})"
             if found
             else f"{where}: holds no state dict, only {kinds[:200] or 'nothing'}",
-            "save the one to compress by itself: torch.save(model.state_dict(), FILE)",
+            "save only the state dict to compress: torch.save(model.state_dict(), FILE)",
         )
     return without_prefixes(next(iter(found.values())))
 

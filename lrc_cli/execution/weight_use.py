@@ -32,7 +32,7 @@ HOLDERS = (dict, list, set, OrderedDict, defaultdict)
 """Kinds of attributes in which a module may keep something."""
 OTHER = "computes something else than a product with its weight"
 READ = "the network reads its weight past the layer"
-CALLED = "it is called with something beside its input, or with that by name"
+CALLED = "it is called with more than its input, or with its input by name"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "numbers": (saved({"epoch": 3}), r"holds no state dict, only 'epoch' \(int\)"),
     "two": (
         saved({"model": STATE, "ema": STATE}),
-        r"several state dicts \('model', 'ema'\); save the one to compress by itself",
+        r"several state dicts \('model', 'ema'\); save only the state dict to compress",
     ),
     "sparse": (saved({"weight": torch.eye(4).to_sparse()}), "weight is not a plain dense tensor"),
     "float8": (saved({"weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}), "float8.*dequantise"),
