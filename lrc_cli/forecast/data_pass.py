@@ -17,7 +17,7 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics import sweep
 from lrc_cli.job.statistics.collect import Parts, StatisticsStage, is_measured, prepare
-from lrc_cli.job.statistics.sweep import Job
+from lrc_cli.job.statistics.sweep import Measurement
 from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
 from lrc_cli.runtime.memory import PrivateMemory
 
@@ -32,14 +32,14 @@ def run_statistics(probe: Probe) -> None:
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
         probe.whole = None if chain.names else NO_CHAIN
         return
-    job, parts = prepare(plan, probe.work, probe.quiet, measured)
-    probe.whole = None if job.chain.names else parts.cut.reason
-    hidden = hidden_output(job.chain.shape)  # the shapes are for one sequence
+    measurement, parts = prepare(plan, probe.work, probe.quiet, measured)
+    probe.whole = None if measurement.chain.names else parts.cut.reason
+    hidden = hidden_output(measurement.chain.shape)  # the shapes are for one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
     if not probe.missing(STATISTICS):
         return
     with PrivateMemory(plan.device) as memory:
-        ran = _Pass(probe, job)
+        ran = _Pass(probe, measurement)
         ran.run(parts)
     probe.share = ran.share
     probe.pieces += ran.pieces()
@@ -55,15 +55,15 @@ def run_statistics(probe: Probe) -> None:
 class _Pass:
     """A pass over a few micro-batches, and what it says of the whole pass."""
 
-    def __init__(self, probe: Probe, job: Job) -> None:
-        self.probe, self.whole, self.work = probe, job, probe.work
-        self.kinds = kinds_of(probe.plan, job.segments)
+    def __init__(self, probe: Probe, measurement: Measurement) -> None:
+        self.probe, self.whole, self.work = probe, measurement, probe.work
+        self.kinds = kinds_of(probe.plan, measurement.segments)
         self.few = replace(
-            job,
-            segments=representatives(job.segments, self.kinds),
-            batches=job.batches[:NUM_BATCHES],
+            measurement,
+            segments=representatives(measurement.segments, self.kinds),
+            batches=measurement.batches[:NUM_BATCHES],
         )
-        self.share = len(job.batches) / len(self.few.batches)
+        self.share = len(measurement.batches) / len(self.few.batches)
         self.steps: dict[tuple[str, bool], float] = {}
         """{(segment, whether it ran backwards): seconds of one micro-batch}."""
         self.storing: list[float] = []
@@ -75,8 +75,8 @@ class _Pass:
         stage = StatisticsStage(plan, self.work, lambda _: (self.few, parts), store_every=0.0)
         timed = Timed(stage, list(plan.units), plan.device)
         run_stage(timed, self.probe.quiet)
-        way = sweep.way_of(self.few, lambda _: False, lambda *_: False)
-        order = [*((i, False) for i in way.forward), *((i, True) for i in way.backward)]
+        remaining = sweep.what_remains(self.few, lambda _: False, lambda *_: False)
+        order = [*((i, False) for i in remaining.forward), *((i, True) for i in remaining.backward)]
         each = len(self.few.batches)
         for place, (number, back) in enumerate(order):
             name = self.few.segments[number].name

@@ -25,7 +25,7 @@ from torch import Tensor
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import make_network
 from lrc_cli.execution.segments import find_cut
-from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.statistics.sweep import Measurement, Sweep
 from lrc_cli.job.work import WorkDirectory
 from lrc_cli.runtime.join import joined
 from lrc_cli.runtime.processes import Processes
@@ -89,7 +89,7 @@ def measure(environment: dict[str, str], path: str, root: str, center: bool, to:
     cut = find_cut(network, layers, graded, next(given.batches(1)))
     found: dict[str, Tensor] = {}
     with joined() as processes, WorkDirectory(Path(root), {}, processes) as work:
-        job = Job(
+        measurement = Measurement(
             network=network,
             chain=cut.chain,
             segments=cut.segments,
@@ -100,7 +100,7 @@ def measure(environment: dict[str, str], path: str, root: str, center: bool, to:
             seed=0,
             center=center,
         )
-        for _, moments in Sweep(job, work, finished=lambda _: False).run(lambda _: None):
+        for _, moments in Sweep(measurement, work, finished=lambda _: False).run(lambda _: None):
             moments.sum_to({layer.name: processes.size - 1 for layer in layers}, processes)
             for kind, sums in (("gram", moments.grams), ("fisher", moments.fishers)):
                 found.update({f"{kind} {name}": gram.mean() for name, gram in sums.items()})

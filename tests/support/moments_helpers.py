@@ -17,7 +17,7 @@ from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.segments import find_cut
 from lrc_cli.job.statistics import moments
-from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.statistics.sweep import Measurement, Sweep
 from lrc_cli.job.work import PASSING, WorkDirectory
 from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.layer import Layer
@@ -69,7 +69,7 @@ def measured(
     chain, segments = cut.chain, cut.segments
     if whole:
         chain, segments = Chain(), [Segment(name=WHOLE, layers=layers)]
-    job = Job(
+    measurement = Measurement(
         network=network,
         chain=chain,
         segments=segments,
@@ -83,7 +83,7 @@ def measured(
     found: dict[str, moments.Moments] = {}
 
     with TemporaryDirectory() as root, WorkDirectory(Path(root), {}) as work:
-        sweep = Sweep(job, work, finished=lambda s: s.name in found)
+        sweep = Sweep(measurement, work, finished=lambda s: s.name in found)
         for segment, measured in sweep.run(lambda _: None):
             found[segment.name] = measured
         left = [file for stage in PASSING for file in (Path(root) / stage).rglob("*.safetensors")]

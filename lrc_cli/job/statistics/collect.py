@@ -16,7 +16,7 @@ from lrc_cli.execution.segments import Cut, find_cut
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.statistics.moments import Moments
-from lrc_cli.job.statistics.sweep import Job, Sweep
+from lrc_cli.job.statistics.sweep import Measurement, Sweep
 from lrc_cli.job.work import (
     PARTS,
     PASSING,
@@ -33,7 +33,7 @@ from lrc_cli.runtime.spill import HostMemory
 MICRO_BATCH_TOKENS = 2048
 
 
-Prepare = Callable[[Sequence[Layer]], tuple[Job, "Parts"]]
+Prepare = Callable[[Sequence[Layer]], tuple[Measurement, "Parts"]]
 """Returns the pass that measures some layers, and the object that cuts its outcome by unit."""
 
 
@@ -88,10 +88,10 @@ class StatisticsStage(Stage[Part]):
         others = [unit for unit in units if unit not in measured and self.plan.owns(unit)]
         if not layers:
             return Task(cost=0.0, solve=lambda _: _unmeasured(others))
-        job, parts = self.prepare(layers)
+        measurement, parts = self.prepare(layers)
         memory = HostMemory(self.plan.config.runtime.memory_bytes, self.work.root)
         sweep = Sweep(
-            job,
+            measurement,
             self.work,
             finished=parts.has,
             keep=memory.keep,
@@ -135,7 +135,7 @@ def is_measured(plan: Plan, layer: Layer) -> bool:
 
 def prepare(
     plan: Plan, work: WorkDirectory, progress: Progress, layers: Sequence[Layer]
-) -> tuple[Job, "Parts"]:
+) -> tuple[Measurement, "Parts"]:
     """Returns the pass that measures `layers`, and the object that cuts its outcome by unit."""
     graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
@@ -143,7 +143,7 @@ def prepare(
     cut = find_cut(plan.network, layers, graded, next(sequences.batches(1)))
     if not cut.chain.names:
         progress.note(f"the network runs whole, not block by block: {cut.reason}")
-    job = Job(
+    measurement = Measurement(
         network=plan.network,
         chain=cut.chain,
         segments=cut.segments,
@@ -154,7 +154,7 @@ def prepare(
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    return job, Parts(plan, work, cut, loss)
+    return measurement, Parts(plan, work, cut, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:

@@ -50,8 +50,8 @@ BACKWARD_COST = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to measure, on what."""
+class Measurement:
+    """What a pass measures, and on which data."""
 
     network: Network
     chain: Chain
@@ -69,7 +69,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Remaining:
     """What a pass has left to do, as numbers of segments."""
 
     unfinished: Collection[int]
@@ -80,40 +80,46 @@ class Way:
     """Segments to run again with gradients and backwards, last to first."""
 
 
-def first_graded(job: Job) -> int:
+def first_graded(measurement: Measurement) -> int:
     """Returns the number of the first segment that is measured backwards.
 
     The result is the number of all segments where no segment is measured backwards.
     """
-    graded = (i for i, segment in enumerate(job.segments) if graded_layers(job, segment))
-    return min(graded, default=len(job.segments))
+    graded = (
+        i for i, segment in enumerate(measurement.segments) if graded_layers(measurement, segment)
+    )
+    return min(graded, default=len(measurement.segments))
 
 
-def graded_layers(job: Job, segment: Segment) -> list[Layer]:
+def graded_layers(measurement: Measurement, segment: Segment) -> list[Layer]:
     """Returns the segment's layers whose output gradients are measured."""
-    return [layer for layer in segment.layers if layer.name in job.graded]
+    return [layer for layer in segment.layers if layer.name in measurement.graded]
 
 
-def way_of(
-    job: Job, finished: Callable[[Segment], bool], has: Callable[[str, Segment], bool]
-) -> Way:
+def what_remains(
+    measurement: Measurement,
+    finished: Callable[[Segment], bool],
+    has: Callable[[str, Segment], bool],
+) -> Remaining:
     """Returns what is left of a pass.
 
     Args:
         finished: tells whether a segment was measured before.
         has: tells whether an earlier run has stored the INPUTS or GRADIENTS of a segment.
     """
-    segments = enumerate(job.segments)
+    segments = enumerate(measurement.segments)
     unfinished = {i for i, x in segments if x.layers and not finished(x)}
-    return Way(
+    return Remaining(
         unfinished=unfinished,
-        forward=_forward(job, unfinished, has),
-        backward=_backward(job, unfinished, has),
+        forward=_to_run_forward(measurement, unfinished, has),
+        backward=_to_run_backward(measurement, unfinished, has),
     )
 
 
-def _forward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment], bool]) -> range:
-    segments, first = job.segments, first_graded(job)
+def _to_run_forward(
+    measurement: Measurement, unfinished: Collection[int], has: Callable[[str, Segment], bool]
+) -> range:
+    segments, first = measurement.segments, first_graded(measurement)
     if any(has(GRADIENTS, segment) for segment in segments):
         return range(0)
     end = len(segments) - 1
@@ -124,9 +130,11 @@ def _forward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment]
     return range(max(known, default=0), end)
 
 
-def _backward(job: Job, unfinished: Collection[int], has: Callable[[str, Segment], bool]) -> range:
+def _to_run_backward(
+    measurement: Measurement, unfinished: Collection[int], has: Callable[[str, Segment], bool]
+) -> range:
     """Returns the numbers of the segments that run backwards, last to first."""
-    segments, first = job.segments, first_graded(job)
+    segments, first = measurement.segments, first_graded(measurement)
     start = max((i for i in unfinished if i >= first), default=first - 1)
     # A segment without a layer to measure leaves nothing but its gradient.
     while first <= start < len(segments) - 1 and not has(GRADIENTS, segments[start + 1]):
@@ -145,14 +153,14 @@ class Sweep:
 
     def __init__(
         self,
-        job: Job,
+        measurement: Measurement,
         work: WorkDirectory,
         *,
         finished: Callable[[Segment], bool],
         keep: Keep = torch.Tensor.detach,
         store_every: float | None = None,
     ) -> None:
-        self.job, self.work, self.keep = job, work, keep
+        self.measurement, self.work, self.keep = measurement, work, keep
         self.store_every = STORE_EVERY if store_every is None else store_every
         self.gradients: dict[int, Tensors] = {}
         """{micro-batch: gradients by the input of the segment that ran backwards last}."""
@@ -160,17 +168,21 @@ class Sweep:
         """The time when the last state to go on from was stored."""
         self._passed: list[tuple[str, Segment]] = []
         """Stored states that a next run needs only until a later state is stored."""
-        masking = torch.Generator().manual_seed(job.seed)
+        masking = torch.Generator().manual_seed(measurement.seed)
         prepared = [
-            (batch, None) if job.loss is None else prepare(job.loss, batch, masking)
-            for batch in job.batches
+            (batch, None) if measurement.loss is None else prepare(measurement.loss, batch, masking)
+            for batch in measurement.batches
         ]
         self.labels = [labels for _, labels in prepared]
-        self.walk = Walk(job.network, job.chain, [batch for batch, _ in prepared], keep)
+        self.walk = Walk(
+            measurement.network, measurement.chain, [batch for batch, _ in prepared], keep
+        )
         self.own = work.processes.share(len(prepared))
         """Numbers of the micro-batches that this process runs."""
-        self.first_graded = first_graded(job)
-        self.way = work.processes.from_first(lambda: way_of(job, finished, self._has))
+        self.first_graded = first_graded(measurement)
+        self.remaining = work.processes.from_first(
+            lambda: what_remains(measurement, finished, self._has)
+        )
 
     def _has(self, stage: str, segment: Segment) -> bool:
         stage = f"{stage}/{segment.name}"
@@ -192,15 +204,15 @@ class Sweep:
     @property
     def cost(self) -> float:
         """The cost of what is left to do, in the unit of `advance`."""
-        forward = sum(self._cost(i) for i in self.way.forward)
-        return forward + BACKWARD_COST * sum(self._cost(i) for i in self.way.backward)
+        forward = sum(self._cost(i) for i in self.remaining.forward)
+        return forward + BACKWARD_COST * sum(self._cost(i) for i in self.remaining.backward)
 
     def _cost(self, number: int) -> float:
         """Returns the cost of a segment's forward run over all data: multiplications per token."""
-        name, module = self.job.segments[number].name, self.job.network.module
-        if name in self.job.chain.names:
+        name, module = self.measurement.segments[number].name, self.measurement.network.module
+        if name in self.measurement.chain.names:
             return float(_num_parameters(module.get_submodule(name)))
-        blocks = sum(_num_parameters(module.get_submodule(x)) for x in self.job.chain.names)
+        blocks = sum(_num_parameters(module.get_submodule(x)) for x in self.measurement.chain.names)
         return float(_num_parameters(module) - blocks) if name != HEAD else 1.0
 
     def run(self, advance: Callable[[float], None]) -> Measured:
@@ -216,38 +228,44 @@ class Sweep:
         Raises:
             RunError: an activation or a gradient is NaN or infinite, or the disk is full.
         """
-        if self.job.chain.names and (not self.way.forward or self.way.forward.start):
-            self._enter()
+        if self.measurement.chain.names and (
+            not self.remaining.forward or self.remaining.forward.start
+        ):
+            self._catch_up()
         with Background(self.work) as aside:
-            for number in self.way.forward:
-                yield from self._walk(number, aside, advance)
+            for number in self.remaining.forward:
+                yield from self._run_forward(number, aside, advance)
             self.walk.hidden.clear()
-            for number in self.way.backward:
-                yield from self._return(number, aside, advance)
+            for number in self.remaining.backward:
+                yield from self._run_backward(number, aside, advance)
 
-    def _enter(self) -> None:
+    def _catch_up(self) -> None:
         """Brings the walk to where an earlier run has come."""
         for index in self.own:
-            self.walk.run(self.job.segments[0], index)
-            if self.way.forward:
+            self.walk.run(self.measurement.segments[0], index)
+            if self.remaining.forward:
                 self.walk.hidden[index] = self._input(
-                    self.job.segments[self.way.forward.start], index
+                    self.measurement.segments[self.remaining.forward.start], index
                 )
 
     def _input(self, segment: Segment, index: int) -> torch.Tensor:
         return self.work.get(f"{INPUTS}/{segment.name}", str(index))[0]["hidden"]
 
-    def _walk(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
+    def _run_forward(
+        self, number: int, aside: Background, advance: Callable[[float], None]
+    ) -> Measured:
         """Runs a segment forwards, and measures it unless the way back will."""
-        segments, is_before = self.job.segments, number < self.first_graded
+        segments, is_before = self.measurement.segments, number < self.first_graded
         segment, following = segments[number], segments[number + 1 : number + 2]
-        measures = is_before and number in self.way.unfinished
+        measures = is_before and number in self.remaining.unfinished
         returns = number + 1 >= self.first_graded
-        stores = returns or (number + 1 in self.way.forward and self._is_due())
+        stores = returns or (number + 1 in self.remaining.forward and self._is_due())
         moments = self._moments(segment)
         for index in self.own:
             masks = masks_of(self.walk.batches[index])
-            with moments.watching(self.job.network, segment.layers if measures else [], masks):
+            with moments.watching(
+                self.measurement.network, segment.layers if measures else [], masks
+            ):
                 output = self.walk.run(segment, index)
             if following:
                 _check_output(segment, output, masks)
@@ -265,9 +283,11 @@ class Sweep:
             if stores:
                 self._forget_passed()
 
-    def _return(self, number: int, aside: Background, advance: Callable[[float], None]) -> Measured:
+    def _run_backward(
+        self, number: int, aside: Background, advance: Callable[[float], None]
+    ) -> Measured:
         """Runs a segment again with gradients, then backwards, and measures it."""
-        segments, first = self.job.segments, self.first_graded
+        segments, first = self.measurement.segments, self.first_graded
         segment, above = segments[number], segments[number + 1 : number + 2]
         moments = self._moments(segment)
         stores = number > first and self._is_due()
@@ -275,12 +295,12 @@ class Sweep:
             hidden: torch.Tensor | None = None
             gradients = self.gradients.pop(index, None)
             if segment.name not in (HEAD, WHOLE):
-                hidden = self._input(segment, index).to(self.job.network.device, copy=True)
+                hidden = self._input(segment, index).to(self.measurement.network.device, copy=True)
                 hidden.requires_grad_(number > first)
             if gradients is None:  # an earlier run has come here
                 stages = [f"{GRADIENTS}/{follower.name}" for follower in above]
                 gradients = self.work.get(stages[0], str(index))[0] if stages else {}
-            below = self._back(number, index, hidden, moments, gradients)
+            below = self._backward_of_batch(number, index, hidden, moments, gradients)
             if number > first:
                 self.gradients[index] = {probe: self.keep(x) for probe, x in below.items()}
             if stores:
@@ -288,7 +308,7 @@ class Sweep:
                 aside.put(stage, str(index), self.gradients[index], {})
             advance(BACKWARD_COST * self._cost(number) / len(self.own))
         aside.flush()
-        if number in self.way.unfinished:
+        if number in self.remaining.unfinished:
             yield segment, moments
         # Inputs are deleted once every process has stored the segment: a next run needs them.
         self.work.processes.wait()
@@ -296,7 +316,7 @@ class Sweep:
         if stores or number == first:
             self._forget_passed()
 
-    def _back(
+    def _backward_of_batch(
         self,
         number: int,
         index: int,
@@ -305,8 +325,9 @@ class Sweep:
         above: Tensors,
     ) -> Tensors:
         """Takes one micro-batch's gradients, by probe, from the segment's output to `hidden`."""
-        loss, network, segment = self.job.loss, self.job.network, self.job.segments[number]
-        layers = segment.layers if number in self.way.unfinished else []
+        loss, network = self.measurement.loss, self.measurement.network
+        segment = self.measurement.segments[number]
+        layers = segment.layers if number in self.remaining.unfinished else []
         below: Tensors = {}
         assert loss is not None
         masks = masks_of(self.walk.batches[index])
@@ -333,20 +354,20 @@ class Sweep:
         self, segment: Segment, index: int, output: Any, above: Tensors
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yields where each probe's backward pass begins, with the gradient there."""
-        assert self.job.loss is not None
+        assert self.measurement.loss is not None
         if segment.name in (TAIL, WHOLE):
             masks, labels = masks_of(self.walk.batches[index]), self.labels[index]
-            generator = drawing(self.job.seed, index)
-            for scalar in backward_scalars(self.job.loss, output, labels, generator, masks):
+            generator = drawing(self.measurement.seed, index)
+            for scalar in backward_scalars(self.measurement.loss, output, labels, generator, masks):
                 yield scalar, torch.ones_like(scalar)
             return
-        for probe in range(num_scalars(self.job.loss)):
+        for probe in range(num_scalars(self.measurement.loss)):
             gradient = above.get(str(probe))
             yield output, None if gradient is None else gradient.to(output.device, copy=True)
 
     def _moments(self, segment: Segment) -> Moments:
-        graded, device = graded_layers(self.job, segment), self.job.network.device
-        return Moments(self.job.leaders, graded, device, center=self.job.center)
+        graded, device = graded_layers(self.measurement, segment), self.measurement.network.device
+        return Moments(self.measurement.leaders, graded, device, center=self.measurement.center)
 
 
 def _num_parameters(module: torch.nn.Module) -> int:
