@@ -132,7 +132,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         decision = decide(plan, probe.work, granted)
         if decision.used:
             factors = run_sequential(probe, plan, granted, decision, kinds)
-            _add_streams(probe, granted_share(plan, granted) * plan.compressible_bytes)
+            _add_both_networks(probe, granted_share(plan, granted) * plan.compressible_bytes)
         else:
             factors = probe.run_factors(plan, granted, kinds)
         # The time of all measurements after the factors does not depend on the size.
@@ -191,7 +191,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     }
 
 
-def _add_streams(probe: Probe, factor_bytes: float) -> None:
+def _add_both_networks(probe: Probe, factor_bytes: float) -> None:
     """Adds what sequential fitting holds: both networks' hidden states, and all factors in files.
 
     Hidden states stay in memory up to the limit.

@@ -15,7 +15,7 @@ from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import counts_of
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.job.factors.stored import read_facts
-from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.output.certify import selection_of
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import WorkDirectory
@@ -69,8 +69,8 @@ class _Comparison:
         chain = find_chain(plan.network, batch)
         segments = segments_of(plan.network, chain, plan.layers, batch)
         clock = Clock(plan.device)
-        streams = Streams(plan, chain, [batch])
-        self.after = streams.compressed.network
+        networks = TwoNetworks(plan, chain, [batch])
+        self.after = networks.compressed.network
         self.after(batch)
         clock.tick()
         self.opening = clock.steps[0]
@@ -80,7 +80,7 @@ class _Comparison:
             tensors, _ = work.get(plan.factors_stage, unit)
             facts = read_facts(work, plan.factors_stage, unit)
             for layer in plan.units[unit]:
-                streams.install(layer, tensors, facts[layer.name])
+                networks.install(layer, tensors, facts[layer.name])
             solved |= set(facts)
             self.factorised += [x for x in plan.units[unit] if not facts[x.name].is_dense]
         self.counts = counts_of(plan, segments, solved)

@@ -18,7 +18,7 @@ from lrc_cli.forecast.probe import Probe, on_few_sequences
 from lrc_cli.job.factors.decide_sequential import Decision
 from lrc_cli.job.factors.plain import PHASE
 from lrc_cli.job.factors.sequential import SequentialStage
-from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.work import WorkDirectory
@@ -50,46 +50,46 @@ def run_sequential(
     missing = [unit for unit in plan.units if not probe.has(plan.factors_stage, unit)]
     left = len(missing) / len(plan.units)
     pieces = list[Piece]()
-    for name, walking in stage.walking.items():
+    for name, walking in stage.walking_seconds.items():
         # The way is as long as the data, and there are as many solves as missing units.
         times = counts[name] if missing else 0
-        solving = stage.whole[name] - walking
+        solving = stage.segment_seconds[name] - walking
         pieces.append(Piece(phase=PHASE, seconds=walking, times=times * share))
         pieces.append(Piece(phase=PHASE, seconds=solving, times=counts[name] * left))
     return pieces
 
 
-class _TimedStreams(Streams):
+class _TimedNetworks(TwoNetworks):
     """Both networks, with the seconds of each segment and of the solves between its layers."""
 
     def __init__(self, plan: Plan, *given: Any) -> None:
         super().__init__(plan, *given)
         self.clock = Clock(plan.device)
-        self.walking: dict[str, float] = {}
+        self.walking_seconds: dict[str, float] = {}
         """{segment: seconds of both networks}."""
-        self.whole: dict[str, float] = {}
+        self.segment_seconds: dict[str, float] = {}
         """{segment: seconds until both networks have passed it, solves included}."""
 
     @contextmanager
     def _walks(self, segment: Segment) -> Iterator[None]:
         began = self.clock.now()
         yield
-        before = self.walking.get(segment.name, 0.0)
-        self.walking[segment.name] = before + self.clock.now() - began
+        before = self.walking_seconds.get(segment.name, 0.0)
+        self.walking_seconds[segment.name] = before + self.clock.now() - began
 
     def drift(
         self, segment: Segment, layer: Layer, step: Callable[[], None]
     ) -> tuple[Drift, Drift | None] | None:
-        """See Streams."""
+        """See TwoNetworks."""
         with self._walks(segment):
             return super().drift(segment, layer, step)
 
     def advance(self, segment: Segment) -> None:
-        """See Streams."""
+        """See TwoNetworks."""
         with self._walks(segment):
             super().advance(segment)
         self.clock.tick()
-        self.whole[segment.name] = self.clock.steps[-1]
+        self.segment_seconds[segment.name] = self.clock.steps[-1]
 
 
 class _OnFewSegments(SequentialStage):
@@ -99,7 +99,7 @@ class _OnFewSegments(SequentialStage):
         only: the names of the segments to pass.
     """
 
-    networks = _TimedStreams
+    networks_type = _TimedNetworks
 
     def __init__(
         self,
@@ -111,16 +111,17 @@ class _OnFewSegments(SequentialStage):
     ) -> None:
         super().__init__(plan, work, granted, excluded)
         self.only = only
-        self.walking: dict[str, float] = {}
-        self.whole: dict[str, float] = {}
+        self.walking_seconds: dict[str, float] = {}
+        self.segment_seconds: dict[str, float] = {}
 
     def segments(self, chain: Chain) -> list[Segment]:
         """See SequentialStage."""
         return [segment for segment in super().segments(chain) if segment.name in self.only]
 
-    def streams(self, chain: Chain) -> Streams:
+    def open_networks(self, chain: Chain) -> TwoNetworks:
         """See SequentialStage."""
-        streams = super().streams(chain)
-        assert isinstance(streams, _TimedStreams)
-        self.walking, self.whole = streams.walking, streams.whole
-        return streams
+        networks = super().open_networks(chain)
+        assert isinstance(networks, _TimedNetworks)
+        self.walking_seconds = networks.walking_seconds
+        self.segment_seconds = networks.segment_seconds
+        return networks

@@ -14,7 +14,7 @@ from sequential_helpers import (
 )
 
 from lrc_cli.errors import RunError
-from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.factors.two_networks import TwoNetworks
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     """The run stops inside a block, inside the next block, and before the final pooler."""
     changes, expected = undisturbed(name)
-    install, done = Streams.install, []
+    install, done = TwoNetworks.install, []
 
     def stopping(*arguments: Any) -> None:
         if len(done) == moment:
@@ -55,11 +55,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         done.append(arguments[1].name)
         install(*arguments)
 
-    monkeypatch.setattr(Streams, "install", stopping)
+    monkeypatch.setattr(TwoNetworks, "install", stopping)
     config = pico.job(tmp_path, changes)
     ended = pico.call("compress", config, "-q")
     assert ended.code == 1 and "stopped by the test" in ended.err
-    monkeypatch.setattr(Streams, "install", install)
+    monkeypatch.setattr(TwoNetworks, "install", install)
     stored = {f: f.stat().st_mtime_ns for f in tmp_path.glob(".lrc-work/*/factors/*/*.safetensors")}
     assert len(stored) == units
     assert pico.call("compress", config, "-q").code == 0

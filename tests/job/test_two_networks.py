@@ -10,7 +10,7 @@ import torch
 from lrc_cli.config import load_config
 from lrc_cli.execution.chain import find_chain
 from lrc_cli.job.factors import sequential as fitting
-from lrc_cli.job.factors.two_networks import DriftSum, Streams
+from lrc_cli.job.factors.two_networks import DriftSum, TwoNetworks
 from lrc_cli.job.plan import make_plan
 from lrc_cli.network.low_rank.modules import LowRankModule
 from lrc_cli.network.low_rank.stored import stored_layers
@@ -71,16 +71,16 @@ def test_the_second_network_holds_low_rank_layers(tmp_path: Path, sequential_job
     config = load_config(pico.job(tmp_path, sequential_job("llama", sequential=True)))
     plan = make_plan(config)
     batches = list(plan.sequences["calibration"].batches(4))
-    streams = Streams(plan, find_chain(plan.network, batches[0]), batches)
+    networks = TwoNetworks(plan, find_chain(plan.network, batches[0]), batches)
     layer = plan.layers[0]
     weight = layer.weight(plan.source)
     tensors = {layer.keys.weight: weight[:8], layer.keys.key("up.weight"): weight[:, :8]}
-    streams.install(layer, tensors, _facts("factors"))
-    modules = streams.compressed.network.module
+    networks.install(layer, tensors, _facts("factors"))
+    modules = networks.compressed.network.module
     assert isinstance(modules.get_submodule(layer.name), LowRankModule)
     assert not any(isinstance(m, LowRankModule) for m in plan.network.module.modules())
     other = plan.layers[1]
-    streams.install(other, {layer.keys.weight: weight[:8]}, _facts("dense"))
+    networks.install(other, {layer.keys.weight: weight[:8]}, _facts("dense"))
     assert not isinstance(modules.get_submodule(other.name), LowRankModule)
 
 
@@ -88,15 +88,15 @@ def test_factors_of_finished_layers_are_not_in_private_memory(
     tmp_path: Path, sequential_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The factors of a deep network would take as much memory as its checkpoint."""
-    streams: list[Streams] = []
+    networks: list[TwoNetworks] = []
 
-    def opened(*arguments: Any) -> Streams:
-        streams.append(Streams(*arguments))
-        return streams[-1]
+    def opened(*arguments: Any) -> TwoNetworks:
+        networks.append(TwoNetworks(*arguments))
+        return networks[-1]
 
     monkeypatch.setattr(fitting.SequentialStage, "networks", staticmethod(opened))
     pico.compressed(tmp_path, sequential_job("llama", size=0.4))
-    modules = dict(stored_layers(streams[0].compressed.network.module))
+    modules = dict(stored_layers(networks[0].compressed.network.module))
     tensors = [tensor for part in modules.values() for tensor in part.state_dict().values()]
     mapped = Path("/proc/self/maps").read_text().splitlines()
     files = [line.split() for line in mapped if str(tmp_path) in line]

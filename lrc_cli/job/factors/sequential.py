@@ -24,7 +24,7 @@ from lrc_cli.job.factors.fit import Fitted, fit_layer
 from lrc_cli.job.factors.plain import PHASE
 from lrc_cli.job.factors.problem import fit, request_of
 from lrc_cli.job.factors.stored import contents_of, read_facts
-from lrc_cli.job.factors.two_networks import Streams
+from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
 from lrc_cli.job.spectra.survey import dense_reason
@@ -53,7 +53,7 @@ class SequentialStage(Stage[dict[str, Fitted]]):
     """
 
     name = PHASE
-    networks: type[Streams] = Streams
+    networks_type: type[TwoNetworks] = TwoNetworks
     """The class of the object that holds both networks."""
 
     def __init__(
@@ -70,8 +70,8 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         """See Stage. Layers that an earlier run stored are put into the compressed network."""
         plan = self.plan
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
-        segments, streams = self.segments(chain), self.streams(chain)
-        fits = _Fits(self, streams, units)
+        segments, networks = self.segments(chain), self.open_networks(chain)
+        fits = _Fits(self, networks, units)
         fits.install_stored()
         early, in_turn = fits.early(segments), fits.in_turn(segments)
         cost = sum(solve_cost(layers) for layers in early.values())
@@ -83,7 +83,7 @@ class SequentialStage(Stage[dict[str, Fitted]]):
             for segment in in_turn:
                 for group in _groups(self.work, segment):
                     yield from fits.add(segment, group, advance)
-                streams.advance(segment)
+                networks.advance(segment)
                 advance(_advance_cost(plan, segment))
 
         return Task(cost=cost, solve=solve)
@@ -101,11 +101,11 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         batches, _ = self.batches()
         return segments_of(self.plan.network, chain, self.plan.layers, batches[0])
 
-    def streams(self, chain: Chain) -> Streams:
+    def open_networks(self, chain: Chain) -> TwoNetworks:
         """Returns both networks at the start of this process's micro-batches."""
         plan, (batches, num_held) = self.plan, self.batches()
         own = plan.processes.share(len(batches))
-        return self.networks(
+        return self.networks_type(
             plan,
             chain,
             [batches[i] for i in own],
@@ -130,9 +130,11 @@ class _Fits:
         missing: the units that are not stored.
     """
 
-    def __init__(self, stage: SequentialStage, streams: Streams, missing: Sequence[str]) -> None:
+    def __init__(
+        self, stage: SequentialStage, networks: TwoNetworks, missing: Sequence[str]
+    ) -> None:
         self.stage, self.plan, self.work = stage, stage.plan, stage.work
-        self.streams = streams
+        self.networks = networks
         self.left = {layer.name for unit in missing for layer in self.plan.units[unit]}
         """The names of layers that have no outcome yet."""
         self.fitted: dict[str, Fitted] = {}
@@ -144,7 +146,7 @@ class _Fits:
                 # A layer has no influence on layers before it, so it may be put there early.
                 tensors, _ = self.work.get(self.stage.folder, layer.unit)
                 facts = read_facts(self.work, self.stage.folder, layer.unit)
-                self.streams.install(layer, tensors, facts[layer.name])
+                self.networks.install(layer, tensors, facts[layer.name])
 
     def early(self, segments: Sequence[Segment]) -> dict[str, list[Layer]]:
         """Returns the layers that are fitted plainly before the walk, by the reason."""
@@ -183,8 +185,8 @@ class _Fits:
         first = next((layer for layer in todo if reasons[layer.name] is None), None)
         drifts = None
         if first is not None:
-            share = _group_cost(self.plan, segment, first) / max(len(self.streams.batches), 1)
-            drifts = self.streams.drift(segment, first, partial(advance, share))
+            share = _group_cost(self.plan, segment, first) / max(len(self.networks.batches), 1)
+            drifts = self.networks.drift(segment, first, partial(advance, share))
         yield from self._solve(partial(self._fit, drifts, reasons), todo)
         advance(solve_cost(todo))
 
@@ -209,7 +211,7 @@ class _Fits:
     def _keep(self, layer: Layer, fitted: Fitted) -> None:
         self.left.remove(layer.name)
         self.fitted[layer.name] = fitted
-        self.streams.install(layer, fitted.tensors(layer), fitted.facts)
+        self.networks.install(layer, fitted.tensors(layer), fitted.facts)
 
     def _is_complete(self, unit: str) -> bool:
         return all(member.name in self.fitted for member in self.plan.units[unit])

@@ -89,7 +89,7 @@ def _cloned(tensors: Tensors) -> Tensors:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-class Streams(Pair):
+class TwoNetworks(Pair):
     """The dense and the compressed network, which run over the same micro-batches.
 
     Args:
