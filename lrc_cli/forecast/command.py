@@ -54,19 +54,19 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         InputError: a job cannot be done, or does not fit in memory or on the disk.
         RunError: the probe failed, or another run uses the work directory.
     """
-    with progress.phase("checks", 1) as checks, _fitting(configs[0]):
+    with progress.phase("checks", 1) as checks, _refusing_small_gpus(configs[0]):
         plans = make_plans(configs, force=True)
     for plan in plans:
         if plan.output.exists():
             progress.note(f"{plan.output}: the output exists, compress needs --force to replace it")
     first = plans[0]
     with ExitStack() as stack:
-        real = _open(first, stack)
-        known = real is not None and _has_spectra(first, real)
-        with progress.phase("probe", 1), _fitting(configs[0]):
-            probe = Probe(first, real, probe_directory(first, stack), progress)
+        job_work = _open_job_work(first, stack)
+        known = job_work is not None and _has_spectra(first, job_work)
+        with progress.phase("probe", 1), _refusing_small_gpus(configs[0]):
+            probe = Probe(first, job_work, probe_directory(first, stack), progress)
             found = _estimates(plans, probe, checks.seconds)
-        predicted = read_predicted(first, real) if known and real is not None else None
+        predicted = read_predicted(first, job_work) if known and job_work is not None else None
     if predicted is None and collect:
         with (
             WorkDirectory(first.work_dir, first.statistics_fingerprint) as work,
@@ -84,7 +84,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
 
 
 @contextmanager
-def _fitting(config: Config) -> Iterator[None]:
+def _refusing_small_gpus(config: Config) -> Iterator[None]:
     """Turns a lack of GPU memory into InputError: a probe takes as much as the job."""
     try:
         yield
@@ -96,7 +96,7 @@ def _fitting(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _open(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
+def _open_job_work(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
     """Opens the job's work directory, if an earlier run has left a directory."""
     if not (plan.work_dir / "fingerprint.json").exists():
         return None
@@ -128,7 +128,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     quality: list[Piece] | None = None
     for plan in plans:
         # The factors of each size are made for one unit of every kind.
-        granted = _likely(plan, predicted)
+        granted = _likely_granted(plan, predicted)
         decision = decide(plan, probe.work, granted)
         if decision.used:
             factors = run_sequential(probe, plan, granted, decision, kinds)
@@ -164,15 +164,15 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     end = probe.statistics_bytes + min(probe.passing_bytes, 2 * probe.boundary_bytes)
     work = max(lasting + probe.spilled_bytes, turn, end)
     spaces = [
-        _place(first, "runtime.work_dir", work, work - lasting),
-        _place(first, "output.path", outputs),
+        _space_at(first, "runtime.work_dir", work, work - lasting),
+        _space_at(first, "output.path", outputs),
     ]
     check_disk(spaces)
     seconds = seconds_by_phase(pieces)
     return {
         "checkpoint": str(first.source.path),
         "device": str(first.device),
-        "runs_whole": probe.whole,
+        "runs_whole": probe.why_whole,
         "layers": len(first.layers),
         "blocks": len(first.units),
         "work_dir": str(first.work_dir),
@@ -208,7 +208,7 @@ def _check_memory(probe: Probe) -> None:
         check_memory(peak_of(probe.memory), available_bytes())
 
 
-def _likely(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
+def _likely_granted(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
     """Returns what the errors of a few layers grant, or the shapes where errors rule it out."""
     try:
         return allocate(plan, predicted)
@@ -221,7 +221,7 @@ def _ranks(granted: Granted) -> dict[str, int | None]:
     return {name: 0 if choice.is_dense else choice.rank for name, choice in granted.items()}
 
 
-def _place(plan: Plan, key: str, needed: int, passing: int = 0) -> Space:
+def _space_at(plan: Plan, key: str, needed: int, passing: int = 0) -> Space:
     path = plan.output if key == "output.path" else plan.work_dir
     parent = existing_parent(path)
     return Space(

@@ -30,10 +30,10 @@ def run_statistics(probe: Probe) -> None:
     measured = [layer for layer in plan.layers if is_measured(plan, layer)]
     if not measured:  # only the checks and the quality of the output need data
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
-        probe.whole = None if chain.names else NO_CHAIN
+        probe.why_whole = None if chain.names else NO_CHAIN
         return
     measurement, parts = prepare(plan, probe.work, probe.quiet, measured)
-    probe.whole = None if measurement.chain.names else parts.cut.reason
+    probe.why_whole = None if measurement.chain.names else parts.cut.reason
     hidden = hidden_output(measurement.chain.shape)  # the shapes are for one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
     if not probe.missing(STATISTICS):
@@ -41,7 +41,7 @@ def run_statistics(probe: Probe) -> None:
     with PrivateMemory(plan.device) as memory:
         ran = _Pass(probe, measurement)
         ran.run(parts)
-    probe.share = ran.share
+    probe.batch_ratio = ran.batch_ratio
     probe.pieces += ran.pieces()
     probe.passing_bytes = ran.passing_bytes
     probe.lag = ran.lag
@@ -63,7 +63,7 @@ class _Pass:
             segments=representatives(measurement.segments, self.kinds),
             batches=measurement.batches[:NUM_BATCHES],
         )
-        self.share = len(measurement.batches) / len(self.few.batches)
+        self.batch_ratio = len(measurement.batches) / len(self.few.batches)
         self.steps: dict[tuple[str, bool], float] = {}
         """{(segment, whether it ran backwards): seconds of one micro-batch}."""
         self.storing: list[float] = []
@@ -103,7 +103,7 @@ class _Pass:
         """Bytes that all micro-batches hand over at one boundary, forwards and backwards."""
         written, places = self.work.num_bytes, self.work.places
         return {
-            stage: written.get(stage, 0) / max(len(places.get(stage, ())), 1) * self.share
+            stage: written.get(stage, 0) / max(len(places.get(stage, ())), 1) * self.batch_ratio
             for stage in (INPUTS, GRADIENTS)
         }
 
@@ -161,7 +161,7 @@ class _Pass:
         limit = self.probe.plan.config.runtime.memory_bytes
         whole = max(self.handed.values())
         kept = whole if limit is None else min(whole, limit)
-        return max(int(kept - whole / self.share), 0)
+        return max(int(kept - whole / self.batch_ratio), 0)
 
 
 def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:

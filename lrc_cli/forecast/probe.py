@@ -34,12 +34,12 @@ class Probe:
 
     Args:
         plan: the plan of any of the sizes.
-        real: the work directory of the job, if there is one; its units need not be done again.
+        job_work: the work directory of the job, if there is one; its units need not be done again.
         work: the work directory of the probe.
     """
 
     plan: Plan
-    real: WorkDirectory | None
+    job_work: WorkDirectory | None
     work: TimedWork
     stop: Progress
     """The display of the command, which tells between two steps whether to stop."""
@@ -57,9 +57,9 @@ class Probe:
     """The bytes of missing statistics."""
     hidden_bytes: int = 0
     """The bytes of one network's hidden states between two segments."""
-    whole: str | None = None
+    why_whole: str | None = None
     """Why the network runs whole, not block by block; None: it does not."""
-    share: float = 1.0
+    batch_ratio: float = 1.0
     """The number of all micro-batches, divided by the few that ran."""
 
     @property
@@ -68,7 +68,7 @@ class Probe:
 
     def has(self, stage: str, unit: str) -> bool:
         """Returns whether the job's work directory has the unit."""
-        return self.real is not None and self.real.has(stage, unit)
+        return self.job_work is not None and self.job_work.has(stage, unit)
 
     def missing(self, stage: str) -> list[str]:
         """Returns the units that the job has yet to do."""
@@ -100,10 +100,10 @@ class Probe:
         if self.work.has(STATISTICS, unit):
             return
         if not self.has(STATISTICS, unit):
-            self.work.put(STATISTICS, unit, *_nothing(self.plan.units[unit]))
+            self.work.put(STATISTICS, unit, *_no_tokens(self.plan.units[unit]))
             return
-        assert self.real is not None
-        tensors, facts = self.real.get(STATISTICS, unit)
+        assert self.job_work is not None
+        tensors, facts = self.job_work.get(STATISTICS, unit)
         self.work.put(STATISTICS, unit, tensors, facts)
         for seen in facts["layers"].values():
             if seen["group_unit"] is not None:
@@ -113,7 +113,7 @@ class Probe:
         """Stores for every unit how many tokens will reach its layers, as its kind tells."""
         for representative, units in kinds.items():
             tensors, facts = self.work.get(STATISTICS, representative)
-            share = 1.0 if self.has(STATISTICS, representative) else self.share
+            share = 1.0 if self.has(STATISTICS, representative) else self.batch_ratio
             for unit in units:
                 pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
                 seen = {layer.name: facts["layers"][like.name] for layer, like in pairs}
@@ -144,8 +144,8 @@ class Probe:
             like = unit_predicted(self.plan, self.work, representative)
             for unit in units:
                 if self.has(SURVEYS, unit):
-                    assert self.real is not None
-                    found |= unit_predicted(self.plan, self.real, unit)
+                    assert self.job_work is not None
+                    found |= unit_predicted(self.plan, self.job_work, unit)
                     continue
                 pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
                 found |= {x.name: like[y.name] for x, y in pairs if y.name in like}
@@ -198,7 +198,7 @@ def probe_directory(plan: Plan, stack: ExitStack) -> TimedWork:
     return work
 
 
-def _nothing(layers: Sequence[Layer]) -> tuple[Tensors, dict[str, Any]]:
+def _no_tokens(layers: Sequence[Layer]) -> tuple[Tensors, dict[str, Any]]:
     """Returns the statistics of layers that no token has reached."""
     seen = {"group": None, "group_unit": None, "tokens": 0, "has_gradient": False}
     return {}, {"layers": {layer.name: dict(seen) for layer in layers}, "loss": None}

@@ -75,7 +75,7 @@ def compress_each(
     with progress.phase("checks", 1) as checks:
         plans = make_plans(configs, force=force, processes=processes)
     first = plans[0]
-    _say_what_is_off(first, progress)
+    _say_unused_settings(first, progress)
     with (
         WorkDirectory(first.work_dir, first.statistics_fingerprint, processes) as work,
         progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
@@ -144,7 +144,7 @@ def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) ->
         used = "on" if decision.used else "off"
         progress.note(f"compression.sequential: {used}: {decision.reason}")
     if not decision.used and not any(solver.uses_ridge for solver in plan.solvers):
-        _say_unused(compression, "ridge", "no layer is fitted with one", progress)
+        _say_unused_key(compression, "ridge", "no layer is fitted with one", progress)
 
 
 def _say_what_failed(report: Record, progress: Progress) -> None:
@@ -156,19 +156,19 @@ def _say_what_failed(report: Record, progress: Progress) -> None:
         progress.note("no layer was factorised: see the reasons in the report")
 
 
-def _say_what_is_off(plan: Plan, progress: Progress) -> None:
+def _say_unused_settings(plan: Plan, progress: Progress) -> None:
     """Says which settings have no effect: none is ignored in silence."""
     compression = plan.config.compression
     if not any(_reads_loss(solver) for solver in plan.solvers):
         methods = " or ".join(methods_that(_reads_loss))
-        _say_unused(compression, "loss", f"no layer has {methods}", progress)
+        _say_unused_key(compression, "loss", f"no layer has {methods}", progress)
     target, _ = compression.target
     if target != "size":
-        _say_unused(compression, "size_of", f"the target is {target}", progress)
+        _say_unused_key(compression, "size_of", f"the target is {target}", progress)
     if target in ("max_layer_error", "threshold"):
         default = default_allocation(compression.method)
         why = f"{target} decides layer by layer"
-        _say_unused(compression, "allocation", why, progress, default=default)
+        _say_unused_key(compression, "allocation", why, progress, default=default)
     for purpose in purposes_of(plan.config):
         found = len(plan.sequences.get(purpose.name, ()))
         if found < purpose.num_sequences:
@@ -180,7 +180,7 @@ def _reads_loss(solver: Solver) -> bool:
     return "fisher" in solver.needs
 
 
-def _say_unused(
+def _say_unused_key(
     compression: Compression, key: str, why: str, progress: Progress, *, default: object = None
 ) -> None:
     """Says that a key is not used, where its value is not the default.

@@ -94,7 +94,7 @@ def test_factors_of_finished_layers_are_not_in_private_memory(
         networks.append(TwoNetworks(*arguments))
         return networks[-1]
 
-    monkeypatch.setattr(fitting.SequentialStage, "networks", staticmethod(opened))
+    monkeypatch.setattr(fitting.SequentialStage, "networks_type", staticmethod(opened))
     pico.compressed(tmp_path, sequential_job("llama", size=0.4))
     modules = dict(stored_layers(networks[0].compressed.network.module))
     tensors = [tensor for part in modules.values() for tensor in part.state_dict().values()]

@@ -90,7 +90,7 @@ class Made:
         }
         with pytest.MonkeyPatch.context() as patch:
             # So few tokens would rule sequential fitting out altogether.
-            patch.setattr(decide_sequential, "MOST_SHORT", 1.0)
+            patch.setattr(decide_sequential, "MOST_WITH_FEW_TOKENS", 1.0)
             self.output, self.report = pico.compressed(folder, changes | settings)
         self.layers = {layer["name"]: layer for layer in self.report["layers"]}
 

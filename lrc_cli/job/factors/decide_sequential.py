@@ -18,7 +18,7 @@ from lrc_cli.report.record import SequentialDecision
 
 MIN_TOKENS = 15
 """The fewest tokens for each input of a layer. With fewer tokens a fit learns them by heart."""
-MOST_SHORT = 0.1
+MOST_WITH_FEW_TOKENS = 0.1
 """The largest fraction of the layers' weights that may have fewer tokens.
 
 Where a whole kind of layer is fitted plainly, the corrections of the other layers do harm
@@ -104,8 +104,8 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
         return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if not granted[layer.name].is_dense]
     calls = count_calls(plan)
-    unable = {layer.name: _not_able(plan, calls, layer) for layer in plan.layers}
-    excluded = {x.name: unable[x.name] or _too_short(plan, work, x) for x in plan.layers}
+    unable = {layer.name: _why_unable(plan, calls, layer) for layer in plan.layers}
+    excluded = {x.name: unable[x.name] or _why_too_few_tokens(plan, work, x) for x in plan.layers}
     able = [layer for layer in layers if excluded[layer.name] is None]
     short = [x for x in layers if unable[x.name] is None and excluded[x.name] is not None]
     numbers = (
@@ -117,8 +117,8 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
         if compression.sequential is True
         else f"auto: {share:.1%} of the bytes are kept"
     )
-    if _size(short) > MOST_SHORT * _size(layers):
-        few = f"{len(short)} have fewer tokens, more than {MOST_SHORT:.0%} of the weights"
+    if _size(short) > MOST_WITH_FEW_TOKENS * _size(layers):
+        few = f"{len(short)} have fewer tokens, more than {MOST_WITH_FEW_TOKENS:.0%} of the weights"
         return Decision(used=False, reason=f"{why}; {numbers}; {few}")
     enough = compression.sequential is True or 2 * len(able) >= len(layers)
     return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}", excluded=excluded)
@@ -143,7 +143,7 @@ def count_calls(plan: Plan) -> Counter[str]:
     return calls
 
 
-def _not_able(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
+def _why_unable(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
     """Returns why a layer cannot be fitted sequentially, with any number of tokens; else None."""
     if layer.tied_to:
         return TIED
@@ -153,7 +153,7 @@ def _not_able(plan: Plan, calls: Counter[str], layer: Layer) -> str | None:
     return None if solver.is_sequential else f"not with method {solver.name}"
 
 
-def _too_short(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
+def _why_too_few_tokens(plan: Plan, work: WorkDirectory, layer: Layer) -> str | None:
     """Returns why a layer has too few tokens to be fitted sequentially; else None."""
     tokens, n = _tokens(plan, work, layer), layer.shape[1]
     if tokens >= MIN_TOKENS * n:

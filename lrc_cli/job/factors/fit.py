@@ -53,12 +53,12 @@ class Fitted:
             return {}
         form, keys = FORMS[self.packed.form], layer.keys
         tensors = form.on_disk(self.packed, layer.layout)
-        _check_loud(form.name, layer, tensors)
+        _check_others_fail(form.name, layer, tensors)
         written = {keys.key(name): tensor for name, tensor in tensors.items()}
         return written if self.bias is None else {**written, keys.bias: self.bias}
 
 
-def _check_loud(form: str, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_others_fail(form: str, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Checks that a loader which knows nothing of lrc fails on the shape under the dense key.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lrc_cli.engine import Choice
 from lrc_cli.job.factors.fit import Fitted
-from lrc_cli.job.factors.problem import fit
+from lrc_cli.job.factors.problem import fit_plainly
 from lrc_cli.job.factors.stored import contents_of
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import LayerStage
@@ -30,7 +30,7 @@ class FactorsStage(LayerStage[Fitted]):
 
     def solve(self, layer: Layer) -> Fitted:
         """See LayerStage."""
-        return fit(self.plan, self.work, self.granted, layer)
+        return fit_plainly(self.plan, self.work, self.granted, layer)
 
     def contents(self, unit: str, results: Mapping[str, Fitted]) -> tuple[Tensors, dict[str, Any]]:
         """See LayerStage."""

@@ -64,7 +64,9 @@ def request_of(plan: Plan, layer: Layer, choice: Choice) -> Request:
     )
 
 
-def fit(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice], layer: Layer) -> Fitted:
+def fit_plainly(
+    plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice], layer: Layer
+) -> Fitted:
     """Fits the layer to its inputs in the dense network and returns the outcome."""
     reason = dense_reason(work, layer)
     if reason is not None:

@@ -22,7 +22,7 @@ from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
 from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
 from lrc_cli.job.factors.fit import Fitted, fit_layer
 from lrc_cli.job.factors.plain import PHASE
-from lrc_cli.job.factors.problem import fit, request_of
+from lrc_cli.job.factors.problem import fit_plainly, request_of
 from lrc_cli.job.factors.stored import contents_of, read_facts
 from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.plan import Plan
@@ -151,7 +151,7 @@ class _Fits:
     def early(self, segments: Sequence[Segment]) -> dict[str, list[Layer]]:
         """Returns the layers that are fitted plainly before the walk, by the reason."""
         reached = {layer.name for segment in segments for layer in segment.layers}
-        layers = self._open(self.plan.layers)
+        layers = self._without_outcome(self.plan.layers)
         return {
             UNREACHED: [x for x in layers if x.name not in reached],
             # The embedding runs first, so the head that it is tied to cannot come in its turn.
@@ -160,11 +160,11 @@ class _Fits:
 
     def in_turn(self, segments: Sequence[Segment]) -> list[Segment]:
         """Returns the segments to walk through, up to the last segment with a layer to fit."""
-        is_last = [any(not x.tied_to for x in self._open(s.layers)) for s in segments]
+        is_last = [any(not x.tied_to for x in self._without_outcome(s.layers)) for s in segments]
         last = max((i for i, has_some in enumerate(is_last) if has_some), default=-1)
         return list(segments[: last + 1])
 
-    def _open(self, layers: Sequence[Layer]) -> list[Layer]:
+    def _without_outcome(self, layers: Sequence[Layer]) -> list[Layer]:
         return [x for x in layers if x.name in self.left]
 
     def add_plainly(
@@ -178,7 +178,7 @@ class _Fits:
         self, segment: Segment, group: list[Layer], advance: Advance
     ) -> Solved[dict[str, Fitted]]:
         """Fits the layers that read one input, to which both networks have come."""
-        todo = self._open(group)
+        todo = self._without_outcome(group)
         if not todo:
             return
         reasons = {layer.name: self._reason(layer) for layer in todo}
@@ -240,7 +240,7 @@ class _Fits:
         return fitted
 
     def _plain(self, layer: Layer, reason: str, *, failed: bool = False) -> Fitted:
-        fitted = fit(self.plan, self.work, self.stage.granted, layer)
+        fitted = fit_plainly(self.plan, self.work, self.stage.granted, layer)
         facts = replace(
             fitted.facts, sequential=False, sequential_reason=reason, sequential_failed=failed
         )

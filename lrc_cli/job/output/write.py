@@ -100,7 +100,7 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
     owners = {layer.keys.weight: layer for layer in plan.layers}
     owners |= {layer.keys.bias: layer for layer in plan.layers}
     cast = DTYPES.get(plan.config.output.dtype)
-    apart = _Apart(plan, work, stage)
+    apart = _ExpertsApart(plan, work, stage)
     for key, info in plan.source.tensors.items():
         if key in plan.source.parts:
             yield from apart.whole_before(key)
@@ -125,7 +125,7 @@ def _entries(plan: Plan, work: WorkDirectory, stage: str) -> Iterator[Entry]:
                 yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)
 
 
-class _Apart:
+class _ExpertsApart:
     """The fused experts that are written apart, because some of their matrices are factorised."""
 
     def __init__(self, plan: Plan, work: WorkDirectory, stage: str) -> None:
