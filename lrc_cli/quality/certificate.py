@@ -45,8 +45,8 @@ NO_SEQUENCES = "none could be issued: no sequence was left for certification"
 
 
 def clips_of(selection: Values) -> dict[str, float]:
-    """Returns the limit B at which each clipped quantity is cut before its mean, from selection
-    data."""
+    """Returns the limit B at which values are clipped, for each quantity that is, from
+    selection."""
     return {
         name: max(LEAST_CLIP, CLIP_FACTOR * max(map(abs, values)))
         for name, values in selection.items()

@@ -13,8 +13,7 @@ from lrc_cli.quality.compare import LARGEST_RATIO
 
 
 def ratio(error: Tensor, energy: Tensor) -> Tensor:
-    """Returns sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN where one is
-    inf."""
+    """Returns sqrt(error / energy), at most LARGEST_RATIO; 0 without error, NaN if any is inf."""
     floor = error / LARGEST_RATIO**2
     return (error / torch.maximum(energy, floor)).sqrt().masked_fill(error == 0, 0.0)
 

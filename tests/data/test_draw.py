@@ -1,4 +1,4 @@
-"""Blocks of text and rows of tensors: what is drawn, and that no two purposes share a token."""
+"""Sequences of text and rows of tensors are drawn, and no two purposes share a token."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from lrc_cli.errors import InputError
 
 
 class Counting:
-    """A tokenizer whose every word is a number, its own token; 7 and 8, 9 go around a sequence."""
+    """A tokenizer of numbers, each its own token; 7 and 8, 9 go around a sequence."""
 
     def __init__(self, *, wraps: bool = False) -> None:
         self.wraps = wraps
@@ -40,7 +40,7 @@ def purpose(path: Path, name: str = "calibration", **changes: Any) -> Purpose:
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The numbers 1000 ... 1999 in order."""
+    """Returns a file with the numbers 1000 ... 1999 in order."""
     file = tmp_path_factory.mktemp("numbers") / "numbers.txt"
     file.write_text(" ".join(str(1000 + i) for i in range(1000)))
     return file

@@ -1,4 +1,4 @@
-"""Folders of images and recordings, and encoder-decoders: inputs made by processors."""
+"""Folders of images and recordings, and encoder-decoders, get their inputs from processors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from lrc_cli.verify.files.manifest import data_sha256
 
 @pytest.fixture(scope="module")
 def media_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The directory of a model of media_helpers."""
+    """Returns the directory of a model of media_helpers."""
     root = tmp_path_factory.mktemp("media-models")
     return lambda name: (
         root / name if (root / name).exists() else media_helpers.write_model(root / name, name)
@@ -90,7 +90,7 @@ def test_folders_are_compressed_with(kind: str, media_model: Models, tmp_path: P
     name, write, loss = DATA[kind]
     folder, model = write(tmp_path / "data"), media_model(name)
     changes = {"model.path": str(model), "calibration.path": str(folder), "evaluation": None}
-    # Of so few recordings some Gram matrices are nearly singular, and the plain optimum on the
+    # So few recordings make some Gram matrices nearly singular, and the plain optimum on the
     # compressed network's inputs is then a matter of rounding.
     changes |= {"compression.sequential": False}
     output, report = pico.compressed(tmp_path, changes)

@@ -1,4 +1,4 @@
-"""Texts, conversations, token ids and tensors: what is read of them, and what is refused."""
+"""Texts, conversations, token ids and tensors are read, and some are refused."""
 
 import shutil
 from collections.abc import Callable
@@ -30,7 +30,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Models) -> Any:
-    """The pico Llama's, with a chat template."""
+    """Returns the pico Llama's tokenizer, with a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     tokenizer.chat_template = TEMPLATE
     return tokenizer

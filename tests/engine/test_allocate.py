@@ -1,4 +1,4 @@
-"""The allocator against brute force, and the choices it gets from a spectrum."""
+"""The allocator is held against brute force, and its choices against a spectrum."""
 
 from itertools import pairwise, product
 
@@ -51,7 +51,7 @@ def everything(layers: list[Pairs]) -> list[tuple[int, int]]:
 
 
 def largest_step(layers: list[Pairs], axis: int) -> int:
-    """The largest drop of coordinate `axis` between neighbours on a layer's lower hull."""
+    """Returns the largest drop of coordinate `axis` between neighbours on a layer's lower hull."""
     return max(
         (a[axis] - b[axis] for layer in layers for a, b in neighbours(layer, axis)), default=0
     )
@@ -159,7 +159,7 @@ def shares(layers: list[Pairs], dense: list[int]) -> list[float]:
 def choices_of(
     spectrum: Tensor, m: int, n: int, storage: str = "auto", multiple: int | None = None
 ) -> Choices:
-    """Every rank that pays, and dense."""
+    """Returns every rank that pays, and dense."""
     ranks = STORAGES[storage].choices(
         (m, n),
         2,
@@ -193,7 +193,7 @@ def test_global_budget_favours_the_layer_that_matters() -> None:
 
 
 def test_twins_do_not_leave_the_budget_unspent() -> None:
-    """Layers whose multipliers tie jump together; the greedy end must still use the slack."""
+    """Layers whose multipliers tie jump together; the greedy end must still use what is left."""
     layers: list[Pairs] = [[(1, 10), (11, 0)]] * 10
     picks = within_bytes([made(layer) for layer in layers], 60)
     assert totals(layers, picks) == (60, 50)
@@ -227,7 +227,7 @@ def test_choices_without_a_meaning_are_refused(errors: list[float]) -> None:
     ("shape", "expected"),
     [
         ((2048, 1024), 32),  # whole tiles of a matrix unit
-        ((1024, 1040), 8),  # which do not divide this side
+        ((1024, 1040), 8),  # tiles do not divide this side
         ((2048, 1016), 8),  # too few ranks would be left
         ((64, 24), 8),
         ((2048, 2047), 1),

@@ -1,4 +1,4 @@
-"""Confidence bounds: against brute force, in exact arithmetic, and by drawing again and again."""
+"""Confidence bounds are tested against brute force, in exact arithmetic, and by repeated draws."""
 
 import math
 import random
@@ -22,13 +22,13 @@ MEAN_BOUNDS = {"betting": mean_bound, "bernstein": bernstein_mean_bound}
 
 
 def binomial_tail(num: int, k: int, chance: Fraction) -> Fraction:
-    """P(Bin(num, chance) >= k)."""
+    """Returns P(Bin(num, chance) >= k)."""
     terms = (math.comb(num, j) * chance**j * (1 - chance) ** (num - j) for j in range(k, num + 1))
     return sum(terms, Fraction(0))
 
 
 def hypergeometric_tail(num: int, k: int, population: int, hits: int) -> Fraction:
-    """P(at least k of num drawn are hits)."""
+    """Returns P(at least k of num drawn are hits)."""
     ways = sum(
         math.comb(hits, j) * math.comb(population - hits, num - j) for j in range(k, num + 1)
     )
@@ -40,7 +40,7 @@ def smallest(tail: Callable[[int], Fraction], num: int, delta: float) -> int | N
 
 
 def misses_too_often(missed: int, num_draws: int, delta: float) -> bool:
-    """The one-sided binomial test at 0.001."""
+    """Makes the one-sided binomial test at 0.001."""
     terms = (
         math.comb(num_draws, j) * delta**j * (1 - delta) ** (num_draws - j)
         for j in range(missed, num_draws + 1)
@@ -49,7 +49,7 @@ def misses_too_often(missed: int, num_draws: int, delta: float) -> bool:
 
 
 def quantile_of(population: Sequence[float], share: str) -> float:
-    """The smallest value that at least this share of the population does not exceed."""
+    """Returns the smallest value that at least this share of the population does not exceed."""
     return sorted(population)[math.ceil(Fraction(share) * len(population)) - 1]
 
 
@@ -151,7 +151,7 @@ def test_a_census_gives_the_quantile_and_the_mean_themselves() -> None:
 def reference_capital(
     values: Sequence[float], mean: float, delta: float, population: int | None
 ) -> float:
-    """The definition in whole arrays, for values in [0, 1] and a mean that is possible."""
+    """Returns the capital by its definition in whole arrays, for values in [0, 1]."""
     y = torch.tensor(values, dtype=torch.float64)
     num = len(y)
     i = torch.arange(1, num + 1, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_over_all_ordered_draws_the_mean_is_missed_rarely_enough(
 
 
 def population_of(name: str, size: int) -> list[float]:
-    """Values in [0, 1] of very different shapes."""
+    """Returns values in [0, 1] of very different shapes."""
     chance = random.Random(7)
     make: dict[str, Callable[[], float]] = {
         "uniform": chance.random,
@@ -282,7 +282,7 @@ def test_less_risk_widens_and_more_values_narrow(bound: Callable[..., float]) ->
 
 @pytest.mark.parametrize("bound", MEAN_BOUNDS.values(), ids=MEAN_BOUNDS)
 def test_a_bound_lies_between_the_mean_and_the_upper_limit(bound: Callable[..., float]) -> None:
-    # Zeros first: the gambler wins early, and must not be believed against what came later.
+    # With zeros first the gambler wins early, but what comes later must count.
     cases = ([0.0] * 40 + [1.0] * 40, [1.0] * 30, [0.0] * 30, [0.5], [1.0, 0.0])
     for values in cases:
         for population in (None, len(values), 100, 10**6):

@@ -1,4 +1,4 @@
-"""The free bias in the engine: never worse on calibration, rightly corrected and rounded."""
+"""The free bias in the engine is never worse on calibration; it is corrected and rounded well."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def offset_inputs(n: int, num_tokens: int, seed: int = 3) -> Tensor:
-    """Columns (n, T) whose mean is several times what varies."""
+    """Returns columns (n, T) whose mean is several times what varies."""
     scales = torch.logspace(0, -1.5, n, dtype=torch.float64)[:, None]
     return scales * gaussian(n, num_tokens, seed=seed) + 3 * gaussian(n, 1, seed=seed + 1)
 
@@ -34,7 +34,7 @@ def problem(method: str, weight: Tensor, statistics: Statistics, rank: int) -> A
 
 
 def output_difference(weight: Tensor, fitted: Tensor, shift: Tensor | None, x: Tensor) -> Tensor:
-    """W x + b - (Z x + b^) for every token."""
+    """Returns W x + b - (Z x + b^) for every token."""
     difference = (weight - fitted) @ x
     return difference if shift is None else difference - shift[:, None]
 
@@ -76,8 +76,11 @@ def plain_svd(task: Approximation, rank: int) -> Tensor:
 def assert_optimal_with_a_bias(
     method: str, shape: tuple[int, int], fit: Callable[[Approximation, int], Tensor]
 ) -> None:
-    """No challenger of the same rank does better, each with the best bias for it: random,
-    perturbed, and one optimised locally by alternating least squares with an intercept."""
+    """No challenger of the same rank does better, each with the best bias for it.
+
+    Challengers are random, perturbed, or optimised locally by alternating least squares with an
+    intercept.
+    """
     m, n = shape
     weight, x, g = gaussian(m, n, seed=0), offset_inputs(n, 400), gaussian(m, 3 * m, seed=5)
     fisher, mean = g @ g.T / (3 * m), x.mean(dim=1, keepdim=True)
@@ -134,7 +137,7 @@ def test_the_new_bias_is_the_best_one() -> None:
 
 
 def test_without_the_correction_of_the_bias_the_error_is_many_times_larger() -> None:
-    """The known public bug: centred factors beside the old bias."""
+    """A known public bug puts centred factors beside the old bias."""
     weight, x = gaussian(16, 24, seed=0), offset_inputs(24, 300)
     task = problem("frobenius", weight, moments(x, torch.eye(16), center=True), 8)
     fitted = task.solve(8).factors.dense()

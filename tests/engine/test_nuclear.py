@@ -1,4 +1,4 @@
-"""The soft threshold: KKT, challengers, exact ranks, curves, degenerate layers, rounding."""
+"""The soft threshold is tested: KKT, challengers, ranks, curves, degenerate layers, rounding."""
 
 from collections.abc import Callable
 
@@ -25,13 +25,13 @@ Solve = Callable[[Tensor, Statistics, int], Factors]
 
 
 def outputs(matrix: Tensor, statistics: Statistics) -> Tensor:
-    """Z G^(1/2): its norms are those of Z X / sqrt(T)."""
+    """Returns Z G^(1/2), which has the norms of Z X / sqrt(T)."""
     assert statistics.gram is not None
     return matrix @ square_root(statistics.gram)
 
 
 def objective(weight: Tensor, fitted: Tensor, statistics: Statistics, threshold: float) -> float:
-    """1/2 ||W X - Z X||_F^2 + l ||Z X||_*, per token, from explicit singular values."""
+    """Returns 1/2 ||W X - Z X||_F^2 + l ||Z X||_*, per token, from explicit singular values."""
     nuclear = torch.linalg.svdvals(outputs(fitted, statistics)).sum()
     squares = outputs(weight - fitted, statistics).square().sum()
     return (squares / 2 + threshold * nuclear).item()
@@ -42,8 +42,10 @@ def singular_values(weight: Tensor, statistics: Statistics) -> Tensor:
 
 
 def subgradient_residual(weight: Tensor, solve: Solve, name: str, rank: int) -> float:
-    """How far (W X - V) / l is from the subdifferential of ||V||_*: both of ||N||_2 <= 1 and
-    <N, V> = ||V||_* hold exactly where it is a member."""
+    """Returns how far N = (W X - V) / l is from the subdifferential of ||V||_*.
+
+    N is a member exactly where both ||N||_2 <= 1 and <N, V> = ||V||_* hold.
+    """
     _, statistics = case(name)
     level = singular_values(weight, statistics)[rank].item()
     fitted = outputs(solve(weight, statistics, rank).dense(), statistics)
@@ -74,10 +76,10 @@ def test_another_solver_in_its_place_leaves_the_subdifferential(method: str, nam
 def alternated(
     weight: Tensor, statistics: Statistics, threshold: float, width: int, seed: int
 ) -> Tensor:
-    """V from a random start, by ridge least squares on A and B in turn.
+    """Returns V from a random start, by ridge least squares on A and B in turn.
 
-    ||A B||_* is the least 1/2 (||A||^2 + ||B||^2) of all such factors, so what this descends is
-    never below the objective of V = A B.
+    ||A B||_* is the least 1/2 (||A||^2 + ||B||^2) over all such factors. So the descent is never
+    below the objective of V = A B.
     """
     target = outputs(weight, statistics)
     left = gaussian(len(target), width, seed=seed)
@@ -91,7 +93,7 @@ def alternated(
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("width", [3, 6, 20])
 def test_no_optimised_challenger_is_better(name: str, width: int) -> None:
-    """Of any width below, at and above the rank that the threshold gives."""
+    """Challengers have widths below, at and above the rank that the threshold gives."""
     weight, statistics = case(name)
     problem = Shrunk(weight, statistics).at(6)
     solution = problem.solve(width).factors.dense()

@@ -1,4 +1,4 @@
-"""The rows that an interpolative decomposition keeps."""
+"""An interpolative decomposition keeps rows, which are chosen here."""
 
 import pytest
 import torch
@@ -15,15 +15,18 @@ def basis_of(rows: Tensor) -> Tensor:
 
 
 def scaled(num_rows: int, rank: int, spread: float, seed: int) -> Tensor:
-    """An orthonormal basis whose rows differ by orders of magnitude."""
+    """Returns an orthonormal basis whose rows differ by orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(0, spread, num_rows)[torch.randperm(num_rows, generator=generator)]
     return basis_of(torch.randn(num_rows, rank, generator=generator) * sizes[:, None])
 
 
 def largest_volumes(basis: Tensor, block: int) -> list[int]:
-    """The same blocks from the definition: each candidate's rows less their projection on the
-    rows chosen so far, by a singular value decomposition of its own."""
+    """Returns the same row groups from the definition.
+
+    Each candidate's rows lose their projection on the rows chosen so far; the volume comes from a
+    singular value decomposition.
+    """
     blocks, chosen = basis.view(-1, block, basis.shape[1]), list[int]()
     while len(chosen) * block < basis.shape[1]:
         span = torch.linalg.qr(blocks[chosen].flatten(0, 1).T)[0] if chosen else basis[:0].T
@@ -49,7 +52,7 @@ def test_the_start_is_greedy_by_volume(
 
 
 def test_no_set_of_blocks_is_taken_where_all_are_singular() -> None:
-    """Every second row is zero: no block of two has two independent rows."""
+    """Every second row is zero, so no row group of two has two independent rows."""
     basis = torch.zeros(24, 6, dtype=torch.float64)
     basis[::2] = basis_of(torch.randn(12, 6, generator=torch.Generator().manual_seed(0)))
     assert select(basis, 2) is None
@@ -58,7 +61,7 @@ def test_no_set_of_blocks_is_taken_where_all_are_singular() -> None:
 
 
 def test_nearly_dependent_rows_do_not_spoil_the_choice() -> None:
-    """Blocks that repeat others up to 1e-9 are left out, whatever rounding makes of them."""
+    """Row groups that repeat others up to 1e-9 are left out, however they are rounded."""
     generator = torch.Generator().manual_seed(1)
     first = torch.randn(16, 16, generator=generator).double()
     second = first + 1e-9 * torch.randn(16, 16, generator=generator).double()

@@ -1,4 +1,4 @@
-"""The refit after rounding: its solution is the least, and its differences are those of errors."""
+"""The refit after rounding finds the least error, and its changes are differences of errors."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def metric_of(name: str, *, weighted: bool) -> tuple[Tensor, Metric]:
 
 
 def placed(chosen: Tensor, others: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The matrix whose chosen rows are `first` and whose other rows are `second`."""
+    """Returns the matrix whose chosen rows are `first` and whose other rows are `second`."""
     whole = first.new_empty(len(first) + len(second), first.shape[1])
     whole[chosen], whole[others] = first, second
     return whole
@@ -66,7 +66,7 @@ def test_a_change_is_the_difference_of_the_errors_of_the_whole_matrix(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("off", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
 def test_small_errors_keep_their_digits(weighted: bool, off: float) -> None:
-    """Whatever is known of Z = 0: what is left of it is never the difference of two roundings."""
+    """What is left of the error of Z = 0 is never the difference of two roundings."""
     weight, metric = metric_of("tall", weighted=weighted)
     rows = gaussian(RANK, weight.shape[1], seed=2)
     coefficients = gaussian(len(weight), RANK, seed=3)
@@ -85,7 +85,7 @@ def test_where_the_rows_are_singular_the_start_stays() -> None:
 
 
 def test_a_metric_that_float32_cannot_factorise_is_factorised_in_float64() -> None:
-    """What the fixed rows are off by is made up for all the same."""
+    """The error of the fixed rows is made up for all the same."""
     weight, metric = metric_of("tall", weighted=False)
     m = len(weight)
     q, _ = torch.linalg.qr(gaussian(m, m, seed=6))

@@ -1,4 +1,4 @@
-"""Layers followed by a ReLU: the convex programme, and what is made of its solution."""
+"""Layers followed by a ReLU are solved: the convex programme, and what is made of its solution."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ KINDS = ("tall", "wide", "alive", "dead", "deficient", "few-tokens", "no-bias", 
 
 
 def layer(kind: str) -> Layer:
-    """A small layer with correlated inputs that are not centred, by name."""
+    """Returns a small layer with correlated inputs that are not centred, by name."""
     m, n = (16, 24) if kind == "wide" else (24, 16)
     tokens = 10 if kind == "few-tokens" else 300
     mixing = gaussian(n, n, seed=1) * torch.logspace(0, -1.5, n, dtype=torch.float64)
@@ -64,7 +64,7 @@ def statistics(x: Tensor) -> Statistics:
 
 
 def behind_relu(data: Layer, fitted: Tensor, bias: Tensor | None) -> float:
-    """||relu(W X + b) - relu(Z X + b^)||^2 / T, straight from the definition."""
+    """Returns ||relu(W X + b) - relu(Z X + b^)||^2 / T, straight from the definition."""
     weight, old, x = data
     wanted = (x @ weight.T + (0 if old is None else old)).relu()
     given = (x @ fitted.T + (0 if bias is None else bias)).relu()
@@ -76,7 +76,7 @@ def frobenius(data: Layer, rank: int) -> Tensor:
 
 
 class Reference:
-    """The convex programme in autograd, without the engine: over A = Z R and b^."""
+    """Solves the convex programme in autograd, without the engine: over A = Z R and b^."""
 
     def __init__(self, data: Layer, ridge: float) -> None:
         self.weight, bias, self.x = data
@@ -103,7 +103,7 @@ class Reference:
         return by_point, by_bias * self.free
 
     def minimum(self, penalty: float, start: Tensor, steps: int = 1500) -> float:
-        """By plain proximal gradient steps, from far away."""
+        """Returns the least value by plain proximal gradient steps, from far away."""
         point, bias = start, torch.zeros(len(self.weight)).double()
         curvature = 1 + self.x.mean(0).square().sum() / self.ridge + 1
         rate = 1.0 / min(curvature.item(), 30.0)
@@ -158,7 +158,7 @@ def test_the_gap_bounds_the_distance_from_a_brute_force_minimum(kind: str) -> No
     for steps in (0, 1, 2, 5):
         early = own.convex(4, tolerance=0.0, max_steps=steps)
         assert early.steps == steps
-        # Objective and gap are those of the point that is returned, not of one before it.
+        # Objective and gap belong to the point that is returned, not to an earlier point.
         bias = best_bias(reference, own, early.point)
         nuclear = torch.linalg.svdvals(early.point).sum()
         value = reference.smooth(early.point, bias) + early.penalty * nuclear
@@ -179,7 +179,7 @@ def test_where_nothing_dies_the_convex_solution_is_the_soft_threshold() -> None:
 
 
 class SimpleInstead(Rectified):
-    """Plain SVD in the solver's place, with the best bias found for it."""
+    """Puts plain SVD in the solver's place, with the best bias found for it."""
 
     def solve(self, rank: int) -> Solution:
         factors = SVD.factorize(self.weight, Statistics(), rank)
@@ -253,7 +253,7 @@ def test_no_small_change_of_the_solution_does_better(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["tall", "wide", "no-bias"])
 @pytest.mark.parametrize("start", ["solution", "frobenius", "random"])
 def test_gradient_descent_on_the_error_itself_gains_next_to_nothing(kind: str, start: str) -> None:
-    """A locally optimised challenger of the same rank: Adam on both factors and the bias."""
+    """The challenger of the same rank is optimised locally: Adam on both factors and the bias."""
     weight, old, x = data = layer(kind)
     own = problem(data, ridge=1e-6)
     least = own.errors(own.solve(4).factors.dense()).metric
@@ -339,7 +339,7 @@ def test_float32_activations_give_the_same_on_every_device(device: str) -> None:
 
 
 def test_inputs_far_from_zero_keep_their_digits() -> None:
-    """The given Gram matrix has lost what varies to its rounding in float32."""
+    """The given Gram matrix has lost its varying part to rounding in float32."""
     weight, bias, x = layer("tall")
     assert bias is not None
     x = (x + 1e3).float()

@@ -1,4 +1,4 @@
-"""Errors behind a ReLU entry by entry: the majorant, the slopes, the best biases."""
+"""Errors behind a ReLU are tested entry by entry: the majorant, the slopes, the best biases."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ Entrywise = Callable[[Tensor, Tensor], Tensor]
 
 
 def pairs(seed: int) -> tuple[Tensor, Tensor]:
-    """Pre-activations (60, 7) and targets: some columns mixed, one dead, one alive."""
+    """Returns pre-activations (60, 7) and targets: some columns mixed, one dead, one alive."""
     pre, target = gaussian(60, 7, seed=seed), gaussian(60, 7, seed=seed + 1).relu()
     target[:, 0] = 0
     pre[:, 1] += 10
@@ -36,7 +36,7 @@ def test_the_majorant_is_nowhere_below_and_touches_where_pre_activations_are_not
 
 
 def test_no_convex_function_that_touches_lies_lower() -> None:
-    # Left of 0 a convex function is at least its tangent at 0, whose slope is that of f there.
+    # Left of 0 a convex function is at least its tangent at 0, which has f's slope there.
     pre, target = pairs(2)
     origin = torch.zeros_like(target)
     slope = (true_error(origin + 1e-7, target) - true_error(origin, target)) / 1e-7

@@ -1,4 +1,4 @@
-"""Fitting to two networks' inputs: J's decomposition, optimality, the ridge, degenerate inputs.
+"""Fits to two networks' inputs are tested: J's parts, optimality, the ridge, degenerate inputs.
 
 References are sums of squares over explicit inputs; nothing of the engine's moments is in them.
 """
@@ -21,7 +21,7 @@ Fit = Callable[["Case", int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer with what it reads in the dense and in the compressed network."""
+    """Holds a layer with what it reads in the dense and in the compressed network."""
 
     method: str
     weight: Tensor
@@ -69,8 +69,11 @@ class Case:
         return square_root(0.5 * damped(self.fisher))
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Y and D with J(Z) = ||L Y - L Z D||^2: the dense network's outputs and the ridge's, a
-        parts; the dense weights on the same inputs, 1 - a parts."""
+        """Returns Y and D with J(Z) = ||L Y - L Z D||^2.
+
+        The dense network's outputs and the ridge's count a parts; the dense weights on the same
+        inputs count 1 - a parts.
+        """
         tokens, n = self.x.shape[1], len(self.x)
         mean = self.compressed.square().sum(dim=1).mean().item() / tokens
         root = (self.ridge * mean) ** 0.5
@@ -82,7 +85,7 @@ class Case:
         return torch.cat(targets, dim=1), torch.cat([part * inputs for part in parts], dim=1)
 
     def objective(self, fitted: Tensor) -> float:
-        """J, as a sum of squares."""
+        """Returns J, as a sum of squares."""
         outputs, inputs = self.stacked()
         return (self.left @ (outputs - fitted @ inputs)).square().sum().item()
 
@@ -100,7 +103,7 @@ def case(
     seed: int = 0,
     correction: float = 1.0,
 ) -> Case:
-    """Coloured inputs, and the same through a network that dropped directions and added noise."""
+    """Returns coloured inputs, and the same where a network dropped directions and added noise."""
     m, n = SHAPES[shape]
     colour = square_root(second_moments(n, seed + 10))
     x = colour @ gaussian(n, tokens, seed=seed + 1)
@@ -129,13 +132,13 @@ def plain_svd(given: Case, rank: int) -> Tensor:
 
 
 def on_dense_inputs(given: Case, rank: int) -> Tensor:
-    """The same solver on the dense network's inputs."""
+    """Returns the same solver's solution on the dense network's inputs."""
     statistics = Statistics(gram=given.drift().gram, fisher=given.fisher)
     return SOLVERS[given.method].factorize(given.weight, statistics, rank).dense()
 
 
 def alternating(given: Case, start: Tensor, rank: int, rounds: int = 15) -> Iterator[Tensor]:
-    """Exact least squares for one factor after the other, from the best factors of `start`."""
+    """Yields exact least squares for the factors in turn, from the best factors of `start`."""
     outputs, inputs = given.stacked()
     left = given.left
     outputs = left @ outputs
@@ -247,7 +250,7 @@ def test_the_output_optimum_is_a_lower_bound_that_is_attained(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_makes_up_for_what_the_layers_before_lost(method: str) -> None:
-    """In the outputs: the point of it all."""
+    """The outputs show it, which are the purpose of the fit."""
     given = case(method, drift=0.8, tokens=2000)
     for rank in (8, 16):
         assert given.output_error(own(given, rank)) < 0.9 * given.output_error(
@@ -273,14 +276,14 @@ def test_without_drift_it_is_the_solution_on_the_same_inputs(method: str, shape:
 
 
 def test_the_ridge_keeps_few_tokens_from_being_learnt_by_heart() -> None:
-    """T = 40 tokens for n = 48 inputs, judged on tokens that were never seen."""
+    """T = 40 tokens for n = 48 inputs are judged on tokens that were never seen."""
     rank, seen, new = 24, overfitting(40, seed=0), overfitting(4000, seed=1)
     errors = {}
     for ridge in (RIDGE, 1e-9):
         fitted = own(Case(**{**vars(seen), "ridge": ridge}), rank)
         errors[ridge] = relative(seen, fitted), relative(new, fitted)
     assert errors[1e-9][0] < errors[RIDGE][0] < errors[RIDGE][1] < 0.65 * errors[1e-9][1]
-    # Even so the dense network's inputs are the better guide: fewer than 15 n tokens fall back.
+    # The dense network's inputs are still the better guide: fewer than 15 n tokens fall back.
     assert relative(new, on_dense_inputs(seen, rank)) < errors[RIDGE][1]
     enough = overfitting(20 * 48, seed=2)
     assert relative(new, own(enough, rank)) < relative(new, on_dense_inputs(enough, rank))
@@ -288,8 +291,10 @@ def test_the_ridge_keeps_few_tokens_from_being_learnt_by_heart() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_held_back_tokens_say_how_much_of_the_correction_pays(method: str) -> None:
-    """The share measured on them is the best of all shares there, and fits new tokens better than
-    the whole correction, most of which few tokens taught by heart."""
+    """The share measured on held-back tokens is the best of all shares there.
+
+    It fits new tokens better than the whole correction, most of which few tokens taught by heart.
+    """
     rank, few, held, new = 40, *(overfitting(t, seed=s) for s, t in enumerate((240, 400, 4000)))
     fisher = 1e-12 * second_moments(len(few.weight), 20) if method == "curvature" else None
 
@@ -330,7 +335,7 @@ def test_without_drift_nothing_is_left_out_of_the_correction() -> None:
 
 
 def overfitting(tokens: int, seed: int) -> Case:
-    """One layer and one way to drift; another seed gives other tokens."""
+    """Returns one layer and one way to drift; another seed gives other tokens."""
     n = 48
     colour = square_root(second_moments(n, 5))
     x, noise = (colour @ gaussian(n, tokens, seed=100 + 2 * seed + i) for i in range(2))
@@ -349,7 +354,7 @@ def relative(given: Case, fitted: Tensor) -> float:
 
 
 def degenerate(name: str, method: str) -> Case:
-    """Inputs of which some or all are always zero, in one network or in both."""
+    """Returns inputs of which some or all are always zero, in one network or in both."""
     given = case(method, "square", tokens=12 if name == "few" else 100)
     x, compressed = given.x.clone(), given.compressed.clone()
     if name == "dead-channels":

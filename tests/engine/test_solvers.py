@@ -1,4 +1,4 @@
-"""Every solver against float64 references: optimality, spectra, degenerate layers."""
+"""Every solver is held against float64 references: optimality, spectra, degenerate layers."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from lrc_cli.engine import SOLVERS, Factors, SolveError, Solver, Statistics
 
 BEST = ["svd", "frobenius", "curvature"]
-"""Those whose solution of a rank is the best of that rank in a quadratic form."""
+"""The methods whose solution of a rank is the best of that rank in a quadratic form."""
 DATA_DRIVEN = ["frobenius", "curvature"]
 
 
@@ -31,7 +31,7 @@ def assert_optimal(solver: Solver, factorize_with: Solver, name: str) -> None:
 
 
 def challengers(factors: Factors, weight: Tensor, rank: int) -> list[Tensor]:
-    """Rank-r matrices: perturbed solutions, random projections of the weight, plain SVD."""
+    """Returns rank-r matrices: perturbed solutions, random projections of the weight, plain SVD."""
     m, n = weight.shape
     found = []
     for seed, size in enumerate((1e-1, 1e-2, 1e-3)):
@@ -198,7 +198,7 @@ def test_a_solve_that_fails_is_a_solve_error(method: str, shape: str) -> None:
 def test_directions_in_float32_do_for_layers_of_any_size(
     sizes: tuple[float, float], method: str, shape: str
 ) -> None:
-    """Squares of such numbers are beyond float32."""
+    """The squares of such numbers are beyond float32."""
     solver = SOLVERS[method]
     weight, statistics = case(shape)
     assert statistics.gram is not None and statistics.fisher is not None

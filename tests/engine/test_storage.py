@@ -1,4 +1,4 @@
-"""Stored forms: exact where they should be, bounded, refitted, and counted to the byte."""
+"""Stored forms are exact where they should be, bounded, refitted, and counted to the byte."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ LOW = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def applied(packed: Packed, x: Tensor) -> Tensor:
-    """y = Z x row by row, as docs/format.md describes the tensors."""
+    """Returns y = Z x row by row, as docs/format.md describes the tensors."""
     z = packed.tensors["weight"].double() @ x
     extra = packed.tensors["up.weight"].double() @ z
     if "perm" not in packed.tensors:
@@ -108,8 +108,10 @@ def test_swaps_bound_the_growth_that_partial_pivoting_allows() -> None:
 
 
 def test_blocks_are_chosen_for_conditioning() -> None:
-    """24 blocks come twice and are larger one by one than the 24 that come three times: who
-    looks at size alone takes both copies of the former, more than later swaps can mend."""
+    """24 row groups come twice and are larger one by one than the 24 that come three times.
+
+    A choice by size alone takes both copies of the larger groups, more than later swaps can mend.
+    """
     block, groups = 2, 24
     rank = 2 * groups * block
     originals = gaussian(rank, rank, seed=1).view(2 * groups, block, rank)
@@ -133,15 +135,17 @@ def test_zero_rows_in_every_block_fall_back_to_single_rows_in_the_same_bytes() -
     assert stored.packed.parameters["block"] == 1
     assert stored.packed.num_bytes <= storage_bytes("interpolative", *weight.shape, rank, 2, 8)
     assert rank - 4 <= stored.packed.rank <= rank
-    # The basis from which blocks are chosen is in float32 where bfloat16 is stored.
+    # The basis from which row groups are chosen is in float32 where bfloat16 is stored.
     assert dense(stored.packed)[::8].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("method", SOLVERS)
 def test_refit_beats_the_rounded_coefficients(method: str, dtype: torch.dtype) -> None:
-    """It is never worse; where rounding undoes its gain, which depends on the processor, it is the
-    same."""
+    """The refit is never worse.
+
+    Rounding may undo the gain, which depends on the processor; both are then the same.
+    """
     solver, block, gains = SOLVERS[method], 8, []
     for shape in SHAPES:
         weight, statistics = case(shape)
@@ -268,7 +272,7 @@ def test_a_rank_lowered_by_the_cap_keeps_its_blocks(shape: str) -> None:
 
 
 def trial(decades: float, surveyed: bool) -> tuple[Stored, Stored, Stored]:
-    """(auto, interpolative, factors in the same bytes) of one bf16 layer."""
+    """Returns (auto, interpolative, factors in the same bytes) of one bf16 layer."""
     weight = gaussian(64, 64, seed=5)
     statistics = Statistics(gram=second_moments(64, 6, decades))
     solver = SOLVERS["frobenius"]
@@ -302,8 +306,10 @@ def test_auto_takes_the_lower_stored_error_in_the_same_bytes(
 def test_errors_of_what_is_stored_are_those_of_the_matrix(
     m: int, n: int, tokens: int, method: str, dtype: torch.dtype
 ) -> None:
-    """Gram matrices that were stored in float32 have negative eigenvalues where tokens are few:
-    what phase one knows of Z = 0 must not leave them out."""
+    """Gram matrices stored in float32 have negative eigenvalues where tokens are few.
+
+    What phase one knows of Z = 0 must not leave them out.
+    """
     inputs = gaussian(tokens, n, seed=1) + 5
     packed = compress_gram(inputs.T @ inputs / tokens)
     fisher = second_moments(m, 2, 3.0)

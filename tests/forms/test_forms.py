@@ -1,4 +1,4 @@
-"""Forms: the matrix that tensors stand for, where they lie on the disk, what a table says."""
+"""Forms are tested: the matrix of their tensors, its place on the disk, what a table says."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def numbers(*shape: int) -> Tensor:
 
 
 def packed(form: str) -> Packed:
-    """A layer (12, 10) in a form; of rank 4, in blocks of 2 rows, where it has one."""
+    """Returns a layer (12, 10) in a form; if it has a rank, of rank 4 in row groups of 2 rows."""
     perm = torch.tensor([3, 0, 5, 1, 4, 2], dtype=torch.int32)
     tensors = {
         "dense": {"weight": numbers(12, 10)},

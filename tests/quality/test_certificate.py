@@ -1,4 +1,4 @@
-"""From values to statements: how many, at which risk, with which words; no network is needed."""
+"""Values become statements: how many, at which risk, with which words; no network is needed."""
 
 import json
 import math
@@ -36,7 +36,7 @@ LANGUAGE = ("kl", "top1_disagreement", "loss_difference")
 
 
 def drawn_data(size: int = 2000, *, text: bool = True) -> CertificateData:
-    """What `certify` says of the draw."""
+    """Returns what `certify` says of the draw."""
     members = "blocks of 32 tokens" if text else "rows"
     return CertificateData(
         sequence_length=32 if text else None,
@@ -65,7 +65,7 @@ def drawn(number: int, seed: int = 0, scale: float = 1.0) -> list[float]:
 
 
 def certify(number: int, num_layers: int = 3, **changes: Any) -> Certificate:
-    """A language model's certificate from made-up values; `changes` are keywords."""
+    """Returns a language model's certificate from made-up values; `changes` are keywords."""
     values = {name: drawn(number, seed) for seed, name in enumerate(LANGUAGE)}
     layers = {f"layers.{i}.w": drawn(number, 10 + i, 0.3) for i in range(num_layers)}
     given: dict[str, Any] = {

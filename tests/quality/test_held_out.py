@@ -1,4 +1,4 @@
-"""What is measured on certification data, against a slow reference; the certificate end to end."""
+"""Measurements on certification data are held against a slow reference, end to end."""
 
 import copy
 import json
@@ -33,12 +33,12 @@ from lrc_cli.quality.held_out import ERRORS, Measured, measure
 from lrc_cli.quality.per_sequence import ratio
 
 NUMBER = 9
-"""Certification sequences of the jobs below."""
+"""The number of certification sequences of the jobs below."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished job with both of its networks."""
+    """Holds a finished job with both of its networks."""
 
     name: str
     output: Path
@@ -52,7 +52,7 @@ class Outcome:
         return [layer for layer in self.plan.layers if stored[layer.name] != "dense"]
 
     def measured(self, **changes: Any) -> Measured:
-        """What `measure` says of the certification sequences."""
+        """Returns what `measure` says of the certification sequences."""
         sequences = self.plan.sequences["certification"]
         probe = next(sequences.batches(1))
         given: dict[str, Any] = {
@@ -77,7 +77,7 @@ def finished(directory: Path, name: str, changes: dict[str, Any]) -> Outcome:
 
 NAMES = ("llama", "bert", "bert-mlm", "bert-classifier", "mlp", "attention")
 UNMASKED = [name for name in NAMES if name != "bert-mlm"]
-"""Whose inputs are the drawn ones, with nothing masked at random."""
+"""The networks whose inputs are the drawn ones, with nothing masked at random."""
 PLAIN = ("mlp", "attention")
 
 
@@ -116,7 +116,7 @@ def outcome(request: pytest.FixtureRequest, outcomes: Callable[[str], Outcome]) 
 
 
 def one_sequence(outcome: Outcome, index: int) -> dict[str, Tensor]:
-    """The real tokens of one certification sequence, without padding."""
+    """Returns the real tokens of one certification sequence, without padding."""
     inputs = outcome.plan.sequences["certification"].inputs
     row = {name: tensor[index : index + 1] for name, tensor in inputs.items()}
     mask = row.get("attention_mask")
@@ -126,7 +126,7 @@ def one_sequence(outcome: Outcome, index: int) -> dict[str, Tensor]:
 
 
 def reference_networks(outcome: Outcome) -> tuple[nn.Module, nn.Module]:
-    """The dense network, and one with the multiplied-out weights in dense layers, in float64."""
+    """Returns the dense network, and one of multiplied-out weights, in float64."""
     factory = outcome.plan.config.model.factory
     dense = lrc_cli.load(outcome.plan.source.path, factory=factory, dtype=torch.float64)
     rebuilt = copy.deepcopy(dense)
@@ -136,7 +136,7 @@ def reference_networks(outcome: Outcome) -> tuple[nn.Module, nn.Module]:
 
 
 def run_watched(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> tuple[Any, Any]:
-    """The outputs and every named layer's input rows (t, n)."""
+    """Returns the outputs and every named layer's input rows (t, n)."""
     seen: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -154,7 +154,7 @@ def run_watched(model: nn.Module, batch: dict[str, Tensor], names: list[str]) ->
 
 
 def reference_layers(outcome: Outcome, index: int) -> dict[str, dict[str, float]]:
-    """The four relative errors of every layer on one sequence, from the weights themselves."""
+    """Returns every layer's four relative errors on one sequence, from the weights."""
     names = [layer.name for layer in outcome.layers]
     dense, rebuilt = reference_networks(outcome)
     batch = one_sequence(outcome, index)
@@ -188,7 +188,7 @@ def test_layer_errors_equal_a_slow_reference(name: str, outcomes: Callable[[str]
 
 
 def reference_values(outcome: Outcome, index: int) -> dict[str, float]:
-    """The values of one sequence of networks that mask nothing at random."""
+    """Returns the values of one sequence of networks that mask nothing at random."""
     batch = one_sequence(outcome, index)
     before, after = (run_watched(model, batch, [])[0] for model in reference_networks(outcome))
     if outcome.name == "llama":
@@ -415,7 +415,7 @@ def test_the_command_prints_the_certificate(tmp_path: Path, llama_job: dict[str,
 
 
 def holds(statement: dict[str, Any], certificate: dict[str, Any], values: list[float]) -> bool:
-    """Whether a statement is true of every sequence of the population."""
+    """Returns whether a statement is true of every sequence of the population."""
     if statement["kind"] == "mean":
         low, high = statement["clip"]
         clipped = [min(max(value, low), high) for value in values]
@@ -468,7 +468,7 @@ def test_bounds_hold_on_the_whole_population_and_wrong_ones_do_not(
 def test_an_error_relative_to_nothing_counts_as_a_large_one(
     error: float, energy: float, expected: float
 ) -> None:
-    """Never infinite or NaN: `sorted` would call a NaN the smallest of a sample."""
+    """It is never infinite or NaN: `sorted` would call a NaN the smallest of a sample."""
     found = ratio(torch.tensor([error]).double(), torch.tensor([energy]).double())
     assert found.item() == pytest.approx(expected, rel=1e-12)
     assert math.isnan(ratio(torch.tensor([math.inf]), torch.tensor([1.0])).item())

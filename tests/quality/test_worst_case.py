@@ -1,4 +1,4 @@
-"""The worst-case bound of plain feed-forward networks: it holds, and is offered to no others."""
+"""The worst-case bound of plain feed-forward networks holds, and is offered to no others."""
 
 import copy
 from pathlib import Path
@@ -27,7 +27,7 @@ def randomised(module: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
 
 
 def low_rank(layer: nn.Linear, rank: int, *, interpolative: bool = False) -> LowRankModule:
-    """The layer at a rank, by truncated SVD or by any rows of a matrix of that rank."""
+    """Returns the layer at a rank, by truncated SVD or by any rows of a matrix of that rank."""
     u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     outer, inner = u[:, :rank] * s[:rank], v[:rank]
     tensors = {"weight": inner, "up.weight": outer}
@@ -43,7 +43,7 @@ def low_rank(layer: nn.Linear, rank: int, *, interpolative: bool = False) -> Low
 
 
 def factorised(module: nn.Module, rank: int, *, interpolative: bool = False) -> nn.Module:
-    """A copy with every linear layer but those too small at that rank."""
+    """Returns a copy that has factors for every linear layer that is large enough at that rank."""
     found = copy.deepcopy(module)
     layers = [part for part in found.modules() if isinstance(part, nn.Linear)]
     new = {p: low_rank(p, rank, interpolative=interpolative) for p in layers}
@@ -119,7 +119,7 @@ def test_one_linear_layer_is_bounded_by_its_own_error() -> None:
 
 
 def test_it_is_tight_for_a_linear_network_whose_errors_line_up() -> None:
-    """Diagonal layers that lose, and pass on, along the same axis: products of norms are exact."""
+    """Diagonal layers lose, and pass on, along the same axis, so products of norms are exact."""
     module = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).eval()
     other = copy.deepcopy(module)
     for part, copied in zip(list(module), list(other), strict=True):

@@ -1,4 +1,4 @@
-"""Files: where one can be made, and what is said when a disk is full."""
+"""Files are tested: where one can be made, and what is said when a disk is full."""
 
 from pathlib import Path
 

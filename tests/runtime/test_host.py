@@ -1,4 +1,4 @@
-"""What a run asks of the host: bounded caches of oneDNN, and freed memory given back."""
+"""A run asks this of the host: bounded caches of oneDNN, and freed memory given back."""
 
 import ctypes
 import os
@@ -152,7 +152,7 @@ def test_few_groups_are_solved_ahead_of_the_caller() -> None:
 
 
 def test_a_caller_that_stops_leaves_no_solve_behind() -> None:
-    """As by Ctrl-C while a unit is stored: what has begun ends, what waits never begins."""
+    """Ctrl-C may come while a unit is stored: a begun solve ends, a waiting solve never begins."""
     threads, done = torch.get_num_threads(), list[int]()
 
     def solve(number: int) -> int:
@@ -172,7 +172,7 @@ def test_a_caller_that_stops_leaves_no_solve_behind() -> None:
 
 @pytest.mark.parametrize("units", [["a", "b"], ["b"]])
 def test_how_a_unit_is_solved_does_not_depend_on_what_is_left(units: list[str]) -> None:
-    """An eigenproblem by one thread and by two gives other bits, and a resumed run the same."""
+    """One thread and two give an eigenproblem other bits; a resumed run must give the same bits."""
     layer: Any = SimpleNamespace(name="only", shape=(8, 8), solve_cost=1.0)
     planned = SimpleNamespace(solver=SVD)
     plan: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What a user sees of the time that work takes: shares, what is left, and where it is written."""
+"""A user sees the time that work takes: shares, what is left, and where it is written."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from lrc_cli.runtime.progress import LINE_SECONDS, Progress
 from lrc_cli.runtime.signals import Interrupted, stop_on_signals
 
 LINE = re.compile(r"^(?P<phase>[\w ]+): (?P<share>\d+)%, about (?P<left>\d+) s left$", re.MULTILINE)
-"""Digits only: neither a sign nor "nan" nor "inf" fits."""
+"""A line of progress in digits only: neither a sign nor "nan" nor "inf" fits."""
 
 
 class Clock:
@@ -40,7 +40,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of lrc's progress and of tqdm's bar."""
+    """Returns the clock of lrc's progress and of tqdm's bar."""
     clock = Clock()
     fake = SimpleNamespace(perf_counter=clock, strftime=time.strftime)
     monkeypatch.setattr(progress, "time", fake)
@@ -49,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run(shown: Progress, clock: Clock, pieces: list[tuple[float, float]], cost: float) -> None:
-    """A phase of pieces of (cost, seconds)."""
+    """Runs a phase of pieces of (cost, seconds)."""
     with shown.phase("work", cost) as phase:
         for piece, seconds in pieces:
             clock.now += seconds
@@ -57,7 +57,7 @@ def run(shown: Progress, clock: Clock, pieces: list[tuple[float, float]], cost: 
 
 
 def said(stream: io.StringIO) -> list[tuple[int, int]]:
-    """Of every line of progress: the share in %, and the seconds left."""
+    """Returns the share in % and the seconds left of every line of progress."""
     return [(int(m["share"]), int(m["left"])) for m in LINE.finditer(stream.getvalue())]
 
 
@@ -74,12 +74,12 @@ def test_lines_say_the_share_and_the_time_that_is_left(clock: Clock) -> None:
 
 def test_the_time_left_goes_by_cost_and_not_by_count(clock: Clock) -> None:
     stream = io.StringIO()
-    # One dear piece after nine cheap ones, each second of work the same cost.
+    # One dear piece comes after nine cheap pieces; each second of work has the same cost.
     run(Progress(stream=stream, verbose=True), clock, [(1.0, 1.0)] * 9 + [(91.0, 91.0)], 100.0)
     assert said(stream) == [(i, 100 - i) for i in range(1, 10)] + [(100, 0)]
 
 
-# What a busy machine makes slow is no failure.
+# A busy machine makes tests slow, which is no failure.
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     pieces=st.lists(st.tuples(st.floats(1e-3, 1e15), st.floats(0, 1e6)), min_size=1, max_size=8),
@@ -88,7 +88,7 @@ def test_the_time_left_goes_by_cost_and_not_by_count(clock: Clock) -> None:
 def test_no_share_and_no_time_left_is_impossible(
     pieces: list[tuple[float, float]], estimate: float
 ) -> None:
-    """Not even where the cost was estimated wrong, or sums of costs differ by their rounding."""
+    """Costs may be estimated wrong, and sums of costs differ by their rounding."""
     stream, clock = io.StringIO(), Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "time", SimpleNamespace(perf_counter=clock, strftime=time.strftime))

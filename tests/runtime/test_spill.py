@@ -1,4 +1,4 @@
-"""What lies between two segments: in memory up to a limit, in files beyond it."""
+"""Tensors between two segments stay in memory up to a limit, and beyond it in files."""
 
 import resource
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a command may say when it refuses, and checkpoints that something is wrong with."""
+"""Commands refuse in one sentence; these helpers check it, on checkpoints with something wrong."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ Changes = dict[str, Any]
 
 
 def assert_one_sentence(ended: pico.Ended, code: int, *pieces: str) -> None:
-    """One line on standard error, with its cause and remedy, nothing on standard output."""
+    """Standard error has one line with cause and remedy, and standard output nothing."""
     assert ended.code == code, ended.err
     assert ended.out == ""
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
@@ -30,14 +30,14 @@ def assert_nothing_left(directory: Path) -> None:
 
 
 def damaged(directory: Path, source: Path, damage: Callable[[Path], None]) -> Path:
-    """A copy of a checkpoint with something wrong."""
+    """Returns a copy of a checkpoint with something wrong."""
     shutil.copytree(source, directory / "model")
     damage(directory / "model")
     return directory / "model"
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
-    """A damage: other keys of config.json."""
+    """Returns a damage: other keys of config.json."""
 
     def edit(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
@@ -47,7 +47,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def edit_state(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    """A damage: other tensors, in one file."""
+    """Returns a damage: other tensors, in one file."""
 
     def write(path: Path) -> None:
         state = pico.read_state(path)

@@ -1,4 +1,4 @@
-"""Ways to damage a finished output, and to rewrite its manifest so that hashes no longer tell."""
+"""These functions damage a finished output, and rewrite its manifest so that hashes do not tell."""
 
 import json
 import shutil
@@ -17,25 +17,25 @@ Mutation = Callable[[Path], None]
 
 
 def rewrite_manifest(output: Path) -> None:
-    """What somebody does who hides a change: every hash fits again."""
+    """Makes every hash fit again, as somebody does who hides a change."""
     manifest = build_manifest(output)
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def rewrite_pages(output: Path) -> None:
-    """The card and the page say what report.json says now."""
+    """Makes the card and the page say what report.json says now."""
     report = read_report(output)
     (output / "README.md").write_bytes(render_card(report).encode())
     (output / "report.html").write_bytes(render_html(report).encode())
 
 
 def copied(output: Path, directory: Path) -> Path:
-    """A copy of an output that a test may damage."""
+    """Returns a copy of an output that a test may damage."""
     return Path(shutil.copytree(output, directory / "out"))
 
 
 def read_report(output: Path) -> dict[str, Any]:
-    """report.json."""
+    """Returns report.json."""
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     return report
 
@@ -50,7 +50,7 @@ def edit_report(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def edit_tensors(
     output: Path, key: str, change: Callable[[Tensor], Tensor], name: str | None = None
 ) -> None:
-    """Changes one tensor, and its name if one is given, in whichever shard it lies."""
+    """Changes one tensor, and its name if one is given, in the shard that holds it."""
     for file in sorted(output.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             metadata, keys = handle.metadata(), list(handle.keys())
@@ -62,7 +62,7 @@ def edit_tensors(
 
 
 def factor_key(output: Path) -> str:
-    """The disk name of a layer with a permutation whose blocks differ."""
+    """Returns the disk name of a layer with a permutation whose row groups differ."""
     for file in sorted(output.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
@@ -72,7 +72,7 @@ def factor_key(output: Path) -> str:
 
 
 def first_factorised(report: dict[str, Any]) -> dict[str, Any]:
-    """The report's first layer with factors."""
+    """Returns the report's first layer with factors."""
     layer: dict[str, Any] = next(x for x in report["layers"] if x["storage"] != "dense")
     return layer
 
@@ -81,7 +81,7 @@ def first_factorised(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def flip_a_bit(output: Path) -> None:
-    """The lowest bit of one number of a factor."""
+    """Flips the lowest bit of one number of a factor."""
 
     def change(tensor: Tensor) -> Tensor:
         flat = tensor.flatten().view(torch_uint8())
@@ -92,7 +92,7 @@ def flip_a_bit(output: Path) -> None:
 
 
 def flip_a_high_bit(output: Path) -> None:
-    """A high bit of the exponent of one number of a factor: it stays finite."""
+    """Flips a high bit of the exponent of one number of a factor, which stays finite."""
 
     def change(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
@@ -103,7 +103,7 @@ def flip_a_high_bit(output: Path) -> None:
 
 
 def change_a_kept_tensor(output: Path) -> None:
-    """One number of a tensor that was never compressed."""
+    """Changes one number of a tensor that was never compressed."""
 
     def change(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
@@ -114,14 +114,14 @@ def change_a_kept_tensor(output: Path) -> None:
 
 
 def torch_uint8() -> Any:
-    """The dtype of bytes."""
+    """Returns the dtype of bytes."""
     import torch
 
     return torch.uint8
 
 
 def swap_the_permutation(output: Path) -> None:
-    """Two entries of a permutation: still one, and another matrix."""
+    """Swaps two entries of a permutation: it is still one, but of another matrix."""
 
     def change(tensor: Tensor) -> Tensor:
         return tensor[[1, 0, *range(2, len(tensor))]]
@@ -130,7 +130,7 @@ def swap_the_permutation(output: Path) -> None:
 
 
 def repeat_in_the_permutation(output: Path) -> None:
-    """No permutation any more."""
+    """Repeats an entry, so that there is no permutation any more."""
 
     def change(tensor: Tensor) -> Tensor:
         tensor[0] = tensor[1]
@@ -140,7 +140,7 @@ def repeat_in_the_permutation(output: Path) -> None:
 
 
 def rename_a_key(output: Path) -> None:
-    """One tensor of a layer goes by another name, in the index too."""
+    """Gives one tensor of a layer another name, in the index too."""
     old = f"{factor_key(output)}.up.weight"
     new = old.replace(".up.", ".down.")
     edit_tensors(output, old, lambda tensor: tensor, new)
@@ -150,12 +150,12 @@ def rename_a_key(output: Path) -> None:
 
 
 def drop_a_shard(output: Path) -> None:
-    """The last weight file."""
+    """Drops the last weight file."""
     sorted(output.glob("*.safetensors"))[-1].unlink()
 
 
 def drop_a_shard_and_its_entries(output: Path) -> None:
-    """The last weight file, and all that the index says of it."""
+    """Drops the last weight file, and all that the index says of it."""
     shard = sorted(output.glob("*.safetensors"))[-1]
     shard.unlink()
     file = output / "model.safetensors.index.json"
@@ -165,7 +165,7 @@ def drop_a_shard_and_its_entries(output: Path) -> None:
 
 
 def change_a_rank(output: Path) -> None:
-    """One rank in the layer table."""
+    """Changes one rank in the layer table."""
     file = output / "config.json"
     config = json.loads(file.read_text())
     next(iter(config["quantization_config"]["layers"].values()))["rank"] += 8
@@ -173,7 +173,7 @@ def change_a_rank(output: Path) -> None:
 
 
 def change_the_heads(output: Path) -> None:
-    """One key of config.json that lrc carries over."""
+    """Changes one key of config.json that lrc carries over."""
     file = output / "config.json"
     config = json.loads(file.read_text())
     config["rms_norm_eps"] = 0.5
@@ -181,12 +181,12 @@ def change_the_heads(output: Path) -> None:
 
 
 def better_size(report: dict[str, Any]) -> None:
-    """A ratio."""
+    """Improves a ratio."""
     report["size"]["kept_checkpoint"] *= 0.9
 
 
 def better_layer_error(report: dict[str, Any]) -> None:
-    """One layer's error, consistently below what it is, and so its optimum."""
+    """Improves one layer's error consistently, and so its optimum."""
     errors = first_factorised(report)["errors"]
     for kind in ("metric", "output"):
         for key in ("stored", "optimum", "svd"):
@@ -194,53 +194,53 @@ def better_layer_error(report: dict[str, Any]) -> None:
 
 
 def better_metric(report: dict[str, Any]) -> None:
-    """One layer's error in the metric that was minimised."""
+    """Improves one layer's error in the metric that was minimised."""
     layer = next(x for x in report["layers"] if x["method"] == "relu" and x["storage"] != "dense")
     layer["errors"]["metric"]["stored"] *= 0.9
 
 
 def other_simple_metric(report: dict[str, Any]) -> None:
-    """What plain SVD would do, larger than it is."""
+    """Makes plain SVD's error larger than it is."""
     layer = next(x for x in report["layers"] if x["method"] == "relu" and x["storage"] != "dense")
     layer["errors"]["metric"]["svd"] *= 1.1
 
 
 def better_worst_case(report: dict[str, Any]) -> None:
-    """The worst-case bound."""
+    """Improves the worst-case bound."""
     report["worst_case"]["bound"] *= 0.95
 
 
 def better_measured_change(report: dict[str, Any]) -> None:
-    """The largest change that was measured beside the worst-case bound."""
+    """Improves the largest change that was measured beside the worst-case bound."""
     report["worst_case"]["measured"] *= 0.95
 
 
 def better_amplification(report: dict[str, Any]) -> None:
-    """What a layer's own error may grow by."""
+    """Improves the factor by which a layer's own error may grow."""
     report["worst_case"]["layers"][0]["amplification"] *= 0.95
 
 
 def other_share(report: dict[str, Any]) -> None:
-    """Shares of the corrections that can be, and are not those that pay."""
+    """Sets shares of the corrections that can be, but do not pay best."""
     for layer in report["layers"]:
         if layer.get("sequential") is True:
             layer["correction"] = (layer["correction"] + 0.5) % 1
 
 
 def other_correction(report: dict[str, Any]) -> None:
-    """A share of the correction that cannot be."""
+    """Sets a share of the correction that cannot be."""
     for layer in report["layers"]:
         if layer.get("sequential") is True:
             layer["correction"] = 1.5
 
 
 def better_than_optimal(report: dict[str, Any]) -> None:
-    """One layer's error alone."""
+    """Improves one layer's error alone."""
     first_factorised(report)["errors"]["output"]["stored"] *= 0.5
 
 
 def better_quality(report: dict[str, Any]) -> None:
-    """A loss with its perplexity."""
+    """Improves a loss with its perplexity."""
     import math
 
     row = report["quality"][0]
@@ -249,17 +249,17 @@ def better_quality(report: dict[str, Any]) -> None:
 
 
 def better_perplexity(report: dict[str, Any]) -> None:
-    """A perplexity alone."""
+    """Improves a perplexity alone."""
     report["quality"][0]["perplexity_after"] *= 0.9
 
 
 def better_divergence(report: dict[str, Any]) -> None:
-    """A figure that no other figure tells."""
+    """Improves a figure that no other figure tells."""
     report["quality"][0]["kl"] *= 0.9
 
 
 def better_bound(report: dict[str, Any]) -> None:
-    """The bound of a mean, in its sentence too."""
+    """Improves the bound of a mean, in its sentence too."""
     certificate = report["certificate"]
     statement = next(s for s in certificate["statements"] if s["kind"] == "mean")
     statement["bound"] *= 0.9
@@ -267,20 +267,20 @@ def better_bound(report: dict[str, Any]) -> None:
 
 
 def better_values(report: dict[str, Any]) -> None:
-    """The largest per-sequence value, which the limits of its statements do not show."""
+    """Improves the largest per-sequence value, which the limits of its statements do not show."""
     values = report["certificate"]["values"]["all_layers"]
     values[values.index(max(values))] *= 0.8
 
 
 def restate(certificate: dict[str, Any]) -> None:
-    """Every sentence follows from the certificate's figures again."""
+    """Makes every sentence follow from the certificate's figures again."""
     for statement in certificate["statements"]:
         statement["text"] = statement_text(statement, certificate)
     certificate["assumptions"] = assumptions(certificate)
 
 
 def other_words(report: dict[str, Any]) -> None:
-    """More selection data than there were, and other predictions, in every sentence."""
+    """States more selection data than there were, and other predictions, in every sentence."""
     certificate = report["certificate"]
     certificate["selection"]["num_tokens"] *= 10
     certificate["predictions"] = "predictions of masked tokens"
@@ -288,18 +288,18 @@ def other_words(report: dict[str, Any]) -> None:
 
 
 def better_sentence(report: dict[str, Any]) -> None:
-    """One certificate sentence."""
+    """Improves one certificate sentence."""
     statement = report["certificate"]["statements"][0]
     statement["text"] = statement["text"].replace("95 %", "99 %")
 
 
 def held_out_figure(report: dict[str, Any]) -> None:
-    """One layer's error on certification data."""
+    """Changes one layer's error on certification data."""
     first_factorised(report)["errors"]["held_out"]["same_input"] *= 0.9
 
 
 def edit(change: Callable[[dict[str, Any]], None]) -> Mutation:
-    """A change of report.json, shown by the pages as well."""
+    """Returns a change of report.json that the pages show as well."""
 
     def mutate(output: Path) -> None:
         edit_report(output, change)
@@ -309,28 +309,28 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Mutation:
 
 
 def edit_the_card(output: Path) -> None:
-    """A sentence of README.md."""
+    """Changes a sentence of README.md."""
     file = output / "README.md"
     file.write_text(file.read_text().replace("95 %", "99 %", 1))
 
 
 def edit_the_page(output: Path) -> None:
-    """A sentence of report.html."""
+    """Changes a sentence of report.html."""
     file = output / "report.html"
     file.write_text(file.read_text().replace("95 %", "99 %", 1))
 
 
 def edit_the_config(output: Path) -> None:
-    """lrc.yaml tells of another run."""
+    """Makes lrc.yaml tell of another run."""
     file = output / "lrc.yaml"
     file.write_text(file.read_text().replace("ridge: 0.01", "ridge: 0.02"))
 
 
 def add_a_file(output: Path) -> None:
-    """Code that came from nowhere."""
+    """Adds code that came from nowhere."""
     (output / "modeling_extra.py").write_text("print('hello')\n")
 
 
 def edit_the_licence(output: Path) -> None:
-    """A side file."""
+    """Changes a side file."""
     (output / "LICENSE").write_text("not free to use\n")

@@ -1,4 +1,4 @@
-"""Ways to write records and to draw sequences of any kind of data."""
+"""These helpers write records and draw sequences of any kind of data."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ from lrc_cli.data.processors import Processors
 
 
 def drawn(path: Path, processors: Processors, **changes: Any) -> Sequences:
-    """Six sequences, unless changed, of one purpose."""
+    """Returns six sequences, unless changed, of one purpose."""
     values = {"sequence_length": 16, "num_sequences": 6, "required": True, **changes}
     purpose = Purpose(name="calibration", path=path, **values)
     return draw([purpose], processors=processors, seed=0)["calibration"]
 
 
 def write_records(file: Path, field: str, values: list[Any]) -> Path:
-    """Records with a number and one field, in the form that the file's name says."""
+    """Writes records with a number and one field, in the form that the file's name says."""
     rows = [{"number": i, field: value} for i, value in enumerate(values)]
     if file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Small layers with known statistics, and float64 references written without the engine."""
+"""Small layers have known statistics here, and float64 references written without the engine."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ LOW_RANK = {name: form for name, form in STORAGES.items() if isinstance(form, Lo
 
 
 def granted(storage: str, rank: int | None) -> Choice:
-    """A choice of which nothing but its form and its rank counts."""
+    """Returns a choice of which nothing but its form and its rank counts."""
     return Choice(storage, rank, 0, 0.0)
 
 
@@ -25,13 +25,13 @@ def pack(
     storage: str = "auto",
     rank_multiple: int = 1,
 ) -> Stored:
-    """One layer at a granted rank, in a storage by its name."""
+    """Packs one layer at a granted rank, in a storage by its name."""
     choice = granted(storage, rank)
     return STORAGES[storage].pack(problem, choice, dtype, rank_multiple=rank_multiple)
 
 
 def storage_bytes(storage: str, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
-    """Bytes by name; "auto" starts from interpolative."""
+    """Returns bytes by name; "auto" starts from interpolative."""
     name = "interpolative" if storage == "auto" else storage
     return LOW_RANK[name].num_bytes(m, n, rank, itemsize, block)
 
@@ -45,7 +45,7 @@ def gaussian(*shape: int, seed: int) -> Tensor:
 
 
 def second_moments(size: int, seed: int, decades: float = 3.0, num_samples: int = 4096) -> Tensor:
-    """The Gram matrix of samples whose principal axes spread over `decades` of energy."""
+    """Returns the Gram matrix of samples whose principal axes spread over `decades` of energy."""
     axes, _ = torch.linalg.qr(gaussian(size, size, seed=seed))
     scales = torch.logspace(0, -decades / 2, size, dtype=torch.float64)
     samples = (axes * scales) @ gaussian(size, num_samples, seed=seed + 1)
@@ -53,7 +53,7 @@ def second_moments(size: int, seed: int, decades: float = 3.0, num_samples: int 
 
 
 def case(name: str, seed: int = 0) -> tuple[Tensor, Statistics]:
-    """A weight (m, n) float64 and its statistics, by name."""
+    """Returns a weight (m, n) float64 and its statistics, by name."""
     m, n = SHAPES.get(name.split("-")[0], (24, 40))
     if name == "one-row":
         m, n = 1, 24
@@ -85,7 +85,7 @@ def damped(fisher: Tensor) -> Tensor:
 
 
 def reference_error(method: str, difference: Tensor, statistics: Statistics) -> float:
-    """The quadratic form each method minimises, as a sum of squares over explicit roots."""
+    """Returns the quadratic form each method minimises, as a sum of squares over explicit roots."""
     gram, fisher = statistics.gram, statistics.fisher
     assert gram is not None and fisher is not None
     if method == "svd":
@@ -97,13 +97,13 @@ def reference_error(method: str, difference: Tensor, statistics: Statistics) -> 
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a positive semidefinite matrix."""
+    """Returns the symmetric root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def eckart_young(method: str, weight: Tensor, statistics: Statistics, rank: int) -> Tensor:
-    """The optimum by an explicit SVD in the whitened space (well-conditioned cases only)."""
+    """Returns the optimum by an explicit SVD in the whitened space, if it is well conditioned."""
     m, n = weight.shape
     left, right = torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     assert statistics.gram is not None and statistics.fisher is not None

@@ -1,4 +1,4 @@
-"""Families of models, each as a pico model: adding one is one line of FAMILIES.
+"""Each family of models has a pico model here: adding one is one line of FAMILIES.
 
 A line says how the model is built, what it is fed, and what of it stays dense and why.
 """
@@ -131,17 +131,17 @@ def _router(kind: str, name: str = "gate") -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Family:
-    """A pico model, its inputs, and what of it stays dense."""
+    """Holds a pico model, its inputs, and what of it stays dense."""
 
     architecture: str
     model_type: str
     settings: Mapping[str, Any]
     skipped: Mapping[str, str]
-    """Reason by the end of a tensor's name; vectors go without saying."""
+    """The reason by the end of a tensor's name; vectors go without saying."""
     inputs: Mapping[str, Tensor]
 
     def build(self) -> PreTrainedModel:
-        """The model with random weights."""
+        """Returns the model with random weights."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(self.model_type, **self.settings)
         model: PreTrainedModel = getattr(transformers, self.architecture)(config)

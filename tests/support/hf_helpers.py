@@ -1,4 +1,4 @@
-"""Factorised checkpoints built by hand from random factors, and their dense counterparts."""
+"""Factorised checkpoints are built by hand from random factors, with their dense counterparts."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -26,11 +26,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How the layers of a test checkpoint are stored: 0 is two factors, else the block."""
+    """Says how a test checkpoint stores its layers: 0 is two factors, else rows of a row group."""
 
     block: int
     largest: bool = False
-    """Rank m - block (m - 1 for two factors) instead of about half."""
+    """Whether the rank is m - block (m - 1 for two factors) instead of about half."""
 
     def rank(self, rows: int) -> int:
         step = self.block or 1
@@ -106,7 +106,7 @@ _LAYERS = ("_proj", ".query", ".value", "output.dense", ".c_attn", ".c_proj", ".
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A factorised checkpoint and the dense one that it must equal."""
+    """Holds a factorised checkpoint and the dense checkpoint that it must equal."""
 
     factorised: Path
     dense: Path
@@ -114,7 +114,7 @@ class Pair:
 
 
 def random_factors(rows: int, columns: int, form: Form, generator: torch.Generator) -> State:
-    """Random factors of a (rows, columns) matrix, keyed by the ends of their disk names."""
+    """Returns random factors of a (rows, columns) matrix, keyed by the ends of their disk names."""
     rank = form.rank(rows)
     outer = (rows - rank if form.block else rows, rank)
     factors = {
@@ -128,9 +128,9 @@ def random_factors(rows: int, columns: int, form: Form, generator: torch.Generat
 
 
 def multiply_out(factors: Mapping[str, Tensor]) -> Tensor:
-    """The dense matrix, row by row, straight from the words of format.md.
+    """Returns the dense matrix, row by row, straight from the words of format.md.
 
-    That of a convolution keeps its kernel's dimensions.
+    A convolution's matrix keeps its kernel's dimensions.
     """
     kernel = factors["weight"].shape[2:]
     if kernel:
@@ -149,7 +149,7 @@ def multiply_out(factors: Mapping[str, Tensor]) -> Tensor:
 
 
 def layer_table(factors: Mapping[str, Mapping[str, Tensor]], form: Form) -> dict[str, Any]:
-    """The table that a checkpoint states for its layers."""
+    """Returns the table that a checkpoint states for its layers."""
     storage = "interpolative" if form.block else "factors"
     return {
         name: {"storage": storage, "rank": len(parts["weight"]), "block": form.block or None}
@@ -158,7 +158,7 @@ def layer_table(factors: Mapping[str, Mapping[str, Tensor]], form: Form) -> dict
 
 
 def with_factors(state: State, factors: Mapping[str, Mapping[str, Tensor]]) -> State:
-    """A state dict with some layers' weights replaced by factors under their disk names."""
+    """Returns a state dict with some layers' weights replaced by factors under their disk names."""
     named = {f"{x}.{end}": t for x, parts in factors.items() for end, t in parts.items()}
     kept = {key: tensor for key, tensor in state.items() if key not in named}
     return kept | named
@@ -194,7 +194,7 @@ def write_pair(directory: Path, model: str, form: Form) -> Pair:
 
 
 def mapped_file(tensor: Tensor) -> str:
-    """The file that a tensor's memory is a view of, empty for private memory."""
+    """Returns the file that a tensor's memory is a view of, empty for private memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:

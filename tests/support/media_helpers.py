@@ -1,4 +1,4 @@
-"""Pico models of images, recordings and encoder-decoders, with their processors and their data."""
+"""Pico models of images, recordings and encoder-decoders are made, with processors and data."""
 
 import wave
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 START = 4
-"""The token that pico decoders begin with: [MASK], which they have no other use for."""
+"""The token that pico decoders begin with: [MASK], which has no other use there."""
 RATE = 16000
 _VISION = {
     "hidden_size": 32,
@@ -64,7 +64,7 @@ def write_model(directory: Path, name: str) -> Path:
 
 
 def write_ending_tokenizer(directory: Path, *, suffix: str, prefix: str = "") -> None:
-    """A tokenizer with a token per word that ends every text, and may begin it."""
+    """Writes a tokenizer with a token per word that ends every text, and may begin it."""
     ids = {word: i for i, word in enumerate(pico.VOCABULARY)}
     core = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -157,7 +157,7 @@ _BUILD = {
 
 
 def write_images(directory: Path, count: int = 24, *, captions: bool = False) -> Path:
-    """PNG files of several sizes, half of them in a folder of their own."""
+    """Writes PNG files of several sizes, half of them in a folder of their own."""
     chance = np.random.default_rng(0)
     for index in range(count):
         folder = directory / ("even" if index % 2 else "odd")
@@ -175,7 +175,7 @@ def write_images(directory: Path, count: int = 24, *, captions: bool = False) ->
 def write_recordings(
     directory: Path, count: int = 24, *, transcripts: bool = False, seconds: float = 0.5
 ) -> Path:
-    """WAV files of a tone in noise, each a little longer than the one before."""
+    """Writes WAV files of a tone in noise, each a little longer than the last."""
     directory.mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(0)
     for index in range(count):
@@ -188,7 +188,7 @@ def write_recordings(
 
 
 def write_wave(file: Path, sound: np.ndarray, *, width: int = 2, rate: int = RATE) -> None:
-    """Samples (time,) or (time, channels) in [-1, 1] as PCM of `width` bytes."""
+    """Writes samples (time,) or (time, channels) in [-1, 1] as PCM of `width` bytes."""
     whole = np.round(sound.astype(np.float64) * (2 ** (8 * width - 1) - 1)).astype("<i8")
     data = whole.reshape(-1, 1).view(np.uint8)[:, :width].copy()
     if width == 1:

@@ -1,4 +1,4 @@
-"""Gram matrices as a pass over the data collects them, and as hooks and autograd give them."""
+"""Gram matrices are collected by a pass over the data, and by hooks and autograd to compare."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ Moments = dict[str, Tensor]
 
 
 def padded_tokens(rows: int = 6, length: int = 10) -> dict[str, Tensor]:
-    """Token ids and a right-padded mask; the first row is whole."""
+    """Returns token ids and a right-padded mask; the first row is whole."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, len(pico.VOCABULARY), (rows, length), generator=generator)
     lengths = torch.tensor([length, *range(3, 2 + rows)])
@@ -57,10 +57,10 @@ def measured(
     *,
     whole: bool = False,
 ) -> tuple[Moments, Moments]:
-    """The Gram matrices of every layer's input and, given a loss, of its output gradients.
+    """Returns the Gram matrices of every layer's input and, given a loss, of its output gradients.
 
     Args:
-        whole: run the network as one segment, whatever it is made of.
+        whole: whether the network runs as one segment.
     """
     given = sequences(inputs)
     graded = {layer.name for layer in layers} if loss else set()
@@ -96,7 +96,7 @@ def measured(
 def by_autograd(
     network: Network, layers: list[Layer], inputs: dict[str, Tensor], loss: Loss, batch: int
 ) -> tuple[Moments, Moments]:
-    """The same by hooks and autograd on the network as it is, all of it at once."""
+    """Returns the same by hooks and autograd on the network as it is, all of it at once."""
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     masking = torch.Generator().manual_seed(SEED)

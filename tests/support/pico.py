@@ -1,4 +1,4 @@
-"""Tiny random checkpoints with their tokenizers and texts, and ways to run `lrc` on them.
+"""Tiny random checkpoints are made with tokenizers and texts, and `lrc` is run on them.
 
 Random weights have no low-rank structure: they show mechanics, never quality.
 """
@@ -44,7 +44,7 @@ State = dict[str, Tensor]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(91))]
 LENGTH = 32
-"""Tokens of a block in the configs below."""
+"""The tokens of a sequence in the configs below."""
 
 _DECODER: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
@@ -68,7 +68,7 @@ _BERT: dict[str, Any] = {
 
 
 def words(count: int, seed: int = 0) -> str:
-    """Text of `count` words, each likely to be followed by one of three others."""
+    """Returns text of `count` words, each likely to be followed by one of three others."""
     chance = random.Random(seed)
     plain = VOCABULARY[len(SPECIAL) :]
     index, chosen = 0, []
@@ -80,7 +80,7 @@ def words(count: int, seed: int = 0) -> str:
 
 
 def write_tokenizer(directory: Path, *, wraps: bool = False) -> None:
-    """A tokenizer with a token per word; with `wraps`, sequences become [CLS] ... [SEP]."""
+    """Writes a tokenizer with a token per word; with `wraps`, sequences become [CLS] ... [SEP]."""
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if wraps:
@@ -95,7 +95,7 @@ def write_tokenizer(directory: Path, *, wraps: bool = False) -> None:
 
 
 def write_character_tokenizer(directory: Path) -> None:
-    """A byte-pair tokenizer: transformers takes no other kind from a Qwen2 checkpoint."""
+    """Writes a byte-pair tokenizer: transformers takes no other kind from a Qwen2 checkpoint."""
     pieces = [*SPECIAL, *"w0123456789", "Ġ", "Ġw"]
     core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("Ġ", "w")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,7 +103,7 @@ def write_character_tokenizer(directory: Path) -> None:
 
 
 def write_large_tokenizer(directory: Path) -> None:
-    """A tokenizer with more words than any pico model has embeddings."""
+    """Writes a tokenizer with more words than any pico model has embeddings."""
     numbers = {word: 1000 - i for i, word in enumerate(VOCABULARY)}
     core = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -119,7 +119,7 @@ def _qwen() -> PreTrainedModel:
 
 
 def _opt() -> PreTrainedModel:
-    """Its blocks have a ReLU between fc1 and fc2, and its layers a bias."""
+    """Returns a model with a ReLU between fc1 and fc2 of its blocks, and biases in its layers."""
     changes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}
     return OPTForCausalLM(OPTConfig(**{**_DECODER, **changes}))
 
@@ -142,7 +142,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], torch.dtype, str]] = {
         "5GB",
     ),
 }
-"""By name: what builds the model, the dtype it is saved in, and the size of its shards."""
+"""The models by name: a function that builds one, its dtype on the disk, the size of its shards."""
 
 
 def write_model(directory: Path, name: str) -> Path:
@@ -161,7 +161,7 @@ def write_model(directory: Path, name: str) -> Path:
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights large enough for every layer to matter, and biases that are not zero."""
+    """Makes weights large enough for every layer to matter, and biases that are not zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -301,12 +301,12 @@ def padded():
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFolder:
-    """A working directory with factories, a checkpoint for each and calibration tensors."""
+    """Holds a working directory with factories, a checkpoint for each and calibration tensors."""
 
     path: Path
 
     def model(self, name: str) -> dict[str, Any]:
-        """Changes that make a config use the checkpoint of the factory `name`."""
+        """Returns changes that make a config use the checkpoint of the factory `name`."""
         masked = dict.fromkeys(("attention", "recurrent", "packed", "padded"), "masked")
         data = {"pictures": "pixels", **masked}.get(name, "rows")
         return {
@@ -377,7 +377,7 @@ def job(directory: Path, changes: dict[str, Any]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended."""
+    """Says how a command ended."""
 
     code: int
     out: str
@@ -402,7 +402,7 @@ def compressed(directory: Path, changes: dict[str, Any], *options: str) -> tuple
 
 
 def read_state(path: Path) -> State:
-    """Every tensor of a safetensors file, or of a directory's files."""
+    """Returns every tensor of a safetensors file, or of a directory's files."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     state: State = {}
     for file in files:
@@ -412,12 +412,12 @@ def read_state(path: Path) -> State:
 
 
 def factorised_keys(state: Iterable[str]) -> list[str]:
-    """Disk names of the factorised layers of a state."""
+    """Returns disk names of the factorised layers of a state."""
     return [key.removesuffix(".up.weight") for key in state if key.endswith(".up.weight")]
 
 
 def rebuilt(state: State) -> State:
-    """The dense float32 state that a compressed one stands for, by the words of format.md."""
+    """Returns the dense float32 state that a compressed state stands for, as in format.md."""
     dense = {key: tensor for key, tensor in state.items()}
     for layer in factorised_keys(state):
         # A parameter of a recurrent module keeps a name of its own.

@@ -1,4 +1,4 @@
-"""Run `lrc` in processes of its own: forked from one that has imported torch, so in no time."""
+"""These helpers run `lrc` in processes that are forked after torch was imported, so in no time."""
 
 import functools
 import multiprocessing
@@ -31,18 +31,18 @@ _FORKS.set_forkserver_preload(
     ]
 )
 PATIENCE = 300.0
-"""Seconds to wait for anything."""
+"""The seconds to wait for anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A started command; its outputs go to files."""
+    """Holds a started command, whose outputs go to files."""
 
     process: BaseProcess
     log: Path
 
     def wait(self) -> int:
-        """Its exit code once it has ended, as a shell gives it."""
+        """Returns the exit code once the command has ended, as a shell gives it."""
         self.process.join(PATIENCE)
         code = self.process.exitcode
         assert code is not None, "the command does not end"
@@ -65,7 +65,7 @@ class Running:
 
     @property
     def err(self) -> str:
-        """What it wrote on standard error."""
+        """The text that the command wrote on standard error."""
         return self.log.read_text()
 
 
@@ -131,7 +131,7 @@ def start_many(
 
 
 def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun tells each of `size` processes on this machine."""
+    """Returns what torchrun tells each of `size` processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

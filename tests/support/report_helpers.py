@@ -1,4 +1,4 @@
-"""A small report made by hand, and a strict reader of pages."""
+"""A small report is made by hand here, and pages have a strict reader."""
 
 import math
 from html.parser import HTMLParser
@@ -16,28 +16,28 @@ VOID = {"meta"}
 
 
 def render_card(report: dict[str, Any]) -> str:
-    """README.md of a report.json."""
+    """Returns README.md of a report.json."""
     return card.render_card(parse_record(report))
 
 
 def render_html(report: dict[str, Any]) -> str:
-    """report.html of a report.json."""
+    """Returns report.html of a report.json."""
     return html.render_html(parse_record(report))
 
 
 def statement_text(statement: dict[str, Any], certificate: dict[str, Any]) -> str:
-    """The sentence of a statement of a report.json."""
+    """Returns the sentence of a statement of a report.json."""
     told = Statement.from_json(statement, "a statement")
     return sentences.statement_text(told, Certificate.from_json(certificate, "a certificate"))
 
 
 def assumptions(certificate: dict[str, Any]) -> list[str]:
-    """What the statements of a report.json rest on."""
+    """Returns what the statements of a report.json rest on."""
     return list(sentences.assumptions(Certificate.from_json(certificate, "a certificate")))
 
 
 def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[str, Any]:
-    """A layer stored as an interpolative decomposition."""
+    """Returns a layer stored as an interpolative decomposition."""
     return {
         "name": name,
         "kind": "Linear",
@@ -73,7 +73,7 @@ def factorised_layer(name: str, *, rank: int = 8, stored: float = 0.25) -> dict[
 
 
 def dense_layer(name: str, *, fallback: bool = False, reason: str = "dense pays better") -> Any:
-    """A layer without factors."""
+    """Returns a layer without factors."""
     return {
         "name": name,
         "kind": "Linear",
@@ -89,7 +89,7 @@ def dense_layer(name: str, *, fallback: bool = False, reason: str = "dense pays 
 
 
 def text_row(name: str) -> dict[str, Any]:
-    """The quality of a language model on one text: perplexity 20.4 -> 25.5."""
+    """Returns the quality of a language model on one text: perplexity 20.4 -> 25.5."""
     return {
         "text": name,
         "num_sequences": 64,
@@ -107,9 +107,10 @@ def text_row(name: str) -> dict[str, Any]:
 
 
 def small_report() -> dict[str, Any]:
-    """A report of four layers, two texts and three skipped tensors."""
+    """Returns a report of four layers, two texts and three skipped tensors."""
     config = {"model": {"path": "models/small", "factory": None, "trust_remote_code": False}}
     return {
+        # The job and its target.
         "schema_version": 1,
         "model": "small",
         "architecture": "LlamaForCausalLM",
@@ -122,6 +123,7 @@ def small_report() -> dict[str, Any]:
         "target": {"name": "size", "value": 0.8, "of": "compressible", "met": True},
         "allocation": "global",
         "sequential": {"used": False, "reason": "not in this version", "held_back": 0},
+        # The outcome: sizes, quality, layers and the tensors that are kept.
         "size": {
             "compressible_bytes": {"before": 24576, "after": 19584},
             "checkpoint_bytes": {"before": 1234567, "after": 1229575},
@@ -143,6 +145,7 @@ def small_report() -> dict[str, Any]:
             {"name": "model.norm.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
             {"name": "model.norm2.weight", "reason": "a vector", "bytes": 128, "share": 1e-5},
         ],
+        # What is certified, what it took, and where it comes from.
         "certificate": {"statements": [], "note": NOT_ASKED},
         "timing": {"checks": 7.888, "statistics": 371.0, "factors": 0.294},
         "memory": {"host_resident": 1534705664},
@@ -174,7 +177,7 @@ def small_report() -> dict[str, Any]:
 
 
 def certify(report: dict[str, Any], *, per_layer: bool = False, file: str = "text.txt") -> None:
-    """Give a report a certificate, with held-out errors, on made-up values of 120 sequences.
+    """Gives a report a certificate, with held-out errors, on made-up values of 120 sequences.
 
     Args:
         per_layer: at a quantile for which they suffice for statements on single layers too.
@@ -205,7 +208,7 @@ def certify(report: dict[str, Any], *, per_layer: bool = False, file: str = "tex
 
 
 def certificate_data(file: str) -> dict[str, Any]:
-    """What a certificate says of the draw from a file."""
+    """Returns what a certificate says of the draw from a file."""
     return {
         "sequence_length": 64,
         "unit": "sequence of 64 tokens",
@@ -231,7 +234,7 @@ def certificate_data(file: str) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """A parsed page: fails on unbalanced tags, keeps elements, texts and references."""
+    """Parses a page: fails on unbalanced tags, keeps elements, texts and references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -258,7 +261,7 @@ class Page(HTMLParser):
         return "\n".join(self.texts)
 
     def marked(self, tag: str, kind: str) -> int:
-        """How many elements have a class."""
+        """Returns how many elements have a class."""
         return sum(
             name == tag and kind in (attributes.get("class") or "").split()
             for name, attributes in self.elements

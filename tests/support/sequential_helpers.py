@@ -1,4 +1,4 @@
-"""Errors of sequentially fitted layers, measured again from what was written."""
+"""Errors of sequentially fitted layers are measured again from what was written."""
 
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,25 @@ MANY = {"calibration.num_sequences": 60, "evaluation": None}
 
 
 def factorised(report: Any) -> list[Any]:
-    """The report's layers that have factors."""
+    """Returns the report's layers that have factors."""
     return [layer for layer in report["layers"] if layer["storage"] != "dense"]
 
 
 def fitted_data(plan: Plan) -> Batch:
-    """The blocks that sequential layers are fitted to: all but an eighth."""
+    """Returns the sequences that sequential layers are fitted to: all but an eighth."""
     inputs = plan.sequences["calibration"].inputs
     number = len(next(iter(inputs.values())))
     return {name: tensor[: number - number // 8] for name, tensor in inputs.items()}
 
 
 def calibration_data(directory: Path) -> Batch:
-    """The blocks that the job in `directory` was fitted to."""
+    """Returns the sequences that the job in `directory` was fitted to."""
     return fitted_data(make_plan(load_config(directory / "job.yaml"), force=True))
 
 
 @torch.no_grad()
 def measured(plan: Plan, output: Path) -> dict[str, float]:
-    """By layer, ||W x + b - Z x~ - b~|| / ||W x|| over the data, from what was written."""
+    """Returns each layer's ||W x + b - Z x~ - b~|| / ||W x|| over the data, as written."""
     written = lrc_cli.load(output, factory=plan.config.model.factory)
     other = make_network(written, device=torch.device("cpu"), dtype=torch.float32)
     batch = fitted_data(plan)
@@ -63,7 +63,7 @@ def measured(plan: Plan, output: Path) -> dict[str, float]:
 
 
 def assert_errors_as_written(directory: Path, report: Any) -> None:
-    """Every sequential layer of the report has the errors that its written factors make."""
+    """Every sequential layer of the report must have the errors of its written factors."""
     plan = make_plan(load_config(directory / "job.yaml"), force=True)
     found = measured(plan, directory / "out")
     layers = [layer for layer in report["layers"] if layer.get("sequential")]
@@ -81,7 +81,7 @@ def assert_errors_as_written(directory: Path, report: Any) -> None:
 
 
 def assert_verified(directory: Path, changes: Changes) -> None:
-    """The output in `directory` holds against its original."""
+    """The output in `directory` must hold against its original."""
     factory = changes.get("model.factory")
     options = ["--factory", factory] if factory else []
     ended = pico.call("verify", directory / "out", "--against", changes["model.path"], *options)

@@ -1,4 +1,4 @@
-"""The same checkpoint in every form that people have."""
+"""One checkpoint is written in every form that people have."""
 
 import json
 import os
@@ -18,25 +18,25 @@ RANKS = 2
 
 
 def _emptied(original: Path, directory: Path) -> pico.State:
-    """Copies all but the weights; returns those."""
+    """Copies everything but the weights, and returns the weights."""
     shutil.copytree(original, directory, ignore=shutil.ignore_patterns("*.safetensors*"))
     return pico.read_state(original)
 
 
 def as_bin(original: Path, directory: Path) -> None:
-    """pytorch_model.bin."""
+    """Writes pytorch_model.bin."""
     torch.save(_emptied(original, directory), directory / "pytorch_model.bin")
 
 
 def as_old_bin(original: Path, directory: Path) -> None:
-    """pytorch_model.bin as torch wrote it before 1.6."""
+    """Writes pytorch_model.bin as torch wrote it before 1.6."""
     state = _emptied(original, directory)
     file = directory / "pytorch_model.bin"
     torch.save(state, file, _use_new_zipfile_serialization=False)
 
 
 def as_shards(original: Path, directory: Path) -> None:
-    """Two .bin files with an index."""
+    """Writes two .bin files with an index."""
     state = _emptied(original, directory)
     keys, index = list(state), {}
     for number, own in enumerate((keys[::2], keys[1::2]), start=1):
@@ -48,7 +48,7 @@ def as_shards(original: Path, directory: Path) -> None:
 
 
 def as_training_save(original: Path, directory: Path) -> None:
-    """What a training loop saves of a model in DataParallel and torch.compile."""
+    """Writes what a training loop saves of a model in DataParallel and torch.compile."""
     state = _emptied(original, directory)
     saved = {
         "epoch": 3,
@@ -60,7 +60,7 @@ def as_training_save(original: Path, directory: Path) -> None:
 
 
 def as_distributed(original: Path, directory: Path) -> None:
-    """Shards that two processes wrote, nested as in the tutorial of torch, with an optimizer."""
+    """Writes shards of two processes, nested as in the tutorial of torch, with an optimizer."""
     _emptied(original, directory)
     rendezvous = directory.with_name(f"{directory.name}.rendezvous")
     processes = [

@@ -1,4 +1,4 @@
-"""A finished output with its original, and what `lrc verify` finds in it."""
+"""A finished output lies beside its original here, with what `lrc verify` finds in it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from lrc_cli.verify.levels import Verified
 
 
 class Made:
-    """A finished output with its original."""
+    """Holds a finished output with its original."""
 
     def __init__(self, output: Path, original: Path) -> None:
         self.output, self.original = output, original
@@ -15,10 +15,10 @@ class Made:
 
 
 def failed(found: Verified) -> list[str]:
-    """The ids of what fails, with why."""
+    """Returns the ids of what fails, with why."""
     return [f"{s.id}: {s.what}: {s.detail}" for s in found.findings.with_status("fails")]
 
 
 def unchecked(found: Verified) -> set[str]:
-    """The ids of what was not checked."""
+    """Returns the ids of what was not checked."""
     return {s.id for s in found.findings.with_status("not checked")}
