@@ -24,7 +24,7 @@ from lrc_cli.forecast.estimate import (
 from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
 from lrc_cli.forecast.quality import run_quality
 from lrc_cli.forecast.sequential import run_sequential
-from lrc_cli.job.factors.decide_sequential import decide, granted_share
+from lrc_cli.job.factors.decide_sequential import decide, kept_fraction
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages
 from lrc_cli.job.spectra.ranks import Granted, allocate, nothing_known, rest_bytes
@@ -132,7 +132,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         decision = decide(plan, probe.work, granted)
         if decision.used:
             factors = run_sequential(probe, plan, granted, decision, kinds)
-            _add_both_networks(probe, granted_share(plan, granted) * plan.compressible_bytes)
+            _add_both_networks(probe, kept_fraction(plan, granted) * plan.compressible_bytes)
         else:
             factors = probe.run_factors(plan, granted, kinds)
         # The time of all measurements after the factors does not depend on the size.
@@ -140,7 +140,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
             quality, memory = run_quality(plan, probe.work, kinds)
             probe.memory.append(memory)
         # The size of the output follows from the ranks, and its time from the speed of the disk.
-        granted_bytes = int(granted_share(plan, granted) * plan.compressible_bytes)
+        granted_bytes = int(kept_fraction(plan, granted) * plan.compressible_bytes)
         size = granted_bytes + rest_bytes(plan)
         own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
         pieces += own
@@ -159,8 +159,8 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     _check_memory(probe)
     # The first units are stored at the turn of the pass, while everything that passes is still on
     # the disk. Little of it is left when the last unit is stored. Factors come later.
-    share = min(probe.lag / max(len(first.units), 1), 1.0)
-    turn = probe.passing_bytes + int(probe.statistics_bytes * share)
+    fraction = min(probe.lag / max(len(first.units), 1), 1.0)
+    turn = probe.passing_bytes + int(probe.statistics_bytes * fraction)
     end = probe.statistics_bytes + min(probe.passing_bytes, 2 * probe.boundary_bytes)
     work = max(lasting + probe.spilled_bytes, turn, end)
     spaces = [

@@ -7,7 +7,7 @@ from typing import Any
 from lrc_cli.config import Config
 from lrc_cli.engine import Choice, Predicted, tails
 from lrc_cli.errors import InputError
-from lrc_cli.job.factors.decide_sequential import granted_share
+from lrc_cli.job.factors.decide_sequential import kept_fraction
 from lrc_cli.job.plan import Plan, with_target
 from lrc_cli.job.spectra.ranks import allocate, shares_relative_errors
 
@@ -35,7 +35,7 @@ def point_of(
         error = _error(plan, choice, known)
         lost, relative = lost + error, [*relative, error / total]
     point = {
-        "kept": granted_share(plan, granted),
+        "kept": kept_fraction(plan, granted),
         "relative_error": (sum(relative) / len(relative)) ** 0.5,
     }
     bounds_output = plan.config.compression.max_layer_error is not None

@@ -113,11 +113,11 @@ class Probe:
         """Stores for every unit how many tokens will reach its layers, as its kind tells."""
         for representative, units in kinds.items():
             tensors, facts = self.work.get(STATISTICS, representative)
-            share = 1.0 if self.has(STATISTICS, representative) else self.batch_ratio
+            ratio = 1.0 if self.has(STATISTICS, representative) else self.batch_ratio
             for unit in units:
                 pairs = zip(self.plan.units[unit], self.plan.units[representative], strict=True)
                 seen = {layer.name: facts["layers"][like.name] for layer, like in pairs}
-                own = {**facts, "layers": {name: _scaled(x, share) for name, x in seen.items()}}
+                own = {**facts, "layers": {name: _scaled(x, ratio) for name, x in seen.items()}}
                 is_own = unit == representative
                 if is_own or not self.work.has(STATISTICS, unit):
                     self.work.put(STATISTICS, unit, tensors if is_own else {}, own)
@@ -160,14 +160,14 @@ class Probe:
             for unit, units in kinds.items():
                 layers = plan.units[unit]
                 reads_inputs = any(plan.of(layer).solver.reads_inputs for layer in layers)
-                few, share = on_few_sequences(plan) if reads_inputs else (plan, 1.0)
+                few, ratio = on_few_sequences(plan) if reads_inputs else (plan, 1.0)
                 # One unit may have fewer layers than the job will solve side by side, so it is done
                 # several times.
                 together = min(-(-num_workers(plan, layers) // len(layers)), len(units))
                 stage = Timed(FactorsStage(few, self.work, granted), [unit] * together, plan.device)
                 (seconds,) = run_stage(stage, self.quiet).values()
                 left = sum(not self.has(plan.factors_stage, other) for other in units)
-                times = left * share / together
+                times = left * ratio / together
                 pieces.append(Piece(phase="factors", seconds=seconds, times=times))
         self.memory.append(Memory(phase="factors", measured=memory.peak, gpu=memory.gpu))
         return pieces
@@ -204,5 +204,5 @@ def _no_tokens(layers: Sequence[Layer]) -> tuple[Tensors, dict[str, Any]]:
     return {}, {"layers": {layer.name: dict(seen) for layer in layers}, "loss": None}
 
 
-def _scaled(seen: dict[str, Any], share: float) -> dict[str, Any]:
-    return {**seen, "tokens": int(seen["tokens"] * share)}
+def _scaled(seen: dict[str, Any], ratio: float) -> dict[str, Any]:
+    return {**seen, "tokens": int(seen["tokens"] * ratio)}

@@ -38,7 +38,7 @@ def run_sequential(
     Args:
         kinds: see `Probe.unit_kinds`.
     """
-    few, share = on_few_sequences(plan)
+    few, ratio = on_few_sequences(plan)
     few = replace(few, layers=[layer for layer in plan.layers if layer.unit in kinds])
     one = next(plan.sequences[CALIBRATION].batches(1))
     segments = segments_of(plan.network, find_chain(plan.network, one), plan.layers, one)
@@ -54,7 +54,7 @@ def run_sequential(
         # The way is as long as the data, and there are as many solves as missing units.
         times = counts[name] if missing else 0
         solving = stage.segment_seconds[name] - walking
-        pieces.append(Piece(phase=PHASE, seconds=walking, times=times * share))
+        pieces.append(Piece(phase=PHASE, seconds=walking, times=times * ratio))
         pieces.append(Piece(phase=PHASE, seconds=solving, times=counts[name] * left))
     return pieces
 

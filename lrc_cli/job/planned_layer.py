@@ -33,11 +33,11 @@ class PlannedLayer:
     fixed_rank: int | None = None
     """The rank that `compression.layers` gives the layer."""
     fixed_size: float | None = None
-    """The share of its bytes that `compression.layers` gives the layer; 1 leaves it dense."""
+    """The fraction of its bytes that `compression.layers` gives the layer; 1 leaves it dense."""
     max_layer_error: float | None = None
     """A bound on the plain relative output error that the stored factors must meet."""
     threshold: float | None = None
-    """Singular values to cut, as a share of the largest; None where it does not set the rank."""
+    """Singular values to cut, as a fraction of the largest; None where it does not set the rank."""
 
 
 def asked_solvers(compression: Compression, layers: Sequence[Layer]) -> dict[str, Solver]:

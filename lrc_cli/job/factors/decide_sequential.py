@@ -25,7 +25,7 @@ Where a whole kind of layer is fitted plainly, the corrections of the other laye
 (docs/benchmarks.md).
 """
 TIED = "its factors are an embedding's too, which comes first"
-LARGEST_SHARE = 0.6
+LARGEST_FRACTION = 0.6
 """The fraction of the bytes above which `auto` is off.
 
 On SmolLM2, sequential fitting pays at 0.6 and 0.4, and changes nothing at 0.8 (docs/benchmarks.md).
@@ -96,10 +96,10 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
     target, _ = compression.target
     if compression.sequential == "auto" and target != "size":
         return Decision(used=False, reason=f"auto: {target} is about the dense network's inputs")
-    share = granted_share(plan, granted)
-    if compression.sequential == "auto" and share > LARGEST_SHARE:
+    kept = kept_fraction(plan, granted)
+    if compression.sequential == "auto" and kept > LARGEST_FRACTION:
         reason = (
-            f"auto: {share:.1%} of the bytes are kept, and it is on from {LARGEST_SHARE:.0%} down"
+            f"auto: {kept:.1%} of the bytes are kept, and it is on from {LARGEST_FRACTION:.0%} down"
         )
         return Decision(used=False, reason=reason)
     layers = [layer for layer in plan.layers if not granted[layer.name].is_dense]
@@ -113,9 +113,7 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
         f" {' and '.join(_methods())} and at least {MIN_TOKENS} tokens for each input"
     )
     why = (
-        "asked for"
-        if compression.sequential is True
-        else f"auto: {share:.1%} of the bytes are kept"
+        "asked for" if compression.sequential is True else f"auto: {kept:.1%} of the bytes are kept"
     )
     if _size(short) > MOST_WITH_FEW_TOKENS * _size(layers):
         few = f"{len(short)} have fewer tokens, more than {MOST_WITH_FEW_TOKENS:.0%} of the weights"
@@ -124,7 +122,7 @@ def _decide(plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> D
     return Decision(used=bool(able) and enough, reason=f"{why}; {numbers}", excluded=excluded)
 
 
-def granted_share(plan: Plan, granted: Mapping[str, Choice]) -> float:
+def kept_fraction(plan: Plan, granted: Mapping[str, Choice]) -> float:
     """Returns the granted bytes of the compressible weights, as a fraction of their dense bytes."""
     return sum(choice.num_bytes for choice in granted.values()) / plan.compressible_bytes
 

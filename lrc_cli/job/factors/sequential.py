@@ -185,8 +185,8 @@ class _Fits:
         first = next((layer for layer in todo if reasons[layer.name] is None), None)
         drifts = None
         if first is not None:
-            share = _group_cost(self.plan, segment, first) / max(len(self.networks.batches), 1)
-            drifts = self.networks.drift(segment, first, partial(advance, share))
+            cost = _group_cost(self.plan, segment, first) / max(len(self.networks.batches), 1)
+            drifts = self.networks.drift(segment, first, partial(advance, cost))
         yield from self._solve(partial(self._fit, drifts, reasons), todo)
         advance(solve_cost(todo))
 

@@ -191,12 +191,12 @@ def _layer(plan: Plan, written: Source, layer: Layer, facts: LayerFacts) -> Laye
 def _provenance(plan: Plan) -> Provenance:
     sequences = {
         name: DrawnSequences(
-            num_sequences=len(blocks),
-            num_tokens=blocks.num_tokens,
-            population=blocks.population,
-            sha256=blocks.sha256,
+            num_sequences=len(drawn),
+            num_tokens=drawn.num_tokens,
+            population=drawn.population,
+            sha256=drawn.sha256,
         )
-        for name, blocks in plan.sequences.items()
+        for name, drawn in plan.sequences.items()
         if name in (CALIBRATION, CERTIFICATION)
     }
     return Provenance(

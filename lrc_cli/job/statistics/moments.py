@@ -64,9 +64,9 @@ class GramSum:
         rows = rows - middle
         rest = rows.mean(dim=0, dtype=torch.float64).to(mean.device)
         step = middle.to(mean) + rest - mean
-        share = len(rows) / (self.num_rows + len(rows))
-        mean += step * share
-        return Added(rows, rest, step, weight=self.num_rows * share)
+        part = len(rows) / (self.num_rows + len(rows))
+        mean += step * part
+        return Added(rows, rest, step, weight=self.num_rows * part)
 
     def sum_to(self, owner: int | None, processes: Processes) -> torch.Tensor | None:
         """Sums over all processes. The rank `owner` gets the sum; None: every process gets it.
