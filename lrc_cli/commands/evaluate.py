@@ -24,7 +24,7 @@ from lrc_cli.commands.setup import calm_transformers
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="The original checkpoint; default: the one that the output's lrc.yaml names.",
+    help="The original checkpoint; default: the path in the output's lrc.yaml.",
 )
 @click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Data to score on.")
 @click.option(

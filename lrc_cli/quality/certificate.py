@@ -45,8 +45,7 @@ NO_SEQUENCES = "none could be issued: no sequence was left for certification"
 
 
 def clips_of(selection: Values) -> dict[str, float]:
-    """Returns the limit B at which values are clipped, for each quantity that is, from
-    selection."""
+    """Returns each quantity's clipping limit B, from selection data; a share is not clipped."""
     return {
         name: max(LEAST_CLIP, CLIP_FACTOR * max(map(abs, values)))
         for name, values in selection.items()
