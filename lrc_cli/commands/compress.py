@@ -76,6 +76,7 @@ def compress(
 
     bound_caches()
     with joined() as processes:
+        written_at = _time_of_change(config)
         configs = load_configs(config, overrides, output=output, sizes=sizes)
         calm_transformers()
         # These imports load torch, so the config is read and the caches are bounded first.
@@ -98,10 +99,17 @@ def compress(
                     click.echo(job.output.path)
                 if speaks and not as_json and not quiet:
                     click.echo(summary(record), err=True)
+            if _time_of_change(config) != written_at:
+                progress.note(f"{config}: changed meanwhile; this run used what it said at first")
         if speaks and as_json:
             reports = [record.to_json() for record in records]
             click.echo(json.dumps(reports if sizes else reports[0], indent=2))
         conclude(records, junit if speaks else None, strict=strict)
+
+
+def _time_of_change(config: Path) -> int | None:
+    """Returns when the config was written last, in nanoseconds; None: it is no file any more."""
+    return config.stat().st_mtime_ns if config.is_file() else None
 
 
 def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:

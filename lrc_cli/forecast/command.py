@@ -69,7 +69,11 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         predicted = read_predicted(first, job_work) if known and job_work is not None else None
     if predicted is None and collect:
         with (
-            WorkDirectory(first.work_dir, first.statistics_fingerprint) as work,
+            WorkDirectory(
+                first.work_dir,
+                first.statistics_fingerprint,
+                before_put=first.inputs.check_checkpoint,
+            ) as work,
             progress.logged(work.root / LOG),
         ):
             run_shared_stages(first, work, progress)

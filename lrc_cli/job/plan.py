@@ -20,7 +20,13 @@ from lrc_cli.execution.input_checks import check_sequences, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import reasons_of
-from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
+from lrc_cli.job.fingerprints import (
+    data_hashes,
+    digest,
+    factors_fingerprint,
+    statistics_fingerprint,
+)
+from lrc_cli.job.inputs import Inputs, look_at_inputs, states_before
 from lrc_cli.job.methods import check_methods, with_stand_ins
 from lrc_cli.job.planned_layer import PlannedLayer, asked_solvers, plan_layers
 from lrc_cli.network.candidates.find import Skipped, find_layers
@@ -48,6 +54,10 @@ class Plan:
     """What is settled for each layer, by name."""
     sequences: dict[str, Sequences]
     """The sequences for "calibration", "certification" and each evaluation text, by its name."""
+    inputs: Inputs
+    """The files that the run was started on."""
+    data_hashes: Mapping[str, str]
+    """The sha256 of every data file or folder and of the factory's code, as they were read."""
     statistics_fingerprint: dict[str, Any]
     factors_fingerprint: str
     work_dir: Path
@@ -114,6 +124,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     # Checks that need no weights come first: they take no time.
     check_gates_possible(config)
     output = resolve_output(config.output.path)
+    before = states_before(config)
     source = open_source(Path(config.model.path))
     processes.from_first(lambda: check_output(output, source.path, force=force))
     # The checkpoint becomes a module, and its layers are found.
@@ -134,6 +145,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
             "give more data, widen the part, or lower sequence_length",
         )
     check_sequences(sequences, module, source)
+    inputs = look_at_inputs(config, source, before)
     # The network runs once, which shows the layers whose weight is not used as W in y = W x + b.
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
@@ -171,6 +183,8 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         skipped=skipped,
         planned=plan_layers(config, layers, source, solvers, stand_in_reasons),
         sequences=sequences,
+        inputs=inputs,
+        data_hashes=data_hashes(config),
         statistics_fingerprint=statistics,
         factors_fingerprint=factors_fingerprint(config, identity),
         work_dir=work_dir,

@@ -5,8 +5,9 @@ all layers come first, then the ranks, then the factors.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 from lrc_cli.checkpoint.output_directory import output_directory
@@ -17,6 +18,7 @@ from lrc_cli.engine import Solver
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.factors.sequential import SequentialStage
+from lrc_cli.job.inputs import ChangedInput, Inputs
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.write import finish_output, write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
@@ -25,10 +27,14 @@ from lrc_cli.job.spectra.ranks import allocate, check_reachable
 from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare
-from lrc_cli.job.work import LOG, PASSING, SHARED, WorkDirectory
+from lrc_cli.job.work import LOG, PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
+from lrc_cli.runtime.signals import Interrupted
+
+ATTEMPTS = 3
+"""How often an output is begun before units that are damaged meanwhile end the run."""
 
 
 def compress(
@@ -77,16 +83,57 @@ def compress_each(
     first = plans[0]
     _say_unused_settings(first, progress)
     with (
-        WorkDirectory(first.work_dir, first.statistics_fingerprint, processes) as work,
+        _blaming(first.inputs),
+        WorkDirectory(
+            first.work_dir,
+            first.statistics_fingerprint,
+            processes,
+            before_put=first.inputs.check_checkpoint,
+        ) as work,
         progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
     ):
         if restart:
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
-        shared = checks.timing | run_shared_stages(first, work, progress)
         for plan in plans:
-            # The shared seconds are counted once, with the first plan.
-            seconds = shared if plan is first else {}
-            yield _write(plan, work, seconds, force=force, progress=progress)
+            # The seconds of the checks are counted once, with the first plan.
+            seconds = checks.timing if plan is first else {}
+            yield _write_again(plan, work, seconds, force=force, progress=progress)
+
+
+@contextmanager
+def _blaming(inputs: Inputs) -> Iterator[None]:
+    """A context in which a failure is put down to a changed input if an input has changed."""
+    try:
+        yield
+    except (ChangedInput, Interrupted):
+        raise
+    except Exception as error:
+        what = inputs.change()
+        if what is None:
+            raise
+        raise ChangedInput(what) from error
+
+
+def _write_again(
+    plan: Plan, work: WorkDirectory, seconds: Seconds, *, force: bool, progress: Progress
+) -> Record:
+    """As `_write`, after the stages that all sizes share, and again where a unit is damaged.
+
+    The stages find finished units, so they do nothing for a second size. Several processes do not
+    begin again: each may have come to another place. The same command does.
+
+    Raises:
+        DamagedUnit: units are damaged again and again, or there are several processes.
+    """
+    attempts = count(1)
+    while True:
+        try:
+            shared = seconds | run_shared_stages(plan, work, progress)
+            return _write(plan, work, shared, force=force, progress=progress)
+        except DamagedUnit:
+            if next(attempts) == ATTEMPTS or work.processes.size > 1:
+                raise
+            work.distrust()
 
 
 def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Seconds:
@@ -129,11 +176,13 @@ def _write(
     )
     seconds = shared | run_stage(factors, progress)
     processes, folder = plan.processes, factors.folder
+    plan.inputs.check(processes)
     with output_directory(plan.output, force=force, processes=processes) as directory:
         seconds |= processes.from_first(
             lambda: write_checkpoint(plan, work, folder, directory, progress)
         )
         report = finish_output(plan, work, folder, directory, decision.record(), seconds, progress)
+        plan.inputs.check(processes)
     _say_what_failed(report, progress)
     return report
 

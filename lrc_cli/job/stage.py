@@ -55,6 +55,14 @@ class Stage(ABC, Generic[Outcome]):
         """Returns the units that are not stored yet, on which all processes agree."""
         return self.work.missing(self.folder, self.units)
 
+    def drop_damaged(self) -> list[str]:
+        """Deletes units of earlier runs that are damaged. All processes call this.
+
+        Returns:
+            A sentence about every deleted unit, without a full stop.
+        """
+        return self.work.drop_damaged(self.folder, self.units)
+
     @abstractmethod
     def task(self, units: Sequence[str]) -> Task[Outcome]:
         """Prepares the work on units that are missing. All processes call this."""
@@ -70,7 +78,8 @@ class Stage(ABC, Generic[Outcome]):
 def run_stage(stage: Stage[Outcome], progress: Progress) -> Seconds:
     """Does what is left of a stage and stores every unit as soon as it is solved.
 
-    The call returns in every process once all processes are done.
+    Damaged units of earlier runs are named, deleted and solved again. The call returns in every
+    process once all processes are done.
 
     Returns:
         The seconds of the stage's phase by its name; empty where nothing took time.
@@ -78,6 +87,9 @@ def run_stage(stage: Stage[Outcome], progress: Progress) -> Seconds:
     Raises:
         InputError, RunError: from the stage. All units that were stored until then are whole.
     """
+    damaged = stage.drop_damaged()
+    for sentence in damaged if stage.work.processes.is_first else ():
+        progress.say(sentence)
     missing, seconds = stage.missing(), Seconds()
     if missing:
         task = stage.task(missing)

@@ -8,16 +8,17 @@
                                        eigenvectors in float32, the errors that reports compare
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
-A killed run leaves whole files or none, and the same command goes on with the files. Two
-fingerprints decide what may be used again: *statistics* names the directory, *factors* a folder
-inside it.
+A killed run leaves whole files or none, and the same command goes on with the files. A unit's facts
+and each tensor have a checksum, which is compared whenever they are read. Two fingerprints decide
+what may be used again: *statistics* names the directory, *factors* a folder inside it.
 """
 
 import json
 import os
 import shutil
+import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.runtime.files import canonical_json, sync_directory, write_json
+from lrc_cli.runtime.files import canonical_json, sync_directory, tensor_bytes, write_json
 from lrc_cli.runtime.lock import lock_file
 from lrc_cli.runtime.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
-WHOLE = "network"
+WHOLE, UNIT, SUFFIX = "network", "unit", ".safetensors"
 STATISTICS, SURVEYS, MEASURED = "statistics", "surveys", "measured"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """Stages on the way to the statistics (sweep.py, collect.py), deleted as soon as they are used."""
@@ -47,6 +48,23 @@ LOG = "run.log"
 """The file with the messages of all runs in the directory."""
 
 
+class DamagedUnit(RunError):
+    """A unit's file does not hold what was stored.
+
+    Args:
+        file: the unit's file.
+        why: what is wrong with the file.
+    """
+
+    def __init__(self, file: Path, why: object) -> None:
+        self.what = f"{file}: damaged ({why})"
+        super().__init__(
+            self.what,
+            "the next `lrc compress` computes it again, and with --restart computes everything"
+            " again",
+        )
+
+
 class WorkDirectory:
     """The finished units of one run, by stage ("statistics", "surveys", "factors/<fingerprint>").
 
@@ -58,12 +76,20 @@ class WorkDirectory:
         root: the path, which is created when missing.
         fingerprint: named fields that the statistics depend on.
         processes: the processes that share the directory. The first one holds the lock for all.
+        before_put: called before a unit is stored. An exception keeps the unit out.
     """
 
     def __init__(
-        self, root: Path, fingerprint: Mapping[str, Any], processes: Processes = ALONE
+        self,
+        root: Path,
+        fingerprint: Mapping[str, Any],
+        processes: Processes = ALONE,
+        *,
+        before_put: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.processes = root, processes
+        self.root, self.processes, self.before_put = root, processes, before_put
+        self._trusted: set[Path] = set()
+        """The files of units that this run has stored, or has found whole."""
         self.fingerprint: dict[str, Any] = json.loads(canonical_json(fingerprint))
         self._lock: BinaryIO | None = None
 
@@ -120,10 +146,13 @@ class WorkDirectory:
             self._lock.close()
 
     def _file(self, stage: str, unit: str) -> Path:
-        return self.root / stage / f"{unit or WHOLE}.safetensors"
+        return self.root / stage / f"{unit or WHOLE}{SUFFIX}"
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
 
     def has(self, stage: str, unit: str) -> bool:
-        """Returns whether the unit has a file. Files are always whole."""
+        """Returns whether the unit has a file. Only `drop_damaged` looks into the file."""
         return self._file(stage, unit).exists()
 
     def missing(self, stage: str, units: Iterable[str]) -> list[str]:
@@ -134,14 +163,16 @@ class WorkDirectory:
         """Stores a finished unit: the file is written aside, flushed, then renamed.
 
         Raises:
-            RunError: the disk is full, or the file cannot be written for another reason.
+            RunError: the disk is full, the file cannot be written for another reason, or
+                `before_put` keeps the unit out.
         """
+        self.before_put()
         file = self._file(stage, unit)
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".partial")
         data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(data, aside, metadata={"facts": canonical_json(facts)})
+            save_file(data, aside, metadata=_metadata(self._name(file), data, facts))
         except SafetensorError as error:
             raise RunError(
                 f"{file}: cannot be written ({error})",
@@ -151,6 +182,7 @@ class WorkDirectory:
             os.fsync(handle.fileno())
         aside.rename(file)
         sync_directory(file.parent)
+        self._trusted.add(file)
 
     def facts(self, stage: str, unit: str) -> dict[str, Any]:
         """Returns a unit's facts alone. Raises as `get` does."""
@@ -161,20 +193,68 @@ class WorkDirectory:
     ) -> tuple[Tensors, dict[str, Any]]:
         """Returns a unit's tensors, as views of the mapped file, and its facts.
 
+        Only the wanted tensors are read from the disk and compared with their checksums.
+
         Args:
             wanted: names of tensors, of which the unit may lack some; None: all its tensors.
 
         Raises:
-            RunError: the file is damaged.
+            DamagedUnit: the file does not hold what was stored, or is gone.
         """
         file = self._file(stage, unit)
         try:
             with safe_open(file, framework="pt") as handle:
-                names = handle.keys() if wanted is None else set(handle.keys()) & set(wanted)
+                facts, checksums = _read_metadata(self._name(file), handle.metadata() or {})
+                _check_names(handle.keys(), checksums)
+                names = set(checksums) if wanted is None else set(checksums) & set(wanted)
                 tensors = {name: handle.get_tensor(name) for name in names}
-                return tensors, json.loads(handle.metadata()["facts"])
-        except SafetensorError as error:
-            raise RunError(f"{file}: damaged ({error})", "run again with --restart") from error
+        except (SafetensorError, FileNotFoundError, _Mismatch) as error:
+            raise DamagedUnit(file, error) from error
+        for name, tensor in tensors.items():
+            if checksums[name] != _checksum(name, tensor):
+                raise DamagedUnit(file, f"tensor {name} is not what was stored")
+        return tensors, facts
+
+    def drop_damaged(self, stage: str, units: Iterable[str] | None = None) -> list[str]:
+        """Deletes units that do not hold what was stored. All processes call this.
+
+        A unit that this run has stored, or has looked at before, is not looked at.
+
+        Args:
+            units: the units of the stage to look at; None: all units in the stage and in stages
+                whose names begin with its name and a slash.
+
+        Returns:
+            A sentence about every deleted unit, without a full stop.
+        """
+        return self.processes.from_first(lambda: self._drop_damaged(stage, units))
+
+    def _drop_damaged(self, stage: str, units: Iterable[str] | None) -> list[str]:
+        places = self._stored(stage) if units is None else [(stage, unit) for unit in units]
+        found = []
+        for place, unit in places:
+            file = self._file(place, unit)
+            if file in self._trusted or not file.exists():
+                continue
+            try:
+                self.get(place, unit)
+            except DamagedUnit as error:
+                file.unlink()
+                found.append(f"{error.what}; it is computed again")
+            else:
+                self._trusted.add(file)
+        return found
+
+    def _stored(self, stage: str) -> list[tuple[str, str]]:
+        """Returns the units below a stage's folder: the stage and the name of each."""
+        return [
+            (file.parent.relative_to(self.root).as_posix(), file.name.removesuffix(SUFFIX))
+            for file in sorted((self.root / stage).rglob(f"*{SUFFIX}"))
+        ]
+
+    def distrust(self) -> None:
+        """Lets `drop_damaged` look at every unit again."""
+        self._trusted.clear()
 
     def remove(self, stage: str, unit: str) -> None:
         """Deletes a unit's file if there is one."""
@@ -189,6 +269,45 @@ class WorkDirectory:
         for stage in stages:
             if (self.root / stage).exists():
                 shutil.rmtree(self.root / stage)
+
+
+class _Mismatch(Exception):
+    """What a file says of itself is not what was stored."""
+
+
+def _checksum(name: str, tensor: torch.Tensor) -> int:
+    """Returns the CRC-32 of a tensor's name, dtype, shape and bytes, at about 2 GB a second."""
+    kind = f"{name}:{tensor.dtype}:{tuple(tensor.shape)};"
+    return zlib.crc32(tensor_bytes(tensor), zlib.crc32(kind.encode()))
+
+
+def _metadata(name: str, tensors: Tensors, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a file holds beside tensors: the facts, and checksums of everything.
+
+    One key holds it all, because safetensors writes several keys in any order.
+
+    Args:
+        name: the name of the unit's file in the work directory.
+    """
+    checksums = {key: _checksum(key, tensor) for key, tensor in tensors.items()}
+    text = canonical_json({"name": name, "facts": facts, "checksums": checksums})
+    return {UNIT: f"{zlib.crc32(text.encode())} {text}"}
+
+
+def _read_metadata(name: str, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns a unit's facts, and the checksum of each tensor by name. Raises _Mismatch."""
+    checksum, _, text = metadata.get(UNIT, "").partition(" ")
+    if checksum != str(zlib.crc32(text.encode())):
+        raise _Mismatch("its facts are not what was stored")
+    unit = json.loads(text)
+    if unit["name"] != name:
+        raise _Mismatch(f"it is the file {unit['name']}")
+    return unit["facts"], unit["checksums"]
+
+
+def _check_names(names: Iterable[str], checksums: Mapping[str, int]) -> None:
+    if set(names) != set(checksums):
+        raise _Mismatch("its tensors do not have the names that were stored")
 
 
 class Background:

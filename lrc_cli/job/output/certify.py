@@ -6,6 +6,7 @@ sequence is looked at.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from lrc_cli.data.draw import Purpose, Sequences
 from lrc_cli.data.kinds import member, members
@@ -33,7 +34,6 @@ from lrc_cli.quality.certificate_record import (
 from lrc_cli.quality.compare import scoring
 from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
 from lrc_cli.report.record import HeldOutErrors, LayerFacts
-from lrc_cli.runtime.files import hash_path
 from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.text import count
 
@@ -176,6 +176,7 @@ def _data(
     purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
     unit = member(purpose.path)
     length = purpose.sequence_length if unit == "block" else None
+    hashes = {Path(path): sha256 for path, sha256 in plan.data_hashes.items()}
     return CertificateData(
         sequence_length=length,
         unit=unit if length is None else f"sequence of {length} tokens",
@@ -185,7 +186,7 @@ def _data(
             file=purpose.path.name,
             part=purpose.part,
             size=drawn.population,
-            file_sha256=hash_path(purpose.path),
+            file_sha256=hashes[purpose.path],
         ),
         data_sha256=drawn.sha256,
         selection=Selection(

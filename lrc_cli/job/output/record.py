@@ -13,7 +13,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.forms import FORMS
-from lrc_cli.job.fingerprints import data_hashes, report_code_hash
+from lrc_cli.job.fingerprints import report_code_hash
 from lrc_cli.job.plan import Plan
 from lrc_cli.network.layer import Layer
 from lrc_cli.quality.certificate_record import Certificate, NoCertificate
@@ -213,6 +213,6 @@ def _provenance(plan: Plan) -> Provenance:
         config=to_yaml(plan.config),
         evaluation=to_dict(plan.config)["evaluation"],
         checkpoint_sha256=plan.source.hashes,
-        data_files_sha256=data_hashes(plan.config),
+        data_files_sha256=dict(plan.data_hashes),
         sequences=sequences,
     )

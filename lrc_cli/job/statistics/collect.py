@@ -118,6 +118,19 @@ class StatisticsStage(Stage[Part]):
         facts = _facts(self.plan.units[unit], measured, outcome.loss)
         self.work.put(STATISTICS, unit, tensors, facts)
 
+    def drop_damaged(self) -> list[str]:
+        """See Stage.
+
+        With one unit all statistics are deleted, and everything on the way to them: a layer's
+        matrix may lie in the unit of another layer, and a pass that goes on needs all files that an
+        earlier pass has left.
+        """
+        units = super().drop_damaged()
+        passing = [x for stage in PASSING for x in self.work.drop_damaged(stage)]
+        if units or passing:
+            self.work.drop([*PASSING, STATISTICS] if units else PASSING)
+        return units + passing
+
     def close(self) -> None:
         """See Stage."""
         self.work.drop(PASSING)

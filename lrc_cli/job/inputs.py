@@ -1,0 +1,177 @@
+"""The files that a run was started on, and whether they still are what they were.
+
+A run takes hours, and on a CPU the network's weights are views of mapped files. A file that changes
+meanwhile would give an output of two checkpoints, or a report with the hash of other data. So size,
+time of change and inode of every file are noted before the file is read. They are compared before
+every unit that is stored and before an output is published.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lrc_cli.checkpoint.source import Source
+from lrc_cli.config import Config
+from lrc_cli.data.purposes import purposes_of
+from lrc_cli.errors import RunError
+from lrc_cli.network.factories import source_file
+from lrc_cli.runtime.processes import Processes
+
+CACHE = "__pycache__"
+"""The folder that Python itself may write beside the code of a factory."""
+INDEX_SUFFIX = ".index.json"
+
+
+class State(NamedTuple):
+    """What tells one version of a file from another without reading the file."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+States = Mapping[Path, State | None]
+"""The state of each file; None: there is no such file."""
+
+
+class ChangedInput(RunError):
+    """An input is not what it was when the run began.
+
+    Args:
+        what: the file, and what became of the file.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what} while the run went on, and no output was written",
+            "let nothing write to the checkpoint and the data, and run the same command again",
+        )
+
+
+def states_of(files: Iterable[Path]) -> dict[Path, State | None]:
+    """Returns the state of every file."""
+    return {file: _state(file) for file in files}
+
+
+def _state(file: Path) -> State | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return State(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def states_before(config: Config) -> States:
+    """Returns the states of all files that a config may read, before any of them is read."""
+    path = Path(config.model.path)
+    below = path.rglob("*") if os.path.isdir(path) else [path]
+    return states_of([*below, *_data_files(config)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run was started on.
+
+    Every process has its own object, about the files as they are on its machine.
+    """
+
+    config: Config
+    source: Source
+    checkpoint: States
+    """The files of the checkpoint that are read or carried over."""
+    data: States
+    """The data files, every file of data folders, and the factory's file."""
+
+    def check_checkpoint(self) -> None:
+        """Raises ChangedInput if a file of the checkpoint is not what it was: a few `stat` calls.
+
+        Files that appeared are not looked for.
+        """
+        for file, state in self.checkpoint.items():
+            _check(file, state, _state(file))
+
+    def check_own(self) -> None:
+        """Raises ChangedInput if a file of this process is not what it was, appeared or is gone."""
+        now = {*_checkpoint_files(self.source), *_data_files(self.config)}
+        seen = {**self.checkpoint, **self.data}
+        for file in sorted(now | set(seen)):
+            _check(file, seen.get(file), _state(file))
+
+    def check(self, processes: Processes) -> None:
+        """Raises ChangedInput in all processes if one of them sees a change."""
+        changes = processes.gather(self.change())
+        for what in filter(None, changes):
+            raise ChangedInput(what)
+
+    def change(self) -> str | None:
+        """Returns the first file that is not what it was, with what became of it; None: all are."""
+        try:
+            self.check_own()
+        except ChangedInput as error:
+            return error.what
+        return None
+
+
+def look_at_inputs(config: Config, source: Source, before: States) -> Inputs:
+    """Returns the inputs of a run.
+
+    Args:
+        source: the opened checkpoint.
+        before: from `states_before`, before the checkpoint was opened. A file that has appeared
+            since then counts as changed.
+    """
+    factory = None if config.model.factory is None else source_file(config.model.factory)
+    return Inputs(
+        config=config,
+        source=source,
+        checkpoint={file: before.get(file) for file in _checkpoint_files(source)},
+        data={file: before.get(file) for file in _data_files(config)}
+        | states_of([] if factory is None else [factory]),
+    )
+
+
+def _checkpoint_files(source: Source) -> list[Path]:
+    """Returns the files of a checkpoint that are there now and are read or carried over."""
+    if source.path.is_file():
+        return [source.path]
+    config = [] if source.config is None else [source.path / "config.json"]
+    indices = sorted(source.path.glob(f"*{INDEX_SUFFIX}"))
+    side_files = [file for file in source.side_files() if CACHE not in file.parts]
+    return [*config, *indices, *source.files, *side_files]
+
+
+def _data_files(config: Config) -> list[Path]:
+    """Returns the data files that are there now, and the visible files of data folders."""
+    found: dict[Path, None] = {}
+    for path in dict.fromkeys(purpose.path for purpose in purposes_of(config)):
+        # Unlike Path.is_dir, this says no where a name is too long for the system.
+        if os.path.isdir(path):
+            found |= dict.fromkeys(filter(Path.is_file, _visible(path)))
+        else:
+            found[path] = None
+    return list(found)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _check(file: Path, before: State | None, now: State | None) -> None:
+    if before == now:
+        return
+    if before is None:
+        what = "appeared"
+    elif now is None:
+        what = "was deleted"
+    elif before.inode != now.inode:
+        what = "was replaced"
+    elif before.size != now.size:
+        what = f"was changed from {before.size} to {now.size} bytes"
+    else:
+        what = "was written to"
+    raise ChangedInput(f"{file} {what}")
