@@ -27,7 +27,7 @@ from lrc_cli.forecast.sequential import run_sequential
 from lrc_cli.job.factors.decide_sequential import decide, kept_fraction
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages
-from lrc_cli.job.spectra.ranks import Granted, allocate, nothing_known, rest_bytes
+from lrc_cli.job.spectra.allocate import Granted, allocate, nothing_known, rest_bytes
 from lrc_cli.job.spectra.survey import read_predicted, vectors_bytes
 from lrc_cli.job.work import LOG, SURVEYS, WorkDirectory
 from lrc_cli.runtime.memory import available_bytes

@@ -9,7 +9,7 @@ from lrc_cli.engine import Choice, Predicted, tails
 from lrc_cli.errors import InputError
 from lrc_cli.job.factors.decide_sequential import kept_fraction
 from lrc_cli.job.plan import Plan, with_target
-from lrc_cli.job.spectra.ranks import allocate, shares_relative_errors
+from lrc_cli.job.spectra.allocate import allocate, shares_relative_errors
 
 SIZES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 

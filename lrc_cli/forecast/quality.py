@@ -14,7 +14,7 @@ from lrc_cli.execution.chain import find_chain, segments_of
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import counts_of
 from lrc_cli.forecast.estimate import Memory, Piece
-from lrc_cli.job.factors.stored import read_facts
+from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.output.certify import selection_of
 from lrc_cli.job.plan import Plan

@@ -20,10 +20,11 @@ from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.factors.sequential import SequentialStage
 from lrc_cli.job.inputs import ChangedInput, Inputs
 from lrc_cli.job.methods import methods_that
-from lrc_cli.job.output.write import finish_output, write_checkpoint
+from lrc_cli.job.output.finish import finish_output
+from lrc_cli.job.output.write import write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
+from lrc_cli.job.spectra.allocate import allocate, check_reachable
 from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
-from lrc_cli.job.spectra.ranks import allocate, check_reachable
 from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare
@@ -60,10 +61,10 @@ def compress(
         RunError: the run failed; finished units stay in the work directory.
     """
     progress = progress or Progress()
-    (report,) = compress_each(
+    (record,) = compress_each(
         [config], force=force, restart=restart, progress=progress, processes=processes
     )
-    return report.to_json()
+    return record.to_json()
 
 
 def compress_each(
@@ -181,10 +182,10 @@ def _write(
         seconds |= processes.from_first(
             lambda: write_checkpoint(plan, work, folder, directory, progress)
         )
-        report = finish_output(plan, work, folder, directory, decision.record(), seconds, progress)
+        record = finish_output(plan, work, folder, directory, decision.record(), seconds, progress)
         plan.inputs.check(processes)
-    _say_what_failed(report, progress)
-    return report
+    _say_what_failed(record, progress)
+    return record
 
 
 def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) -> None:
@@ -196,12 +197,12 @@ def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) ->
         _say_unused_key(compression, "ridge", "no layer is fitted with one", progress)
 
 
-def _say_what_failed(report: Record, progress: Progress) -> None:
-    target = report.target
+def _say_what_failed(record: Record, progress: Progress) -> None:
+    target = record.target
     if not target.met:
         missed = f"compression.{target.name}: {target.value} is missed"
         progress.note(f"{missed}: see the layers that fell back")
-    if not report.factorised:
+    if not record.factorised:
         progress.note("no layer was factorised: see the reasons in the report")
 
 

@@ -24,10 +24,17 @@ MOST_LEVELS = 13
 Edges = Mapping[str, set[str]]
 
 
+def section(title: str) -> str:
+    """The text of the page between a heading and the next one."""
+    _, _, rest = PAGE.read_text("utf-8").partition(f"# {title}\n")
+    assert rest, title
+    return re.split(r"^#+ |^Where to go", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
 @cache
 def rooms() -> dict[str, str]:
     """The rows of the page's table: a folder or file of the package, and its sentence."""
-    rows = re.findall(r"^\| `([\w./ `]+)` \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w./ `]+)` \| (.+) \|$", section("The folders"), re.MULTILINE)
     return {name.rstrip("/"): sentence for names, sentence in rows for name in names.split("` `")}
 
 
@@ -148,6 +155,22 @@ def test_every_file_and_folder_that_the_page_names_is_there() -> None:
     """A page that leads a newcomer from file to file must not send anybody to a file that moved."""
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", PAGE.read_text("utf-8")))
     assert len(named) > 15 and sorted(filter(lambda name: not is_there(name), named)) == []
+
+
+def test_every_object_on_the_way_is_defined_in_a_file_of_its_row() -> None:
+    rows = re.findall(
+        r"^\| (`.+`.*) \| (.+) \| (.+) \|$", section("Objects on the way"), re.MULTILINE
+    )
+    assert len(rows) > 25
+    for names, _, files in rows:
+        named = re.findall(r"`([\w/]+\.py)`", files)
+        # A later name without a folder lies beside the first.
+        beside = (PACKAGE / named[0]).parent
+        paths = [PACKAGE / name if "/" in name else beside / name for name in named]
+        text = "\n".join(path.read_text("utf-8") for path in paths)
+        for name in re.findall(r"`(\w+)`", names):
+            defined = rf"^(?:(?:class|def) {name}\b|{name}(?::.*)? = )"
+            assert re.search(defined, text, re.MULTILINE), f"{name} is not in {named}"
 
 
 def test_every_file_that_the_code_names_is_there() -> None:

@@ -6,6 +6,7 @@ All errors are recomputed from the stored, rounded tensors (docs/theory.md, C1).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from lrc_cli.engine import (
 )
 from lrc_cli.errors import RunError
 from lrc_cli.forms import DENSE, FORMS, Packed, dense
+from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 from lrc_cli.report.record import LayerErrors, LayerFacts, MetricErrors, OutputErrors
 
@@ -223,3 +225,19 @@ def _stored_error(fitted: Fitted) -> float:
     """Returns the error in the problem's unit; zero where the layer stays dense."""
     errors = fitted.facts.errors
     return 0.0 if errors is None else errors.metric.stored
+
+
+def contents_of(
+    layers: Sequence[Layer], fitted: Mapping[str, Fitted]
+) -> tuple[Tensors, dict[str, Any]]:
+    """Returns what is written of a unit: its layers' factors by disk name, and their facts."""
+    tensors: Tensors = {}
+    for layer in layers:
+        tensors |= fitted[layer.name].tensors(layer)
+    return tensors, {layer.name: fitted[layer.name].facts.to_json() for layer in layers}
+
+
+def read_facts(work: WorkDirectory, stage: str, unit: str) -> dict[str, LayerFacts]:
+    """Returns the facts of a stored unit's layers, by name. Raises as `WorkDirectory.get` does."""
+    stored = work.facts(stage, unit)
+    return {name: LayerFacts.from_json(x, f"{stage}/{unit}", name) for name, x in stored.items()}

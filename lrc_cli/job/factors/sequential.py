@@ -20,10 +20,8 @@ from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import Choice, Drift, Sequential, SolveError
 from lrc_cli.execution.chain import Chain, Segment, find_chain, segments_of
 from lrc_cli.job.factors.decide_sequential import TIED, num_held_back
-from lrc_cli.job.factors.fit import Fitted, fit_layer
-from lrc_cli.job.factors.plain import PHASE
-from lrc_cli.job.factors.problem import fit_plainly, request_of
-from lrc_cli.job.factors.stored import contents_of, read_facts
+from lrc_cli.job.factors.fit import Fitted, contents_of, fit_layer, read_facts
+from lrc_cli.job.factors.plain import PHASE, fit_plainly, request_of
 from lrc_cli.job.factors.two_networks import TwoNetworks
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.spectra.solve import solve_cost, solve_each, weight_of
