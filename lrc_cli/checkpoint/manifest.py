@@ -1,17 +1,27 @@
 """The file manifest.json lists the sha256 of every file and of every tensor's bytes."""
 
 import hashlib
+import json
+import re
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lrc_cli.checkpoint.headers import open_tensors, read_json
 from lrc_cli.runtime.files import hash_file, tensor_bytes
 
 MANIFEST_NAME = "manifest.json"
+PARTIAL_MARK = ".lrc-partial"
+"""The name of the file that marks a directory as an output of lrc's that is not finished."""
+ALWAYS_WRITTEN = frozenset({"lrc.yaml", "report.json"})
+MOST_BYTES = 1 << 28
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def build_manifest(directory: Path) -> dict[str, Any]:
     """Hashes every file of `directory` but the manifest itself, and every tensor of its weights.
+
+    The mark of a directory that is not finished does not count either.
 
     Weights in subfolders belong to other networks and count as files only.
 
@@ -21,7 +31,7 @@ def build_manifest(directory: Path) -> dict[str, Any]:
     names = sorted(
         file.relative_to(directory).as_posix()
         for file in directory.rglob("*")
-        if file.is_file() and file != directory / MANIFEST_NAME
+        if file.is_file() and file not in _apart(directory)
     )
     tensors: dict[str, str] = {}
     for name in names:
@@ -34,6 +44,61 @@ def build_manifest(directory: Path) -> dict[str, Any]:
         "files": {name: hash_file(directory / name) for name in names},
         "tensors": dict(sorted(tensors.items())),
     }
+
+
+def _apart(directory: Path) -> tuple[Path, Path]:
+    return directory / MANIFEST_NAME, directory / PARTIAL_MARK
+
+
+def is_own_output(directory: Path) -> bool:
+    """Returns whether a directory is an output that lrc wrote: its manifest.json says so.
+
+    A file of that name proves nothing: web applications have one. The content decides.
+    """
+    return _own_files(directory) is not None
+
+
+def find_added(directory: Path) -> Path | None:
+    """Returns the first file of an output of lrc's that its manifest does not name; else None.
+
+    Raises:
+        ValueError: the directory is no output of lrc's.
+    """
+    files = _own_files(directory)
+    if files is None:
+        raise ValueError(f"{directory} is no output of lrc's")
+    added = (
+        path
+        for path in sorted(directory.rglob("*"))
+        if (path.is_symlink() or not path.is_dir())
+        and path not in _apart(directory)
+        and path.relative_to(directory).as_posix() not in files
+    )
+    return next(added, None)
+
+
+def _own_files(directory: Path) -> dict[str, str] | None:
+    """The files that the manifest of an output of lrc's names; None for any other directory."""
+    file = directory / MANIFEST_NAME
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            return None
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none, or none that lrc wrote
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("manifest_version"), int):
+        return None
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not _are_hashes(files) or not _are_hashes(tensors):
+        return None
+    return files if files.keys() >= ALWAYS_WRITTEN else None
+
+
+def _are_hashes(value: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(
+        isinstance(x, str) and _SHA256.fullmatch(x) is not None for x in value.values()
+    )
 
 
 def matches_manifest(directory: Path) -> bool:

@@ -84,7 +84,7 @@ def compress(
         from lrc_cli.runtime.progress import Progress
         from lrc_cli.runtime.signals import stop_on_signals
 
-        check_jobs(configs, junit)
+        processes.from_first(lambda: check_jobs(configs, config, junit))
         if dry_run:
             check_alone("compress --dry-run", processes)
             show_forecast(configs, collect=False, as_json=as_json, quiet=quiet, verbose=verbose)
@@ -112,15 +112,13 @@ def _time_of_change(config: Path) -> int | None:
     return config.stat().st_mtime_ns if config.is_file() else None
 
 
-def check_jobs(configs: "Sequence[Config]", junit: Path | None) -> None:
-    """Raises InputError for gates that nothing measures and for an unusable JUnit file."""
+def check_jobs(configs: "Sequence[Config]", config_file: Path, junit: Path | None) -> None:
+    """Raises InputError for gates that nothing measures, and for places that lrc may not write."""
+    from lrc_cli.job.places import check_places
     from lrc_cli.report.gates import check_gates_possible
-    from lrc_cli.report.junit import check_junit_path
 
     check_gates_possible(configs[0])
-    for config in configs:
-        if junit is not None:
-            check_junit_path(junit, Path(config.output.path))
+    check_places(configs, config_file=config_file, junit=junit)
 
 
 def conclude(records: "Sequence[Record]", junit: Path | None, *, strict: bool) -> None:

@@ -48,6 +48,9 @@ def plan(
 
     configs = load_configs(config, overrides, output=output, sizes=sizes)
     calm_transformers()
+    from lrc_cli.job.places import check_places  # torch comes with it
+
+    check_places(configs, config_file=config)
     show_forecast(configs, collect=True, **options)
 
 

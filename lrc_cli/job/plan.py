@@ -28,7 +28,9 @@ from lrc_cli.job.fingerprints import (
 )
 from lrc_cli.job.inputs import Inputs, look_at_inputs, states_before
 from lrc_cli.job.methods import check_methods, with_stand_ins
+from lrc_cli.job.places import check_places, check_work_directory, work_root
 from lrc_cli.job.planned_layer import PlannedLayer, asked_solvers, plan_layers
+from lrc_cli.job.work import FACTORS
 from lrc_cli.network.candidates.find import Skipped, find_layers
 from lrc_cli.network.candidates.new_bias import check_bias
 from lrc_cli.network.layer import Layer
@@ -96,7 +98,7 @@ class Plan:
     @property
     def factors_stage(self) -> str:
         """The stage of the work directory that holds the factors."""
-        return f"factors/{self.factors_fingerprint}"
+        return f"{FACTORS}/{self.factors_fingerprint}"
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +126,10 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     # Checks that need no weights come first: they take no time.
     check_gates_possible(config)
     output = resolve_output(config.output.path)
+    processes.from_first(lambda: check_places([config]))
     before = states_before(config)
     source = open_source(Path(config.model.path))
-    processes.from_first(lambda: check_output(output, source.path, force=force))
+    processes.from_first(lambda: check_output(output, force=force))
     # The checkpoint becomes a module, and its layers are found.
     source.check_finite()
     module, source = open_module(
@@ -167,7 +170,9 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
     identity = digest(statistics)
-    work_dir = _work_dir(config, output, identity)
+    work_dir = _work_dir(config, identity)
+    check_writable(work_dir, "runtime.work_dir")
+    processes.from_first(lambda: check_work_directory(work_dir))
     # Processes with other files would mix two jobs into one output.
     if len(set(processes.gather(digest([identity, to_dict(config)])))) > 1:
         raise RunError(
@@ -201,7 +206,8 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
         RunError: another run is writing the output.
     """
     output = resolve_output(config.output.path)
-    plan.processes.from_first(lambda: check_output(output, plan.source.path, force=force))
+    plan.processes.from_first(lambda: check_places([config]))
+    plan.processes.from_first(lambda: check_output(output, force=force))
     check_layers(config, plan.layers)
     factors = factors_fingerprint(config, digest(plan.statistics_fingerprint))
     return replace(with_target(plan, config), output=output, factors_fingerprint=factors)
@@ -215,12 +221,10 @@ def with_target(plan: Plan, config: Config) -> Plan:
     return replace(plan, config=config, planned=planned)
 
 
-def _work_dir(config: Config, output: Path, identity: str) -> Path:
-    """Returns the checked work directory: `runtime.work_dir`, or a hidden one beside the output."""
-    given = config.runtime.work_dir
-    path = Path(given) if given else output.parent / ".lrc-work" / identity[:16]
-    check_writable(path, "runtime.work_dir")
-    return path
+def _work_dir(config: Config, identity: str) -> Path:
+    """Returns the work directory: `runtime.work_dir`, or a hidden one beside the output."""
+    root = work_root(config)
+    return root if config.runtime.work_dir else root / identity[:16]
 
 
 def check_layers(config: Config, layers: list[Layer]) -> None:

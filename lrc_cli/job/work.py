@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.runtime.files import canonical_json, sync_directory, tensor_bytes, write_json
 from lrc_cli.runtime.lock import lock_file
+from lrc_cli.runtime.places import replacing
 from lrc_cli.runtime.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
@@ -46,6 +47,8 @@ PACKED_ROWS = 256
 """Rows of a Gram matrix that are scaled at once when the matrix is packed."""
 LOG = "run.log"
 """The file with the messages of all runs in the directory."""
+FINGERPRINT, LOCK, FACTORS = "fingerprint.json", "lock", "factors"
+"""The other names in the directory."""
 
 
 class DamagedUnit(RunError):
@@ -104,7 +107,7 @@ class WorkDirectory:
 
     def _open(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_file(self.root / "lock")
+        self._lock = lock_file(self.root / LOCK)
         if self._lock is None:
             raise RunError(f"{self.root}: another lrc run is using it", "wait for it to end")
         try:
@@ -115,14 +118,13 @@ class WorkDirectory:
 
     @property
     def _fingerprint_file(self) -> Path:
-        return self.root / "fingerprint.json"
+        return self.root / FINGERPRINT
 
     def _check_fingerprint(self) -> None:
         file = self._fingerprint_file
         if not file.exists():
-            aside = file.with_suffix(".partial")
-            write_json(aside, self.fingerprint)
-            aside.rename(file)
+            with replacing(file) as aside:
+                write_json(aside, self.fingerprint)
             sync_directory(self.root)
             return
         try:

@@ -5,15 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, RunError
 from lrc_cli.quality.certificate_record import CERTIFIED
 from lrc_cli.report.facts import gate_missed, not_as_asked
 from lrc_cli.report.record import Record
 from lrc_cli.runtime.files import why_not_writable, write_text
+from lrc_cli.runtime.places import check_plain, replacing
 
 SUITE = "lrc"
 RATIOS = ("kept_compressible", "kept_checkpoint", "kept_parameters")
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
+HEAD_BYTES = 1 << 10
+OWN = re.compile(
+    rb'<\?xml version="1\.0" encoding="utf-8"\?>\n(<testsuites>\s*)?<testsuite name="lrc[ "]'
+)
+"""The beginning of every file that `render_junit` makes: the suites are named for lrc."""
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -67,25 +73,43 @@ def _suite(record: Record, *, strict: bool) -> ElementTree.Element:
     return suite
 
 
-def check_junit_path(path: Path, output: Path) -> None:
-    """Raises InputError unless a file can be written there, outside the output directory."""
+def check_junit_path(path: Path) -> None:
+    """Checks that a JUnit file can be written, and that nothing of another kind is replaced.
+
+    Raises:
+        InputError: nothing can be made there, or something lies there that lrc did not write.
+    """
     path = path.absolute()
-    if path.is_dir():
-        raise InputError(f"--junit: {path} is a directory", "give the name of a file")
+    check_plain("--junit", path)
+    if path.exists() and not _is_own(path):
+        raise InputError(
+            f"--junit: {path} exists and is not a JUnit file of lrc's", "give another path"
+        )
     if why_not_writable(path.parent) is not None:
         raise InputError(
             f"--junit: {path.parent} is not a writable directory", "make it, or give another path"
         )
-    # Every file in the output is named in its manifest.
-    if path.resolve().is_relative_to(output.absolute().resolve()):
-        raise InputError(f"--junit: {path} lies in the output directory", "give another path")
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is empty or begins as `render_junit` does."""
+    with file.open("rb") as handle:
+        head = handle.read(HEAD_BYTES)
+    return not head or OWN.match(head) is not None
 
 
 def write_junit(path: Path, records: Sequence[Record], *, strict: bool = False) -> None:
-    """Writes `render_junit` whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    write_text(partial, render_junit(*records, strict=strict))
-    partial.replace(path)
+    """Writes `render_junit` whole or not at all.
+
+    Raises:
+        RunError: something that lrc did not write has appeared under the name.
+    """
+    try:
+        check_junit_path(path)
+    except InputError as error:
+        raise RunError(error.message, error.remedy) from error
+    with replacing(path) as aside:
+        write_text(aside, render_junit(*records, strict=strict))
 
 
 def _properties(record: Record) -> dict[str, str]:

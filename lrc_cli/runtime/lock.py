@@ -9,14 +9,19 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from lrc_cli.runtime.places import open_to_append
+
 
 def lock_file(file: Path) -> BinaryIO | None:
     """Take the lock `file`; None where another process (or handle) holds the lock.
 
     Closing the handle gives the lock back. The holder may delete the file before closing.
+
+    Raises:
+        InputError: a link, a pipe, a device or a directory has the name of the lock.
     """
     while True:
-        handle = file.open("ab")
+        handle = os.fdopen(open_to_append("lock", file), "ab")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,6 @@
 """Progress goes to standard error: a bar with a cost-weighted ETA on a terminal, else lines."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from lrc_cli.runtime.places import open_to_append
 from lrc_cli.runtime.signals import Stop
 
 LINE_SECONDS = 15.0
@@ -60,8 +62,13 @@ class Progress:
 
     @contextmanager
     def logged(self, file: Path) -> Iterator[None]:
-        """A context in which every line is appended to a file too; earlier lines come first."""
-        with file.open("a", encoding="utf-8", buffering=1) as self._log:
+        """A context in which every line is appended to a file too; earlier lines come first.
+
+        Raises:
+            InputError: a link, a pipe, a device or a directory has the name of the file.
+        """
+        descriptor = open_to_append("log", file)
+        with os.fdopen(descriptor, "a", encoding="utf-8", buffering=1) as self._log:
             self._log.writelines(self._unlogged)
             self._unlogged.clear()
             try:

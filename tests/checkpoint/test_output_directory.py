@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lrc_cli.checkpoint.manifest import PARTIAL_MARK, build_manifest
 from lrc_cli.checkpoint.output_directory import (
     check_output,
     output_directory,
@@ -17,14 +18,21 @@ from lrc_cli.checkpoint.output_directory import (
     tidy,
 )
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.runtime.files import copy_file
+from lrc_cli.runtime.files import copy_file, write_json
 from lrc_cli.runtime.processes import Processes
 
 
 def write_output(path: Path, content: str) -> Path:
     path.mkdir(parents=True)
-    (path / "file").write_text(content)
-    return path
+    return fill(path, content)
+
+
+def fill(directory: Path, content: str) -> Path:
+    """Writes what shows that a directory is an output of lrc's, and a file."""
+    for name in ("file", "lrc.yaml", "report.json"):
+        (directory / name).write_text(content)
+    write_json(directory / "manifest.json", build_manifest(directory))
+    return directory
 
 
 def read_output(path: Path) -> str:
@@ -38,7 +46,8 @@ def names(folder: Path) -> list[str]:
 def test_a_block_that_ends_well_is_published(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
     with output_directory(output, force=False) as directory:
-        assert directory == tmp_path / "deep" / "out.partial" and not names(directory)
+        assert directory == tmp_path / "deep" / "out.partial"
+        assert names(directory) == [PARTIAL_MARK]
         (directory / "file").write_text("first")
         assert not output.exists()
     assert read_output(output) == "first" and names(output.parent) == ["out"]
@@ -70,10 +79,12 @@ def test_an_output_is_replaced_only_when_forced(tmp_path: Path) -> None:
 
 
 def test_a_partial_directory_that_a_kill_left_is_replaced(tmp_path: Path) -> None:
-    write_output(tmp_path / "out.partial", "half")
+    (tmp_path / "out.partial" / "folder").mkdir(parents=True)
+    (tmp_path / "out.partial" / "folder" / "file").write_text("half")
+    (tmp_path / "out.partial" / PARTIAL_MARK).touch()
     (tmp_path / "out.lrc-lock").touch()
     with output_directory(tmp_path / "out", force=False) as directory:
-        assert not names(directory)
+        assert names(directory) == [PARTIAL_MARK]
         (directory / "file").write_text("whole")
     assert read_output(tmp_path / "out") == "whole" and names(tmp_path) == ["out"]
 
@@ -138,7 +149,7 @@ def test_every_crash_while_it_is_published_leaves_one_whole_output(
             count = [0]
             rmtree = crashing(shutil.rmtree, count, at)
             with output_directory(output, force=True) as directory:
-                (directory / "file").write_text("new")
+                fill(directory, "new")
                 patch.setattr(Path, "rename", crashing(Path.rename, count, at))
                 patch.setattr(os, "fsync", crashing(os.fsync, count, at))
                 if is_killed:
@@ -235,21 +246,67 @@ def test_an_output_is_the_directory_it_leads_to(
 
 
 def test_what_is_no_place_for_an_output_is_refused(tmp_path: Path) -> None:
-    checkpoint = write_output(tmp_path / "model", "weights")
-    for place, said in (
-        ("model", "is the checkpoint itself"),
-        ("model/out", "lie in one another"),
-        (".", "lie in one another"),
-        ("model/file/out", "is not a writable directory"),
-    ):
-        with pytest.raises(InputError, match=said):
-            check_output((tmp_path / place).resolve(), checkpoint, force=True)
-    output = write_output(tmp_path / "out", "somebody else's")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is not a writable directory"):
+        check_output(tmp_path / "file" / "out", force=True)
+    output = write_output(tmp_path / "out", "lrc's")
     with pytest.raises(InputError, match="the output exists; give --force"):
-        check_output(output, checkpoint, force=False)
-    with pytest.raises(InputError, match="was not written by lrc"):
-        check_output(output, checkpoint, force=True)
-    (output / "manifest.json").write_text("{}")
-    check_output(output, checkpoint, force=True)
-    check_output(tmp_path / "new" / "out", checkpoint, force=False)
-    assert names(tmp_path) == ["model", "out"]
+        check_output(output, force=False)
+    check_output(output, force=True)
+    (output / "notes").write_text("somebody else's")
+    with pytest.raises(InputError, match="--force would delete notes, which lrc did not write"):
+        check_output(output, force=True)
+    check_output(tmp_path / "new" / "out", force=False)
+    assert names(tmp_path) == ["file", "out"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"name": "app", "start_url": "/"}',
+        '{"manifest_version": 3, "name": "an extension"}',
+        '{"manifest_version": 1, "files": {}, "tensors": {}}',
+        '{"manifest_version": 1, "files": {"lrc.yaml": 1, "report.json": 2}, "tensors": {}}',
+        "[" * 100_000,
+        '{"manifest_version": ' + "1" * 5000 + "}",
+        "\0",
+        "",
+    ],
+)
+def test_a_manifest_that_lrc_did_not_write_proves_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    for force in (False, True):
+        with pytest.raises(InputError, match="was not written by lrc"):
+            check_output(tmp_path / "out", force=force)
+    assert (tmp_path / "out" / "manifest.json").read_text() == content
+
+
+def test_nothing_that_appears_under_the_name_is_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="that lrc did not write appeared"),
+        output_directory(tmp_path / "out", force=True) as directory,
+    ):
+        fill(directory, "new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("somebody else's")
+    assert read_output(tmp_path / "out") == "somebody else's" and names(tmp_path) == ["out"]
+
+
+def test_a_directory_of_a_stranger_between_two_renames_stays(tmp_path: Path) -> None:
+    write_output(tmp_path / "out.lrc-old", "old")
+    (tmp_path / "out").mkdir()
+    tidy(tmp_path / "out")
+    assert read_output(tmp_path / "out.lrc-old") == "old" and names(tmp_path / "out") == []
+    (tmp_path / "out").rmdir()
+    tidy(tmp_path / "out")
+    assert read_output(tmp_path / "out") == "old" and names(tmp_path) == ["out"]
+
+
+def test_a_kill_between_the_rename_and_the_mark_leaves_a_clean_output(tmp_path: Path) -> None:
+    output = write_output(tmp_path / "out", "new")
+    (output / PARTIAL_MARK).touch()
+    tidy(output)
+    assert read_output(output) == "new" and PARTIAL_MARK not in names(output)
+    assert names(tmp_path) == ["out"]

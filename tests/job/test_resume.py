@@ -18,6 +18,7 @@ import torch
 from pico import Models
 from process_helpers import Running, start
 
+from lrc_cli.checkpoint.manifest import PARTIAL_MARK
 from lrc_cli.execution.chain import HEAD, TAIL, Segment
 from lrc_cli.execution.walk import Walk
 from lrc_cli.job.work import PASSING
@@ -389,6 +390,7 @@ def test_leavings_of_a_crash_are_tidied(tmp_path: Path, llama_job: Changes) -> N
     output.rename(tmp_path / "out.lrc-old")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "junk").write_text("x")
+    (tmp_path / "out.partial" / PARTIAL_MARK).touch()
     ended = pico.call("compress", tmp_path / "job.yaml")
     assert ended.code == 0 and "already" in ended.err
     assert contents(output) == before and not (tmp_path / "out.lrc-old").exists()

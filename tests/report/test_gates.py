@@ -306,7 +306,7 @@ def test_a_gate_that_cannot_be_measured_is_found_at_once(
     [
         ("", "is a directory"),
         ("absent/lrc.xml", "not a writable directory"),
-        ("out/lrc.xml", "not a writable directory"),
+        ("out/lrc.xml", "lies in the output directory"),
         ("/proc/lrc.xml", "not a writable directory"),
     ],
 )
