@@ -216,8 +216,8 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
         )
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
     source = Source(path=path, config=config, weights=open_weights(path))
-    is_ours = source.record or (config or {}).get("quantization_config")
-    if not (factorised and is_ours):  # some of lrc's forms are whole numbers
+    # Some of lrc's forms are whole numbers. What others wrote is dense, whatever its metadata says.
+    if not (factorised and (source.record or (config or {}).get("quantization_config"))):
         check_dense(source.weights)
     return source
 
