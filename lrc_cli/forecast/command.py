@@ -72,7 +72,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
             WorkDirectory(
                 first.work_dir,
                 first.statistics_fingerprint,
-                before_put=first.inputs.check_checkpoint,
+                check_inputs=first.inputs.check_checkpoint,
             ) as work,
             progress.logged(work.root / LOG),
         ):

@@ -89,7 +89,7 @@ def compress_each(
             first.work_dir,
             first.statistics_fingerprint,
             processes,
-            before_put=first.inputs.check_checkpoint,
+            check_inputs=first.inputs.check_checkpoint,
         ) as work,
         progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
     ):
@@ -167,6 +167,7 @@ def _write(
     Args:
         shared: the seconds of earlier phases that are counted with this output.
     """
+    work.check_inputs()
     granted = allocate(plan, read_predicted(plan, work))
     decision = decide(plan, work, granted)
     _say_how_it_is_fitted(plan, decision, progress)

@@ -87,6 +87,8 @@ def run_stage(stage: Stage[Outcome], progress: Progress) -> Seconds:
     Raises:
         InputError, RunError: from the stage. All units that were stored until then are whole.
     """
+    # Reading a mapped file that was truncated would kill the process.
+    stage.work.check_inputs()
     damaged = stage.drop_damaged()
     for sentence in damaged if stage.work.processes.is_first else ():
         progress.say(sentence)

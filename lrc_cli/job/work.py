@@ -79,7 +79,8 @@ class WorkDirectory:
         root: the path, which is created when missing.
         fingerprint: named fields that the statistics depend on.
         processes: the processes that share the directory. The first one holds the lock for all.
-        before_put: called before a unit is stored. An exception keeps the unit out.
+        check_inputs: called at the start of every stage and before a unit is stored. An exception
+            keeps the unit out.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class WorkDirectory:
         fingerprint: Mapping[str, Any],
         processes: Processes = ALONE,
         *,
-        before_put: Callable[[], None] = lambda: None,
+        check_inputs: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.processes, self.before_put = root, processes, before_put
+        self.root, self.processes, self.check_inputs = root, processes, check_inputs
         self._trusted: set[Path] = set()
         """The files of units that this run has stored, or has found whole."""
         self.fingerprint: dict[str, Any] = json.loads(canonical_json(fingerprint))
@@ -166,9 +167,9 @@ class WorkDirectory:
 
         Raises:
             RunError: the disk is full, the file cannot be written for another reason, or
-                `before_put` keeps the unit out.
+                `check_inputs` keeps the unit out.
         """
-        self.before_put()
+        self.check_inputs()
         file = self._file(stage, unit)
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".partial")

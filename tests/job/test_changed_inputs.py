@@ -228,6 +228,23 @@ def test_a_change_is_named_and_nothing_is_published(
     assert_refused(ended, folder, folder / name, change)
 
 
+@pytest.mark.parametrize("stage", ["statistics", "spectra", "factors"])
+def test_weights_that_were_emptied_are_not_read_at_the_start_of_a_stage(
+    stage: str, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system kills a process that reads a mapped page which is gone."""
+    shard, run_stage = job.parent / SHARD, run.run_stage
+
+    def emptying(stage_of_run: Any, *rest: Any) -> Any:
+        if stage_of_run.name == stage:
+            os.truncate(shard, 0)
+        return run_stage(stage_of_run, *rest)
+
+    monkeypatch.setattr(run, "run_stage", emptying)
+    ended = pico.call("compress", job, "-q")
+    assert_refused(ended, job.parent, shard, truncate)
+
+
 @pytest.mark.parametrize("moment", ["before the statistics", "in the statistics"])
 def test_what_was_computed_on_changed_weights_is_not_used_again(
     moment: str, job: Path, monkeypatch: pytest.MonkeyPatch
