@@ -148,7 +148,7 @@ def check_output(output: Path, *, force: bool) -> None:
         )
     if not is_own_output(output):
         raise InputError(
-            f"{output}: exists and was not written by lrc", "choose another output.path"
+            f"{output}: the output exists and was not written by lrc", "choose another output.path"
         )
     if not force:
         raise InputError(

@@ -138,7 +138,7 @@ OUTPUTS = {
     "a web application": Case(
         output="site",
         made={"site/manifest.json": WEB_APP, "site/index.html": "hello"},
-        said="site: exists and was not written by lrc",
+        said="site: the output exists and was not written by lrc",
     ),
     "an empty manifest": Case(
         output="site", made={"site/manifest.json": "{}"}, said="was not written by lrc"
@@ -223,7 +223,7 @@ OUTPUTS = {
     "a second size that is a stranger's": Case(
         options=("--sizes", "0.6,0.5"),
         made={"out-0.5/manifest.json": WEB_APP},
-        said="out-0.5: exists and was not written by lrc",
+        said="out-0.5: the output exists and was not written by lrc",
     ),
     "a second size with a stranger's partial": Case(
         options=("--sizes", "0.6,0.5"),
