@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
+from lrc_cli.checkpoint.choice import METADATA_NAME
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
 from lrc_cli.runtime.spill import Spool
 
-METADATA_NAME = ".metadata"
 LARGE = 1 << 17
 """A read of more bytes than this gives freed memory back to the system."""
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -67,6 +67,7 @@ class DistributedFiles:
     """
 
     def __init__(self, path: Path) -> None:
+        self.place = path / METADATA_NAME
         self._reader = _Reader(path)
         metadata = self._reader.read_metadata()
         self.files = _files(path, metadata)

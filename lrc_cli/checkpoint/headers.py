@@ -1,7 +1,7 @@
 """This module reads what weight files say of themselves: names, shapes, dtypes, format version."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,62 +73,65 @@ def open_tensors(file: str | Path) -> Any:
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
     """Reads the header of every stored tensor, by key and in file order, and no tensor data.
 
+    A key that several files hold counts once, from the first file.
+
     Raises:
-        InputError: a file is not safetensors, or has a dtype that this version does not read.
+        InputError: a file is not safetensors, has a dtype that this version does not read, or holds
+            other numbers than an earlier file for one key.
     """
-    headers = {}
+    headers: dict[str, TensorInfo] = {}
     for file in files:
-        with open_tensors(file) as handle:
-            for key in handle.offset_keys():
-                entry = handle.get_slice(key)
-                name = entry.get_dtype()
-                if name not in DTYPES:
-                    cause = f"{file}: tensor {key} has dtype {name}, which is not a dense weight's"
-                    raise InputError(cause, DEQUANTISE)
-                headers[key] = TensorInfo(
-                    file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
-                )
+        for key, info in file_headers(file).items():
+            first = headers.setdefault(key, info)
+            if first is not info and not _is_same(key, first.file, info.file):
+                raise differ(key, first.file, key, info.file)
     return headers
 
 
-def weight_files(path: Path, *, single: str, index: str, suffixes: Sequence[str]) -> list[Path]:
-    """Returns the weight files of one format in a directory; the list may be empty.
-
-    The index decides if there is an index, then the single file. Otherwise a file of any name
-    counts if its suffix fits.
-
-    Args:
-        single: the name of a single file.
-        index: the name of the index of several files.
-        suffixes: the suffixes of files with any name.
+def file_headers(file: str | Path) -> dict[str, TensorInfo]:
+    """Reads the header of every tensor of one file, by key and in file order.
 
     Raises:
-        InputError: a shard that the index names is missing, the index is damaged, or several files
-            have no index.
+        InputError: the file is not safetensors, or has a dtype that this version does not read.
     """
-    if (path / index).exists():
-        weight_map = read_json(path / index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            cause = f"{path / index}: weight_map does not name a file by tensor"
-            raise InputError(cause, "restore it")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise InputError(
-                f"{path}: {index} names {missing[0]}, which is missing", "copy all shards"
+    headers = {}
+    with open_tensors(file) as handle:
+        for key in handle.offset_keys():
+            entry = handle.get_slice(key)
+            name = entry.get_dtype()
+            if name not in DTYPES:
+                cause = f"{file}: tensor {key} has dtype {name}, which is not a dense weight's"
+                raise InputError(cause, DEQUANTISE)
+            headers[key] = TensorInfo(
+                file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
             )
-        return [path / name for name in names]
-    if (path / single).is_file():
-        return [path / single]
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
-    if len(files) > 1:
-        raise InputError(
-            f"{path}: several {files[0].suffix} files and no {index}",
-            "add the index, or give the one file that holds the weights",
-        )
-    return files
+    return headers
+
+
+def _is_same(key: str, first: Path, second: Path) -> bool:
+    with open_tensors(first) as one, open_tensors(second) as other:
+        return has_same_bytes(one.get_tensor(key), other.get_tensor(key))
+
+
+def has_same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Returns whether two tensors have one shape, one dtype and the same bytes.
+
+    Every NaN equals itself, and -0 is not 0.
+    """
+    if first.shape != second.shape or first.dtype != second.dtype or first.is_quantized:
+        return False
+    flat = (tensor.detach().contiguous().flatten() for tensor in (first, second))
+    one, other = (tensor.view(torch.uint8) for tensor in flat)
+    return torch.equal(one, other)
+
+
+def differ(first: str, first_file: Path, second: str, second_file: Path) -> InputError:
+    """Returns the refusal of two stored tensors that stand for one and have other numbers."""
+    one, other = f"{first} in {first_file}", f"{second} in {second_file}"
+    return InputError(
+        f"{one} and {other} are one tensor, and their numbers differ",
+        "remove the wrong one from the checkpoint",
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.choice import check_index
+from lrc_cli.checkpoint.headers import TensorInfo, differ, has_same_bytes
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SAVE_STATE = "save the state dict instead: torch.save(model.state_dict(), FILE)"
 
 
@@ -23,21 +23,40 @@ class PickledFiles:
     The tensors are views of the mapped file. Files in the format before torch 1.6 cannot be mapped,
     and their tensors lie in private memory. Tied weights, one tensor with several names in a file,
     are listed once, under the first name.
+
+    Args:
+        place: the file that readers look for: the only file, or the index.
+        weight_map: the file name of each key, as an index states it; None without an index.
+
+    Raises:
+        InputError: a file cannot be read, two files hold other numbers for one key, or the index
+            disagrees with the files.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = list(files)
+    def __init__(
+        self, files: Sequence[Path], *, place: Path, weight_map: Mapping[str, str] | None = None
+    ) -> None:
+        self.files, self.place = list(files), place
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, torch.Tensor] = {}
+        first: dict[str, tuple[Path, torch.Tensor]] = {}
+        keys: dict[Path, Collection[str]] = {}
         for file in self.files:
             seen = set()
-            for key, tensor in find_state(_load(file), torch.Tensor, file).items():
+            state = find_state(_load(file), torch.Tensor, file)
+            keys[file] = state.keys()
+            for key, tensor in state.items():
                 info = _describe(file, key, tensor)
+                other, earlier = first.setdefault(key, (file, tensor))
+                if other != file and not has_same_bytes(earlier, tensor):
+                    raise differ(key, other, key, file)
                 memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-                if not tensor.numel() or memory not in seen:
+                if other == file and (not tensor.numel() or memory not in seen):
                     self.tensors[key] = info
                     self._stored[key] = tensor.detach()
                 seen.add(memory)
+        if weight_map is not None:
+            check_index(place, weight_map, keys)
 
     def read(self, key: str) -> torch.Tensor:
         """Returns the stored tensor `key` on the CPU."""

@@ -3,6 +3,7 @@
 A source also knows the side files, such as a tokenizer, that the output carries over.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,11 +12,19 @@ from typing import Any
 
 import torch
 
+from lrc_cli.checkpoint.choice import NAMED, transformers_place
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
 from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
-from lrc_cli.checkpoint.weights import SafetensorsFiles, Weights, check_dense, open_weights
+from lrc_cli.checkpoint.weights import (
+    RenamedWeights,
+    SafetensorsFiles,
+    Weights,
+    check_dense,
+    open_weights,
+)
 from lrc_cli.errors import InputError
 from lrc_cli.runtime.files import hash_file
+from lrc_cli.text import some_of
 
 # Files with these suffixes at the top may hold the same weights in another form, and are not
 # carried over. Weights in folders (sentence-transformers' 2_Dense/model.safetensors) belong to
@@ -35,6 +44,11 @@ WEIGHT_SUFFIXES = (
 )
 EXPORT_SUFFIXES = (".gguf", ".onnx", ".onnx_data")
 EXPORT_FOLDERS = frozenset({"onnx", "openvino", "original"})
+TRAINING_FOLDER = re.compile(r"(checkpoint|global_step|step|epoch)[-_]?\d+")
+"""The folders that training loops save the network and the optimizer to, again and again."""
+TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|.*_optim_states\.pt"
+)
 OWN_FILES = frozenset(
     {"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"}
 )
@@ -62,6 +76,8 @@ class Source:
     """The keys of tensors that the files hold a second time, each with the key that counts."""
     fused: Mapping[str, Fused] = field(default_factory=dict)
     """The keys of stored tensors that are taken apart, each with the way to take it apart."""
+    unwrapped: Mapping[str, str | None] = field(default_factory=dict)
+    """The stored names that wrappers had changed, each with the name that it has here."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -87,6 +103,25 @@ class Source:
         }
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of this view: which names lost the parts that wrappers add."""
+        renamed = [(key, name) for key, name in self.unwrapped.items() if name is not None]
+        notes = []
+        if renamed:
+            example, name = renamed[0]
+            notes.append(
+                f"{self.path}: the parts that wrappers add came off {len(renamed)} tensor names,"
+                f" such as {example}, now {name}"
+            )
+        left_out = [key for key, name in self.unwrapped.items() if name is None]
+        notes += [f"{self.path}: {key}, a count, is left out" for key in left_out]
+        files = [] if self.path.is_file() else self.path.rglob("*")
+        states = {_training_state(file.relative_to(self.path)) for file in files} - {None}
+        if states:
+            notes.append(f"{self.path}: training states are left out: {some_of(sorted(states))}")
+        return notes
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, sorted by name."""
         return self.weights.files
@@ -97,9 +132,11 @@ class Source:
         return sum(info.num_bytes for info in self.tensors.values())
 
     @property
-    def is_safetensors(self) -> bool:
-        """Whether transformers and safetensors read the same files by themselves."""
-        return isinstance(self.weights, SafetensorsFiles)
+    def is_transformers_choice(self) -> bool:
+        """Whether transformers, given the directory, reads the same files under the same names."""
+        named = (self.config or {}).get(NAMED)
+        theirs = transformers_place(self.path, named)
+        return isinstance(self.weights, SafetensorsFiles) and self.weights.place == theirs
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -112,6 +149,21 @@ class Source:
             return self.weights.read(key)
         whole, index = self.parts[key]
         return self.fused[whole].take(self.weights.read(whole), index)
+
+    def renamed(self, names: Mapping[str, str | None]) -> "Source":
+        """Returns a view that has other names for some tensors, which wrappers had renamed.
+
+        Args:
+            names: the new names by the stored names; a tensor with the name None is left out.
+
+        Raises:
+            InputError: two tensors get one name, and their numbers differ.
+        """
+        if not names:
+            return self
+        return replace(
+            self, weights=RenamedWeights(self.weights, names), unwrapped={**self.unwrapped, **names}
+        )
 
     def without_copies(self, copies: Mapping[str, str]) -> "Source":
         """Returns a view that passes over copies of tied tensors.
@@ -150,7 +202,7 @@ class Source:
         """Returns the files that the output carries over unchanged (tokenizer, licence, ...)."""
         if self.path.is_file():
             return []
-        used = set(self.files)
+        used = {*self.files, self.weights.place}
         return sorted(
             file
             for file in self.path.rglob("*")
@@ -158,14 +210,23 @@ class Source:
         )
 
     @cached_property
+    def decisive(self) -> list[Path]:
+        """The files that decide which tensors there are: config.json, weights, their index."""
+        config = [] if self.config is None else [self.path / "config.json"]
+        return list(dict.fromkeys([*config, *self.files, self.weights.place]))
+
+    @cached_property
     def hashes(self) -> dict[str, str]:
-        """The sha256, by name, of all files that make the network (config.json, weights, tokenizer,
-        code), and of all other files that the output carries over."""
+        """The sha256, by name, of all files that make the network (config.json, weights and their
+        index, tokenizer, code), and of all other files that the output carries over."""
         if self.path.is_file():
             return {self.path.name: hash_file(self.path)}
-        config = [] if self.config is None else [self.path / "config.json"]
-        files = [*config, *self.files, *self.side_files()]
-        return {file.relative_to(self.path).as_posix(): hash_file(file) for file in files}
+        files = [*self.decisive, *self.side_files()]
+        return {self.name_of(file): hash_file(file) for file in files}
+
+    def name_of(self, file: Path) -> str:
+        """Returns a file's name in the directory, or the name of the checkpoint's only file."""
+        return file.name if self.path.is_file() else file.relative_to(self.path).as_posix()
 
     def find_not_finite(self) -> str | None:
         """Returns the key of the first tensor that holds a NaN or an infinity, or None."""
@@ -188,10 +249,16 @@ def _is_carried(name: Path) -> bool:
     """Returns whether the output carries over a file of this name, relative to the checkpoint."""
     if any(part.startswith(".") for part in name.parts) or name.parts[0] in EXPORT_FOLDERS:
         return False
-    if name.name.endswith(EXPORT_SUFFIXES):
+    if name.name.endswith(EXPORT_SUFFIXES) or _training_state(name):
         return False
     is_at_top = len(name.parts) == 1
     return not is_at_top or not (name.name in OWN_FILES or name.name.endswith(WEIGHT_SUFFIXES))
+
+
+def _training_state(name: Path) -> str | None:
+    """Returns what of a path is a training loop's own, its folder or its file; None for others."""
+    folder = next((part for part in name.parts[:-1] if TRAINING_FOLDER.fullmatch(part)), None)
+    return folder or (name.name if TRAINING_STATE.fullmatch(name.name) else None)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -215,7 +282,7 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
             f"{path} does not exist", "check the path (relative to the working directory)"
         )
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
-    source = Source(path=path, config=config, weights=open_weights(path))
+    source = Source(path=path, config=config, weights=open_weights(path, (config or {}).get(NAMED)))
     # Some of lrc's forms are whole numbers. What others wrote is dense, whatever its metadata says.
     if not (factorised and (source.record or (config or {}).get("quantization_config"))):
         check_dense(source.weights)

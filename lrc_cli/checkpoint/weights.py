@@ -2,31 +2,29 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 
-from lrc_cli.checkpoint import pickles
+from lrc_cli.checkpoint.choice import PICKLED, Form, check_index, forms_of
 from lrc_cli.checkpoint.headers import (
     DEQUANTISE,
     DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
     TensorInfo,
     check_version,
+    differ,
+    file_headers,
+    has_same_bytes,
     open_tensors,
     read_headers,
-    weight_files,
 )
 from lrc_cli.checkpoint.pickles import PickledFiles
+from lrc_cli.checkpoint.wrapped import bare
 from lrc_cli.errors import InputError
 
-METADATA_NAME = ".metadata"
-"""The file that a directory of torch.distributed.checkpoint has beside its shards."""
-OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROGRAM = ".pt2"
 """The suffix of torch.export's programs: `PickledFiles` refuses them with other programs."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
@@ -41,6 +39,8 @@ class Weights(Protocol):
 
     files: list[Path]
     """All files that hold the tensors, sorted."""
+    place: Path
+    """The file that readers look for: the only file, the index, or torch's metadata."""
     tensors: dict[str, TensorInfo]
     """Every stored tensor by its disk key, in file order; tied tensors count once."""
 
@@ -49,11 +49,29 @@ class Weights(Protocol):
 
 
 class SafetensorsFiles:
-    """The tensors of one or more mapped .safetensors files."""
+    """The tensors of one or more mapped .safetensors files.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    Args:
+        place: the file that readers look for: the index, or the first file if None.
+        weight_map: the file name of each key, as an index states it; None without an index.
+
+    Raises:
+        InputError: a file cannot be read, two files hold other numbers for one key, or the index
+            disagrees with the files.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        place: Path | None = None,
+        weight_map: Mapping[str, str] | None = None,
+    ) -> None:
         self.files = sorted(files)
+        self.place = place or self.files[0]
         self.tensors = read_headers(self.files)
+        if weight_map is not None:
+            check_index(self.place, weight_map, {file: file_headers(file) for file in self.files})
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -77,15 +95,50 @@ class SafetensorsFiles:
         return record
 
 
-def open_weights(path: Path) -> Weights:
-    """Opens a file or a directory of safetensors, of torch.distributed.checkpoint or of torch.save.
+class RenamedWeights:
+    """The tensors of other weights under other names, or without some.
 
-    The first format of this list that a directory holds is opened.
+    Args:
+        weights: the tensors as the files name them.
+        names: the new name of each tensor that gets one; None leaves a tensor out.
 
     Raises:
-        InputError: there are no tensors that this version reads.
+        InputError: two tensors get one name, and their numbers differ.
     """
-    weights = _open_file(path) if path.is_file() else _open_directory(path)
+
+    def __init__(self, weights: Weights, names: Mapping[str, str | None]) -> None:
+        self.files, self.place = weights.files, weights.place
+        self._weights = weights
+        self._stored: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for key, info in weights.tensors.items():
+            name = names.get(key, key)
+            if name is None:
+                continue
+            first = self._stored.setdefault(name, key)
+            if first == key:
+                self.tensors[name] = info
+            elif not has_same_bytes(weights.read(first), weights.read(key)):
+                raise differ(first, weights.tensors[first].file, key, info.file)
+
+    def read(self, key: str) -> torch.Tensor:
+        """Returns the tensor `key` on the CPU."""
+        return self._weights.read(self._stored[key])
+
+
+def open_weights(path: Path, named: object = None) -> Weights:
+    """Opens a file or a directory of safetensors, of torch.distributed.checkpoint or of torch.save.
+
+    Other forms of the checkpoint in the directory must hold the same tensors.
+
+    Args:
+        path: the file or the directory.
+        named: what config.json has for `transformers_weights`.
+
+    Raises:
+        InputError: there are no tensors that this version reads, or two forms differ.
+    """
+    weights = _open_file(path) if path.is_file() else _open_directory(path, named)
     if not weights.tensors:
         raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
     return weights
@@ -98,33 +151,95 @@ def check_dense(weights: Weights) -> None:
 
 
 def _open_file(file: Path) -> Weights:
-    if file.suffix == ".safetensors":
-        return SafetensorsFiles([file])
-    if file.suffix in pickles.SUFFIXES or file.suffix == PROGRAM:
-        return PickledFiles([file])
     if file.suffix == ".gguf":
         _refuse_gguf(file)
-    raise InputError(
-        f"{file}: {file.suffix or 'this kind of'} files are not read",
-        f"give {READ}, or a directory",
-    )
+    if file.suffix not in (".safetensors", *PICKLED, PROGRAM):
+        raise InputError(
+            f"{file}: {file.suffix or 'this kind of'} files are not read",
+            f"give {READ}, or a directory",
+        )
+    return _open_form(Form(place=file, files=[file]))
 
 
-def _open_directory(path: Path) -> Weights:
-    files = weight_files(path, single=SINGLE_NAME, index=INDEX_NAME, suffixes=(".safetensors",))
-    if files:
-        return SafetensorsFiles(files)
-    if (path / METADATA_NAME).is_file():
-        # This import takes a while, and most checkpoints do not need the module.
-        from lrc_cli.checkpoint.distributed import DistributedFiles
+def _open_directory(path: Path, named: object) -> Weights:
+    forms = forms_of(path, named)
+    if not forms:
+        _refuse_directory(path)
+    weights = _open_form(forms[0])
+    for form in forms[1:]:
+        _check_equal(weights, form)
+    return weights
 
-        return DistributedFiles(path)
-    files = weight_files(path, single=OLD_SINGLE, index=OLD_INDEX, suffixes=pickles.SUFFIXES)
-    if files:
-        return PickledFiles(files)
+
+def _open_form(form: Form) -> Weights:
+    if form.is_safetensors:
+        return SafetensorsFiles(form.files, place=form.place, weight_map=form.weight_map)
+    if form.files:
+        return PickledFiles(form.files, place=form.place, weight_map=form.weight_map)
+    # This import takes a while, and most checkpoints do not need the module.
+    from lrc_cli.checkpoint.distributed import DistributedFiles
+
+    return DistributedFiles(form.place.parent)
+
+
+def _check_equal(weights: Weights, form: Form) -> None:
+    """Raises InputError where another form of the checkpoint holds another network.
+
+    The tensors that both have must be equal, byte by byte. A weight that only one form has must be
+    equal to another weight: a tied one may be stored once or twice. Buffers may be missing.
+    """
+    both = f"{weights.place} and {form.place} are two forms of one checkpoint"
+    remedy = "move the wrong one out of the directory"
+    try:
+        other = _open_form(form)
+    except InputError as error:
+        if form.is_optional:
+            return
+        raise InputError(f"{both}, and one cannot be read: {error.message}", remedy) from error
+    first, second = _bare_names(weights), _bare_names(other)
+    common = [name for name in first if name in second]
+    if not common and form.is_optional:
+        return
+    if not common:
+        raise InputError(f"{both}, and have no tensor in common", remedy)
+    for name in common:
+        if not has_same_bytes(weights.read(first[name]), other.read(second[name])):
+            raise InputError(f"{both}, and their numbers differ in {name}", remedy)
+    extra = _find_extra(weights, first, other, second)
+    if extra is None and not form.is_partial:
+        extra = _find_extra(other, second, weights, first)
+    if extra is not None:
+        raise InputError(f"{both}, and only one holds {extra}", remedy)
+
+
+def _bare_names(weights: Weights) -> dict[str, str]:
+    """Returns each tensor's key by its name without wrappers."""
+    return {bare(key): key for key in weights.tensors}
+
+
+def _find_extra(
+    weights: Weights, names: Mapping[str, str], other: Weights, others: Mapping[str, str]
+) -> str | None:
+    """Returns a weight's name that only the other form has, and that is no copy; else None."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, key in names.items():
+        shapes.setdefault(weights.tensors[key].shape, []).append(name)
+    for name, key in others.items():
+        info = other.tensors[key]
+        if name in names or not _is_weight(key, info) or not info.dtype.is_floating_point:
+            continue
+        tensor = other.read(key)
+        same = shapes.get(info.shape, ())
+        if not any(has_same_bytes(weights.read(names[x]), tensor) for x in same):
+            return name
+    return None
+
+
+def _refuse_directory(path: Path) -> NoReturn:
+    """Raises InputError for a directory without a weight file of a form that is read."""
     programs = sorted(path.glob(f"*{PROGRAM}"))
     if programs:
-        return _open_file(programs[0])
+        _open_file(programs[0])
     gguf = sorted(path.glob("*.gguf"))
     if gguf:
         _refuse_gguf(gguf[0])
@@ -149,7 +264,11 @@ def _check_dense(key: str, info: TensorInfo) -> None:
         raise InputError(cause, DEQUANTISE)
     # Masks and tables of positions are whole numbers too; a dense matrix of weights never is.
     # Packed weights have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
-    last = key.rpartition(".")[2]
-    is_weight = WEIGHT.search(last) and "mask" not in last and len(info.shape) > 1
-    if is_weight and not info.dtype.is_floating_point:
+    if _is_weight(key, info) and not info.dtype.is_floating_point:
         raise InputError(f"{info.file}: {key} is quantised: it holds {name} numbers", DEQUANTISE)
+
+
+def _is_weight(key: str, info: TensorInfo) -> bool:
+    """Returns whether a tensor is a matrix of weights by its name and shape."""
+    last = key.rpartition(".")[2]
+    return bool(WEIGHT.search(last)) and "mask" not in last and len(info.shape) > 1

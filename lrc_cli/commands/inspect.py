@@ -33,6 +33,7 @@ def render_inspection(found: dict[str, Any]) -> str:
     """Returns the text for people: layers of one shape on a line, skipped tensors by reason."""
     share = found["compressible_bytes"] / found["bytes"]
     lines = [
+        *found["notes"],
         f"{found['checkpoint']}: {found['architecture']}, {found['bytes'] / 1e6:.1f} MB"
         f" in {len(found['files'])} file(s)",
         f"compressible: {len(found['layers'])} layers, {share:.1%} of the bytes",

@@ -60,6 +60,8 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         if plan.output.exists():
             progress.note(f"{plan.output}: the output exists, compress needs --force to replace it")
     first = plans[0]
+    for note in first.source.notes:
+        progress.note(note)
     with ExitStack() as stack:
         job_work = _open_job_work(first, stack)
         known = job_work is not None and _has_spectra(first, job_work)

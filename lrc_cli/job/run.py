@@ -82,6 +82,8 @@ def compress_each(
     with progress.phase("checks", 1) as checks:
         plans = make_plans(configs, force=force, processes=processes)
     first = plans[0]
+    for note in first.source.notes:
+        progress.note(note)
     _say_unused_settings(first, progress)
     with (
         _blaming(first.inputs),

@@ -34,6 +34,23 @@ def module_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def places(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Returns the place in the model of each of a checkpoint's keys that has a place there.
+
+    A key that a conversion merges or splits has a place of its own within the tensor that it goes
+    into.
+    """
+    keys = sorted(keys)
+    known = set(model.state_dict(keep_vars=True))
+    rename, prefix = _renaming(model), getattr(model, "base_model_prefix", "")
+    found = module_names(model, keys)
+    for key in keys:
+        if key not in found:
+            name = _find(rename(key)[0], prefix, known)
+            found |= {} if name is None else {key: f"{name} <- {key}"}
+    return found
+
+
 def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[int, str]:
     """Returns the checkpoint's key of each tensor of the model, by id; tied names share an id."""
     state = model.state_dict(keep_vars=True)

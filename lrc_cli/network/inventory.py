@@ -33,6 +33,7 @@ def inspect_checkpoint(
         "checkpoint": str(path),
         "architecture": type(module).__name__,
         "files": [file.name for file in source.files],
+        "notes": source.notes,
         "bytes": total,
         "compressible_bytes": sum(layer.num_bytes for layer in layers),
         "layers": [

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.checkpoint.wrapped import bare, unwrapped_names
 from lrc_cli.errors import InputError, LrcError
-from lrc_cli.network.disk_names import module_names
+from lrc_cli.network.disk_names import module_names, places
 from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.slots import (
     check_table,
@@ -74,11 +75,41 @@ def load_source(
     Raises:
         InputError: the factory is missing, or tensors do not fit the module.
     """
+    model, _ = load_unwrapped(
+        source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code
+    )
+    return model
+
+
+def load_unwrapped(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    factory: Factory | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Source]:
+    """As `load_source`, with the checkpoint under the module's own names beside the module.
+
+    Raises:
+        InputError: for a missing factory, or tensors that do not fit the module.
+    """
     if factory is None and source.config is not None:
-        model = _load_transformers(source, dtype, trust_remote_code)
+        model, source = _load_transformers(source, dtype, trust_remote_code)
     else:
-        model = _load_plain(source, factory)
-    return model.eval()
+        model, source = _load_plain(source, factory)
+    return model.eval(), source
+
+
+def _unwrapped(source: Source, model: nn.Module) -> Source:
+    """Takes the parts that wrappers put into names off, where the module has no such names.
+
+    Raises:
+        InputError: two tensors get one name, and their numbers differ.
+    """
+    if source.record or (source.config or {}).get("quantization_config"):
+        return source  # names that lrc wrote are the module's
+    shapes = {key: info.shape for key, info in source.tensors.items()}
+    return source.renamed(unwrapped_names(shapes, lambda keys: places(model, keys)))
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -102,22 +133,46 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _load_transformers(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
-) -> nn.Module:
+) -> tuple[nn.Module, Source]:
     """Calls `from_pretrained` of the class that config.json names; a missing tensor is an error."""
     import lrc_cli.network.transformers_plugin  # noqa: F401 - registers the format
 
     path, config = source.path, source.config or {}
     if not {"model_type", "architectures", "auto_map"} & config.keys():
+        of = "diffusers'" if "_class_name" in config else "timm's, perhaps"
         raise InputError(
-            f"{path}/config.json has no model_type: it is not transformers' (but timm's, perhaps)",
+            f"{path}/config.json has no model_type: it is not transformers' (but {of})",
             "set model.factory (--factory) to the function that builds the module, such as one"
-            " around timm.create_model",
+            " around timm.create_model or a from_config of diffusers",
         )
+    model, missing = _from_pretrained(source, dtype, trust_remote_code)
+    if missing or any(bare(key) != key for key in source.tensors):
+        unwrapped = _unwrapped(source, model)
+        if unwrapped is not source:
+            source = unwrapped
+            model, missing = _from_pretrained(source, dtype, trust_remote_code)
+    if missing:
+        raise InputError(
+            f"{path} lacks {some_of(missing)} of {type(model).__name__}",
+            _remedy_for_missing(model, missing),
+        )
+    return model, source
+
+
+def _from_pretrained(
+    source: Source, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    """Returns the module and the names that the files lack.
+
+    transformers finds the files by itself where it finds the files that were read here. Otherwise
+    it is handed the tensors.
+    """
+    path, config = source.path, source.config or {}
     model: nn.Module
     try:
         model_class = _model_class(path, config, trust_remote_code)
         options = {"dtype": dtype or _stored_dtype(source) or "auto", "output_loading_info": True}
-        if source.is_safetensors:
+        if source.is_transformers_choice or "quantization_config" in config:
             options |= {"local_files_only": True}
             options |= {"trust_remote_code": True} if trust_remote_code else {}
             model, info = model_class.from_pretrained(path, **options)
@@ -132,12 +187,7 @@ def _load_transformers(
             f"{path} cannot be loaded by transformers: {named(error)}",
             "check that config.json fits the weights and that this transformers knows the model",
         ) from error
-    if info["missing_keys"]:
-        raise InputError(
-            f"{path} lacks {some_of(info['missing_keys'])} of {type(model).__name__}",
-            _remedy_for_missing(model, info["missing_keys"]),
-        )
-    return model
+    return model, info["missing_keys"]
 
 
 def _from_state(
@@ -224,7 +274,7 @@ def _auto_class(architecture: str, auto_map: object) -> str | None:
 # ---------------------------------------------------------------- any other module
 
 
-def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
+def _load_plain(source: Source, factory: Factory | str | None) -> tuple[nn.Module, Source]:
     """Builds the module by `factory` and puts the files' tensors into the module."""
     path = source.path
     record = source.record
@@ -237,14 +287,17 @@ def _load_plain(source: Source, factory: Factory | str | None) -> nn.Module:
             cause, f'pass factory="{named or "package.module:function"}" (config: model.factory)'
         )
     build = resolve_factory(factory)
-    model = _try_on_meta(build, source, record)
-    if model is None or _needs_values(model):
-        model = _filled(build(), source, record)
+    filled = _try_on_meta(build, source, record)
+    if filled is None or _needs_values(filled[0]):
+        filled = _filled(build(), source, record)
+    model, source = filled
     finish_slots(model)
-    return model
+    return model, source
 
 
-def _try_on_meta(build: Factory, source: Source, record: Mapping[str, Any]) -> nn.Module | None:
+def _try_on_meta(
+    build: Factory, source: Source, record: Mapping[str, Any]
+) -> tuple[nn.Module, Source] | None:
     """Returns the module without private memory, or None where the factory cannot run on meta."""
     try:
         with torch.device("meta"):
@@ -261,8 +314,11 @@ def _needs_values(model: nn.Module) -> bool:
     return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)
 
 
-def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.Module:
+def _filled(
+    model: nn.Module, source: Source, record: Mapping[str, Any]
+) -> tuple[nn.Module, Source]:
     """Returns the module with slots for its factorised layers, holding the files' tensors."""
+    source = _unwrapped(source, model)
     table = record.get("layers", {})
     weights = module_names(model, stored_weights(source.tensors, table)).values()
     unroll(model, {name.rpartition(".")[0] for name in weights})
@@ -275,7 +331,7 @@ def _filled(model: nn.Module, source: Source, record: Mapping[str, Any]) -> nn.M
     # All names of a tied tensor get one object, so they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
     model.load_state_dict(state, assign=True)
-    return model
+    return model, source
 
 
 def _like(expected: Tensor, tensor: Tensor) -> Tensor:

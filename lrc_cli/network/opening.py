@@ -9,7 +9,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.network.embeddings import merge_tables
 from lrc_cli.network.experts import unfuse
 from lrc_cli.network.fused_experts import take_apart
-from lrc_cli.network.loading import load_source
+from lrc_cli.network.loading import load_unwrapped
 from lrc_cli.network.recurrent import unroll
 from lrc_cli.network.tensor_checks import copies
 
@@ -56,7 +56,7 @@ def open_module(source: Source, *, factory: str | None, trust_remote_code: bool 
             f"{source.path}: not a transformers directory (it has no config.json)",
             "set model.factory to the function that builds the module",
         )
-    module = load_source(source, factory=factory, trust_remote_code=trust_remote_code)
+    module, source = load_unwrapped(source, factory=factory, trust_remote_code=trust_remote_code)
     seen = source.without_copies(copies(module, source))
     unfuse(module)
     if factory is None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.headers import TensorInfo, differ, has_same_bytes
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import module_names
@@ -48,6 +47,9 @@ def copies(model: nn.Module, source: Source) -> dict[str, str]:
     """Returns the keys of tensors that the model ties to another tensor, with the key that counts.
 
     transformers ties only tensors that are equal, even if the config ties others.
+
+    Raises:
+        InputError: the files hold other numbers for a copy than for the tensor that counts.
     """
     state = model.state_dict(keep_vars=True)
     sources = getattr(model, "all_tied_weights_keys", {}).values()
@@ -56,12 +58,16 @@ def copies(model: nn.Module, source: Source) -> dict[str, str]:
         found.setdefault(id(state[name]), []).append((key, name))
     counting = (min(same, key=lambda pair: pair[1] not in sources) for same in found.values())
     kept = {id(state[name]): key for key, name in counting}
-    return {
+    copied = {
         key: kept[identity]
         for identity, same in found.items()
         for key, _ in same
         if key != kept[identity]
     }
+    for key, other in copied.items():
+        if not has_same_bytes(source.read(key), source.read(other)):
+            raise differ(other, source.tensors[other].file, key, source.tensors[key].file)
+    return copied
 
 
 def check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
@@ -69,7 +75,7 @@ def check_copies(expected: Mapping[str, Tensor], source: Source) -> None:
     first: dict[int, str] = {}
     for key in source.tensors:
         other = first.setdefault(id(expected[key]), key)
-        if other != key and not torch.equal(source.read(key), source.read(other)):
+        if other != key and not has_same_bytes(source.read(key), source.read(other)):
             raise InputError(
                 f"{other} and {key} are one tensor of the module, and differ in the files",
                 "untie them in the factory, or remove the wrong one from the files",

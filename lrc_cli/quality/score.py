@@ -67,6 +67,8 @@ def score_directory(
         open_module(source, factory=factory, trust_remote_code=trust_remote_code)
         for source in (original, written)
     )
+    for note in original.notes:
+        progress.note(note)
     processors = open_processors(original, module, trust_remote_code=trust_remote_code)
     # The texts are the user's files, or the evaluation texts drawn as in the run.
     if data or part:

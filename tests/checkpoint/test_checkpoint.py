@@ -107,7 +107,8 @@ def test_a_checkpoint_is_read_as_views_of_its_files(name: str, checkpoint: Model
     names = {file.name for file in source.side_files()}
     assert {"LICENSE", "tokenizer.json", "generation_config.json"} <= names
     assert not any("safetensors" in name for name in names | {"config.json"} - {"config.json"})
-    assert {"config.json", *(file.name for file in source.files), *names} == set(source.hashes)
+    weights = {source.weights.place.name, *(file.name for file in source.files)}
+    assert {"config.json", *weights, *names} == set(source.hashes)
 
 
 CARRIED = ["1_Pooling/config.json", "2_Dense/model.safetensors", "a.txt", "b/README.md", "code.py"]
@@ -129,7 +130,11 @@ def test_side_files_are_all_but_our_own_and_other_forms_of_the_weights(tmp_path:
     source = open_source(tmp_path)
     files = [file.relative_to(tmp_path).as_posix() for file in source.side_files()]
     assert files == CARRIED
-    assert set(source.hashes) == {"used.safetensors", *CARRIED}
+    assert set(source.hashes) == {
+        "used.safetensors",
+        "model.safetensors.index.json",
+        *CARRIED,
+    }
     before = source.hashes
     (tmp_path / "code.py").write_text("x = 2")
     after = open_source(tmp_path).hashes

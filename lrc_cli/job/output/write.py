@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lrc_cli import __version__
+from lrc_cli.checkpoint.choice import NAMED
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES, FORMAT_VERSION
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.checkpoint.writer import Entry, write_weights
@@ -65,6 +66,7 @@ def layer_table(plan: Plan, work: WorkDirectory, folder: str) -> dict[str, dict[
 
 def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
     config = dict(plan.source.config or {})
+    config.pop(NAMED, None)  # the output's weights have the names that transformers looks for
     if plan.config.output.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.config.output.dtype

@@ -1,14 +1,17 @@
 """The original must be the recorded checkpoint, and its unchanged parts must be in the output."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrc_cli.checkpoint.choice import NAMED
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
+from lrc_cli.checkpoint.wrapped import unwrapped_names
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.disk_names import stored_names
@@ -52,9 +55,7 @@ def check_original(written: Written, original: Source, findings: Findings) -> bo
 def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings) -> bool:
     """Every recorded file must have its hash, and no other weight file may be there."""
     single = original.path.is_file()
-    weights = {file.name for file in original.files} | (
-        {"config.json"} if original.config else set()
-    )
+    weights = {original.name_of(file) for file in original.decisive}
     same = True
     for name, sha256 in recorded.items():
         file = original.path if single and len(recorded) == 1 else original.path / name
@@ -68,7 +69,7 @@ def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings
         # A licence or a card may have changed since; the network is still the same.
         same &= holds or not (single or name in weights or name.endswith(".safetensors"))
     if not single:
-        unknown = sorted({file.name for file in original.files} - set(recorded))
+        unknown = sorted({original.name_of(file) for file in original.files} - set(recorded))
         what = "the report has the hash of every weight file of the original"
         problem = f"not of {', '.join(unknown[:3])}" if unknown else None
         same &= findings.judge("original.hash", what, problem)
@@ -84,6 +85,7 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
         return
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
+    original = _unwrapped(original, source)
     original = original.without_copies(
         _checked_copies(report.get("copies", {}), original, findings)
     )
@@ -114,6 +116,17 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     infos: list[TensorInfo] = list(original.tensors.values())
     found = [sum(i.num_bytes for i in infos), sum(i.num_elements for i in infos)]
     findings.equal("original.bytes", what, stated_sizes, found)
+
+
+def _unwrapped(original: Source, written: Source) -> Source:
+    """Returns the original under the names of the output, in which no wrapper's parts are."""
+
+    def places(keys: Iterable[str]) -> dict[str, str]:
+        there = written.tensors.keys()
+        return {key: key for key in keys if key in there or Keys(key).key(UP) in there}
+
+    shapes = {key: info.shape for key, info in original.tensors.items()}
+    return original.renamed(unwrapped_names(shapes, places))
 
 
 def _checked_copies(copies: dict[str, str], original: Source, findings: Findings) -> dict[str, str]:
@@ -162,9 +175,9 @@ def _check_side_files(
     """Tokenizer, licence and the rest must be carried over; config.json may have additions."""
     if original.path.is_file():
         return
-    weights = {file.name for file in original.files}
+    weights = {original.name_of(file) for file in original.decisive}
     for name, sha256 in recorded.items():
-        if name in weights or name == "config.json" or not is_inside(name):
+        if name in weights or not is_inside(name):
             continue
         file, what = written.directory / name, f"{name} is carried over unchanged"
         problem = None if file.is_file() and sha256_of(file) == sha256 else "it differs"
@@ -173,7 +186,7 @@ def _check_side_files(
         return
     ours = json.loads((written.directory / "config.json").read_text(encoding="utf-8"))
     ours.pop("quantization_config", None)
-    theirs = dict(original.config)
+    theirs = {key: value for key, value in original.config.items() if key != NAMED}
     name = written.config.output.dtype if written.config else "auto"
     if name != "auto":
         theirs.pop("torch_dtype", None)
