@@ -28,7 +28,7 @@ from lrc_cli.engine.budget.choices import (
     Choice,
     Choices,
     Predicted,
-    tails,
+    tail_sums,
 )
 from lrc_cli.engine.problem import (
     Errors,
@@ -108,7 +108,7 @@ __all__ = [
     "rank_of",
     "sequences_needed",
     "survey",
-    "tails",
+    "tail_sums",
     "uniform",
     "uniform_within_error",
     "within_bytes",

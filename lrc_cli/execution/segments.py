@@ -30,8 +30,8 @@ NO_CHAIN = "its blocks are no chain"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """A `Cut` holds the segments in which a network is measured."""
+class Segmentation:
+    """A `Segmentation` holds the segments in which a network is measured."""
 
     chain: Chain
     segments: list[Segment]
@@ -42,9 +42,9 @@ class Cut:
     """Why the network runs whole; empty where the network is cut."""
 
 
-def find_cut(
+def find_segments(
     network: Network, layers: Sequence[Layer], graded: Collection[str], batch: Batch
-) -> Cut:
+) -> Segmentation:
     """Cuts a network into segments, by what one batch shows.
 
     A network is not cut where something would be lost: where a layer runs in several segments, or
@@ -79,7 +79,7 @@ def find_cut(
         for segment in segments
         for layer in segment.layers
     }
-    return Cut(chain=chain, segments=segments, leaders=leaders, reason=reason)
+    return Segmentation(chain=chain, segments=segments, leaders=leaders, reason=reason)
 
 
 def _is_bypassed(

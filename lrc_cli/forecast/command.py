@@ -29,7 +29,7 @@ from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages
 from lrc_cli.job.spectra.allocate import Granted, allocate, nothing_known, rest_bytes
 from lrc_cli.job.spectra.survey import read_predicted, vectors_bytes
-from lrc_cli.job.work import LOG, SURVEYS, WorkDirectory
+from lrc_cli.job.work import LOG, SPECTRA, WorkDirectory
 from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
 
@@ -111,7 +111,7 @@ def _open_job_work(plan: Plan, stack: ExitStack) -> WorkDirectory | None:
 
 
 def _has_spectra(plan: Plan, work: WorkDirectory) -> bool:
-    return all(work.has(SURVEYS, unit) for unit in plan.units)
+    return all(work.has(SPECTRA, unit) for unit in plan.units)
 
 
 def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
@@ -129,7 +129,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
     probe.spread_facts(kinds)
     predicted = probe.predicted(kinds)
     pieces = [Piece(phase="checks", seconds=checks), *probe.pieces]
-    lasting = probe.statistics_bytes + vectors_bytes(first, probe.missing(SURVEYS))
+    lasting = probe.statistics_bytes + vectors_bytes(first, probe.missing(SPECTRA))
     jobs, outputs = list[dict[str, Any]](), 0
     quality: list[Piece] | None = None
     for plan in plans:

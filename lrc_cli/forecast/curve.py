@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.config import Config
-from lrc_cli.engine import Choice, Predicted, tails
+from lrc_cli.engine import Choice, Predicted, tail_sums
 from lrc_cli.errors import InputError
 from lrc_cli.job.factors.decide_sequential import kept_fraction
 from lrc_cli.job.plan import Plan, with_target
@@ -49,7 +49,7 @@ def _error(plan: Plan, choice: Choice, known: Predicted) -> float:
     if choice.rank is None:
         is_relative = shares_relative_errors(plan.config.compression)
         return choice.error * known.total if is_relative else choice.error
-    return tails(known.spectrum)[min(choice.rank, len(known.spectrum))].item()
+    return tail_sums(known.spectrum)[min(choice.rank, len(known.spectrum))].item()
 
 
 def curve_of(plan: Plan, predicted: Mapping[str, Predicted]) -> list[dict[str, Any]]:

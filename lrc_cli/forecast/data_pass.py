@@ -33,7 +33,7 @@ def run_statistics(probe: Probe) -> None:
         probe.why_whole = None if chain.names else NO_CHAIN
         return
     measurement, parts = prepare(plan, probe.work, probe.quiet, measured)
-    probe.why_whole = None if measurement.chain.names else parts.cut.reason
+    probe.why_whole = None if measurement.chain.names else parts.segmentation.reason
     hidden = hidden_output(measurement.chain.shape)  # the shapes are for one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])
     if not probe.missing(STATISTICS):

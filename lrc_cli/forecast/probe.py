@@ -22,7 +22,7 @@ from lrc_cli.job.spectra.solve import num_workers
 from lrc_cli.job.spectra.survey import SpectraStage, unit_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import MICRO_BATCH_TOKENS, is_measured
-from lrc_cli.job.work import STATISTICS, SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.work import SPECTRA, STATISTICS, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.memory import PrivateMemory
 from lrc_cli.runtime.progress import Progress
@@ -130,7 +130,7 @@ class Probe:
             for unit in kinds:
                 stage = Timed(SpectraStage(self.plan, self.work), [unit], self.plan.device)
                 (seconds,) = run_stage(stage, self.quiet).values()
-                left = sum(not self.has(SURVEYS, other) for other in kinds[unit])
+                left = sum(not self.has(SPECTRA, other) for other in kinds[unit])
                 self.pieces.append(Piece(phase="spectra", seconds=seconds, times=left))
         self.memory.append(Memory(phase="spectra", measured=memory.peak, gpu=memory.gpu))
 
@@ -143,7 +143,7 @@ class Probe:
         for representative, units in kinds.items():
             like = unit_predicted(self.plan, self.work, representative)
             for unit in units:
-                if self.has(SURVEYS, unit):
+                if self.has(SPECTRA, unit):
                     assert self.job_work is not None
                     found |= unit_predicted(self.plan, self.job_work, unit)
                     continue

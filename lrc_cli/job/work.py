@@ -4,7 +4,7 @@
     <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and collect.py
     <root>/run.log                     the messages of all runs, with the time
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
-    <root>/surveys/<unit>              what does not depend on a layer's rank: eigenvalues,
+    <root>/spectra/<unit>              what does not depend on a layer's rank: eigenvalues,
                                        eigenvectors in float32, the errors that reports compare
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
@@ -36,10 +36,10 @@ from lrc_cli.runtime.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
 WHOLE, UNIT, SUFFIX = "network", "unit", ".safetensors"
-STATISTICS, SURVEYS, MEASURED = "statistics", "surveys", "measured"
+STATISTICS, SPECTRA, MEASURED = "statistics", "spectra", "measured"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """Stages on the way to the statistics (sweep.py, collect.py), deleted as soon as they are used."""
-SHARED = STATISTICS, SURVEYS, MEASURED
+SHARED = STATISTICS, SPECTRA, MEASURED
 """The stages that every size uses again."""
 MOST_WAITING = 2
 """The most units that may wait to be stored in the background, because they take memory."""
@@ -69,7 +69,7 @@ class DamagedUnit(RunError):
 
 
 class WorkDirectory:
-    """The finished units of one run, by stage ("statistics", "surveys", "factors/<fingerprint>").
+    """The finished units of one run, by stage ("statistics", "spectra", "factors/<fingerprint>").
 
     A work directory is a context manager, which holds a lock: two runs never share a directory.
     Entering raises RunError where another run holds the lock or fingerprint.json is damaged, and

@@ -19,7 +19,7 @@ from lrc_cli.execution.chain import Segment
 from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.losses import Loss, prepare
 from lrc_cli.execution.network import Network
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.execution.walk import Keep, Pair
 from lrc_cli.network.experts import is_expert
 from lrc_cli.network.layer import Layer
@@ -119,12 +119,12 @@ def measure(
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
     batches = list(dataclasses.replace(sequences, inputs=inputs).batches(size))
-    cut = find_cut(before, layers, (), next(sequences.batches(1)))
-    pair = Pair(before, after, cut.chain, batches, keep)
+    segmentation = find_segments(before, layers, (), next(sequences.batches(1)))
+    pair = Pair(before, after, segmentation.chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
     own = processes.share(len(batches))
-    segments = [s for s in cut.segments if only is None or s.name in only]
+    segments = [s for s in segmentation.segments if only is None or s.name in only]
     for segment in segments:
         for index in own:
             batch = batches[index]

@@ -17,7 +17,7 @@ from lrc_cli.engine import (
     Infeasible,
     Predicted,
     default_rank_multiple,
-    tails,
+    tail_sums,
     uniform,
     uniform_within_error,
     within_bytes,
@@ -275,4 +275,4 @@ def test_interpolative_storage_reaches_a_higher_rank_in_the_same_bytes() -> None
 
 def test_tails_keep_small_values() -> None:
     spectrum = torch.tensor([1.0, 1e-20, 1e-20], dtype=torch.float64)
-    assert tails(spectrum).tolist() == [1.0, 2e-20, 1e-20, 0.0]
+    assert tail_sums(spectrum).tolist() == [1.0, 2e-20, 1e-20, 0.0]

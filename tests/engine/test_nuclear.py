@@ -16,7 +16,7 @@ from lrc_cli.engine import (
     SolveError,
     Statistics,
     rank_of,
-    tails,
+    tail_sums,
 )
 from lrc_cli.engine.solvers.nuclear import energies_of
 from lrc_cli.forms import dense
@@ -152,7 +152,7 @@ def test_a_direction_at_its_own_threshold_is_gone(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_curve_is_the_error_at_every_rank(name: str) -> None:
     weight, statistics = case(name)
-    curve = tails(NUCLEAR.spectrum(weight, statistics))
+    curve = tail_sums(NUCLEAR.spectrum(weight, statistics))
     scale = outputs(weight, statistics).square().sum().item()
     assert curve[0].item() == pytest.approx(scale, rel=1e-9)
     assert (curve[1:] <= curve[:-1]).all()

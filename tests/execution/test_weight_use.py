@@ -19,7 +19,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.execution.input_checks import probe
 from lrc_cli.execution.network import make_network
 from lrc_cli.execution.placement import block_names
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.execution.weight_use import CALLED, OTHER, READ, _is_product, observe, reasons_of
 from lrc_cli.job.plan import make_plan
 from lrc_cli.network.keys import Keys
@@ -224,7 +224,7 @@ def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any])
     assert reasons_of(network, plan.layers, uses) == {}
     assert calls == dict.fromkeys(blocks, 1)
     calls.clear()
-    assert find_cut(network, plan.layers, (), one).chain.names == blocks
+    assert find_segments(network, plan.layers, (), one).chain.names == blocks
     # Handing hidden states on, without computing anything, is the second call.
     assert calls == dict.fromkeys(blocks, 2)
     for handle in handles:

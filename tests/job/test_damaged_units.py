@@ -153,9 +153,9 @@ def unit_of(work: Path, stage: str, number: int = 0) -> Path:
 
 TABLE = [
     *(("plain", "factors", damage) for damage in DAMAGES),
-    *(("plain", stage, damage) for stage in ("statistics", "surveys") for damage in DAMAGES[:6]),
+    *(("plain", stage, damage) for stage in ("statistics", "spectra") for damage in DAMAGES[:6]),
     *(("sequential", "factors", damage) for damage in (DAMAGES[0], DAMAGES[9])),
-    *(("curvature", stage, DAMAGES[0]) for stage in ("statistics", "surveys", "factors")),
+    *(("curvature", stage, DAMAGES[0]) for stage in ("statistics", "spectra", "factors")),
 ]
 
 
@@ -269,7 +269,7 @@ def damage_a_copy(damage: Damage, file: Path) -> None:
     ("moment", "stage"),
     [
         ("allocate", "statistics"),
-        ("allocate", "surveys"),
+        ("allocate", "spectra"),
         ("decide", "statistics"),
         ("write_checkpoint", "factors"),
         ("finish_output", "factors"),

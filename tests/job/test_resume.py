@@ -95,7 +95,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, llama_job: Changes) 
     assert all(manifests[0]["files"][name] == manifests[1]["files"][name] for name in written[0])
 
 
-@pytest.mark.parametrize("moment", ["statistics", "surveys", "factors", "out.partial"])
+@pytest.mark.parametrize("moment", ["statistics", "spectra", "factors", "out.partial"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     moment: str, tmp_path: Path, long_job: Changes, undisturbed: dict[str, bytes]
 ) -> None:
@@ -264,7 +264,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     command = ["compress", pico.job(tmp_path, long_job)]
     running = start(command, tmp_path / "log")
     code = running.stop_when(
-        lambda: any(tmp_path.glob(".lrc-work/*/surveys/*.safetensors")), number
+        lambda: any(tmp_path.glob(".lrc-work/*/spectra/*.safetensors")), number
     )
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signal.Signals(number)]
     assert "the same command goes on where it stopped" in running.err
@@ -351,7 +351,7 @@ def test_force_never_replaces_what_lrc_did_not_write(tmp_path: Path, llama_job: 
 
 def test_another_size_reuses_the_first_phase(tmp_path: Path, llama_job: Changes) -> None:
     pico.compressed(tmp_path, llama_job)
-    kept = times(tmp_path, "statistics") | times(tmp_path, "surveys")
+    kept = times(tmp_path, "statistics") | times(tmp_path, "spectra")
     assert len(kept) >= 4
     smaller = llama_job | {
         "compression.size": 0.4,
@@ -359,7 +359,7 @@ def test_another_size_reuses_the_first_phase(tmp_path: Path, llama_job: Changes)
         "compression.allocation": "relative",
     }
     output, report = pico.compressed(tmp_path, smaller, "--force")
-    assert times(tmp_path, "statistics") | times(tmp_path, "surveys") == kept
+    assert times(tmp_path, "statistics") | times(tmp_path, "spectra") == kept
     assert report["size"]["kept_compressible"] <= 0.4
     assert "statistics" not in report["timing"] and "spectra" not in report["timing"]
     fresh = tmp_path / "fresh"
@@ -367,7 +367,7 @@ def test_another_size_reuses_the_first_phase(tmp_path: Path, llama_job: Changes)
     alone, _ = pico.compressed(fresh, smaller)
     assert contents(output) == contents(alone), "what was reused was not the same"
     pico.compressed(tmp_path, smaller, "--force", "--restart")
-    again = times(tmp_path, "statistics") | times(tmp_path, "surveys")
+    again = times(tmp_path, "statistics") | times(tmp_path, "spectra")
     assert set(again) == set(kept) and not set(again.values()) & set(kept.values())
 
 
@@ -376,7 +376,7 @@ def test_an_explicit_work_directory_belongs_to_one_set_of_statistics(
 ) -> None:
     changes = llama_job | {"runtime.work_dir": str(tmp_path / "work")}
     pico.compressed(tmp_path, changes)
-    assert list((tmp_path / "work" / "surveys").iterdir())
+    assert list((tmp_path / "work" / "spectra").iterdir())
     assert not (tmp_path / ".lrc-work").exists()
     config = pico.job(tmp_path, changes | {"runtime.seed": 1})
     ended = pico.call("compress", config, "--force", "-q")

@@ -13,7 +13,7 @@ import pico
 import pytest
 
 from lrc_cli.job import run
-from lrc_cli.job.work import SURVEYS, WorkDirectory
+from lrc_cli.job.work import SPECTRA, WorkDirectory
 
 Changes = dict[str, Any]
 
@@ -106,7 +106,7 @@ def test_restart_forgets_what_sizes_share(tmp_path: Path, job: Path) -> None:
     assert pico.call("compress", job).code == 0
     fingerprint = json.loads((tmp_path / "work" / "fingerprint.json").read_text())
     with WorkDirectory(tmp_path / "work", fingerprint) as work:
-        assert all(work.has(SURVEYS, f"model.layers.{i}") for i in range(2))
+        assert all(work.has(SPECTRA, f"model.layers.{i}") for i in range(2))
     ended = pico.call("compress", job, "--restart", "--force")
     assert ended.code == 0 and "statistics ..." in ended.err
 

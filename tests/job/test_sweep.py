@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrc_cli.execution.chain import Chain, segments_of
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import Network, make_network
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.job.statistics.moments import GramSum
 from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.keys import Keys
@@ -76,7 +76,7 @@ def test_experts_and_convolutions_are_measured_block_by_block(
     first = {key: tensor[:1] for key, tensor in inputs.items()}
     (reached,) = segments_of(network, Chain(), layers, first)
     assert (len(reached.layers) < len(layers)) == (name == "mixtral")
-    assert find_cut(network, layers, {x.name for x in layers}, first).reason == ""
+    assert find_segments(network, layers, {x.name for x in layers}, first).reason == ""
     loss = Loss(kind=kind)
     expected = by_autograd(network, layers, inputs, loss, 3)
     found = measured(network, layers, inputs, loss, 3)
@@ -144,10 +144,10 @@ def test_plain_networks_are_cut_only_where_nothing_is_lost(
     inputs = {"x": torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(1))}
     loss = None if kind is None else Loss(kind=kind)
     graded = {layer.name for layer in layers} if loss else set()
-    cut = find_cut(network, layers, graded, {"x": inputs["x"][:1]})
+    segmentation = find_segments(network, layers, graded, {"x": inputs["x"][:1]})
     if way != "skipped" or loss:
-        assert reason in cut.reason and bool(cut.reason) == bool(reason)
-    assert len(cut.segments) == (1 if cut.reason else 5)
+        assert reason in segmentation.reason and bool(segmentation.reason) == bool(reason)
+    assert len(segmentation.segments) == (1 if segmentation.reason else 5)
     expected = by_autograd(network, layers, inputs, loss or Loss(kind="output"), 8)
     found = measured(network, layers, inputs, loss, 8)
     assert_close(found[0], expected[0], 1e-6)
@@ -192,8 +192,8 @@ def test_layers_that_read_one_tensor_share_a_leader_within_their_segment(
     module, layers = opened(checkpoint("llama"))
     network = make_network(module, device=CPU, dtype=torch.float32)
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
-    cut = find_cut(network, layers, (), batch)
+    segmentation = find_segments(network, layers, (), batch)
     for layer in layers:
         stem, _, leaf = layer.name.rpartition(".")
         leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(leaf, leaf)
-        assert cut.leaders[layer.name] == f"{stem}.{leader}"
+        assert segmentation.leaders[layer.name] == f"{stem}.{leader}"

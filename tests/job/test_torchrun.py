@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import make_network
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.job.statistics.sweep import Measurement, Sweep
 from lrc_cli.job.work import WorkDirectory
 from lrc_cli.runtime.join import joined
@@ -86,15 +86,15 @@ def measure(environment: dict[str, str], path: str, root: str, center: bool, to:
     network = make_network(module, device=torch.device("cpu"), dtype=torch.float32)
     given = sequences(padded_tokens(rows=14, length=12))
     graded = {layer.name for layer in layers}
-    cut = find_cut(network, layers, graded, next(given.batches(1)))
+    segmentation = find_segments(network, layers, graded, next(given.batches(1)))
     found: dict[str, Tensor] = {}
     with joined() as processes, WorkDirectory(Path(root), {}, processes) as work:
         measurement = Measurement(
             network=network,
-            chain=cut.chain,
-            segments=cut.segments,
+            chain=segmentation.chain,
+            segments=segmentation.segments,
             batches=list(given.batches(2)),
-            leaders=cut.leaders,
+            leaders=segmentation.leaders,
             graded=graded,
             loss=Loss(kind="sampled"),
             seed=0,
@@ -149,7 +149,7 @@ def figures(value: Any) -> list[float]:
 
 def assert_same(first: Path, second: Path) -> None:
     """Checks what two runs must share that have added in another order."""
-    for stage in ("statistics", "surveys"):
+    for stage in ("statistics", "spectra"):
         one, other = (whole_units(output.parent, stage) for output in (first, second))
         assert one and set(one) == set(other)
         for unit, tensors in one.items():
@@ -200,7 +200,7 @@ def test_each_process_solves_and_writes_its_own_units(
     changes = llama(checkpoint, text, "llama-long") | {"compression.sequential": False}
     compressed(tmp_path, changes, 2)
     puts = [(tmp_path / f"puts-{rank}").read_text().splitlines() for rank in range(2)]
-    for stage in ("statistics/", "surveys/", "factors/"):
+    for stage in ("statistics/", "spectra/", "factors/"):
         one, other = ({line for line in lines if line.startswith(stage)} for lines in puts)
         assert not one & other, "nothing is done twice"
         assert len(one) == len(other) == 6, "twelve blocks of one shape"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrc_cli.hf  # noqa: F401 - registers the format
 from lrc_cli.execution.network import make_network
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.low_rank.stored import stored_layers
@@ -211,6 +211,6 @@ def test_a_list_of_blocks_is_measured_block_by_block(name: str) -> None:
         if isinstance(part, nn.Linear)
     ]
     batch = {key: tensor[:1] for key, tensor in family.inputs.items()}
-    cut = find_cut(network, layers, {layer.name for layer in layers}, batch)
-    assert bool(cut.chain.names) is (name not in RUN_WHOLE), cut.reason
-    assert bool(cut.reason) is (name in RUN_WHOLE)
+    segmentation = find_segments(network, layers, {layer.name for layer in layers}, batch)
+    assert bool(segmentation.chain.names) is (name not in RUN_WHOLE), segmentation.reason
+    assert bool(segmentation.reason) is (name in RUN_WHOLE)

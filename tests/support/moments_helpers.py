@@ -15,7 +15,7 @@ from lrc_cli.data.padding import unpadded
 from lrc_cli.execution.chain import WHOLE, Chain, Segment
 from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare
 from lrc_cli.execution.network import Network
-from lrc_cli.execution.segments import find_cut
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.job.statistics import moments
 from lrc_cli.job.statistics.sweep import Measurement, Sweep
 from lrc_cli.job.work import PASSING, WorkDirectory
@@ -64,9 +64,9 @@ def measured(
     """
     given = sequences(inputs)
     graded = {layer.name for layer in layers} if loss else set()
-    cut = find_cut(network, layers, graded, next(given.batches(1)))
-    assert {x.name for s in cut.segments for x in s.layers} == {x.name for x in layers}
-    chain, segments = cut.chain, cut.segments
+    segmentation = find_segments(network, layers, graded, next(given.batches(1)))
+    assert {x.name for s in segmentation.segments for x in s.layers} == {x.name for x in layers}
+    chain, segments = segmentation.chain, segmentation.segments
     if whole:
         chain, segments = Chain(), [Segment(name=WHOLE, layers=layers)]
     measurement = Measurement(

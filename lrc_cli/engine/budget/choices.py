@@ -83,7 +83,7 @@ class Predicted:
         return Predicted(spectrum=self.spectrum / total, measured=measured)
 
 
-def tails(spectrum: Tensor) -> Tensor:
+def tail_sums(spectrum: Tensor) -> Tensor:
     """(k + 1,) float64: entry r is spectrum[r:].sum(), summed from the small end."""
     sums = spectrum.double().flip(0).cumsum(0).flip(0)
     return torch.cat([sums, sums.new_zeros(1)])

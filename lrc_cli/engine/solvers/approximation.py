@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.budget.choices import tails
+from lrc_cli.engine.budget.choices import tail_sums
 from lrc_cli.engine.linalg import truncated_svd
 from lrc_cli.engine.problem import Errors, Metric, Solution, Statistics
 from lrc_cli.engine.storage.storage import Stored
@@ -129,4 +129,4 @@ class OnDenseInputs(Approximation):
 
 def tail(spectrum: Tensor, rank: int) -> float:
     """Returns the sum of a spectrum (k,) from a rank on."""
-    return tails(spectrum)[min(rank, len(spectrum))].item()
+    return tail_sums(spectrum)[min(rank, len(spectrum))].item()

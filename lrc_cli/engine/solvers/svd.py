@@ -8,7 +8,7 @@ lost, which is below what float32 factors resolve.
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.budget.choices import tails
+from lrc_cli.engine.budget.choices import tail_sums
 from lrc_cli.engine.linalg import (
     balanced,
     eigenvalues,
@@ -19,7 +19,7 @@ from lrc_cli.engine.linalg import (
 )
 from lrc_cli.engine.problem import Errors, Factors, Metric, References, Statistics, Survey
 from lrc_cli.engine.solver import Solver
-from lrc_cli.engine.solvers.weighted import side_of
+from lrc_cli.engine.solvers.weighted import eigenproblem_of
 
 
 def _metric(statistics: Statistics) -> Metric:
@@ -44,7 +44,7 @@ def _survey(weight: Tensor, statistics: Statistics) -> Survey:
     weight = weight.double()
     values, vectors = singular_pairs(weight)
     spectrum = torch.nn.functional.pad(values, (0, min(weight.shape) - len(values)))
-    errors, total = tails(spectrum), weight.square().sum().item()
+    errors, total = tail_sums(spectrum), weight.square().sum().item()
     if statistics.gram is None:  # the inputs are white
         references = References(spectrum, errors, errors.clone())
         zero, curve = Errors(total, total), spectrum.clone()
@@ -54,7 +54,7 @@ def _survey(weight: Tensor, statistics: Statistics) -> Survey:
     # D = sum of u_i (s_i v_i)^T over i >= r with orthonormal u_i, so the output errors add up.
     rows = svd_directions(weight, vectors).inner
     curve = torch.sum((rows @ statistics.gram.double()) * rows, dim=1).clamp(min=0.0)
-    found = side_of(weight, Metric(gram=statistics.gram.double())).references()
+    found = eigenproblem_of(weight, Metric(gram=statistics.gram.double())).references()
     return Survey(
         spectrum=spectrum,
         output_curve=curve,

@@ -44,7 +44,7 @@ INDEPENDENT = 1e-10
 directions apart: a Gram matrix of vectors loses half of their digits."""
 
 
-class Side(ABC):
+class Eigenproblem(ABC):
     """The eigenproblem of W in a metric with a Gram matrix.
 
     Args:
@@ -96,7 +96,7 @@ class Side(ABC):
         """
 
 
-class Wide(Side):
+class Wide(Eigenproblem):
     """The problem of a wide weight, m <= n."""
 
     @cached_property
@@ -147,7 +147,7 @@ class Wide(Side):
         return References(least, self.scale * form, plain)
 
 
-class Tall(Side):
+class Tall(Eigenproblem):
     """The problem of a tall weight, m > n."""
 
     @cached_property
@@ -220,7 +220,7 @@ class Tall(Side):
         return References(least, self.scale * form, plain)
 
 
-def side_of(weight: Tensor, metric: Metric) -> Side:
+def eigenproblem_of(weight: Tensor, metric: Metric) -> Eigenproblem:
     """The problem of a weight (m, n) of any floating dtype; the metric has a Gram matrix."""
     return (Wide if is_wide(weight) else Tall)(weight.double(), metric)
 
@@ -236,37 +236,37 @@ class Weighted:
     metric: Callable[[Statistics], Metric]
     capped: bool
 
-    def _side(self, weight: Tensor, statistics: Statistics) -> Side:
-        return side_of(weight, self.metric(statistics))
+    def _eigenproblem(self, weight: Tensor, statistics: Statistics) -> Eigenproblem:
+        return eigenproblem_of(weight, self.metric(statistics))
 
-    def _eigenpairs(self, side: Side) -> tuple[Tensor, Tensor]:
+    def _eigenpairs(self, problem: Eigenproblem) -> tuple[Tensor, Tensor]:
         """All eigenvalues (k,), and the eigenvectors (k, j) that solutions may use."""
-        values, vectors = eigenpairs(side.matrix)
+        values, vectors = eigenpairs(problem.matrix)
         return values, vectors[:, : rank_above_floor(values)] if self.capped else vectors
 
     def spectrum(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """The spectrum, see Solver.spectrum."""
-        side = self._side(weight, statistics)
-        return side.scale * eigenvalues(side.matrix)
+        problem = self._eigenproblem(weight, statistics)
+        return problem.scale * eigenvalues(problem.matrix)
 
     def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
         """The factors, see Solver.factorize."""
-        side = self._side(weight, statistics)
-        _, vectors = self._eigenpairs(side)
-        return side.factors(vectors[:, :rank])
+        problem = self._eigenproblem(weight, statistics)
+        _, vectors = self._eigenpairs(problem)
+        return problem.factors(vectors[:, :rank])
 
     def survey(self, weight: Tensor, statistics: Statistics) -> Survey:
         """The survey, see Solver.survey."""
-        side = self._side(weight, statistics)
-        values, vectors = self._eigenpairs(side)
+        problem = self._eigenproblem(weight, statistics)
+        values, vectors = self._eigenpairs(problem)
         # Without F the solver itself minimises the output error.
-        least = values if side.fisher is None else None
+        least = values if problem.fisher is None else None
         return Survey(
-            spectrum=side.scale * values,
-            output_curve=_padded(side.output_curve(values[: vectors.shape[1]], vectors), values),
+            spectrum=problem.scale * values,
+            output_curve=_padded(problem.output_curve(values[: vectors.shape[1]], vectors), values),
             vectors=vectors,
-            references=side.references(least),
-            zero=side.zero,
+            references=problem.references(least),
+            zero=problem.zero,
         )
 
 
@@ -277,7 +277,7 @@ def spanned(weight: Tensor, metric: Metric, vectors: Tensor) -> Factors:
     length is small. Where there is F, the condition of F's root multiplies this. At its least the
     error is off by the square of this share, times the error of Z = 0.
     """
-    return side_of(weight, metric).factors(vectors)
+    return eigenproblem_of(weight, metric).factors(vectors)
 
 
 def _scaled(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ from lrc_cli.engine.storage.low_rank import pivot_block
 from lrc_cli.engine.storage.storage import Problem, Storage, Stored
 
 
-class Best(Storage):
+class Auto(Storage):
     """Tries the interpolative form at the granted rank, and two factors in the same bytes."""
 
     name = "auto"
@@ -74,4 +74,4 @@ def _same_bytes_rank(m: int, n: int, rank: int, itemsize: int, multiple: int) ->
     return affordable // multiple * multiple
 
 
-AUTO = Best()
+AUTO = Auto()

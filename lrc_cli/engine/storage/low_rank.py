@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrc_cli.engine.budget.choices import Choice, Predicted, tails
+from lrc_cli.engine.budget.choices import Choice, Predicted, tail_sums
 from lrc_cli.engine.problem import Errors, Factors, Metric, SolveError
 from lrc_cli.engine.storage.refit import Refit
 from lrc_cli.engine.storage.storage import Problem, Storage, Stored
@@ -79,7 +79,7 @@ class LowRankStorage(Storage):
         A choice's error is the tail of the spectrum.
         """
         m, n = shape
-        errors = tails(predicted.spectrum.cpu()).tolist()
+        errors = tail_sums(predicted.spectrum.cpu()).tolist()
         sizes = {
             rank: self.num_bytes(m, n, rank, itemsize, pivot_block(m, rank)) + extra
             for rank in range(rank_multiple, min(m - 1, n) + 1, rank_multiple)

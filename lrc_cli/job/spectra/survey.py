@@ -11,7 +11,7 @@ from lrc_cli.job.spectra.measured import read_measured
 from lrc_cli.job.spectra.solve import weight_of
 from lrc_cli.job.stage import LayerStage
 from lrc_cli.job.statistics.collect import read_statistics
-from lrc_cli.job.work import SURVEYS, Tensors, WorkDirectory
+from lrc_cli.job.work import SPECTRA, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 
 SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO = "spectrum", "output_curve", "vectors", "zero"
@@ -26,7 +26,7 @@ class SpectraStage(LayerStage[tuple[Tensors, str]]):
     name = "spectra"
 
     def __init__(self, plan: Plan, work: WorkDirectory) -> None:
-        super().__init__(plan, work, SURVEYS)
+        super().__init__(plan, work, SPECTRA)
 
     def solve(self, layer: Layer) -> tuple[Tensors, str]:
         """See LayerStage."""
@@ -68,7 +68,7 @@ def _survey(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Tensors, str
 def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
     """Returns a layer's survey on the run's device. The vectors are in float32."""
     kinds = (SPECTRUM, OUTPUT_CURVE, VECTORS, ZERO, *References._fields)
-    stored, _ = work.get(SURVEYS, layer.unit, [f"{kind}.{layer.name}" for kind in kinds])
+    stored, _ = work.get(SPECTRA, layer.unit, [f"{kind}.{layer.name}" for kind in kinds])
 
     def read(kind: str) -> torch.Tensor | None:
         tensor = stored.get(f"{kind}.{layer.name}")
@@ -89,7 +89,7 @@ def read_survey(plan: Plan, work: WorkDirectory, layer: Layer) -> Survey:
 
 def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
     """Returns why phase one leaves the layer dense; None where it does not."""
-    reasons: dict[str, str] = work.facts(SURVEYS, layer.unit)["dense"]
+    reasons: dict[str, str] = work.facts(SPECTRA, layer.unit)["dense"]
     return reasons.get(layer.name)
 
 
@@ -104,7 +104,7 @@ def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
 def unit_predicted(plan: Plan, work: WorkDirectory, unit: str) -> dict[str, Predicted]:
     """Returns the errors that the target bounds for the layers of one unit, by name."""
     kind = SPECTRUM if plan.config.compression.max_layer_error is None else OUTPUT_CURVE
-    stored, _ = work.get(SURVEYS, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
+    stored, _ = work.get(SPECTRA, unit, [f"{kind}.{layer.name}" for layer in plan.units[unit]])
     spectra = {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items()}
     measured = read_measured(plan, work, unit)
     return {

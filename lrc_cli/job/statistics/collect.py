@@ -12,7 +12,7 @@ from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
 from lrc_cli.execution.chain import Segment
 from lrc_cli.execution.losses import Loss, choose_loss
-from lrc_cli.execution.segments import Cut, find_cut
+from lrc_cli.execution.segments import Segmentation, find_segments
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.statistics.moments import Moments
@@ -153,21 +153,21 @@ def prepare(
     graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
-    cut = find_cut(plan.network, layers, graded, next(sequences.batches(1)))
-    if not cut.chain.names:
-        progress.note(f"the network runs whole, not block by block: {cut.reason}")
+    segmentation = find_segments(plan.network, layers, graded, next(sequences.batches(1)))
+    if not segmentation.chain.names:
+        progress.note(f"the network runs whole, not block by block: {segmentation.reason}")
     measurement = Measurement(
         network=plan.network,
-        chain=cut.chain,
-        segments=cut.segments,
+        chain=segmentation.chain,
+        segments=segmentation.segments,
         batches=list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS))),
-        leaders=cut.leaders,
+        leaders=segmentation.leaders,
         graded=graded,
         loss=loss,
         seed=plan.config.runtime.seed,
         center=plan.config.compression.center,
     )
-    return measurement, Parts(plan, work, cut, loss)
+    return measurement, Parts(plan, work, segmentation, loss)
 
 
 def _loss(plan: Plan, progress: Progress) -> Loss:
@@ -200,8 +200,10 @@ class Parts:
     A unit whose layers run in several segments waits, in the stage PARTS, for the last segment.
     """
 
-    def __init__(self, plan: Plan, work: WorkDirectory, cut: Cut, loss: Loss | None) -> None:
-        self.plan, self.work, self.cut, self.loss = plan, work, cut, loss
+    def __init__(
+        self, plan: Plan, work: WorkDirectory, segmentation: Segmentation, loss: Loss | None
+    ) -> None:
+        self.plan, self.work, self.segmentation, self.loss = plan, work, segmentation, loss
 
     def has(self, segment: Segment) -> bool:
         """Returns whether the segment was measured before."""
@@ -236,7 +238,7 @@ class Parts:
     def _others(self, segment: Segment, unit: str) -> list[str]:
         return [
             _parts(other)
-            for other in self.cut.segments
+            for other in self.segmentation.segments
             if other is not segment and any(layer.unit == unit for layer in other.layers)
         ]
 
@@ -245,7 +247,7 @@ class Parts:
 
         The matrix of an input is stored once, with the first layer that reads the input.
         """
-        leader = self.cut.leaders[name]
+        leader = self.segmentation.leaders[name]
         gram = moments.grams.get(leader)
         return {
             "group": leader,

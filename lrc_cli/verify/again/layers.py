@@ -29,7 +29,7 @@ from lrc_cli.verify.again.moments import (
     measure_inputs,
     shared_inputs,
 )
-from lrc_cli.verify.again.networks import Bench
+from lrc_cli.verify.again.networks import OpenedRun
 from lrc_cli.verify.again.tolerances import judge_bias, judge_errors
 from lrc_cli.verify.methods import unknown_method
 
@@ -37,65 +37,65 @@ PARALLEL_WIDTH = 2048
 """The width up to which layers are solved side by side on a CPU."""
 
 
-def measure_layers(bench: Bench) -> None:
+def measure_layers(run: OpenedRun) -> None:
     """Measures and judges C1 of every factorised layer."""
     white: list[Checked] = []
     plain: list[Checked] = []
     paired: list[Checked] = []
     # Layers are sorted by the inputs on which they are judged.
-    for checked in bench.checked:
-        row = bench.row(checked)
+    for checked in run.checked:
+        row = run.row(checked)
         unknown = unknown_method(row)
         if unknown is not None:
-            _leave_unchecked(bench, checked, unknown)
+            _leave_unchecked(run, checked, unknown)
         elif row["errors"]["output"]["inputs"] == "white":
             white.append(checked)
         else:
             (paired if row.get("sequential") is True else plain).append(checked)
     # A method that knows no data needs none here.
-    _judge(bench, white, lambda checked: white_errors(checked, bench.row(checked)["rank"]))
+    _judge(run, white, lambda checked: white_errors(checked, run.row(checked)["rank"]))
     # A relu layer is judged behind its ReLU as well.
     for checked in plain:
-        if bench.row(checked)["method"] == "relu":
-            with bench.findings.guard("c1", f"the errors of {checked.layer.name} can be measured"):
-                checked.behind = _behind(checked, bench.row(checked)["rank"])
+        if run.row(checked)["method"] == "relu":
+            with run.findings.guard("c1", f"the errors of {checked.layer.name} can be measured"):
+                checked.behind = _behind(checked, run.row(checked)["rank"])
     # The other layers need the calibration data.
     if not plain and not paired:
         return
-    if CALIBRATION not in bench.sequences:
+    if CALIBRATION not in run.sequences:
         for checked in (*plain, *paired):
             what = f"the errors of {checked.layer.name} are what they are on the calibration data"
-            bench.findings.not_checked("c1", what, "the calibration data is not there")
+            run.findings.not_checked("c1", what, "the calibration data is not there")
         return
     # Layers that read the same rows share their moments.
-    sequences = bench.sequences[CALIBRATION]
+    sequences = run.sequences[CALIBRATION]
     probe = next(sequences.batches(1))
     everything = [*plain, *paired]
-    groups = shared_inputs(bench.before, [x.layer for x in everything], probe)
+    groups = shared_inputs(run.before, [x.layer for x in everything], probe)
     for checked in everything:
         checked.group = groups.get(checked.layer.name, checked.layer.name)
-    loss = _curvature_loss(bench)
-    graded = [x for x in everything if bench.row(x)["method"] == "curvature"]
+    loss = _curvature_loss(run)
+    graded = [x for x in everything if run.row(x)["method"] == "curvature"]
     _regroup(plain)
     _regroup(paired)
     # One pass of the dense network, then one of both networks for layers fitted to both.
-    with bench.progress.phase("statistics", len(sequences)) as phase:
+    with run.progress.phase("statistics", len(sequences)) as phase:
         inputs, fishers = measure_inputs(
-            bench.before,
+            run.before,
             sequences,
             plain,
             graded,
             loss=loss,
-            seed=bench.seed,
+            seed=run.seed,
             advance=phase.advance,
         )
-    pairs, held = _measure_both(bench, paired) if paired else ({}, {})
-    _judge_plain(bench, plain, inputs, fishers)
+    pairs, held = _measure_both(run, paired) if paired else ({}, {})
+    _judge_plain(run, plain, inputs, fishers)
     for checked in paired:
-        _judge(bench, [checked], partial(_paired, bench, pairs, held, fishers))
+        _judge(run, [checked], partial(_paired, run, pairs, held, fishers))
 
 
-def _leave_unchecked(bench: Bench, checked: Checked, reason: str) -> None:
+def _leave_unchecked(run: OpenedRun, checked: Checked, reason: str) -> None:
     """Says that a layer's errors and its bias are not measured."""
     name = checked.layer.name
     for id, what in (
@@ -103,7 +103,7 @@ def _leave_unchecked(bench: Bench, checked: Checked, reason: str) -> None:
         ("c1.metric", f"the errors of {name} in the metric of its method"),
         ("c1.bias", f"the bias of {name} is the one that its method asks for"),
     ):
-        bench.findings.not_checked(id, what, reason)
+        run.findings.not_checked(id, what, reason)
 
 
 def _behind(checked: Checked, rank: int) -> Behind:
@@ -119,18 +119,18 @@ def _behind(checked: Checked, rank: int) -> Behind:
 
 
 def _measure_both(
-    bench: Bench, paired: list[Checked]
+    run: OpenedRun, paired: list[Checked]
 ) -> tuple[dict[str, PairMoments], dict[str, PairMoments]]:
     """Returns moments by group, on the sequences fitted to and on the sequences held back."""
-    assert bench.written.report is not None and bench.written.config is not None
-    compression, sequences = bench.written.config.compression, bench.sequences[CALIBRATION]
+    assert run.written.report is not None and run.written.config is not None
+    compression, sequences = run.written.config.compression, run.sequences[CALIBRATION]
     held_back = compression.num_held_back(len(sequences))
     what = "the config's number of sequences was held back from sequential fits"
-    stated = bench.written.report["sequential"]["held_back"]
-    bench.findings.equal("c1.held_back", what, stated, held_back)
+    stated = run.written.report["sequential"]["held_back"]
+    run.findings.equal("c1.held_back", what, stated, held_back)
     first, last = sequences.split(len(sequences) - held_back)
-    measure = partial(measure_pairs, bench.before, bench.after)
-    with bench.progress.phase("both networks", len(sequences)) as phase:
+    measure = partial(measure_pairs, run.before, run.after)
+    with run.progress.phase("both networks", len(sequences)) as phase:
         fitted = measure(first, paired, errors=True, advance=phase.advance)
         held = measure(last, paired, errors=False, advance=phase.advance) if held_back else {}
     return fitted, held
@@ -143,31 +143,31 @@ def _regroup(layers: list[Checked]) -> None:
         checked.group = leaders.setdefault(checked.group, checked.layer.name)
 
 
-def _curvature_loss(bench: Bench) -> Loss | None:
+def _curvature_loss(run: OpenedRun) -> Loss | None:
     """Returns the recorded loss, which must be the loss that the network's outputs ask for."""
-    assert bench.written.report is not None and bench.written.config is not None
-    recorded = bench.written.report["loss"]
+    assert run.written.report is not None and run.written.config is not None
+    recorded = run.written.report["loss"]
     if recorded is None:
         return None
-    probe = next(bench.sequences[CALIBRATION].batches(1))
-    wanted = bench.written.config.compression.loss
-    loss = choose_loss(wanted, bench.before, probe, bench.tokenizer)
+    probe = next(run.sequences[CALIBRATION].batches(1))
+    wanted = run.written.config.compression.loss
+    loss = choose_loss(wanted, run.before, probe, run.tokenizer)
     what = "the loss is the one that the network's outputs ask for"
-    bench.findings.equal("c1.loss", what, recorded, loss.facts())
+    run.findings.equal("c1.loss", what, recorded, loss.facts())
     return loss
 
 
-def _judge(bench: Bench, layers: list[Checked], measure: Callable[[Checked], Measured]) -> None:
+def _judge(run: OpenedRun, layers: list[Checked], measure: Callable[[Checked], Measured]) -> None:
     for checked in layers:
         what = f"the errors of {checked.layer.name} can be measured"
-        with bench.findings.guard("c1", what):
+        with run.findings.guard("c1", what):
             measured = measure(checked)
-            judge_errors(bench.findings, bench.row(checked), measured)
-            judge_bias(bench.findings, bench.row(checked), checked, measured.shift)
+            judge_errors(run.findings, run.row(checked), measured)
+            judge_bias(run.findings, run.row(checked), checked, measured.shift)
 
 
 def _judge_plain(
-    bench: Bench,
+    run: OpenedRun,
     layers: list[Checked],
     inputs: Mapping[str, Moments],
     fishers: Mapping[str, Tensor],
@@ -178,15 +178,15 @@ def _judge_plain(
         groups.setdefault(checked.group, []).append(checked)
     members = list(groups.values())
     widest = max((max(x.layer.shape) for x in layers), default=0)
-    is_small = bench.before.device.type == "cpu" and widest <= PARALLEL_WIDTH
+    is_small = run.before.device.type == "cpu" and widest <= PARALLEL_WIDTH
     workers = torch.get_num_threads() if is_small else 1
-    assert bench.written.config is not None
-    solve = partial(_group_errors, bench, inputs, fishers)
-    with bench.progress.phase("optima", max(len(members), 1)) as phase:
+    assert run.written.config is not None
+    solve = partial(_group_errors, run, inputs, fishers)
+    with run.progress.phase("optima", max(len(members), 1)) as phase:
         each = in_parallel(solve, ([group] for group in members), workers)
         for group, (found,) in zip(members, each, strict=True):
             for checked, errors in zip(group, found, strict=True):
-                _judge(bench, [checked], partial(_raised, errors))
+                _judge(run, [checked], partial(_raised, errors))
             phase.advance(1)
 
 
@@ -197,18 +197,18 @@ def _raised(found: Measured | Exception, checked: Checked) -> Measured:
 
 
 def _group_errors(
-    bench: Bench,
+    run: OpenedRun,
     inputs: Mapping[str, Moments],
     fishers: Mapping[str, Tensor],
     group: list[Checked],
 ) -> list[Measured | Exception]:
     """Returns the errors of layers that read one input, or what a damaged layer raises."""
-    assert bench.written.config is not None
+    assert run.written.config is not None
     try:
         moments = inputs[group[0].group]
     except KeyError as error:
         return [error for _ in group]
-    center = bench.written.config.compression.center
+    center = run.written.config.compression.center
     plain = Form(gram=Gram(moments.covariance() if center else moments.gram()))
     results: list[Measured | Exception] = []
     for checked in group:
@@ -217,7 +217,7 @@ def _group_errors(
             if center:
                 weight = checked.weight.double()
                 shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
-            found = _plain_errors(bench, checked, plain, moments, fishers)
+            found = _plain_errors(run, checked, plain, moments, fishers)
             results.append(Measured(found, checked.mean_energy, shift))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
@@ -225,13 +225,13 @@ def _group_errors(
 
 
 def _plain_errors(
-    bench: Bench,
+    run: OpenedRun,
     checked: Checked,
     plain: Form,
     moments: Moments,
     fishers: Mapping[str, Tensor],
 ) -> Found:
-    row = bench.row(checked)
+    row = run.row(checked)
     weighted = None
     if row["method"] == "curvature":
         # Both forms have the same Gram matrix, and so one eigenproblem for its root.
@@ -248,14 +248,14 @@ def _plain_errors(
 
 
 def _paired(
-    bench: Bench,
+    run: OpenedRun,
     pairs: Mapping[str, PairMoments],
     held: Mapping[str, PairMoments],
     fishers: Mapping[str, Tensor],
     checked: Checked,
 ) -> Measured:
-    assert bench.written.config is not None
-    compression, row = bench.written.config.compression, bench.row(checked)
+    assert run.written.config is not None
+    compression, row = run.written.config.compression, run.row(checked)
     pair = pairs[checked.group].moments(center=compression.center)
     shift = None
     if compression.center:
@@ -275,7 +275,7 @@ def _paired(
             stated, checked.weight, pair, others, fisher, ridge=compression.ridge
         )
     what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
-    bench.findings.judge("c1.correction", what, problem)
+    run.findings.judge("c1.correction", what, problem)
     found = paired_errors(
         checked,
         row["rank"],

@@ -5,7 +5,7 @@ from pathlib import Path
 from lrc_cli.errors import InputError
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.layers import measure_layers
-from lrc_cli.verify.again.networks import open_bench
+from lrc_cli.verify.again.networks import open_run
 from lrc_cli.verify.again.quality import check_certificate_values, check_quality
 from lrc_cli.verify.again.worst_case import check_worst_case
 from lrc_cli.verify.files.written import Written
@@ -53,7 +53,7 @@ def check_against(
         not_measured(written, findings, "report.json or lrc.yaml cannot be read")
         return
     original = open_original(against, factory, written.config.model.factory)
-    bench = None
+    run = None
     what = "the output can be compared with the original"
     with (
         progress.phase("original", 1),
@@ -63,14 +63,14 @@ def check_against(
             _not_run(written, findings, "--against is not the checkpoint that was compressed")
             return
         check_factory(written, factory, findings)
-        bench = open_bench(written, original, data, factory, trust_remote_code, findings, progress)
-    if bench is None:
+        run = open_run(written, original, data, factory, trust_remote_code, findings, progress)
+    if run is None:
         _not_run(written, findings, "the two networks do not match")
         return
     with findings.guard("c1", "the layers' errors can be measured"):
-        measure_layers(bench)
-    check_worst_case(bench)
+        measure_layers(run)
+    check_worst_case(run)
     with findings.guard("quality", "the quality can be measured"):
-        check_quality(bench)
+        check_quality(run)
     with findings.guard("c2", "the certificate can be measured"):
-        check_certificate_values(bench)
+        check_certificate_values(run)

@@ -27,8 +27,8 @@ from lrc_cli.verify.statements import Findings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Holds both networks, the data and the layers, ready to be measured."""
+class OpenedRun:
+    """A finished run with both networks, the data and the layers, ready to be measured."""
 
     written: Written
     before: Network
@@ -50,7 +50,7 @@ class Bench:
         return next(row for row in self.written.layers if row["name"] == checked.layer.name)
 
 
-def open_bench(
+def open_run(
     written: Written,
     original: Source,
     data: Path | None,
@@ -58,7 +58,7 @@ def open_bench(
     trust_remote_code: bool,
     findings: Findings,
     progress: Progress,
-) -> Bench | None:
+) -> OpenedRun | None:
     """Opens all that is measured.
 
     It returns None, with statements that say why, where the networks do not match.
@@ -89,7 +89,7 @@ def open_bench(
         for layer in layers
         if layer.name in factorised
     ]
-    return Bench(
+    return OpenedRun(
         written=written,
         before=make_network(dense, device=device, dtype=dtype),
         after=make_network(module, device=device, dtype=dtype),

@@ -7,7 +7,7 @@ from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.errors import InputError
 from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.verify.again.held_out import HeldOut, measure_held_out, measure_quality
-from lrc_cli.verify.again.networks import Bench
+from lrc_cli.verify.again.networks import OpenedRun
 from lrc_cli.verify.again.tolerances import judge_certificate, judge_quality
 from lrc_cli.verify.files.certificate import SELECTED
 
@@ -18,71 +18,69 @@ PREDICTIONS = {
 """The words for predictions in a sentence, by the kind of loss."""
 
 
-def _scoring(bench: Bench, sequences: Sequences) -> Loss:
+def _scoring(run: OpenedRun, sequences: Sequences) -> Loss:
     """Returns how outputs are scored: by the likelihood of tokens, else by their change."""
     try:
-        return choose_loss("nll", bench.before, next(sequences.batches(1)), bench.tokenizer)
+        return choose_loss("nll", run.before, next(sequences.batches(1)), run.tokenizer)
     except InputError:
         return Loss(kind="output")
 
 
-def check_quality(bench: Bench) -> None:
+def check_quality(run: OpenedRun) -> None:
     """Checks every row of report["quality"]."""
-    assert bench.written.report is not None
-    rows = bench.written.report["quality"]
-    there = [row for row in rows if row["text"] in bench.sequences]
+    assert run.written.report is not None
+    rows = run.written.report["quality"]
+    there = [row for row in rows if row["text"] in run.sequences]
     for row in rows:
         if row not in there:
             what = f"the quality on {row['text']} is what it is"
-            bench.findings.not_checked("quality.measured", what, "its data is not there")
+            run.findings.not_checked("quality.measured", what, "its data is not there")
     if not there:
         return
-    loss = _scoring(bench, bench.sequences[there[0]["text"]])
-    with bench.progress.phase("quality", sum(row["num_sequences"] for row in there)) as phase:
+    loss = _scoring(run, run.sequences[there[0]["text"]])
+    with run.progress.phase("quality", sum(row["num_sequences"] for row in there)) as phase:
         for row in there:
-            sequences = bench.sequences[row["text"]]
-            found = measure_quality(
-                bench.before, bench.after, sequences, loss, bench.seed, phase.advance
-            )
-            judge_quality(bench.findings, row, found, loss, bench.before.dtype)
+            sequences = run.sequences[row["text"]]
+            found = measure_quality(run.before, run.after, sequences, loss, run.seed, phase.advance)
+            judge_quality(run.findings, row, found, loss, run.before.dtype)
 
 
-def check_certificate_values(bench: Bench) -> None:
+def check_certificate_values(run: OpenedRun) -> None:
     """Checks tolerances and limits on selection data, then the values on certification data."""
-    assert bench.written.report is not None
-    certificate, what = bench.written.report["certificate"], "the certificate's values"
+    assert run.written.report is not None
+    certificate, what = run.written.report["certificate"], "the certificate's values"
     if not certificate["statements"]:
-        bench.findings.not_checked("c2", what, "there is no certificate")
+        run.findings.not_checked("c2", what, "there is no certificate")
         return
-    missing = [name for name in (CALIBRATION, CERTIFICATION) if name not in bench.sequences]
+    missing = [name for name in (CALIBRATION, CERTIFICATION) if name not in run.sequences]
     if missing:
-        bench.findings.not_checked("c2", what, f"the {missing[0]} data is not there")
+        run.findings.not_checked("c2", what, f"the {missing[0]} data is not there")
         return
-    whole = bench.sequences[CALIBRATION]
-    loss = _scoring(bench, whole)
+    whole = run.sequences[CALIBRATION]
+    loss = _scoring(run, whole)
     first = {name: tensor[:SELECTED] for name, tensor in whole.inputs.items()}
-    drawn = bench.sequences[CERTIFICATION].inputs
+    drawn = run.sequences[CERTIFICATION].inputs
     if set(first) == set(drawn) == {"input_ids"}:  # texts are cut to sequences of one length
         first["input_ids"] = first["input_ids"][:, : drawn["input_ids"].shape[1]]
     chosen = replace(whole, inputs=first)
     stated = [certificate["selection"]["num_tokens"], certificate["predictions"]]
     counted = [chosen.num_tokens, PREDICTIONS.get(loss.kind, "predictions")]
     header = "the certificate counts the selection's tokens and names the predictions"
-    bench.findings.equal("c2.header", header, stated, counted)
-    selection = _held_out(bench, chosen, loss, "selection")
-    found = _held_out(bench, bench.sequences[CERTIFICATION], loss, CERTIFICATION)
-    judge_certificate(bench.findings, bench.written, selection, found, bench.before.dtype)
+    run.findings.equal("c2.header", header, stated, counted)
+    selection = _held_out(run, chosen, loss, "selection")
+    found = _held_out(run, run.sequences[CERTIFICATION], loss, CERTIFICATION)
+    judge_certificate(run.findings, run.written, selection, found, run.before.dtype)
 
 
-def _held_out(bench: Bench, sequences: Sequences, loss: Loss, name: str) -> HeldOut:
-    with bench.progress.phase(name, len(sequences)) as phase:
+def _held_out(run: OpenedRun, sequences: Sequences, loss: Loss, name: str) -> HeldOut:
+    with run.progress.phase(name, len(sequences)) as phase:
         return measure_held_out(
-            bench.before,
-            bench.after,
+            run.before,
+            run.after,
             sequences,
-            [checked.layer for checked in bench.checked],
+            [checked.layer for checked in run.checked],
             loss=loss,
-            seed=bench.seed,
+            seed=run.seed,
             parts=name == CERTIFICATION,
             advance=phase.advance,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.network.low_rank.stored import affine
-from lrc_cli.verify.again.networks import Bench
+from lrc_cli.verify.again.networks import OpenedRun
 
 TOLERANCE = 1e-4
 """The relative tolerance of norms: both sides compute in float64 from the same files."""
@@ -19,29 +19,29 @@ CONSTANT_TOLERANCE = 2e-3
 """The relative tolerance for every activation: its constant in the run is rounded up."""
 
 
-def check_worst_case(bench: Bench) -> None:
+def check_worst_case(run: OpenedRun) -> None:
     """Checks the figures of report["worst_case"], where there are any."""
-    assert bench.written.report is not None
-    stated = bench.written.report.get("worst_case")
+    assert run.written.report is not None
+    stated = run.written.report.get("worst_case")
     if stated is None:
         return
     what = "the worst-case bound is the product of the layers' norms"
-    if CALIBRATION not in bench.sequences:
-        bench.findings.not_checked("c3.worst_case", what, "the calibration data is not there")
+    if CALIBRATION not in run.sequences:
+        run.findings.not_checked("c3.worst_case", what, "the calibration data is not there")
         return
-    with bench.findings.guard("c3.worst_case", what):
-        bench.findings.judge("c3.worst_case", what, _problem(bench, stated))
+    with run.findings.guard("c3.worst_case", what):
+        run.findings.judge("c3.worst_case", what, _problem(run, stated))
 
 
 @torch.no_grad()
-def _problem(bench: Bench, stated: Mapping[str, Any]) -> str | None:
-    (inputs,) = bench.sequences[CALIBRATION].inputs.values()
-    x = inputs.to(bench.before.device, torch.float64, copy=True)
+def _problem(run: OpenedRun, stated: Mapping[str, Any]) -> str | None:
+    (inputs,) = run.sequences[CALIBRATION].inputs.values()
+    x = inputs.to(run.before.device, torch.float64, copy=True)
     words = {"label": "worst case", "inputs": "calibration", "num_inputs": len(x)}
     for name, word in words.items():
         if stated[name] != word:
             return f"{name} is stated as {stated[name]}, not {word}"
-    exact, bounds, num_constants = _followed(bench.before.module, bench.after.module, x)
+    exact, bounds, num_constants = _followed(run.before.module, run.after.module, x)
     slack = TOLERANCE + num_constants * CONSTANT_TOLERANCE
     pairs = [(key, stated[key], value, TOLERANCE) for key, value in exact.items()]
     pairs.append(("bound", stated["bound"], bounds["bound"], slack))
