@@ -172,6 +172,48 @@ def change_a_rank(output: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def rename_storages(output: Path, *, layers: int | None) -> None:
+    """Gives layers of the layer table a form that `lrc verify` does not know.
+
+    Args:
+        layers: the number of layers from the first; None: all.
+    """
+    file = output / "config.json"
+    config = json.loads(file.read_text())
+    for entry in list(config["quantization_config"]["layers"].values())[:layers]:
+        entry["storage"] = "foo"
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def rename_a_storage(output: Path) -> None:
+    """Renames the form of one layer in config.json alone."""
+    rename_storages(output, layers=1)
+
+
+def rename_a_storage_everywhere(output: Path) -> None:
+    """Renames the form of one layer in config.json, in the report and on the pages."""
+    config = json.loads((output / "config.json").read_text())
+    first = next(iter(config["quantization_config"]["layers"]))
+
+    def change(report: dict[str, Any]) -> None:
+        next(x for x in report["layers"] if x["name"] == first)["storage"] = "foo"
+
+    rename_storages(output, layers=1)
+    edit(change)(output)
+
+
+def rename_all_storages_everywhere(output: Path) -> None:
+    """Renames the form of every layer in config.json, in the report and on the pages."""
+
+    def change(report: dict[str, Any]) -> None:
+        for layer in report["layers"]:
+            if layer["storage"] != "dense":
+                layer["storage"] = "foo"
+
+    rename_storages(output, layers=None)
+    edit(change)(output)
+
+
 def change_the_heads(output: Path) -> None:
     """Changes one key of config.json that lrc carries over."""
     file = output / "config.json"

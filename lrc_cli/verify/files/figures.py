@@ -12,7 +12,7 @@ from lrc_cli.config import Config, config_hash, to_dict
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.report.record import parse_record
-from lrc_cli.verify.files.forms import TENSORS, UNCOUNTED, unread
+from lrc_cli.verify.files.forms import READERS, TENSORS, UNCOUNTED, unread
 from lrc_cli.verify.files.manifest import check_origins
 from lrc_cli.verify.files.written import Written, gained_biases, marks_of
 from lrc_cli.verify.methods import KNOWN, unknown_method
@@ -92,7 +92,9 @@ def _check_config(
     }
     findings.equal("config", "the report says what the config asks for", stated, found)
     for layer in report["layers"]:
-        wanted = compression.override(layer["name"]).method or compression.method
+        own = compression.override(layer["name"])
+        _check_storage(layer, own.storage or compression.storage, findings)
+        wanted = own.method or compression.method
         what = f"the method of {layer['name']} is the config's"
         stands_in = layer["method"] != wanted and layer.get("method_reason")
         if wanted not in KNOWN and stands_in:
@@ -102,6 +104,18 @@ def _check_config(
         # Relu is for layers before a ReLU; other layers say how they were fitted, and why.
         other = wanted == "relu" and layer.get("method_reason") and layer["method"] == "frobenius"
         findings.equal("config.method", what, layer["method"], "frobenius" if other else wanted)
+
+
+def _check_storage(layer: Mapping[str, Any], wanted: str, findings: Findings) -> None:
+    """A layer is stored as the config asks, or stays dense.
+
+    Args:
+        wanted: the layer's storage in the config.
+    """
+    allowed = {"dense", *(READERS if wanted == "auto" else (wanted,))}
+    stated, what = layer["storage"], f"the storage of {layer['name']} is the config's"
+    problem = None if stated in allowed else f"stated {stated}, asked for was {wanted}"
+    findings.judge("config.storage", what, problem)
 
 
 def _check_size(written: Written, source: Source, findings: Findings) -> None:

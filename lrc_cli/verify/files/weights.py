@@ -49,7 +49,7 @@ def check_weights(written: Written, findings: Findings) -> None:
     with findings.guard("metadata", "the files' metadata is right"):
         _check_metadata(written, source, findings)
     with findings.guard("table", "the layer table is right"):
-        _check_table(source, findings)
+        _check_table(written, source, findings)
     with findings.guard("table", "the marks of experts are right"):
         _check_marks(written, source, findings)
     with findings.guard("layers.shape", "the report's layers are those of the files"):
@@ -136,7 +136,7 @@ def _stated_table(source: Source) -> Mapping[str, Mapping[str, Any]]:
     return table
 
 
-def _check_table(source: Source, findings: Findings) -> None:
+def _check_table(written: Written, source: Source, findings: Findings) -> None:
     """The table must name exactly the layers whose tensors are factors, and say what they are."""
     if source.config is not None:
         quantization = source.config.get("quantization_config") or {}
@@ -145,6 +145,7 @@ def _check_table(source: Source, findings: Findings) -> None:
             what = "config.json states the format version"
             findings.equal("table", what, stated, FORMAT_VERSION)
     table, tensors = _stated_table(source), source.tensors
+    _check_storages(written, table, findings)
     found = {key.removesuffix(f".{UP}") for key in tensors if key.endswith(f".{UP}")}
     found = {layer for layer in found if Keys.of(layer, tensors).weight in tensors} | {
         key.removesuffix(f".{PERM}") for key in tensors if key.endswith(f".{PERM}")
@@ -165,6 +166,21 @@ def _check_table(source: Source, findings: Findings) -> None:
             found_tensors = layer_tensors(source, keys)
             problem = reader_of(found_tensors).numbers_problem(found_tensors)
         findings.judge("table", what, problem)
+
+
+def _check_storages(
+    written: Written, table: Mapping[str, Mapping[str, Any]], findings: Findings
+) -> None:
+    """The table must have the storages of the report, whose rows are compared with the config."""
+    rows = {written.keys[x["name"]].layer: x for x in written.layers if x["name"] in written.keys}
+    known = {row["storage"] for row in written.layers}
+    for layer, entry in table.items() if written.report is not None else ():
+        stated, what = entry.get("storage"), f"the storage of {layer} is the report's"
+        if layer in rows:
+            findings.equal("table", what, stated, rows[layer]["storage"])
+        else:  # the layer's tensors go by another name
+            problem = None if stated in known else f"no layer of the report is stored as {stated}"
+            findings.judge("table", what, problem)
 
 
 def _check_marks(written: Written, source: Source, findings: Findings) -> None:
