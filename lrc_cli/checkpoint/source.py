@@ -183,7 +183,7 @@ class Source:
         Raises:
             InputError: a tensor holds nothing for each of several experts.
         """
-        here = {key: how for key, how in fused.items() if key in self.tensors}
+        here = {key: fused[key] for key in self.tensors if key in fused}
         for key in here:
             if len(self.tensors[key].shape) < 2:
                 raise InputError(

@@ -67,6 +67,7 @@ def test_fused_experts_are_apart_in_the_view_alone(tmp_path: Path) -> None:
     views = [open_module(source, factory=None).source for _ in range(2)]
     assert source.tensors == before and not source.parts and source.mark_bytes == 0
     for view in views:
+        assert list(view.fused) == [key for key in source.tensors if key in view.fused]
         assert view.fused and view.mark_bytes and view.num_bytes == source.num_bytes
         part, (whole, index) = next(iter(view.parts.items()))
         assert whole in source.tensors and whole not in view.tensors
