@@ -33,10 +33,12 @@ NUMBERS = (
     "data",
     "execution",
     "job",
+    "report/record.py",
 )
-"""The folders of the package whose code can change a number of a work directory.
+"""The folders and files of the package whose code can change a number of a work directory.
 
-`config` is one of them: it decides which layers a pattern covers, and what an override sets.
+`config` is one of them: it decides which layers a pattern covers, and what an override sets. So is
+the file of `LayerFacts`, which units of the work directory hold and which say what is written.
 """
 FIGURES = ("quality",)
 """The folders that can change a figure of a report, but nothing in a work directory."""
@@ -44,7 +46,10 @@ NO_NUMBERS = (
     *("errors.py", "text.py", "report", "verify", "forecast", "commands"),
     *("cli.py", "hf.py", "__init__.py", "__main__.py"),
 )
-"""Everything else. Its code estimates, checks, prints, reads arguments or gives an address."""
+"""Everything else. Its code estimates, checks, prints, reads arguments or gives an address.
+
+A file of such a folder may be listed above all the same.
+"""
 
 
 def statistics_fingerprint(
@@ -77,17 +82,29 @@ def statistics_fingerprint(
 
 
 @cache
-def code_hash(folders: tuple[str, ...] = NUMBERS, root: Path = PACKAGE) -> str:
-    """Returns the sha256 of the package's sources in some of its folders.
+def code_hash(parts: tuple[str, ...] = NUMBERS, root: Path = PACKAGE) -> str:
+    """Returns the sha256 of the package's sources in some of its folders and files.
 
     The version alone does not do: a copy may differ from its release.
 
     Args:
-        folders: names of folders of the package.
+        parts: folders and files of the package, relative to its own folder.
         root: the package's own folder.
     """
-    files = sorted(file for name in folders for file in (root / name).rglob("*.py"))
+    files = sorted({file for part in parts for file in sources_of(root / part)})
     return digest({file.relative_to(root).as_posix(): hash_file(file) for file in files})
+
+
+def sources_of(part: Path) -> list[Path]:
+    """Returns the sources in a folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: there is no source, so nothing would be counted.
+    """
+    found = sorted(part.rglob("*.py")) if part.is_dir() else [part]
+    if not found or not found[0].is_file():
+        raise FileNotFoundError(f"{part}: there are no sources")
+    return found
 
 
 def report_code_hash() -> str:

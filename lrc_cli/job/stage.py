@@ -61,7 +61,10 @@ class Stage(ABC, Generic[Outcome]):
         Returns:
             A sentence about every deleted unit, without a full stop.
         """
-        return self.work.drop_damaged(self.folder, self.units)
+        return self.work.drop_damaged(self.folder, self.units, self.check)
+
+    def check(self, folder: str, unit: str) -> None:
+        """Raises DamagedUnit where the stage cannot use a whole unit of an earlier run."""
 
     @abstractmethod
     def task(self, units: Sequence[str]) -> Task[Outcome]:

@@ -6,6 +6,7 @@
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              what does not depend on a layer's rank: eigenvalues,
                                        eigenvectors in float32, the errors that reports compare
+    <root>/measured/<storage>-<dtype>/<unit>  the errors of a form that no spectrum tells
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
 
 A killed run leaves whole files or none, and the same command goes on with the files. A unit's facts
@@ -218,7 +219,16 @@ class WorkDirectory:
                 raise DamagedUnit(file, f"tensor {name} is not what was stored")
         return tensors, facts
 
-    def drop_damaged(self, stage: str, units: Iterable[str] | None = None) -> list[str]:
+    def damaged(self, stage: str, unit: str, why: object) -> DamagedUnit:
+        """Returns the error for a unit that does not hold what its stage stores."""
+        return DamagedUnit(self._file(stage, unit), why)
+
+    def drop_damaged(
+        self,
+        stage: str,
+        units: Iterable[str] | None = None,
+        check: Callable[[str, str], object] | None = None,
+    ) -> list[str]:
         """Deletes units that do not hold what was stored. All processes call this.
 
         A unit that this run has stored, or has looked at before, is not looked at.
@@ -226,13 +236,19 @@ class WorkDirectory:
         Args:
             units: the units of the stage to look at; None: all units in the stage and in stages
                 whose names begin with its name and a slash.
+            check: called with the stage and the name of every whole unit; may raise DamagedUnit.
 
         Returns:
             A sentence about every deleted unit, without a full stop.
         """
-        return self.processes.from_first(lambda: self._drop_damaged(stage, units))
+        return self.processes.from_first(lambda: self._drop_damaged(stage, units, check))
 
-    def _drop_damaged(self, stage: str, units: Iterable[str] | None) -> list[str]:
+    def _drop_damaged(
+        self,
+        stage: str,
+        units: Iterable[str] | None,
+        check: Callable[[str, str], object] | None,
+    ) -> list[str]:
         places = self._stored(stage) if units is None else [(stage, unit) for unit in units]
         found = []
         for place, unit in places:
@@ -241,6 +257,8 @@ class WorkDirectory:
                 continue
             try:
                 self.get(place, unit)
+                if check is not None:
+                    check(place, unit)
             except DamagedUnit as error:
                 file.unlink()
                 found.append(f"{error.what}; it is computed again")

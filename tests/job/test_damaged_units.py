@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from lrc_cli.job import run
 from lrc_cli.job.statistics.sweep import Sweep
 from lrc_cli.job.work import GRADIENTS, INPUTS, PARTS, WorkDirectory
+from lrc_cli.runtime.files import canonical_json
 
 pytestmark = pytest.mark.long
 Damage = Callable[[Path], None]
@@ -131,6 +133,16 @@ def put_another_unit_there(file: Path) -> None:
     shutil.copyfile(other, file)
 
 
+def take_a_fact_away(file: Path) -> None:
+    """The checksums are right, as if a stage had stored other facts."""
+    with safe_open(file, framework="pt") as handle:
+        tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+        unit = json.loads(handle.metadata()["unit"].partition(" ")[2])
+    del next(iter(unit["facts"].values()))["storage"]
+    written = canonical_json(unit)
+    save_file(tensors, file, metadata={"unit": f"{zlib.crc32(written.encode())} {written}"})
+
+
 DAMAGES: list[Damage] = [
     flip_a_bit_of_a_tensor,
     flip_the_last_bit,
@@ -155,6 +167,7 @@ TABLE = [
     *(("plain", "factors", damage) for damage in DAMAGES),
     *(("plain", stage, damage) for stage in ("statistics", "spectra") for damage in DAMAGES[:6]),
     *(("sequential", "factors", damage) for damage in (DAMAGES[0], DAMAGES[9])),
+    *((case, "factors", take_a_fact_away) for case in ("plain", "sequential")),
     *(("curvature", stage, DAMAGES[0]) for stage in ("statistics", "spectra", "factors")),
 ]
 

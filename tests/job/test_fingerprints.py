@@ -21,6 +21,7 @@ from lrc_cli.job.fingerprints import (
     PACKAGE,
     code_hash,
     digest,
+    sources_of,
     statistics_fingerprint,
 )
 from lrc_cli.job.plan import Plan, make_plan
@@ -84,7 +85,30 @@ def test_every_part_of_the_package_is_on_one_side() -> None:
     """Whoever adds a folder says whether the folder makes numbers."""
     parts = {path.name for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
     sides = [*NUMBERS, *FIGURES, *NO_NUMBERS]
-    assert sorted(sides) == sorted(parts - {"__pycache__"})
+    nested = [part for part in sides if "/" in part]
+    assert sorted({*sides} - {*nested}) == sorted(parts - {"__pycache__"})
+    assert len(set(sides)) == len(sides)
+    # A file by itself stands on another side than its folder.
+    assert all(part.partition("/")[0] in NO_NUMBERS and part not in NO_NUMBERS for part in nested)
+
+
+@pytest.mark.parametrize("part", [*NUMBERS, *FIGURES, *NO_NUMBERS])
+def test_every_side_has_sources(part: str) -> None:
+    assert sources_of(PACKAGE / part)
+
+
+def test_a_file_counts_and_a_name_without_sources_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("top.py", "deep/nested.py", "deep/other.py"):
+        (tmp_path / name).write_text(f"# {name}\n")
+        assert sources_of(tmp_path / name) == [tmp_path / name]
+    alone, whole = code_hash(("deep/nested.py",), tmp_path), code_hash(("deep",), tmp_path)
+    assert len({alone, whole, code_hash(("top.py",), tmp_path)}) == 3
+    assert code_hash(("deep", "deep/nested.py"), tmp_path) == whole
+    for name in ("gone.py", "empty"):
+        with pytest.raises(FileNotFoundError, match="there are no sources"):
+            sources_of(tmp_path / name)
 
 
 def add(file: Path, text: str) -> None:
@@ -98,6 +122,8 @@ def add(file: Path, text: str) -> None:
         ("errors.py", True, True),
         ("commands/another.py", True, True),
         ("forecast/another.py", True, True),
+        ("report/html.py", True, True),
+        ("report/record.py", False, False),
         ("quality/compare.py", True, False),
         ("engine/linalg.py", False, False),
         ("engine/solvers/another.py", False, False),

@@ -18,8 +18,8 @@ from lrc_cli.engine import (
     SolveError,
     Stored,
 )
-from lrc_cli.errors import RunError
-from lrc_cli.forms import DENSE, FORMS, Packed, dense
+from lrc_cli.errors import InputError, RunError
+from lrc_cli.forms import DENSE, FORMS, WEIGHT, Packed, dense
 from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 from lrc_cli.report.record import LayerErrors, LayerFacts, MetricErrors, OutputErrors
@@ -67,7 +67,7 @@ def _check_others_fail(form: str, layer: Layer, tensors: Mapping[str, torch.Tens
         RunError: the form has no tensor under that key, or a tensor of the dense shape.
     """
     dense = layer.layout.weight(torch.empty(layer.shape, device="meta")).shape
-    weight = tensors.get("weight")
+    weight = tensors.get(WEIGHT)
     if weight is None or weight.shape == dense:
         what = "nothing" if weight is None else f"a tensor of the dense shape {tuple(dense)}"
         raise RunError(
@@ -238,6 +238,13 @@ def contents_of(
 
 
 def read_facts(work: WorkDirectory, stage: str, unit: str) -> dict[str, LayerFacts]:
-    """Returns the facts of a stored unit's layers, by name. Raises as `WorkDirectory.get` does."""
+    """Returns the facts of a stored unit's layers, by name.
+
+    Raises:
+        DamagedUnit: the file does not hold what was stored, or the facts are not facts of layers.
+    """
     stored = work.facts(stage, unit)
-    return {name: LayerFacts.from_json(x, f"{stage}/{unit}", name) for name, x in stored.items()}
+    try:
+        return {name: LayerFacts.from_json(x, "facts", name) for name, x in stored.items()}
+    except InputError as error:
+        raise work.damaged(stage, unit, error.message) from error

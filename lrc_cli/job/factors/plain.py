@@ -15,6 +15,7 @@ from lrc_cli.job.factors.fit import (
     fit_best,
     granted_dense,
     left_dense,
+    read_facts,
 )
 from lrc_cli.job.factors.layer_inputs import read_inputs
 from lrc_cli.job.plan import Plan
@@ -40,6 +41,10 @@ class FactorsStage(LayerStage[Fitted]):
     def __init__(self, plan: Plan, work: WorkDirectory, granted: Mapping[str, Choice]) -> None:
         super().__init__(plan, work, plan.factors_stage)
         self.granted = granted
+
+    def check(self, folder: str, unit: str) -> None:
+        """See Stage."""
+        read_facts(self.work, folder, unit)
 
     def solve(self, layer: Layer) -> Fitted:
         """See LayerStage."""

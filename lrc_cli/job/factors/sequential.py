@@ -64,6 +64,10 @@ class SequentialStage(Stage[dict[str, Fitted]]):
         super().__init__(work, plan.factors_stage, plan.units)
         self.plan, self.granted, self.excluded = plan, granted, excluded
 
+    def check(self, folder: str, unit: str) -> None:
+        """See Stage."""
+        read_facts(self.work, folder, unit)
+
     def task(self, units: Sequence[str]) -> Task[dict[str, Fitted]]:
         """See Stage. Layers that an earlier run stored are put into the compressed network."""
         plan = self.plan

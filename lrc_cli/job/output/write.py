@@ -18,7 +18,7 @@ from lrc_cli.forms import FORMS
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.output.fused import ExpertsApart
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.work import WorkDirectory
+from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.keys import WEIGHT
 from lrc_cli.runtime.files import copy_file, write_json, write_text
 from lrc_cli.runtime.progress import Progress, Seconds
@@ -91,7 +91,7 @@ def _entries(plan: Plan, work: WorkDirectory, folder: str) -> Iterator[Entry]:
             if not apart.is_apart(key):
                 continue
         layer = owners.get(key)
-        stored, facts = ({}, {}) if layer is None else work.get(folder, layer.unit)
+        stored: Tensors = {} if layer is None else work.get(folder, layer.unit)[0]
         if layer is None or key not in stored:
             dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
             read = partial(_converted, plan.source, key, dtype)
@@ -101,7 +101,7 @@ def _entries(plan: Plan, work: WorkDirectory, folder: str) -> Iterator[Entry]:
         keys = layer.keys
         if key == keys.weight:
             gained = [] if keys.bias in plan.source.tensors else [keys.bias]
-            form = FORMS[facts[layer.name]["storage"]]
+            form = FORMS[read_facts(work, folder, layer.unit)[layer.name].storage]
             names += [keys.key(x) for x in form.tensors if x != WEIGHT] + gained
         for name in names:
             if name in stored:
