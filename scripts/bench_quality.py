@@ -7,7 +7,7 @@
 
 Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one
-included, are scored on the same blocks in one run. The script exits with 1 if a target of seed 0
+included, are scored on the same sequences in one run. The script exits with 1 if a target of seed 0
 is missed.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
-    parser.add_argument("--blocks", type=int, default=64, help="evaluation blocks of each text")
+    parser.add_argument("--blocks", type=int, default=64, help="evaluation sequences of each text")
     parser.add_argument(
         "--sequential", action="store_true", help="sequential: auto, the default, in every row"
     )
@@ -85,16 +85,16 @@ def main() -> None:
 
 
 def run_seed(
-    seed: int, blocks: int, rows: Mapping[str, tuple[str, ...]], *, int8: bool = True
+    seed: int, num_sequences: int, rows: Mapping[str, tuple[str, ...]], *, int8: bool = True
 ) -> Losses:
-    """Compress by every row and score everything on the blocks that the seed draws.
+    """Compress by every row and score everything on the sequences that the seed draws.
 
     Args:
         rows: {name: what `lrc compress --set` would override}.
         int8: whether the dense network rounded to int8 is scored too.
     """
     common = [f"calibration.seed={seed}", f"runtime.seed={seed}"]
-    scored = [*common, *(f"evaluation.{i}.num_sequences={blocks}" for i in (0, 1))]
+    scored = [*common, *(f"evaluation.{i}.num_sequences={num_sequences}" for i in (0, 1))]
     networks: dict[str, Network] = {}
     base = ROOT / "configs" / "benchmark.yaml"
     for row, overrides in rows.items():

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64 * LENGTH])
     parser.add_argument("--method", default="curvature", choices=["curvature", "frobenius"])
     parser.add_argument("--correction", default="auto", help="compression.correction")
-    parser.add_argument("--blocks", type=int, default=64, help="evaluation blocks of each text")
+    parser.add_argument("--blocks", type=int, default=64, help="evaluation sequences of each text")
     arguments = parser.parse_args()
     chosen = rows(arguments.sizes, arguments.tokens, arguments.method, arguments.correction)
     met = True

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-BLOCKS, LENGTH = 2, 512
+SEQUENCES, LENGTH = 2, 512
 LARGEST_PERPLEXITY = 40.0
 ROUND_TRIP = "Naïve café: 12,345 things it's  worth\n\ttrying (日本)."
 
@@ -55,16 +55,16 @@ def problem(directory: Path, text: str) -> str | None:
         return "its tokenizer has no chat template"
     if not model.config.tie_word_embeddings:
         return "its embeddings are not tied"
-    perplexity = block_perplexity(model, tokenizer, text)
+    perplexity = sequence_perplexity(model, tokenizer, text)
     if not perplexity < LARGEST_PERPLEXITY:
         return f"its perplexity on Wikipedia is {perplexity:.1f}, over {LARGEST_PERPLEXITY:.0f}"
-    print(f"smollm2: perplexity {perplexity:.2f} on {BLOCKS} x {LENGTH} tokens of Wikipedia")
+    print(f"smollm2: perplexity {perplexity:.2f} on {SEQUENCES} x {LENGTH} tokens of Wikipedia")
     return None
 
 
 @torch.inference_mode()
-def block_perplexity(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> float:
-    """exp of the mean next-token loss (nats) on the first `BLOCKS` x `LENGTH` tokens."""
-    tokens = tokenizer(text, truncation=True, max_length=BLOCKS * LENGTH, return_tensors="pt")
-    blocks = tokens.input_ids.view(BLOCKS, LENGTH)
-    return model(input_ids=blocks, labels=blocks).loss.exp().item()
+def sequence_perplexity(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> float:
+    """exp of the mean next-token loss (nats) on the first `SEQUENCES` x `LENGTH` tokens."""
+    tokens = tokenizer(text, truncation=True, max_length=SEQUENCES * LENGTH, return_tensors="pt")
+    sequences = tokens.input_ids.view(SEQUENCES, LENGTH)
+    return model(input_ids=sequences, labels=sequences).loss.exp().item()

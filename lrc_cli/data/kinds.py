@@ -29,7 +29,7 @@ class Data(Protocol):
 
 
 def member(path: Path) -> str:
-    """The word for one sequence of this data: a block of tokens, a row or a file."""
+    """The word for one sequence of this data: `block` for tokens, `row` or `file`."""
     if path.suffix in TEXT_SUFFIXES:
         return "block"
     return "row" if path.suffix in TENSOR_SUFFIXES else "file"

@@ -48,24 +48,24 @@ class Tokens:
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
         """The inputs `input_ids` (sequences, tokens), and `decoder_input_ids` for a decoder."""
-        blocks = torch.stack([self.ids[start : start + width] for start in starts])
+        pieces = torch.stack([self.ids[start : start + width] for start in starts])
         if self.decoder is None:
-            return {"input_ids": self._wrapped(blocks)}
+            return {"input_ids": self._wrapped(pieces)}
         if not self.decoder.generates:
-            ids = self._wrapped(blocks)
+            ids = self._wrapped(pieces)
             return {"input_ids": ids, INPUT: self.decoder.shifted(ids)}
         half = width // 2
         return {
-            "input_ids": self._wrapped(blocks[:, :half]),
-            INPUT: self.decoder.shifted(blocks[:, half:]),
+            "input_ids": self._wrapped(pieces[:, :half]),
+            INPUT: self.decoder.shifted(pieces[:, half:]),
         }
 
-    def _wrapped(self, blocks: torch.Tensor) -> torch.Tensor:
+    def _wrapped(self, pieces: torch.Tensor) -> torch.Tensor:
         before, behind = (
-            torch.tensor(special, dtype=blocks.dtype).expand(len(blocks), -1)
+            torch.tensor(special, dtype=pieces.dtype).expand(len(pieces), -1)
             for special in (self.prefix, self.suffix)
         )
-        return torch.cat([before, blocks, behind], dim=1)
+        return torch.cat([before, pieces, behind], dim=1)
 
 
 def read_tokens(

@@ -26,13 +26,13 @@ from lrc_cli.text import named
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
     """Raises InputError if the module cannot take the sequences of a purpose."""
     known = vocabulary_of(module)
-    for name, blocks in sequences.items():
-        check_inputs(module, name, blocks.inputs)
-        _check_main_input(module, name, blocks.inputs)
+    for name, drawn in sequences.items():
+        check_inputs(module, name, drawn.inputs)
+        _check_main_input(module, name, drawn.inputs)
         longest = (source.config or {}).get("max_position_embeddings")
         for ids, mask in (("input_ids", "attention_mask"), (DECODER_INPUT, DECODER_MASK)):
-            if ids in blocks.inputs:
-                _check_tokens(name, blocks.inputs, ids, mask, longest=longest, known=known)
+            if ids in drawn.inputs:
+                _check_tokens(name, drawn.inputs, ids, mask, longest=longest, known=known)
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
@@ -125,8 +125,8 @@ def probe(
     """
     # Inputs of the same names and shapes are one kind.
     kinds: dict[str, tuple[str, Batch]] = {}
-    for name, blocks in sequences.items():
-        batch = next(blocks.batches(1))
+    for name, drawn in sequences.items():
+        batch = next(drawn.batches(1))
         shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items())
         kinds.setdefault(shapes, (name, batch))
     uses = list[Use]()

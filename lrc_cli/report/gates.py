@@ -14,7 +14,7 @@ def check_gates_possible(config: Config) -> None:
     if config.gates.max_perplexity_increase is not None and config.evaluation == ():
         raise InputError(
             "gates.max_perplexity_increase: evaluation is [], so no perplexity is measured",
-            "name a text in evaluation, leave it out for held-back blocks, or drop the gate",
+            "name a text in evaluation, leave it out for held-back sequences, or drop the gate",
         )
     if config.gates.max_layer_error is not None and config.certification is None:
         raise InputError(

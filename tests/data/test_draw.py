@@ -77,7 +77,7 @@ def test_no_token_is_in_two_blocks(
             if wraps:
                 assert (row[0], row[-2:]) == (7, [8, 9])
                 row = row[1:-2]
-            assert row == list(range(row[0], row[0] + len(row))), "a block is not contiguous"
+            assert row == list(range(row[0], row[0] + len(row))), "a sequence is not contiguous"
             assert 1000 + 1000 * wanted.part[0] - 1 <= row[0]
             assert row[-1] < 1000 + 1000 * wanted.part[1]
             assert not seen & set(row), "a token was drawn twice"
@@ -96,22 +96,22 @@ def test_earlier_purposes_come_first_and_the_rest_is_what_is_left(numbers: Path)
     assert "more" not in drawn
 
 
-def test_a_longer_block_skips_what_a_shorter_one_took(numbers: Path) -> None:
+def test_a_longer_sequence_skips_what_a_shorter_one_took(numbers: Path) -> None:
     one = purpose(numbers, "one", part=(0.5, 0.51), sequence_length=10, num_sequences=1)
     other = purpose(numbers, "other", sequence_length=100, num_sequences=100)
     drawn = draw([one, other], processors=COUNTING, seed=0)
     assert rows(drawn["one"])[0][0] == 1500
-    assert len(drawn["other"]) == 9, "the block of 1500 ... 1599 is taken"
+    assert len(drawn["other"]) == 9, "the sequence of 1500 ... 1599 is taken"
 
 
 def test_the_draw_depends_on_the_seed_alone(numbers: Path) -> None:
-    def blocks(seed: int) -> Sequences:
+    def sequences(seed: int) -> Sequences:
         return draw([purpose(numbers)], processors=COUNTING, seed=seed)["calibration"]
 
-    assert rows(blocks(0)) == rows(blocks(0)) and blocks(0).sha256 == blocks(0).sha256
-    assert rows(blocks(0)) != rows(blocks(1)) and blocks(0).sha256 != blocks(1).sha256
-    starts = [row[0] for row in rows(blocks(0))]
-    assert starts != sorted(starts), "the blocks are not permuted"
+    assert rows(sequences(0)) == rows(sequences(0)) and sequences(0).sha256 == sequences(0).sha256
+    assert rows(sequences(0)) != rows(sequences(1)) and sequences(0).sha256 != sequences(1).sha256
+    starts = [row[0] for row in rows(sequences(0))]
+    assert starts != sorted(starts), "the sequences are not permuted"
 
 
 def test_a_purpose_can_have_a_draw_of_its_own(numbers: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_purpose_can_have_a_draw_of_its_own(numbers: Path) -> None:
 
     halves = (0.0, 0.5), (0.5, 1.0)
     shared = [order("one", halves[0], False), order("two", halves[1], False)]
-    assert shared[0] == shared[1], "as many free blocks: one permutation"
+    assert shared[0] == shared[1], "as many free sequences: one permutation"
     own = [order("one", halves[0], True), order("two", halves[1], True)]
     assert own[0] != own[1] and shared[0] not in own
     assert own[0] == order("one", halves[0], True), "yet the seed and the name decide it"

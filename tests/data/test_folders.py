@@ -42,16 +42,16 @@ def processors_of(path: Path) -> Processors:
 
 def test_a_decoder_goes_on_where_the_encoder_ends(media_model: Models, text: Path) -> None:
     own = processors_of(media_model("t5"))
-    blocks = drawn(text, own, sequence_length=17).inputs
-    assert blocks["input_ids"].shape == (6, 9) and blocks["decoder_input_ids"].shape == (6, 8)
+    inputs = drawn(text, own, sequence_length=17).inputs
+    assert inputs["input_ids"].shape == (6, 9) and inputs["decoder_input_ids"].shape == (6, 8)
     words = text.read_text()
-    for ids, decoded in zip(*blocks.values(), strict=True):
+    for ids, decoded in zip(*inputs.values(), strict=True):
         assert ids[-1] == 3 and decoded[0] == 0, "the end of a text, and the decoder's start"
         both = own.tokenizer.decode([*ids[:-1].tolist(), *decoded[1:].tolist()])
         assert both in words
     body = processors_of(media_model("t5-body"))
-    blocks = drawn(text, body, sequence_length=17).inputs
-    assert torch.equal(blocks["input_ids"][:, :-1], blocks["decoder_input_ids"][:, 1:])
+    inputs = drawn(text, body, sequence_length=17).inputs
+    assert torch.equal(inputs["input_ids"][:, :-1], inputs["decoder_input_ids"][:, 1:])
 
 
 def test_a_decoder_writes_the_transcript(media_model: Models, tmp_path: Path) -> None:

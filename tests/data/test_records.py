@@ -61,9 +61,9 @@ def test_token_ids_are_taken_as_they_are(suffix: str, tmp_path: Path) -> None:
     file = write_records(tmp_path / f"ids{suffix}", "tokens", ids)
     stream = [token for row in ids for token in row]
     found = drawn(file, Processors(), text_field="tokens", sequence_length=8)
-    blocks = [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
-    assert all(row in blocks for row in found.inputs["input_ids"].tolist())
-    assert found.population == len(blocks)
+    pieces = [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
+    assert all(row in pieces for row in found.inputs["input_ids"].tolist())
+    assert found.population == len(pieces)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -77,9 +77,9 @@ def test_conversations_are_rendered_by_the_chat_template(
         for chat in CHATS
         for token in tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
     ]
-    blocks = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
-    assert all(row in blocks for row in found.inputs["input_ids"].tolist())
-    assert pico.VOCABULARY.index("w2") in stream and found.population == len(blocks)
+    pieces = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
+    assert all(row in pieces for row in found.inputs["input_ids"].tolist())
+    assert pico.VOCABULARY.index("w2") in stream and found.population == len(pieces)
 
 
 RECORDS: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {

@@ -57,9 +57,9 @@ def draw_again(
         findings.not_checked("data.drawn", "the run's sequences", str(error))
         return {}
     return {
-        purpose.name: blocks
+        purpose.name: same
         for purpose in wanted
-        for blocks in _same(written, purpose, drawn, findings)
+        for same in _same(written, purpose, drawn, findings)
     }
 
 
@@ -84,21 +84,21 @@ def _same(
     """Returns the purpose's sequences if they are the report's; else nothing."""
     assert written.report is not None
     facts = recorded_draw(written, purpose.name)
-    blocks, what = drawn.get(purpose.name), f"the {purpose.name} sequences are the recorded ones"
-    if blocks is None and facts is None:
+    again, what = drawn.get(purpose.name), f"the {purpose.name} sequences are the recorded ones"
+    if again is None and facts is None:
         return []
-    if blocks is None or facts is None:
-        reason = "their file is not there" if blocks is None else "the report has none"
+    if again is None or facts is None:
+        reason = "their file is not there" if again is None else "the report has none"
         findings.not_checked("data.drawn", what, reason)
         return []
     found = {
-        "num_sequences": len(blocks),
-        "population": blocks.population,
-        "sha256": blocks.sha256,
-        "num_tokens": blocks.num_tokens,
+        "num_sequences": len(again),
+        "population": again.population,
+        "sha256": again.sha256,
+        "num_tokens": again.num_tokens,
     }
     found = {key: value for key, value in found.items() if key in facts}
-    return [blocks] if findings.equal("data.drawn", what, facts, found) else []
+    return [again] if findings.equal("data.drawn", what, facts, found) else []
 
 
 def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
