@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from lrc_cli.config import Config, load_config
 from lrc_cli.data.draw import micro_batch
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.execution.hooks import input_groups
+from lrc_cli.execution.hooks import grouping
 from lrc_cli.execution.losses import backward_scalars, choose_loss, prepare
 from lrc_cli.execution.network import make_network
 from lrc_cli.execution.precision import recast_in_backward
@@ -251,7 +251,9 @@ def floor(plan: Plan, method: str, clock: Clock) -> Floor:
     """The bare passes and the bare products."""
     sequences = plan.sequences[CALIBRATION]
     batches = list(sequences.batches(micro_batch(sequences, MICRO_BATCH_TOKENS)))
-    leaders = set(input_groups(plan.network, plan.layers, next(sequences.batches(1))).values())
+    with torch.no_grad(), grouping(plan.network, plan.layers) as groups:
+        plan.network(next(sequences.batches(1)))
+    leaders = set(groups.values())
     widths = [layer.shape[1] for layer in plan.layers if layer.name in leaders]
     if method == "curvature":
         widths += [layer.shape[0] for layer in plan.layers]

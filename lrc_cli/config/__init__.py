@@ -19,7 +19,7 @@ from lrc_cli.config.sections import (
     Recover,
     Runtime,
 )
-from lrc_cli.config.tree import Position, Problem, fail, override, parse
+from lrc_cli.config.tree import Position, Problem, fail, parse, set_value
 from lrc_cli.errors import InputError
 
 __all__ = [
@@ -84,7 +84,7 @@ def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
         message = "the config is empty; it needs model, calibration, compression and output"
         raise fail([Problem(Position(1, 1, name), "", message)])
     for assignment in overrides:
-        root = override(root, assignment, problems)
+        root = set_value(root, assignment, problems)
     config = read(root, problems)
     if config is None or problems:
         raise fail(problems)

@@ -83,7 +83,7 @@ def parse(text: str, name: str, problems: list[Problem]) -> Node | None:
     return _Builder(name, numbered=True, problems=problems).parse(text, "")
 
 
-def override(root: Node, assignment: str, problems: list[Problem]) -> Node:
+def set_value(root: Node, assignment: str, problems: list[Problem]) -> Node:
     """The tree with `KEY.SUB=VALUE` applied. VALUE is YAML, and a list item's key is its index.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc_cli.data.draw import Batch
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
 
@@ -124,10 +123,3 @@ def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, st
     # A layer may be called several times: only the same inputs in every call are one group.
     first: dict[tuple[tuple[Any, ...], ...], str] = {}
     groups |= {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
-
-
-def input_groups(network: Network, layers: Sequence[Layer], batch: Batch) -> dict[str, str]:
-    """Returns what `grouping` sees in one forward pass."""
-    with torch.no_grad(), grouping(network, layers) as groups:
-        network(batch)
-    return groups

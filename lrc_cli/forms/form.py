@@ -66,9 +66,7 @@ class Form(ABC):
     name: ClassVar[str]
     """The name in layer tables and reports."""
     tensors: ClassVar[tuple[str, ...]]
-    """The names below the layer of all that the form may write; `weight` is one of them."""
-    optional: ClassVar[tuple[str, ...]] = ()
-    """The tensors that a layer may lack."""
+    """The names below the layer of all that the form writes; `weight` is one of them."""
     uncounted: ClassVar[tuple[str, ...]] = ()
     """The tensors whose entries are no parameters of the network."""
     table_keys: ClassVar[tuple[str, ...]] = ()
@@ -81,13 +79,6 @@ class Form(ABC):
     def on_disk(self, packed: Packed, layout: Orientation) -> Mapping[str, Tensor]:
         """Returns the tensors as they are written."""
         return packed.tensors
-
-    def apply(self, packed: Packed, x: Tensor) -> Tensor | None:
-        """Returns Z x for rows x (..., n), by a product of the form's own.
-
-        None: the dense matrix is used. The form is asked where a layer runs that `nn.Linear` ran.
-        """
-        return None
 
     def table_entry(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a checkpoint's layer table says of a layer with these parameters."""

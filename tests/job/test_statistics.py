@@ -12,7 +12,15 @@ import pico
 import pytest
 import torch
 from families import FAMILIES
-from moments_helpers import SEED, Moments, assert_close, measured, opened, padded_tokens
+from moments_helpers import (
+    SEED,
+    Moments,
+    assert_close,
+    input_groups,
+    measured,
+    opened,
+    padded_tokens,
+)
 from pico import Models
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from lrc_cli.data.decoder import told_apart
 from lrc_cli.errors import InputError
-from lrc_cli.execution.hooks import input_groups
 from lrc_cli.execution.losses import Loss, backward_scalars, choose_loss, prepare
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.job.statistics.moments import GramSum

@@ -7,13 +7,14 @@ import pico
 import pytest
 import torch
 from hf_helpers import Form, multiply_out, random_factors
+from moments_helpers import input_groups
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lrc_cli
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.execution.hooks import hooked, input_groups
+from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.network import make_network
 from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.keys import Keys

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Compression
-from lrc_cli.data.draw import Sequences
+from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import unpadded
 from lrc_cli.execution.chain import WHOLE, Chain, Segment
+from lrc_cli.execution.hooks import grouping
 from lrc_cli.execution.losses import Loss, backward_scalars, drawing, prepare
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.segments import find_segments
@@ -138,3 +139,10 @@ def assert_close(found: Moments, expected: Moments, tolerance: float = 1e-5) -> 
     for name, matrix in expected.items():
         assert found[name].dtype == torch.float64
         assert (found[name] - matrix).norm() < tolerance * matrix.norm(), name
+
+
+def input_groups(network: Network, layers: list[Layer], batch: Batch) -> dict[str, str]:
+    """Returns what `grouping` sees in one forward pass."""
+    with torch.no_grad(), grouping(network, layers) as groups:
+        network(batch)
+    return groups

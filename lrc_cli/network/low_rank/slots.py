@@ -90,7 +90,7 @@ def _form_tensors(
     form = FORMS[entry["storage"]]
     ends = (*form.tensors, BIAS)
     here = {end: headers[keys.key(end)] for end in ends if keys.key(end) in headers}
-    missing = [end for end in form.tensors if end not in here and end not in form.optional]
+    missing = [end for end in form.tensors if end not in here]
     if missing:
         raise damaged(f"layer {keys.layer}: {keys.key(missing[0])} is missing")
     unstated = [key for key in form.table_keys if key not in entry]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
 from lrc_cli.forms import Form, Packed
-from lrc_cli.network.layouts import LINEAR, Layout, Table, layout_of
+from lrc_cli.network.layouts import Layout, Table, layout_of
 
 
 class StoredLayer(nn.Module):
@@ -175,11 +175,8 @@ class FormLayer(StoredLayer):
     def product(self, x: Tensor) -> Tensor:
         """Applies the dense weight, and the bias, to inputs."""
         layout = self.layout
-        y = self.form.apply(self.packed(), x) if layout == LINEAR else None
-        if y is None:
-            dtype = x.dtype if x.is_floating_point() else self.dtype
-            y = layout.apply(x, layout.inner(self.matrix(dtype)))
-        return self.biased(y)
+        dtype = x.dtype if x.is_floating_point() else self.dtype
+        return self.biased(layout.apply(x, layout.inner(self.matrix(dtype))))
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Returns the rows (..., n) of the dense weight with these numbers (...)."""
