@@ -16,7 +16,7 @@ from lrc_cli.forecast.probe import Probe
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics import sweep
-from lrc_cli.job.statistics.collect import Parts, StatisticsStage, is_measured, prepare
+from lrc_cli.job.statistics.collect import Parts, StatisticsStage, is_measured, prepare_pass
 from lrc_cli.job.statistics.sweep import Measurement
 from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
 from lrc_cli.runtime.memory import PrivateMemory
@@ -32,7 +32,7 @@ def run_statistics(probe: Probe) -> None:
         chain = find_chain(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
         probe.why_whole = None if chain.names else NO_CHAIN
         return
-    measurement, parts = prepare(plan, probe.work, probe.quiet, measured)
+    measurement, parts = prepare_pass(plan, probe.work, probe.quiet, measured)
     probe.why_whole = None if measurement.chain.names else parts.segmentation.reason
     hidden = hidden_output(measurement.chain.shape)  # the shapes are for one sequence
     probe.hidden_bytes = 0 if hidden is None else hidden.nbytes * len(plan.sequences[CALIBRATION])

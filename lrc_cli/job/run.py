@@ -27,7 +27,7 @@ from lrc_cli.job.spectra.allocate import allocate, check_reachable
 from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
 from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
 from lrc_cli.job.stage import run_stage
-from lrc_cli.job.statistics.collect import StatisticsStage, prepare
+from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import LOG, PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
 from lrc_cli.runtime.processes import ALONE, Processes
@@ -100,7 +100,7 @@ def compress_each(
         for plan in plans:
             # The seconds of the checks are counted once, with the first plan.
             seconds = checks.timing if plan is first else {}
-            yield _write_again(plan, work, seconds, force=force, progress=progress)
+            yield _run_stages_and_write(plan, work, seconds, force=force, progress=progress)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def _blaming(inputs: Inputs) -> Iterator[None]:
         raise ChangedInput(what) from error
 
 
-def _write_again(
+def _run_stages_and_write(
     plan: Plan, work: WorkDirectory, seconds: Seconds, *, force: bool, progress: Progress
 ) -> Record:
     """As `_write`, after the stages that all sizes share, and again where a unit is damaged.
@@ -141,7 +141,7 @@ def _write_again(
 
 def run_shared_stages(plan: Plan, work: WorkDirectory, progress: Progress) -> Seconds:
     """Collects what every size needs: the statistics and the spectra that are missing."""
-    statistics = StatisticsStage(plan, work, partial(prepare, plan, work, progress))
+    statistics = StatisticsStage(plan, work, partial(prepare_pass, plan, work, progress))
     seconds = run_stage(statistics, progress)
     seconds |= run_stage(SpectraStage(plan, work), progress)
     for storage in measured_storages(plan):

@@ -189,7 +189,7 @@ def test_the_way_from_the_command_to_the_file_is_short() -> None:
     order = dict.fromkeys(rooms_of_steps)
     assert len(steps) <= 12 and list(order)[:3] == ["cli.py", "commands", "job"]
     assert {"engine", "checkpoint"} <= set(order)
-    assert sum(len((PACKAGE / name).read_text("utf-8").splitlines()) for name in steps) < 1700
+    assert sum(len((PACKAGE / name).read_text("utf-8").splitlines()) for name in steps) < 1750
 
 
 def test_the_tests_have_the_same_rooms() -> None:

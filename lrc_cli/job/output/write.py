@@ -86,6 +86,7 @@ def _entries(plan: Plan, work: WorkDirectory, folder: str) -> Iterator[Entry]:
     cast = DTYPES.get(plan.config.output.dtype)
     apart = ExpertsApart(plan, work, folder)
     for key, info in plan.source.tensors.items():
+        # A matrix of one expert is a part of the tensor that holds the matrices of all experts.
         if key in plan.source.parts:
             yield from apart.whole_before(key)
             if not apart.is_apart(key):

@@ -146,7 +146,7 @@ def is_measured(plan: Plan, layer: Layer) -> bool:
     return "gram" in plan.of(layer).solver.needs
 
 
-def prepare(
+def prepare_pass(
     plan: Plan, work: WorkDirectory, progress: Progress, layers: Sequence[Layer]
 ) -> tuple[Measurement, "Parts"]:
     """Returns the pass that measures `layers`, and the object that cuts its outcome by unit."""
