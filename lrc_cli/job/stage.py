@@ -114,7 +114,8 @@ def _solve(stage: Stage[Outcome], task: Task[Outcome], advance: Advance) -> None
     with closing(task.solve(advance)) as solved:
         for unit, outcome in solved:
             stage.store(unit, outcome)
-            del outcome  # the memory is free before the next unit is solved
+            # The memory is free before the next unit is waited for; generators below do the same.
+            del outcome
 
 
 class LayerStage(Stage[dict[str, Result]]):
@@ -142,6 +143,7 @@ class LayerStage(Stage[dict[str, Result]]):
         def solve(advance: Advance) -> Solved[dict[str, Result]]:
             for unit, results in solve_units(self.plan, own, self.solve):
                 yield unit, results
+                del results  # see _solve
                 advance(solve_cost(members[unit]))
 
         return Task(cost=solve_cost(x for unit in own for x in members[unit]), solve=solve)

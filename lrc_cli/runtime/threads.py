@@ -45,6 +45,7 @@ def in_parallel(
     _trim()
     for results in each:
         yield results
+        del results  # what the caller has stored is freed before the next group is waited for
         _trim()
 
 

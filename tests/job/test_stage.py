@@ -2,16 +2,21 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from process_helpers import PATIENCE, environments, fork
 
+from lrc_cli.engine import SVD
 from lrc_cli.errors import RunError
-from lrc_cli.job.stage import Advance, Solved, Stage, Task, run_stage
-from lrc_cli.job.work import WorkDirectory
+from lrc_cli.job.stage import Advance, LayerStage, Solved, Stage, Task, run_stage
+from lrc_cli.job.work import Tensors, WorkDirectory
+from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.join import joined
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.signals import Interrupted, Stop
@@ -141,6 +146,53 @@ def test_a_stop_comes_between_two_units(tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             run_stage(stage, Progress(stop=stop, quiet=True))
         assert list(stored(work)) == ["1", "2"]
+
+
+class Found:
+    """The result of a layer."""
+
+
+class Watched(LayerStage[Found]):
+    """A stage of layers that notes which results of stored units are still in memory."""
+
+    name = "watched"
+
+    def __init__(self, plan: Any, work: WorkDirectory) -> None:
+        super().__init__(plan, work, "watched")
+        self.results, self.stored = dict[str, weakref.ref[Found]](), list[str]()
+        self.kept: list[list[str]] = []
+
+    def solve(self, layer: Layer) -> Found:
+        self.kept.append([unit for unit in self.stored if self.results[unit]() is not None])
+        found = Found()
+        self.results[layer.name] = weakref.ref(found)
+        return found
+
+    def contents(self, unit: str, results: Mapping[str, Found]) -> tuple[Tensors, dict[str, Any]]:
+        self.stored.append(unit)
+        return {"one": torch.ones(1)}, {}
+
+
+def test_the_results_of_a_stored_unit_are_freed_before_the_next_unit_is_solved(
+    tmp_path: Path,
+) -> None:
+    planned = SimpleNamespace(solver=SVD)
+    plan: Any = SimpleNamespace(
+        units={x: [SimpleNamespace(name=x, shape=(8, 8), solve_cost=1.0)] for x in UNITS},
+        device=torch.device("cpu"),
+        of=lambda _: planned,
+        owns=lambda _: True,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more threads, units are solved ahead
+    try:
+        with WorkDirectory(tmp_path, {}) as work:
+            stage = Watched(plan, work)
+            run_stage(stage, QUIET)
+    finally:
+        torch.set_num_threads(threads)
+    assert stage.stored == UNITS
+    assert stage.kept == [[], [], [], []]
 
 
 def square_as_one_of_several(environment: dict[str, str], root: str) -> None:

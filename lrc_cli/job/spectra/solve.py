@@ -53,9 +53,12 @@ def solve_units(
     for workers, alike in groupby(units, key=lambda unit: num_workers(plan, plan.units[unit])):
         names = list(alike)
         groups = [plan.units[unit] for unit in names]
-        each = in_parallel(solve, groups, workers, cost=attrgetter("solve_cost"))
-        for unit, layers, solved in zip(names, groups, each, strict=True):
+        waiting = zip(names, groups, strict=True)
+        # With the results in the same `zip`, a unit's results would stay until the next ones come.
+        for solved in in_parallel(solve, groups, workers, cost=attrgetter("solve_cost")):
+            unit, layers = next(waiting)
             yield unit, {x.name: found for x, found in zip(layers, solved, strict=True)}
+            del solved
 
 
 def solve_cost(layers: Iterable[Layer]) -> float:
