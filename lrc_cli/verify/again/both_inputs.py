@@ -1,6 +1,6 @@
 """Both networks read the calibration data, and a layer's inputs in both are compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from lrc_cli.data.padding import Masks, masks_of
 from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
-from lrc_cli.verify.again.moments import Checked, Moments, batch_size, real_rows
+from lrc_cli.verify.again.moments import Checked, Moments, Sums, batch_size, real_rows
 
 PAIR_TOKENS = 512
 """The number of tokens for which the inputs of all layers are held."""
@@ -60,38 +60,41 @@ def measure_pairs(
     sequences: Sequences,
     layers: Sequence[Checked],
     *,
+    groups: Mapping[str, str],
     errors: bool,
     advance: Callable[[int], None],
-) -> dict[str, PairMoments]:
+) -> tuple[dict[str, Sums], dict[str, PairMoments]]:
     """Runs both networks over calibration data.
 
     Args:
         layers: the layers that were fitted to the compressed network's inputs; each runs once in a
             pass.
-        errors: whether the layers' errors on these sequences are added to them.
+        groups: the leader of each layer, which is the first layer that reads the same input.
+        errors: whether the layers' errors on these sequences are summed.
 
     Returns:
-        The moments of input pairs by group.
+        The errors by layer, and the moments of input pairs by leader.
     """
     pairs: dict[str, PairMoments] = {}
     seen: dict[str, Tensor] = {}
-    by_name = {checked.layer.name: checked for checked in layers}
+    by_name = {checked.layer.name: Sums(checked=checked) for checked in layers}
     masks: Masks = ()
 
     def in_dense(layer: Layer, x: Tensor, y: Tensor) -> None:
-        checked, rows = by_name[layer.name], real_rows(x, masks)
-        if checked.group == layer.name:
+        rows = real_rows(x, masks)
+        if groups[layer.name] == layer.name:
             seen[layer.name] = rows.clone()
         if errors:
-            checked.add_energy(rows, real_rows(y, masks))
+            by_name[layer.name].add_energy(rows, real_rows(y, masks))
 
     def in_compressed(layer: Layer, x: Tensor, _: Tensor) -> None:
-        checked, compressed = by_name[layer.name], real_rows(x, masks).float()
-        drift = seen[checked.group].float() - compressed
+        sums, compressed = by_name[layer.name], real_rows(x, masks).float()
+        leader, checked = groups[layer.name], sums.checked
+        drift = seen[leader].float() - compressed
         if errors:
             rows = compressed @ checked.difference().T + drift @ checked.weight.float().T
-            checked.add_error(rows)
-        if checked.group == layer.name:
+            sums.add_error(rows)
+        if leader == layer.name:
             pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
 
     own = [checked.layer for checked in layers]
@@ -103,4 +106,4 @@ def measure_pairs(
             with hooked(after, own, in_compressed):
                 after(batch)
             advance(len(next(iter(batch.values()))))
-    return pairs
+    return by_name, pairs

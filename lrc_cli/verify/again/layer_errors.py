@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrc_cli.verify.again.behind_relu import Behind
 from lrc_cli.verify.again.both_inputs import Pair
-from lrc_cli.verify.again.moments import Checked
+from lrc_cli.verify.again.moments import Checked, Sums
 
 TOLERANCE = 2e-3
 """The relative tolerance of what is measured again; squared errors have twice as much."""
@@ -40,6 +41,8 @@ class Measured(NamedTuple):
     """||W x||^2 per token."""
     shift: Tensor | None = None
     """(m,) float64 W mean(x) - Z mean(x~), which a free bias adds; None: it is not free."""
+    behind: Behind | None = None
+    """The errors behind a ReLU, where they are the layer's metric."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,17 @@ def white_errors(checked: Checked, rank: int) -> Measured:
     return Measured(found, energy=weight.square().sum().item())
 
 
-def same_input_errors(checked: Checked, rank: int, plain: Form, weighted: Form | None) -> Found:
+def same_input_errors(sums: Sums, rank: int, plain: Form, weighted: Form | None) -> Found:
     """Returns the errors on the dense network's inputs.
 
     Args:
         plain: the form of output errors.
         weighted: the form of the metric, where it is not the plain one.
     """
-    weight = checked.weight.double()
+    checked, weight = sums.checked, sums.checked.weight.double()
     simple = weight - plain_svd(weight, rank)
     output = {
-        "stored": checked.error / checked.num_tokens,
+        "stored": sums.mean_error,
         "optimum": plain.tail(weight, rank),
         "svd": plain.error(simple),
     }
@@ -177,7 +180,7 @@ def nuclear_errors(checked: Checked, rank: int, plain: Form, level: float) -> di
 
 
 def paired_errors(
-    checked: Checked,
+    sums: Sums,
     rank: int,
     pair: Pair,
     fisher: Tensor | None,
@@ -191,7 +194,7 @@ def paired_errors(
         ridge: l as a share of the mean diagonal of C.
         correction: a.
     """
-    weight = checked.weight.double()
+    checked, weight = sums.checked, sums.checked.weight.double()
     mean = pair.compressed.diagonal().mean().item()
     identity = torch.eye(len(pair.compressed), dtype=torch.float64, device=weight.device)
     level = ridge * mean if mean > 0 else ridge
@@ -207,7 +210,7 @@ def paired_errors(
 
     return {
         "output": {
-            "stored": checked.error / checked.num_tokens,
+            "stored": sums.mean_error,
             "svd": paired_error(weight, simple, pair, Form(gram=Gram(pair.compressed))),
             "optimum": _unregularised(weight, pair, rank),
         },

@@ -1,6 +1,7 @@
 """C1 is measured once more: the errors of every factorised layer on the calibration data."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,6 +27,7 @@ from lrc_cli.verify.again.layer_errors import (
 from lrc_cli.verify.again.moments import (
     Checked,
     Moments,
+    Sums,
     measure_inputs,
     shared_inputs,
 )
@@ -35,6 +37,26 @@ from lrc_cli.verify.methods import unknown_method
 
 PARALLEL_WIDTH = 2048
 """The width up to which layers are solved side by side on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """Holds what the passes over the calibration data summed."""
+
+    groups: Mapping[str, str]
+    """The leader of each layer: the first layer measured in the same way that reads its input."""
+    sums: Mapping[str, Sums]
+    """The errors by layer."""
+    behind: Mapping[str, Behind]
+    """The errors behind a ReLU by layer, for layers whose metric they are."""
+    inputs: Mapping[str, Moments]
+    """The moments of inputs by leader, for layers fitted to the dense network's inputs."""
+    fishers: Mapping[str, Tensor]
+    """F (m, m) float64, damped, by layer."""
+    pairs: Mapping[str, PairMoments]
+    """The moments of input pairs by leader, on the sequences that layers were fitted to."""
+    held: Mapping[str, PairMoments]
+    """The same on the sequences held back; empty where none was."""
 
 
 def measure_layers(run: OpenedRun) -> None:
@@ -54,11 +76,7 @@ def measure_layers(run: OpenedRun) -> None:
             (paired if row.get("sequential") is True else plain).append(checked)
     # A method that knows no data needs none here.
     _judge(run, white, lambda checked: white_errors(checked, run.row(checked)["rank"]))
-    # A relu layer is judged behind its ReLU as well.
-    for checked in plain:
-        if run.row(checked)["method"] == "relu":
-            with run.findings.guard("c1", f"the errors of {checked.layer.name} can be measured"):
-                checked.behind = _behind(checked, run.row(checked)["rank"])
+    behind = _behind_relus(run, plain)
     # The other layers need the calibration data.
     if not plain and not paired:
         return
@@ -67,32 +85,43 @@ def measure_layers(run: OpenedRun) -> None:
             what = f"the errors of {checked.layer.name} are what they are on the calibration data"
             run.findings.not_checked("c1", what, "the calibration data is not there")
         return
-    # Layers that read the same rows share their moments.
-    sequences = run.sequences[CALIBRATION]
-    probe = next(sequences.batches(1))
-    everything = [*plain, *paired]
-    groups = shared_inputs(run.before, [x.layer for x in everything], probe)
-    for checked in everything:
-        checked.group = groups.get(checked.layer.name, checked.layer.name)
+    passed = _passed(run, plain, paired, behind)
+    _judge_plain(run, plain, passed)
+    _judge(run, paired, partial(_paired, run, passed))
+
+
+def _passed(
+    run: OpenedRun, plain: list[Checked], paired: list[Checked], behind: Mapping[str, Behind]
+) -> Passed:
+    """Runs the dense network over the calibration data, then both for layers fitted to both."""
+    sequences, everything = run.sequences[CALIBRATION], [*plain, *paired]
+    layers, probe = [x.layer for x in everything], next(sequences.batches(1))
+    shared = shared_inputs(run.before, layers, probe)
+    groups = _leaders(plain, shared) | _leaders(paired, shared)
     loss = _curvature_loss(run)
     graded = [x for x in everything if run.row(x)["method"] == "curvature"]
-    _regroup(plain)
-    _regroup(paired)
-    # One pass of the dense network, then one of both networks for layers fitted to both.
     with run.progress.phase("statistics", len(sequences)) as phase:
-        inputs, fishers = measure_inputs(
+        sums, inputs, fishers = measure_inputs(
             run.before,
             sequences,
             plain,
             graded,
+            groups=groups,
+            behind=behind,
             loss=loss,
             seed=run.seed,
             advance=phase.advance,
         )
-    pairs, held = _measure_both(run, paired) if paired else ({}, {})
-    _judge_plain(run, plain, inputs, fishers)
-    for checked in paired:
-        _judge(run, [checked], partial(_paired, run, pairs, held, fishers))
+    own, pairs, held = _measure_both(run, paired, groups) if paired else ({}, {}, {})
+    return Passed(
+        groups=groups,
+        sums=sums | own,
+        behind=behind,
+        inputs=inputs,
+        fishers=fishers,
+        pairs=pairs,
+        held=held,
+    )
 
 
 def _leave_unchecked(run: OpenedRun, checked: Checked, reason: str) -> None:
@@ -104,6 +133,17 @@ def _leave_unchecked(run: OpenedRun, checked: Checked, reason: str) -> None:
         ("c1.bias", f"the bias of {name} is the one that its method asks for"),
     ):
         run.findings.not_checked(id, what, reason)
+
+
+def _behind_relus(run: OpenedRun, layers: list[Checked]) -> dict[str, Behind]:
+    """Returns what measures relu layers behind their ReLU, by layer."""
+    found = {}
+    for checked in layers:
+        if run.row(checked)["method"] == "relu":
+            name = checked.layer.name
+            with run.findings.guard("c1", f"the errors of {name} can be measured"):
+                found[name] = _behind(checked, run.row(checked)["rank"])
+    return found
 
 
 def _behind(checked: Checked, rank: int) -> Behind:
@@ -119,9 +159,12 @@ def _behind(checked: Checked, rank: int) -> Behind:
 
 
 def _measure_both(
-    run: OpenedRun, paired: list[Checked]
-) -> tuple[dict[str, PairMoments], dict[str, PairMoments]]:
-    """Returns moments by group, on the sequences fitted to and on the sequences held back."""
+    run: OpenedRun, paired: list[Checked], groups: Mapping[str, str]
+) -> tuple[dict[str, Sums], dict[str, PairMoments], dict[str, PairMoments]]:
+    """Returns errors by layer on the sequences fitted to, and moments by leader.
+
+    The moments are on the sequences fitted to, and on the sequences held back.
+    """
     assert run.written.report is not None and run.written.config is not None
     compression, sequences = run.written.config.compression, run.sequences[CALIBRATION]
     held_back = compression.num_held_back(len(sequences))
@@ -129,18 +172,22 @@ def _measure_both(
     stated = run.written.report["sequential"]["held_back"]
     run.findings.equal("c1.held_back", what, stated, held_back)
     first, last = sequences.split(len(sequences) - held_back)
-    measure = partial(measure_pairs, run.before, run.after)
+    measure = partial(measure_pairs, run.before, run.after, layers=paired, groups=groups)
     with run.progress.phase("both networks", len(sequences)) as phase:
-        fitted = measure(first, paired, errors=True, advance=phase.advance)
-        held = measure(last, paired, errors=False, advance=phase.advance) if held_back else {}
-    return fitted, held
+        sums, fitted = measure(first, errors=True, advance=phase.advance)
+        _, held = measure(last, errors=False, advance=phase.advance) if held_back else ({}, {})
+    return sums, fitted, held
 
 
-def _regroup(layers: list[Checked]) -> None:
-    """Gives each group of layers that are measured in one pass a leader among them."""
-    leaders: dict[str, str] = {}
-    for checked in layers:
-        checked.group = leaders.setdefault(checked.group, checked.layer.name)
+def _leaders(layers: list[Checked], shared: Mapping[str, str]) -> dict[str, str]:
+    """Returns the first of the layers that reads the same input, by layer.
+
+    Args:
+        shared: see `shared_inputs`; the named layer need not be among `layers`.
+    """
+    first: dict[str, str] = {}
+    names = [checked.layer.name for checked in layers]
+    return {name: first.setdefault(shared.get(name, name), name) for name in names}
 
 
 def _curvature_loss(run: OpenedRun) -> Loss | None:
@@ -163,25 +210,20 @@ def _judge(run: OpenedRun, layers: list[Checked], measure: Callable[[Checked], M
         with run.findings.guard("c1", what):
             measured = measure(checked)
             judge_errors(run.findings, run.row(checked), measured)
-            judge_bias(run.findings, run.row(checked), checked, measured.shift)
+            judge_bias(run.findings, run.row(checked), checked, measured)
 
 
-def _judge_plain(
-    run: OpenedRun,
-    layers: list[Checked],
-    inputs: Mapping[str, Moments],
-    fishers: Mapping[str, Tensor],
-) -> None:
+def _judge_plain(run: OpenedRun, layers: list[Checked], passed: Passed) -> None:
     """Judges each group together: layers that read one input share its Gram matrix's root."""
     groups: dict[str, list[Checked]] = {}
     for checked in layers:
-        groups.setdefault(checked.group, []).append(checked)
+        groups.setdefault(passed.groups[checked.layer.name], []).append(checked)
     members = list(groups.values())
     widest = max((max(x.layer.shape) for x in layers), default=0)
     is_small = run.before.device.type == "cpu" and widest <= PARALLEL_WIDTH
     workers = torch.get_num_threads() if is_small else 1
     assert run.written.config is not None
-    solve = partial(_group_errors, run, inputs, fishers)
+    solve = partial(_group_errors, run, passed)
     with run.progress.phase("optima", max(len(members), 1)) as phase:
         each = in_parallel(solve, ([group] for group in members), workers)
         for group, (found,) in zip(members, each, strict=True):
@@ -198,14 +240,13 @@ def _raised(found: Measured | Exception, checked: Checked) -> Measured:
 
 def _group_errors(
     run: OpenedRun,
-    inputs: Mapping[str, Moments],
-    fishers: Mapping[str, Tensor],
+    passed: Passed,
     group: list[Checked],
 ) -> list[Measured | Exception]:
     """Returns the errors of layers that read one input, or what a damaged layer raises."""
     assert run.written.config is not None
     try:
-        moments = inputs[group[0].group]
+        moments = passed.inputs[passed.groups[group[0].layer.name]]
     except KeyError as error:
         return [error for _ in group]
     center = run.written.config.compression.center
@@ -217,8 +258,9 @@ def _group_errors(
             if center:
                 weight = checked.weight.double()
                 shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
-            found = _plain_errors(run, checked, plain, moments, fishers)
-            results.append(Measured(found, checked.mean_energy, shift))
+            found, name = _plain_errors(run, checked, plain, moments, passed), checked.layer.name
+            energy, behind = passed.sums[name].mean_energy, passed.behind.get(name)
+            results.append(Measured(found, energy, shift, behind))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
     return results
@@ -229,42 +271,37 @@ def _plain_errors(
     checked: Checked,
     plain: Form,
     moments: Moments,
-    fishers: Mapping[str, Tensor],
+    passed: Passed,
 ) -> Found:
-    row = run.row(checked)
+    row, name = run.row(checked), checked.layer.name
     weighted = None
     if row["method"] == "curvature":
         # Both forms have the same Gram matrix, and so one eigenproblem for its root.
-        weighted = Form(gram=plain.gram, fisher=fishers[checked.layer.name])
-    found = same_input_errors(checked, row["rank"], plain, weighted)
+        weighted = Form(gram=plain.gram, fisher=passed.fishers[name])
+    found = same_input_errors(passed.sums[name], row["rank"], plain, weighted)
     if row["method"] == "nuclear":
         found["metric"] = nuclear_errors(checked, row["rank"], plain, row["threshold"])
-    if checked.behind is not None:
-        found["metric"] = checked.behind.metric()
+    if name in passed.behind:
+        found["metric"] = passed.behind[name].metric()
         if checked.bias is not None:  # a bias may change, so only what varies has to be fitted
             varying = Form(gram=Gram(moments.covariance()))
             found["output"]["optimum"] = varying.tail(checked.weight.double(), row["rank"])
     return found
 
 
-def _paired(
-    run: OpenedRun,
-    pairs: Mapping[str, PairMoments],
-    held: Mapping[str, PairMoments],
-    fishers: Mapping[str, Tensor],
-    checked: Checked,
-) -> Measured:
+def _paired(run: OpenedRun, passed: Passed, checked: Checked) -> Measured:
     assert run.written.config is not None
     compression, row = run.written.config.compression, run.row(checked)
-    pair = pairs[checked.group].moments(center=compression.center)
+    sums, leader = passed.sums[checked.layer.name], passed.groups[checked.layer.name]
+    pair = passed.pairs[leader].moments(center=compression.center)
     shift = None
     if compression.center:
-        dense, compressed = pairs[checked.group].means()
+        dense, compressed = passed.pairs[leader].means()
         fitted = checked.fitted().to(dense.device)
         shift = checked.weight.double() @ dense - fitted @ compressed
     is_weighted = row["method"] == "curvature"
-    fisher = fishers[checked.layer.name] if is_weighted else None
-    others = held[checked.group].moments(center=compression.center) if held else None
+    fisher = passed.fishers[checked.layer.name] if is_weighted else None
+    others = passed.held[leader].moments(center=compression.center) if passed.held else None
     stated = row["correction"]
     if compression.correction != "auto" or others is None:
         # Where nothing was held back, nothing says that a correction pays.
@@ -277,11 +314,11 @@ def _paired(
     what = f"the share of {checked.layer.name}'s correction is the one that was asked for or pays"
     run.findings.judge("c1.correction", what, problem)
     found = paired_errors(
-        checked,
+        sums,
         row["rank"],
         pair,
         fisher,
         ridge=compression.ridge,
         correction=stated,
     )
-    return Measured(found, checked.mean_energy, shift)
+    return Measured(found, sums.mean_energy, shift)

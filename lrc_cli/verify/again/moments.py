@@ -4,8 +4,9 @@ Errors are direct sums of ||(W - Z) x||^2 over tokens. Second moments are summed
 only, around an origin near their mean.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ HELD_BYTES = 1 << 30
 """Differences W - Z are held in float32 if all of them together take no more bytes."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Checked:
-    """One factorised layer: what was written for it, and what is measured of it."""
+    """Holds what was written for one factorised layer."""
 
     layer: Layer
     weight: Tensor
@@ -41,42 +42,54 @@ class Checked:
     """(m,) float64 old bias - new bias; None where the bias is unchanged."""
     bias: Tensor | None
     """The original's bias (m,)."""
-    group: str = ""
-    """The first layer that reads the same input."""
     held: bool = True
+    """Whether W - Z is computed once and kept."""
+
+    def difference(self) -> Tensor:
+        """Returns W - Z (m, n), float32."""
+        return self._kept_difference if self.held else self._subtracted()
+
+    @cached_property
+    def _kept_difference(self) -> Tensor:
+        return self._subtracted()
+
+    def _subtracted(self) -> Tensor:
+        return (self.weight.double() - self.fitted().to(self.weight.device)).float()
+
+
+@dataclass(kw_only=True)
+class Sums:
+    """Sums a layer's error and energy over tokens."""
+
+    checked: Checked
+    """The layer."""
     error: float = 0.0
     """Sum over tokens of ||W x - Z x||^2, or of ||W x - Z x~||^2, with biases if they differ."""
     energy: float = 0.0
     """Sum over tokens of ||W x||^2."""
     num_tokens: int = 0
-    behind: Behind | None = None
-    """The errors behind a ReLU, where they are the layer's metric."""
-    _difference: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def mean_error(self) -> float:
+        """The error per token. Raises ZeroDivisionError where no token reached the layer."""
+        return self.error / self.num_tokens
 
     @property
     def mean_energy(self) -> float:
         """||W x||^2 per token."""
         return self.energy / max(self.num_tokens, 1)
 
-    def difference(self) -> Tensor:
-        """Returns W - Z (m, n), float32."""
-        if self._difference is not None:
-            return self._difference
-        found = (self.weight.double() - self.fitted().to(self.weight.device)).float()
-        if self.held:
-            self._difference = found
-        return found
-
     def add_error(self, rows: Tensor) -> None:
         """Adds output differences (t, m) without biases; the biases' difference is added here."""
-        if self.offset is not None:
-            rows = rows + self.offset.to(rows)
+        if self.checked.offset is not None:
+            rows = rows + self.checked.offset.to(rows)
         self.error += _energy(rows)
 
     def add_energy(self, inputs: Tensor, outputs: Tensor) -> None:
         """Adds inputs (t, n) and outputs (t, m) of the dense layer."""
         # Outputs less a large bias would hold nothing but rounding.
-        rows = outputs if self.bias is None else inputs.float() @ self.weight.float().T
+        checked = self.checked
+        rows = outputs if checked.bias is None else inputs.float() @ checked.weight.float().T
         self.energy += _energy(rows.float())
         self.num_tokens += len(outputs)
 
@@ -169,43 +182,48 @@ def measure_inputs(
     layers: Sequence[Checked],
     graded: Sequence[Checked],
     *,
+    groups: Mapping[str, str],
+    behind: Mapping[str, Behind],
     loss: Loss | None,
     seed: int,
     advance: Callable[[int], None],
-) -> tuple[dict[str, Moments], dict[str, Tensor]]:
-    """Runs the dense network once over the calibration data; errors are added to `layers`.
+) -> tuple[dict[str, Sums], dict[str, Moments], dict[str, Tensor]]:
+    """Runs the dense network once over the calibration data.
 
     Args:
         layers: the layers that were fitted to the dense network's inputs.
         graded: the layers whose output gradients are wanted; needs `loss`.
+        groups: the leader of each layer, which is the first layer that reads the same input.
+        behind: sums behind a ReLU, by layer; this pass adds to them.
 
     Returns:
-        Moments of inputs by group, and F (m, m) float64, damped, by layer.
+        The errors of `layers` by layer, moments of inputs by leader, and F (m, m) float64, damped,
+        by layer of `graded`.
     """
     inputs: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
     num_tokens = 0
-    by_name = {checked.layer.name: checked for checked in layers}
+    by_name = {checked.layer.name: Sums(checked=checked) for checked in layers}
     wanted = {checked.layer.name for checked in graded}
     masks: Masks = ()
 
     def after_layer(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
         if layer.name in by_name:
-            checked = by_name[layer.name]
+            sums = by_name[layer.name]
             rows, outputs = (real_rows(tensor.detach(), masks) for tensor in (x, y))
-            checked.add_error(rows.float() @ checked.difference().T)
-            checked.add_energy(rows, outputs)
-            if checked.behind is not None:
-                weight = checked.weight.float()
-                checked.behind.add(rows.float(), weight, checked.difference())
-            if checked.group == layer.name:
+            sums.add_error(rows.float() @ sums.checked.difference().T)
+            sums.add_energy(rows, outputs)
+            if layer.name in behind:
+                weight = sums.checked.weight.float()
+                behind[layer.name].add(rows.float(), weight, sums.checked.difference())
+            if groups[layer.name] == layer.name:
                 inputs.setdefault(layer.name, Moments()).add(rows)
         if layer.name not in wanted or loss is None:
             return None
         if not y.requires_grad:
             y = y.requires_grad_().clone()
-        sums = gradients.setdefault(layer.name, Moments())
-        y.register_hook(lambda gradient: sums.add(real_rows(gradient, masks)))
+        moments = gradients.setdefault(layer.name, Moments())
+        y.register_hook(lambda gradient: moments.add(real_rows(gradient, masks)))
         return y
 
     masking = torch.Generator().manual_seed(seed)
@@ -217,7 +235,7 @@ def measure_inputs(
             num_tokens += _num_tokens(batch) * (1 if loss is None else num_scalars(loss))
             advance(len(next(iter(batch.values()))))
     reached = {name: sums for name, sums in gradients.items() if sums.count}
-    return inputs, {name: damped(sums, num_tokens) for name, sums in reached.items()}
+    return by_name, inputs, {name: damped(sums, num_tokens) for name, sums in reached.items()}
 
 
 def damped(gradients: Moments, num_tokens: int) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrc_cli.execution.losses import Loss
 from lrc_cli.verify.again.behind_relu import Behind
@@ -54,16 +53,13 @@ def judge_errors(findings: Findings, row: Mapping[str, Any], measured: Measured)
 
 
 def judge_bias(
-    findings: Findings, row: Mapping[str, Any], checked: Checked, shift: Tensor | None
+    findings: Findings, row: Mapping[str, Any], checked: Checked, measured: Measured
 ) -> None:
-    """A free bias must make up for the mean error; no other bias may change.
-
-    Args:
-        shift: as in `Measured`.
-    """
+    """A free bias must make up for the mean error; no other bias may change."""
+    shift = measured.shift
     what = f"the bias of {row['name']} is the one that its method asks for"
-    if checked.behind is not None:
-        _judge_rectified(findings, row, checked.behind)
+    if measured.behind is not None:
+        _judge_rectified(findings, row, measured.behind)
         return
     if shift is None:
         return
