@@ -284,7 +284,7 @@ def backward_passes(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
             inputs, labels = prepare(loss, batch, generator)
             with recast_in_backward(network.casts):
                 outputs = network(inputs)
-                for scalar in backward_scalars(loss, outputs, labels, generator, None):
+                for scalar in backward_scalars(loss, outputs, labels, generator):
                     scalar.backward()
     finally:
         handle.remove()
