@@ -22,7 +22,6 @@ from moments_helpers import (
     padded_tokens,
 )
 from pico import Models
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -32,6 +31,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.execution.losses import Loss, backward_scalars, choose_loss, prepare
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.job.statistics.moments import GramSum
+from lrc_cli.job.work import STATISTICS, WorkDirectory
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 
@@ -499,9 +499,9 @@ def test_a_decoder_leaves_out_its_own_padding(tmp_path: Path, width: int) -> Non
     }
     output, _ = pico.compressed(tmp_path, changes)
     tokens: dict[str, int] = {}
-    for file in (tmp_path / "work" / "statistics").rglob("*.safetensors"):
-        with safe_open(file, framework="pt") as handle:
-            facts = json.loads(handle.metadata()["facts"])
+    work = WorkDirectory(tmp_path / "work", {})
+    for file in (work.root / STATISTICS).glob("*.safetensors"):
+        facts = work.facts(STATISTICS, file.stem)
         tokens |= {name: seen["tokens"] for name, seen in facts["layers"].items()}
     encoder, decoder_tokens = 16 * 4, 16 * (width - 2)
     assert tokens["encoder.block.1.layer.0.SelfAttention.q"] == encoder

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from lrc_cli.config import load_config
 from lrc_cli.job.plan import make_plan
 from lrc_cli.job.stage import run_stage
-from lrc_cli.job.statistics.collect import StatisticsStage, prepare
+from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.statistics.sweep import Sweep
 from lrc_cli.job.work import PASSING, STATISTICS, WorkDirectory
 from lrc_cli.runtime.progress import Progress
@@ -100,7 +100,9 @@ def collect(job: Any) -> Path:
     plan = make_plan(job)
     with WorkDirectory(plan.work_dir, plan.statistics_fingerprint) as work:
         progress = Progress(quiet=True)
-        run_stage(StatisticsStage(plan, work, partial(prepare, plan, work, progress)), progress)
+        run_stage(
+            StatisticsStage(plan, work, partial(prepare_pass, plan, work, progress)), progress
+        )
     return plan.work_dir
 
 
