@@ -183,7 +183,7 @@ def test_every_file_that_the_code_names_is_there() -> None:
 
 
 def test_the_way_from_the_command_to_the_file_is_short() -> None:
-    """Twelve files and 1,700 lines at most, of which a newcomer reads the path in half an hour."""
+    """Twelve files and 1,750 lines at most show a newcomer the path in half an hour."""
     steps = re.findall(r"^\d+\. `([\w/]+\.py)`", PAGE.read_text("utf-8"), re.MULTILINE)
     rooms_of_steps = [name.partition("/")[0] for name in steps]
     order = dict.fromkeys(rooms_of_steps)
