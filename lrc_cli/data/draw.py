@@ -16,11 +16,13 @@ from lrc_cli.data.decoder import told_apart
 from lrc_cli.data.folders import read_folder
 from lrc_cli.data.kinds import (
     KNOWN,
+    NO_FINDINGS,
     RECORD_SUFFIXES,
     TENSOR_SUFFIXES,
     TEXT_SUFFIXES,
     Batch,
     Data,
+    Findings,
     members,
 )
 from lrc_cli.data.processors import Processors
@@ -63,6 +65,10 @@ class Sequences:
     """Number of sequences in the part that were free to be drawn."""
     sha256: str
     """Hash of the drawn inputs."""
+    asked: int = 0
+    """Number of sequences that were asked for."""
+    findings: Findings = NO_FINDINGS
+    """What of the data does not reach the network."""
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -203,7 +209,14 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
         return None
     file.taken += [(start, start + width) for start in chosen]
     inputs = told_apart(file.data.take(chosen, width))
-    return Sequences(name=purpose.name, inputs=inputs, population=len(starts), sha256=_hash(inputs))
+    return Sequences(
+        name=purpose.name,
+        inputs=inputs,
+        population=len(starts),
+        sha256=_hash(inputs),
+        asked=purpose.num_sequences,
+        findings=file.data.findings,
+    )
 
 
 def _generator(purpose: Purpose, seed: int) -> torch.Generator:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lrc_cli.data.decoder import INPUT, MASK
-from lrc_cli.data.kinds import Batch
+from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.errors import InputError
@@ -33,6 +33,7 @@ class Files:
     paths: list[Path]
     prepare: Prepare
     processors: Processors
+    findings: Findings = NO_FINDINGS
 
     @property
     def length(self) -> int:

@@ -1,10 +1,14 @@
 """The name of a path decides what kind of data it is, and what one sequence of the data is."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from lrc_cli.data.conversations import NO_TURNS, Turns
+from lrc_cli.data.special_tokens import Reading
 
 Batch = dict[str, torch.Tensor]
 
@@ -14,12 +18,31 @@ TENSOR_SUFFIXES = frozenset({".safetensors", ".npz"})
 KNOWN = f"{', '.join(sorted(TEXT_SUFFIXES | TENSOR_SUFFIXES))} or a folder of images or audio"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Says what of a data file does not reach the network."""
+
+    reading: Reading | None = None
+    """How much of a text its tokens stand for; None where there is no text or nobody can tell."""
+    turns: Turns = NO_TURNS
+    """What a chat template left out of conversations."""
+    empty_records: int = 0
+    """The records that hold no text."""
+
+
+NO_FINDINGS = Findings()
+
+
 class Data(Protocol):
     """The positions of one file or folder: its tokens, the rows of its tensors, or its files."""
 
     @property
     def length(self) -> int:
         """The number of positions."""
+
+    @property
+    def findings(self) -> Findings:
+        """What does not reach the network."""
 
     def width(self, sequence_length: int) -> int:
         """The positions that a sequence of `sequence_length` tokens takes; below 1: none fits."""

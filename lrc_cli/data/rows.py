@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lrc_cli.data.kinds import Batch
+from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.errors import InputError
 
 
@@ -19,6 +19,7 @@ class Rows:
     """Model inputs by name; a sequence is a row of every tensor."""
 
     tensors: Batch
+    findings: Findings = NO_FINDINGS
 
     @property
     def length(self) -> int:

@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 
+from lrc_cli.data.conversations import Turns, render
 from lrc_cli.data.decoder import INPUT, Decoder
-from lrc_cli.data.kinds import Batch
+from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import Record, read_records, read_text
+from lrc_cli.data.special_tokens import (
+    check_reading,
+    read_reading,
+    special_tokens,
+    token_ids,
+)
 from lrc_cli.errors import InputError
-from lrc_cli.text import named
 
 MESSAGES = "messages"
 """The field of a conversation, where text_field has its default."""
-CONVERSATION = 'give a list of {"role": ..., "content": ...} as the template takes them'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Tokens:
     suffix: list[int]
     """Special tokens behind a sequence."""
     decoder: Decoder | None
+    findings: Findings = NO_FINDINGS
 
     @property
     def length(self) -> int:
@@ -96,8 +102,10 @@ def read_tokens(
         cause = f"{records[other][0]}: {field!r} holds {kinds[other]}, and {kinds[0]} before"
         raise InputError(cause, "give one kind in one file")
     if kinds and kinds[0] == "token ids":
-        return _stream([ids for _, ids in records], [], [], processors)
-    return _tokenised(path, "\n\n".join(text for _, text in records), processors)
+        return _stream([ids for _, ids in records], ([], []), processors, NO_FINDINGS)
+    texts = [text for _, text in records]
+    empty = sum(not text.strip() for text in texts)
+    return _tokenised(path, "\n\n".join(texts), processors, empty_records=empty)
 
 
 def _kind(record: Record, field: str) -> str:
@@ -112,12 +120,18 @@ def _kind(record: Record, field: str) -> str:
     )
 
 
-def _tokenised(path: Path, text: str, processors: Processors) -> Tokens:
+def _tokenised(path: Path, text: str, processors: Processors, *, empty_records: int = 0) -> Tokens:
     tokenizer = _tokenizer(path, processors)
     if not text.strip():
         raise InputError(f"{path}: the text is empty", "give a file with text")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _stream([ids], *special_tokens(tokenizer), processors)
+    reading = read_reading(tokenizer, text, path)
+    check_reading(reading, tokenizer, path)
+    return _stream(
+        [token_ids(tokenizer, text, path)],
+        special_tokens(tokenizer, text, path),
+        processors,
+        Findings(reading=reading, empty_records=empty_records),
+    )
 
 
 def _conversations(path: Path, records: Sequence[Record], processors: Processors) -> Tokens:
@@ -127,22 +141,20 @@ def _conversations(path: Path, records: Sequence[Record], processors: Processors
             f"{path}: the checkpoint's tokenizer has no chat template",
             "put its chat_template.jinja beside the weights, or set chat_template: false",
         )
-    rows = []
-    for place, messages in records:
-        # Many templates make an empty text of something that is no conversation.
-        if not isinstance(messages, list) or not all(isinstance(x, dict) for x in messages):
-            raise InputError(f"{place}: not a conversation", CONVERSATION)
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # the template is the checkpoint's code
-            raise InputError(
-                f"{place}: the chat template fails on the messages: {named(error)}",
-                CONVERSATION,
-            ) from error
-        rows.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if not any(rows):
+    rendered = [render(tokenizer, place, messages) for place, messages in records]
+    texts = [text for text, _ in rendered if text.strip()]
+    if not texts:
         raise InputError(f"{path}: there is no conversation in it", "give a file with some")
-    return _stream(rows, *special_tokens(tokenizer), processors)
+    whole = "\n\n".join(texts)
+    reading = read_reading(tokenizer, whole, path)
+    check_reading(reading, tokenizer, path)
+    findings = Findings(
+        reading=reading,
+        turns=sum((turns for _, turns in rendered), Turns()),
+        empty_records=len(records) - len(texts),
+    )
+    rows = [token_ids(tokenizer, text, path) for text in texts]
+    return _stream(rows, special_tokens(tokenizer, whole, path), processors, findings)
 
 
 def _tokenizer(path: Path, processors: Processors) -> Any:
@@ -155,17 +167,13 @@ def _tokenizer(path: Path, processors: Processors) -> Any:
 
 
 def _stream(
-    rows: Sequence[list[int]], prefix: list[int], suffix: list[int], processors: Processors
+    rows: Sequence[list[int]],
+    special: tuple[list[int], list[int]],
+    processors: Processors,
+    findings: Findings,
 ) -> Tokens:
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    return Tokens(ids=ids, prefix=prefix, suffix=suffix, decoder=processors.decoder)
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special token ids that the tokenizer puts before and behind a sequence by itself."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    return [], []
+    prefix, suffix = special
+    return Tokens(
+        ids=ids, prefix=prefix, suffix=suffix, decoder=processors.decoder, findings=findings
+    )
