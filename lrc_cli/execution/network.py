@@ -9,6 +9,7 @@ from torch import nn
 from lrc_cli.data.draw import Batch
 from lrc_cli.execution.placement import Placement
 from lrc_cli.execution.precision import LiveCasts, cast_on_read, fast_dtype
+from lrc_cli.network.fast_paths import without_fast_paths
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.network.recurrent import observed
 
@@ -35,7 +36,7 @@ class Network:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
         }
-        with observed(self.module, batch):
+        with observed(self.module, batch), without_fast_paths():
             if not hasattr(self.module, "config") and len(inputs) == 1:
                 return self.module(*inputs.values())
             return self.module(**inputs)

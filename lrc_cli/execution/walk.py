@@ -24,6 +24,7 @@ from lrc_cli.execution.chain import (
 )
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.readahead import read_ahead
+from lrc_cli.network.fast_paths import without_fast_paths
 from lrc_cli.network.recurrent import observed
 from lrc_cli.text import named
 
@@ -112,7 +113,7 @@ class Walk:
                 return self.network(batch)
         args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
         block = self.network.module.get_submodule(segment.name)
-        with observed(block, batch):
+        with observed(block, batch), without_fast_paths():
             return hidden_output(block(*args, **kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:

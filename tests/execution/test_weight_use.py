@@ -75,18 +75,6 @@ class Mixed(nn.Module):
         return self.head(self.typed(x).to(self.typed.weight.dtype))
 
 
-class Fast(nn.Module):
-    """Its encoder layer reads the weights of its linear layers where no gradient is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
-        self.head = nn.Linear(24, 24)
-
-    def forward(self, x):
-        return self.head(self.layer(x.view(-1, 4, 24)).mean(1))
-
-
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -124,10 +112,6 @@ def silent():
 
 def mixed():
     return Mixed()
-
-
-def fast():
-    return Fast()
 '''
 
 
@@ -175,17 +159,6 @@ def test_a_layer_that_is_no_product_stays_dense(tmp_path: Path, job: Any) -> Non
     with torch.no_grad():
         assert torch.isfinite(after(x)).all()
         assert torch.equal(after.cosine(x), before.cosine(x))
-
-
-def test_a_network_with_a_fast_path_around_its_layers_works(tmp_path: Path, job: Any) -> None:
-    output, report = pico.compressed(tmp_path, job("fast", 96))
-    reasons = {x["name"]: x["reason"] for x in report["skipped"]}
-    assert reasons["layer.linear1.weight"] == reasons["layer.linear2.weight"] == READ
-    assert [layer["name"] for layer in report["layers"]] == ["head"]
-    with torch.no_grad():
-        assert torch.isfinite(
-            lrc_cli.load(output, factory="odd_layers:fast")(torch.randn(3, 96))
-        ).all()
 
 
 def test_where_nothing_is_left_it_is_an_error(tmp_path: Path, job: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrc_cli.errors import InputError
 from lrc_cli.forms import Form, Packed
+from lrc_cli.network.fast_paths import end_fast_paths
 from lrc_cli.network.layouts import Layout, Table, layout_of
 
 
@@ -209,6 +210,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+    end_fast_paths(model, (part for part in new.values() if isinstance(part, StoredLayer)))
 
 
 @torch.no_grad()
