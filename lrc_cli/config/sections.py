@@ -23,6 +23,7 @@ from lrc_cli.config.constraints import (
 )
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+RuntimeDtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
 
 def hidden_flag() -> Any:
@@ -122,8 +123,9 @@ class Runtime:
 
     device: Device = "auto"
     """Device; auto: a GPU where there is one."""
-    dtype: Dtype = "auto"
-    """Data type of activations."""
+    dtype: RuntimeDtype = "auto"
+    """Data type of activations; auto: the stored one where the device is fast in it, else float32.
+    Networks whose own code needs float64 need it here too."""
     memory_limit: ByteSize | None = None
     """Memory that activations and gradients between blocks may take; the rest goes to disk."""
     work_dir: Text | None = None

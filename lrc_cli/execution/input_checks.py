@@ -1,6 +1,7 @@
 """These checks tell before the work begins whether a network can take its sequences."""
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,17 @@ from lrc_cli.errors import InputError, is_networks
 from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Use, observe
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.text import named
+
+OF_DTYPES = re.compile(
+    r"scalar type|same d(ata)?.?type|mixed dtype|have the same type|should be the same$"
+    r"|'(Half|BFloat16)'"
+)
+"""What torch says where an operation meets two data types, or one that it does not know."""
 
 
 def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: Source) -> None:
@@ -143,7 +151,7 @@ def probe(
                     raise _lacks(name, needed, batch) from error
             raise InputError(
                 f"{name}: the network fails on {shapes}: {named(error)}",
-                "check the data against what its forward takes",
+                _remedy_for_failure(network, error),
             ) from error
         uses.append(use)
         # The errors that are certified need outputs that are finite numbers.
@@ -162,6 +170,22 @@ def probe(
                 " whose weights the network makes something that it keeps",
             )
     return uses
+
+
+def _remedy_for_failure(network: Network, error: Exception) -> str:
+    """Returns what may help against an error of the network's code on the user's data."""
+    if not OF_DTYPES.search(str(error)):
+        return "check the data against what its forward takes"
+    name, stored = str(network.dtype).removeprefix("torch."), network.stored
+    wide = next(
+        (n for n, dtype in DTYPES.items() if dtype in stored and dtype != network.dtype), ""
+    )
+    if not wide:
+        return f"let its forward compute in one data type: here, inputs and weights are {name}"
+    return (
+        f"inputs and weights are {name} here, and the checkpoint has {others[0]}: set runtime.dtype:"
+        f" {others[0]}, or let its forward compute in the data type of its input"
+    )
 
 
 def check_inputs(module: nn.Module, purpose: str, batch: Batch) -> None:

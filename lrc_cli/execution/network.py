@@ -22,6 +22,8 @@ class Network:
     device: torch.device
     dtype: torch.dtype
     """The dtype of activations."""
+    stored: frozenset[torch.dtype]
+    """The floating dtypes of the parameters as they are stored."""
     casts: LiveCasts
     placement: Placement
 
@@ -54,8 +56,15 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
     module.requires_grad_(False).eval()
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
-    stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    dtype = dtype or fast_dtype(device, stored)
+    stored = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    dtype = dtype or fast_dtype(device, next(iter(stored), torch.float32))
     casts = cast_on_read(module, dtype)
     placement = Placement(module, device)
-    return Network(module=module, device=device, dtype=dtype, casts=casts, placement=placement)
+    return Network(
+        module=module,
+        device=device,
+        dtype=dtype,
+        stored=frozenset(stored),
+        casts=casts,
+        placement=placement,
+    )

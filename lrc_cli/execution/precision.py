@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 """The dtypes by their names in configs."""
 
 
@@ -108,11 +114,13 @@ class LiveCasts:
 
 
 def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None = None) -> LiveCasts:
-    """Makes every floating-point parameter and half-precision buffer of `module` read as `dtype`.
+    """Makes a module's floating-point parameters, and buffers that go with them, read as `dtype`.
 
     Buffers are small and converted at once; parameters keep their stored tensors. Parameters that
     already have the dtype are left alone. An embedding converts the rows that it looks up, never
-    the whole table.
+    the whole table. Buffers in half precision are converted. In a conversion from or to float64,
+    buffers in the parameters' own dtype are converted too. A BatchNorm's statistics go with its
+    weight. Other buffers in float32 stay: networks compute from them in more than half precision.
 
     Args:
         module: the module; changed in place.
@@ -120,6 +128,10 @@ def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None =
         live: the casts of the network that the module becomes a part of; None: new casts.
     """
     live = live or LiveCasts()
+    converted = {p.dtype for p in module.parameters() if p.is_floating_point()} - {dtype}
+    if dtype != torch.float64:
+        converted &= {torch.float64}
+    converted |= {torch.bfloat16, torch.float16}
     for part in list(module.modules()):
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_floating_point() and parameter.dtype != dtype:
@@ -127,9 +139,14 @@ def cast_on_read(module: nn.Module, dtype: torch.dtype, live: LiveCasts | None =
                 if type(part).forward is nn.Embedding.forward and part.max_norm is None:
                     _gather_first(part, dtype)
         for name, buffer in list(part.named_buffers(recurse=False)):
-            if buffer.is_floating_point() and buffer.dtype in (torch.bfloat16, torch.float16):
+            if buffer.dtype in converted or _goes_with_weight(part, buffer):
                 setattr(part, name, buffer.to(dtype))
     return live
+
+
+def _goes_with_weight(part: nn.Module, buffer: torch.Tensor) -> bool:
+    """Returns whether a kernel takes the buffer only in the dtype of the part's weight."""
+    return isinstance(part, _NormBase) and part.weight is not None and buffer.is_floating_point()
 
 
 def _gather_first(embedding: Any, dtype: torch.dtype) -> None:

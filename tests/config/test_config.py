@@ -241,7 +241,7 @@ SECTIONS = [
     ),
     ("runtime: {device: gpu}", "5:19: runtime.device: expected auto, cpu, cuda, cuda:N or mps"),
     ("runtime: {seed: -1}", "5:17: runtime.seed: expected a whole number at least 0"),
-    ("runtime: {dtype: float64}", "5:18: runtime.dtype: expected one of auto, float32, float16"),
+    ("runtime: {dtype: float8}", "5:18: runtime.dtype: expected one of auto, float64, float32"),
     ("runtime: {work_dir: 12}", "5:21: runtime.work_dir: expected a text that is not empty"),
 ]
 
