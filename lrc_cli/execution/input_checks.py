@@ -176,15 +176,13 @@ def _remedy_for_failure(network: Network, error: Exception) -> str:
     """Returns what may help against an error of the network's code on the user's data."""
     if not OF_DTYPES.search(str(error)):
         return "check the data against what its forward takes"
-    name, stored = str(network.dtype).removeprefix("torch."), network.stored
-    wide = next(
-        (n for n, dtype in DTYPES.items() if dtype in stored and dtype != network.dtype), ""
-    )
-    if not wide:
+    name = str(network.dtype).removeprefix("torch.")
+    others = [n for n, dtype in DTYPES.items() if dtype in network.stored and n != name]
+    if not others:
         return f"let its forward compute in one data type: here, inputs and weights are {name}"
     return (
-        f"inputs and weights are {name} here, and the checkpoint has {others[0]}: set runtime.dtype:"
-        f" {others[0]}, or let its forward compute in the data type of its input"
+        f"inputs and weights are {name} here, and the checkpoint has {others[0]}: set"
+        f" runtime.dtype: {others[0]}, or let its forward compute in the data type of its input"
     )
 
 
