@@ -8,7 +8,7 @@ FLOOR_TESTS ?= tests
 PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench tasks docs floor clean
+.PHONY: help setup demo check test bench tasks soak docs floor clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: setup  ## print the quality table of docs/benchmarks.md
 tasks: setup  ## score compressed models on their own tasks
 	$(BIN)/python scripts/fetch_demo.py --tasks
 	$(BIN)/python scripts/bench_tasks.py
+
+soak: setup  ## random jobs, kills, many runs in one process
+	$(BIN)/python scripts/soak.py
 
 docs: setup  ## regenerate the references of commands and config
 	$(BIN)/python scripts/references.py

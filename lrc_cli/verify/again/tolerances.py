@@ -106,11 +106,13 @@ def judge_quality(
 def _absolute(key: str, row: Mapping[str, Any], dtype: torch.dtype) -> float:
     """Returns a figure's absolute tolerance.
 
-    Ties of the two largest logits break either way. Divergences are rounded like losses.
+    Ties of the two largest logits break either way. Divergences are rounded like losses, and both
+    come from logarithms in float32.
     """
     if key == "top1_agreement":
         return max(2.0, 2 * rounding_of(dtype) * row["num_scored"]) / row["num_scored"]
-    return 0.0 if key == "num_scored" else rounding_of(dtype) / 10
+    least = rounding_of(torch.float32)
+    return 0.0 if key == "num_scored" else max(rounding_of(dtype) / 10, least)
 
 
 def judge_certificate(

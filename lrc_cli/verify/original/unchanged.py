@@ -1,7 +1,7 @@
 """The original must be the recorded checkpoint, and its unchanged parts must be in the output."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
         return
     report, source = written.report, written.source
     kept = {entry["name"]: entry["bytes"] for entry in report["skipped"]}
-    original = _unwrapped(original, source)
+    original = _unwrapped(original, {*source.tensors, *report.get("fused", {})})
     original = original.without_copies(
         _checked_copies(report.get("copies", {}), original, findings)
     )
@@ -118,11 +118,14 @@ def _check_tensors(written: Written, original: Source, findings: Findings) -> No
     findings.equal("original.bytes", what, stated_sizes, found)
 
 
-def _unwrapped(original: Source, written: Source) -> Source:
-    """Returns the original under the names of the output, in which no wrapper's parts are."""
+def _unwrapped(original: Source, there: Collection[str]) -> Source:
+    """Returns the original under the names of the output, in which no wrapper's parts are.
+
+    Args:
+        there: the names of the output's tensors, and of the fused tensors that it took apart.
+    """
 
     def places(keys: Iterable[str]) -> dict[str, str]:
-        there = written.tensors.keys()
         return {key: key for key in keys if key in there or Keys(key).key(UP) in there}
 
     shapes = {key: info.shape for key, info in original.tensors.items()}
@@ -144,12 +147,26 @@ def _checked_copies(copies: dict[str, str], original: Source, findings: Findings
 
 def _may_change(written: Written, key: str) -> bool:
     """Returns whether a tensor is the bias of a factorised layer whose method may change it."""
-    named = [(x["method"], written.keys.get(x["name"])) for x in written.factorised]
-    methods = {method for method, keys in named if keys is not None and keys.bias == key}
+    methods = _methods_of_bias(written, key)
     if written.config is None or not methods:
         return False
     own_bias = any(method == "relu" or method not in KNOWN for method in methods)
     return written.config.compression.center or own_bias
+
+
+def _methods_of_bias(written: Written, key: str) -> set[str]:
+    """Returns the methods of the factorised layers that a bias may belong to.
+
+    transformers may give a layer another name than the files do. Such a bias lies beside factors
+    that no row of the report is known for; it may belong to any row whose tensors are unknown.
+    """
+    rows = [(row["method"], written.keys.get(row["name"])) for row in written.factorised]
+    own = {method for method, keys in rows if keys is not None and keys.bias == key}
+    there = written.source.tensors if written.source else {}
+    is_beside_factors = any(Keys(x).bias == key and Keys(x).key(UP) in there for x in there)
+    if own or not is_beside_factors:
+        return own
+    return {method for method, keys in rows if keys is None}
 
 
 def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str | None:
