@@ -7,7 +7,7 @@ import click
 from lrc_cli import __version__
 from lrc_cli.commands.compress import compress
 from lrc_cli.commands.evaluate import evaluate
-from lrc_cli.commands.exits import run_command
+from lrc_cli.commands.exits import Group, run_command
 from lrc_cli.commands.inspect import inspect
 from lrc_cli.commands.options import examples
 from lrc_cli.commands.plan import plan
@@ -15,11 +15,14 @@ from lrc_cli.commands.schema import schema
 from lrc_cli.commands.verify import verify
 from lrc_cli.runtime.join import joined
 from lrc_cli.runtime.processes import check_alone
+from lrc_cli.runtime.signals import ignore_signals
+from lrc_cli.runtime.streams import occupy_descriptors, settle_streams
 
 __all__ = ["lrc", "main", "run_command"]
 
 
 @click.group(
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples("lrc plan lrc.yaml", "lrc compress lrc.yaml", "lrc verify out/llama"),
 )
@@ -43,5 +46,9 @@ for command in (compress, plan, inspect, evaluate, verify, schema):
 
 
 def main() -> None:
-    """Run `lrc`, mapping errors to exit codes: never a traceback for a user's mistake."""
-    sys.exit(run_command(lrc))
+    """Run `lrc`, mapping errors to exit codes: never a traceback."""
+    occupy_descriptors()
+    code = run_command(lrc)
+    ignore_signals()
+    settle_streams()
+    sys.exit(code)

@@ -41,12 +41,34 @@ class StrictFallback(LrcError):
     exit_code = 4
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asks for the end of the run. No code that catches `Exception` swallows this.
+
+    Args:
+        number: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__("interrupted; the same command goes on where it stopped")
+
+
+class Stray(Exception):
+    """A stranger's code raised what is no `Exception`: it would have ended lrc without a word.
+
+    Args:
+        error: such as SystemExit, or KeyboardInterrupt without a signal.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__(type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch has a class for this error on a GPU, but not on a CPU."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or "DefaultCPUAllocator" in str(error)
-
-
-def is_networks(error: Exception) -> bool:
-    """Whether a network's own code failed, which may be the user's: not lrc, memory or a disk."""
-    return not isinstance(error, LrcError | OSError) and not is_out_of_memory(error)
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in "".join(
+        x for x in error.args if isinstance(x, str)
+    )

@@ -1,10 +1,20 @@
 """Numbers, sizes, names and errors become words here, the only place that rounds for people."""
 
 import math
+import re
+import unicodedata
+from collections.abc import Iterable
 from typing import Any
+
+from lrc_cli.errors import Interrupted, Stray
 
 EMPTY = "–"  # noqa: RUF001 - an en dash, in table cells that have nothing to say
 """The sign for a value that was not measured or does not apply."""
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Controls, signs of layout without a shape, halves of surrogate pairs, separators of lines."""
+_NOT_ASCII = re.compile("[^ -~]")
+_SHORT = {"\n": "n", "\r": "r", "\t": "t"}
 
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -84,15 +94,63 @@ def _finite(value: float, text: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line."""
-    return " ".join(str(error).split())[:500]
+    return " ".join(told(error).split())[:500]
 
 
 def named(error: BaseException) -> str:
     """An error's type and its text on one line."""
-    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
+    error = error.error if isinstance(error, Stray) else error
+    kind, text = type(error).__name__, one_line(error)
+    return f"{kind}: {text}" if text else kind
+
+
+def told(error: BaseException) -> str:
+    """An error's text, also where the error's own code fails to tell the text."""
+    try:
+        return str(error)
+    except Interrupted:
+        raise
+    except BaseException:  # whatever a stranger's __str__ raises
+        return "(its text cannot be had)"
 
 
 def some_of(keys: Any) -> str:
     """The first few of many names."""
     names = sorted(keys)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """A text whose control characters are shown escaped: ESC becomes the four characters \\x1b.
+
+    Names and messages may come from strangers. Written as they are, some characters move a
+    terminal's cursor, end a line, turn the direction of writing or cannot be written at all.
+
+    Args:
+        text: any text, also with halves of surrogate pairs.
+        keep: control characters that stay, such as a newline.
+    """
+    if text.isprintable():
+        return text
+    return _NOT_ASCII.sub(lambda found: _visible(found[0], keep), text)
+
+
+def _visible(character: str, keep: str) -> str:
+    if character in keep or unicodedata.category(character) not in _HIDDEN:
+        return character
+    number = ord(character)
+    form = f"x{number:02x}" if number < 0x100 else f"u{number:04x}"
+    return "\\" + _SHORT.get(character, form if number < 0x10000 else f"U{number:08x}")
+
+
+def visible_lines(lines: Iterable[str]) -> str:
+    """Lines, each with its control characters escaped, as one text: no name begins a line."""
+    return "\n".join(map(visible, lines))
+
+
+def cut(text: str, longest: int) -> str:
+    """A text whose middle is left out where the text is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    begin, end = longest * 2 // 3, longest // 3
+    return f"{text[:begin]} [... {len(text) - begin - end:,} characters ...] {text[-end:]}"

@@ -1,12 +1,13 @@
 """`lrc compress` runs the job of a config, or a job for each of several sizes."""
 
-import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
     config_argument,
     examples,
@@ -20,6 +21,8 @@ from lrc_cli.commands.options import (
 from lrc_cli.commands.plan import show_forecast
 from lrc_cli.commands.setup import bound_caches, calm_transformers
 from lrc_cli.errors import StrictFallback
+from lrc_cli.runtime.streams import NotDelivered, deliver, deliver_json, tell
+from lrc_cli.text import visible
 
 if TYPE_CHECKING:
     from lrc_cli.config import Config
@@ -27,11 +30,12 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "lrc compress lrc.yaml",
         "lrc compress lrc.yaml --set compression.size=0.6 --output out/smaller",
         "lrc compress lrc.yaml --sizes 0.9,0.8",
-    )
+    ),
 )
 @config_argument
 @overrides_option
@@ -96,15 +100,27 @@ def compress(
             for job, record in run_jobs(configs, progress=progress, processes=processes, **options):
                 records.append(record)
                 if speaks and not as_json:
-                    click.echo(job.output.path)
+                    show_output(job.output.path)
                 if speaks and not as_json and not quiet:
-                    click.echo(summary(record), err=True)
+                    for line in summary(record):
+                        tell(line)
             if _time_of_change(config) != written_at:
                 progress.note(f"{config}: changed meanwhile; this run used what it said at first")
-        if speaks and as_json:
-            reports = [record.to_json() for record in records]
-            click.echo(json.dumps(reports if sizes else reports[0], indent=2))
-        conclude(records, junit if speaks else None, strict=strict)
+        # The outputs are there: what they come to is said even where standard output is lost.
+        with ExitStack() as at_last:
+            at_last.callback(conclude, records, junit if speaks else None, strict=strict)
+            if speaks and as_json:
+                reports = [record.to_json() for record in records]
+                deliver_json(reports if sizes else reports[0])
+
+
+def show_output(path: str) -> None:
+    """Prints the path of an output, which is not lost with standard output."""
+    try:
+        deliver(visible(path))
+    except NotDelivered as error:
+        if not error.is_quiet:
+            tell(f"{error.message}; the output is {path}")
 
 
 def _time_of_change(config: Path) -> int | None:
@@ -142,7 +158,7 @@ def conclude(records: "Sequence[Record]", junit: Path | None, *, strict: bool) -
         )
 
 
-def summary(record: "Record") -> str:
+def summary(record: "Record") -> list[str]:
     """Returns what a run came to, in a few lines."""
     from lrc_cli.quality.sentences import main_statements
 
@@ -160,4 +176,4 @@ def summary(record: "Record") -> str:
             lines.append(f"{row.text}: relative output error {scores.relative_output_error:.3f}")
     if record.certificate.statements:
         lines += ["certificate:", *(f"- {x}" for x in main_statements(record.certificate))]
-    return "\n".join(lines)
+    return lines

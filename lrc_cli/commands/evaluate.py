@@ -1,11 +1,11 @@
 """`lrc eval` scores a written directory beside its original."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
     directory_argument,
     examples,
@@ -15,10 +15,14 @@ from lrc_cli.commands.options import (
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
+from lrc_cli.runtime.streams import deliver, deliver_json
+from lrc_cli.text import visible_lines
 
 
 @click.command(
-    "eval", epilog=examples("lrc eval out/llama", "lrc eval out/llama --data text.txt --part 0.9:1")
+    "eval",
+    cls=Command,
+    epilog=examples("lrc eval out/llama", "lrc eval out/llama --data text.txt --part 0.9:1"),
 )
 @directory_argument
 @click.option(
@@ -54,7 +58,10 @@ def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> Non
     open_manifest(directory)  # raises InputError where this is no finished output
     with stop_on_signals() as stop:
         found = score_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
-    click.echo(json.dumps(found, indent=2) if as_json else render_scores(found))
+    if as_json:
+        deliver_json(found)
+    else:
+        deliver(render_scores(found))
 
 
 def render_scores(found: dict[str, Any]) -> str:
@@ -79,4 +86,4 @@ def render_scores(found: dict[str, Any]) -> str:
         if "kl" in row:
             pieces.append(f"KL {row['kl']:.4f}, top-1 agreement {row['top1_agreement']:.1%}")
         lines.append(f"{row['text']}: {', '.join(pieces)} ({row['num_sequences']} sequences)")
-    return "\n".join(lines)
+    return visible_lines(lines)

@@ -1,12 +1,19 @@
 """A command ends with an exit code for every outcome and a sentence for every mistake."""
 
 import errno
+import io
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from lrc_cli.errors import LrcError, is_out_of_memory
+from lrc_cli.errors import Interrupted, LrcError, is_out_of_memory
+from lrc_cli.runtime.join import EndedElsewhere
+from lrc_cli.runtime.signals import ending_on_signals, ignore_signals
+from lrc_cli.runtime.strangers import is_interrupt
+from lrc_cli.runtime.streams import NotDelivered, lenient_streams, tell
+from lrc_cli.runtime.traces import is_trace_asked, raised_at, trace, where_to_look
+from lrc_cli.text import named, told
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LESS_MEMORY = (
@@ -15,42 +22,122 @@ LESS_MEMORY = (
 )
 
 
+CLICKS = (
+    click.exceptions.Exit,
+    click.Abort,
+    click.ClickException,
+    EOFError,
+    KeyboardInterrupt,
+    OSError,
+)
+"""The errors that click answers."""
+
+
+class Failed(Exception):
+    """A command raised an error that click would answer, with another exit code or none.
+
+    Args:
+        error: what was raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__()
+
+
+class Command(click.Command):
+    """A command whose errors are answered by `run_command`, and never by click."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Runs the command.
+
+        Raises:
+            Failed: the command raised an error that click would answer.
+        """
+        try:
+            return super().invoke(context)
+        except CLICKS as error:
+            raise Failed(error) from error
+
+
+class Group(click.Group):
+    """A group of commands that are answered by `run_command`, also when a signal comes early."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Runs the command that the arguments name.
+
+        Raises:
+            Failed: a signal came.
+        """
+        try:
+            return super().invoke(context)
+        except Interrupted as error:
+            raise Failed(error) from error
+
+
 def run_command(command: Callable[..., Any]) -> int:
     """Runs a click command and returns its exit code."""
-    try:
-        command(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        return int(error.exit_code)
-    except click.ClickException as error:
-        error.show()
+    with lenient_streams(), ending_on_signals():
+        try:
+            code = command(standalone_mode=False)
+        except BaseException as error:
+            ignore_signals()
+            return _answer(error.error if isinstance(error, Failed) else error)
+        # click returns what `--help` exits with.
+        return code if isinstance(code, int) else 0
+
+
+def _answer(error: BaseException) -> int:
+    """Says in one sentence what ended a command, and returns the exit code."""
+    if isinstance(error, click.Abort) and error.__cause__ is not None:
+        error = error.__cause__
+    if is_trace_asked():
+        for line in trace(error):
+            tell(line)
+    if isinstance(error, click.ClickException):
+        return _show_usage(error)
+    if is_interrupt(error):
+        tell("interrupted; the same command goes on where it stopped")
+        return int(getattr(error, "exit_code", 130))
+    if isinstance(error, EndedElsewhere):
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command goes on where it stopped", err=True)
-        return 130
-    except LrcError as error:
-        click.echo(f"error: {error}", err=True)
+    if isinstance(error, LrcError):
+        if not (isinstance(error, NotDelivered) and error.is_quiet):
+            tell(f"error: {told(error)}")
         return error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        click.echo(f"error: out of memory ({_first_line(error)}); {LESS_MEMORY}", err=True)
-        return 1
-    except OSError as error:
+    tell(f"error: {_describe(error)}")
+    return 1
+
+
+def _show_usage(error: click.ClickException) -> int:
+    shown = io.StringIO()
+    error.show(shown)
+    for line in shown.getvalue().splitlines():
+        tell(line)
+    return error.exit_code
+
+
+def _describe(error: BaseException) -> str:
+    """Returns a sentence for an error that nobody has foreseen."""
+    if is_out_of_memory(error):
+        return f"out of memory ({_first_line(error)}); {LESS_MEMORY}"
+    if isinstance(error, OSError):
         # The disk is full or a file has vanished: the cause is the system's, the sentence ours.
-        click.echo(f"error: {_describe(error)}", err=True)
-        return 1
-    return 0
+        return _describe_system(error)
+    place = raised_at(error)
+    at = f" (raised in {place})" if place else ""
+    return f"{named(error)}{at}; {where_to_look(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no more can be had"])[0]
+    return (told(error).splitlines() or ["no more can be had"])[0]
 
 
-def _describe(error: OSError) -> str:
+def _describe_system(error: OSError) -> str:
     name = f"{error.filename}: " if error.filename else ""
     remedy = (
         "make room on the disk; the same command goes on where it stopped"
         if error.errno in FULL
         else "check that it is there and may be used, and run the command again"
     )
-    return f"{name}{error.strerror or error}; {remedy}"
+    return f"{name}{error.strerror or told(error)}; {remedy}"

@@ -1,11 +1,11 @@
 """`lrc inspect` shows what a checkpoint holds, and what of it would be compressed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
     examples,
     factory_option,
@@ -13,9 +13,13 @@ from lrc_cli.commands.options import (
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
+from lrc_cli.runtime.streams import deliver, deliver_json
+from lrc_cli.text import visible_lines
 
 
-@click.command(epilog=examples("lrc inspect models/llama", "lrc inspect models/llama --json"))
+@click.command(
+    cls=Command, epilog=examples("lrc inspect models/llama", "lrc inspect models/llama --json")
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @factory_option
 @trust_option
@@ -26,7 +30,10 @@ def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_j
     from lrc_cli.network.inventory import inspect_checkpoint
 
     found = inspect_checkpoint(checkpoint, factory=factory, trust_remote_code=trust_remote_code)
-    click.echo(json.dumps(found, indent=2) if as_json else render_inspection(found))
+    if as_json:
+        deliver_json(found)
+    else:
+        deliver(render_inspection(found))
 
 
 def render_inspection(found: dict[str, Any]) -> str:
@@ -56,4 +63,4 @@ def render_inspection(found: dict[str, Any]) -> str:
         reasons.setdefault(skipped["reason"], []).append(skipped["bytes"])
     for reason, sizes in reasons.items():
         lines.append(f"  {len(sizes):4d} x {reason:<42} {sum(sizes) / found['bytes']:7.1%}")
-    return "\n".join(lines)
+    return visible_lines(lines)

@@ -1,12 +1,12 @@
 """`lrc plan` estimates what jobs will take, before they run."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
     config_argument,
     examples,
@@ -18,12 +18,15 @@ from lrc_cli.commands.options import (
     verbose_option,
 )
 from lrc_cli.commands.setup import calm_transformers
+from lrc_cli.runtime.streams import deliver, deliver_json
 
 if TYPE_CHECKING:
     from lrc_cli.config import Config
 
 
-@click.command(epilog=examples("lrc plan lrc.yaml", "lrc plan lrc.yaml --sizes 0.9,0.8"))
+@click.command(
+    cls=Command, epilog=examples("lrc plan lrc.yaml", "lrc plan lrc.yaml --sizes 0.9,0.8")
+)
 @config_argument
 @overrides_option
 @output_option
@@ -65,4 +68,7 @@ def show_forecast(
     with stop_on_signals() as stop:
         progress = Progress(stop=stop, quiet=quiet, verbose=verbose)
         found = forecast(configs, collect=collect, progress=progress)
-    click.echo(json.dumps(found, indent=2) if as_json else render(found))
+    if as_json:
+        deliver_json(found)
+    else:
+        deliver(render(found))

@@ -1,11 +1,11 @@
 """`lrc verify` checks every statement of a written directory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
     directory_argument,
     examples,
@@ -15,10 +15,12 @@ from lrc_cli.commands.options import (
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
+from lrc_cli.runtime.streams import deliver, deliver_json
 
 
 @click.command(
-    epilog=examples("lrc verify out/llama", "lrc verify out/llama --against models/llama")
+    cls=Command,
+    epilog=examples("lrc verify out/llama", "lrc verify out/llama --against models/llama"),
 )
 @directory_argument
 @click.option(
@@ -51,8 +53,10 @@ def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     with stop_on_signals() as stop:
         found = verify_directory(directory, progress=Progress(stop=stop, quiet=quiet), **options)
-    click.echo(json.dumps(found.as_dict(), indent=2) if as_json else render(found.findings))
-    if not as_json:
-        click.echo(f"sha256 of manifest.json: {found.manifest_sha256}")
+    if as_json:
+        deliver_json(found.as_dict())
+    else:
+        pinned = f"sha256 of manifest.json: {found.manifest_sha256}"
+        deliver(f"{render(found.findings)}\n{pinned}")
     if found.findings.failed:
         raise StatementFailed(f"{directory}: not every statement holds", "see what fails above")

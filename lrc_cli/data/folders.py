@@ -18,6 +18,7 @@ from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -220,7 +221,8 @@ def _beside(paths: Sequence[Path]) -> list[str] | None:
 
 def _tensors(path: Path, processor: Any, content: Any, **options: Any) -> Batch:
     try:
-        found = processor(content, return_tensors="pt", **options)
+        with contained():
+            found = processor(content, return_tensors="pt", **options)
     except Exception as error:  # whatever a processor's own code raises
         raise InputError(
             f"{path}: the checkpoint's processor fails on it: {named(error)}", "replace the file"

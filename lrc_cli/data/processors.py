@@ -10,6 +10,7 @@ from torch import nn
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import Decoder, find_decoder, takes
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named
 
 TOKENIZER_FILES = (
@@ -59,7 +60,10 @@ class Processors:
                 f"put its {names[0]} beside the weights, or give model inputs as .npz",
             )
         try:
-            return open_(self.path, trust_remote_code=self.trust_remote_code, local_files_only=True)
+            with contained():
+                return open_(
+                    self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
         except Exception as error:  # whatever a processor's own code raises
             raise InputError(
                 f"{self.path}: the processor for {what} cannot be opened ({named(error)[:150]})",
@@ -93,9 +97,10 @@ def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with contained():
+            return AutoTokenizer.from_pretrained(
+                source.path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # the package tokenizers raises bare exceptions
         raise InputError(
             f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"

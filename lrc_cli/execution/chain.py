@@ -14,20 +14,15 @@ import torch
 from torch import nn
 
 from lrc_cli.data.draw import Batch
-from lrc_cli.errors import is_networks
 from lrc_cli.execution.hooks import around_calls, watched
 from lrc_cli.execution.losses import floating_outputs
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.placement import block_names
 from lrc_cli.network.layer import Layer
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 
 Forward = Callable[..., Any]
-
-
-class StopForward(Exception):
-    """A hook raises this error when it has seen enough: the rest of the segment is not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +158,7 @@ def find_chain(
     try:
         with patched(network.module, passing(chain, entered, hidden[-1])):
             again = _run(network, batch)
-    except Exception as error:
-        if not is_networks(error):
-            raise
+    except NetworkError:
         return Chain()  # the network reads what blocks return beside the hidden states
     same_inputs = all(
         _equal(call.others(), entered[name].others()) if name in entered else False

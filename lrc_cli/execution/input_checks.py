@@ -14,15 +14,15 @@ from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.data.draw import Batch, Sequences
-from lrc_cli.errors import InputError, is_networks
+from lrc_cli.errors import InputError
 from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import all_finite, floating_outputs
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Use, observe
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.opening import vocabulary_of
-from lrc_cli.text import named
+from lrc_cli.text import told
 
 OF_DTYPES = re.compile(
     r"scalar type|same d(ata)?.?type|mixed dtype|have the same type|should be the same$"
@@ -143,15 +143,13 @@ def probe(
         try:
             with torch.no_grad():
                 outputs, use = observe(network, layers, batch)
-        except Exception as error:
-            if not is_networks(error):
-                raise
+        except NetworkError as error:
             for needed in _other_inputs(network.module):
                 if not {needed, "inputs_embeds"} & set(batch):
                     raise _lacks(name, needed, batch) from error
             raise InputError(
-                f"{name}: the network fails on {shapes}: {named(error)}",
-                _remedy_for_failure(network, error),
+                f"{name}: the network fails on {shapes}: {error.reason}",
+                _remedy_for_failure(network, error.cause),
             ) from error
         uses.append(use)
         # The errors that are certified need outputs that are finite numbers.
@@ -172,9 +170,9 @@ def probe(
     return uses
 
 
-def _remedy_for_failure(network: Network, error: Exception) -> str:
+def _remedy_for_failure(network: Network, error: BaseException) -> str:
     """Returns what may help against an error of the network's code on the user's data."""
-    if not OF_DTYPES.search(str(error)):
+    if not OF_DTYPES.search(told(error)):
         return "check the data against what its forward takes"
     name = str(network.dtype).removeprefix("torch.")
     others = [n for n, dtype in DTYPES.items() if dtype in network.stored and n != name]

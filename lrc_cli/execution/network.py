@@ -1,5 +1,7 @@
 """A network is a module ready to run, whose parameters are views of the checkpoint's files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +9,64 @@ import torch
 from torch import nn
 
 from lrc_cli.data.draw import Batch
+from lrc_cli.errors import LrcError, RunError, is_out_of_memory
 from lrc_cli.execution.placement import Placement
 from lrc_cli.execution.precision import LiveCasts, cast_on_read, fast_dtype
 from lrc_cli.network.fast_paths import without_fast_paths
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.network.recurrent import observed
+from lrc_cli.runtime.strangers import is_interrupt
+from lrc_cli.text import named
+
+
+class StopForward(Exception):
+    """A hook raises this error when it has seen enough: the rest of the segment is not run."""
+
+
+class NetworkError(RunError):
+    """A network's own code failed, which may be the user's.
+
+    Args:
+        cause: the error that the code raised.
+        where: the name of the innermost module that was running; empty: the network itself.
+    """
+
+    def __init__(self, cause: BaseException, where: str) -> None:
+        self.cause = cause
+        self.reason = f"{named(cause)}, in {f'module {where}' if where else 'its own code'}"
+        super().__init__(
+            f"the network fails: {self.reason}",
+            "its code must take every sequence of the data, in every pass",
+        )
+
+
+@contextmanager
+def blaming(module: nn.Module) -> Iterator[None]:
+    """A context in which a network's code runs: every failure of the code is a NetworkError.
+
+    Failures of lrc, of the system and of memory, and signals, stay what they are.
+    """
+    try:
+        yield
+    except (LrcError, OSError, StopForward):
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error) or is_interrupt(error):
+            raise
+        raise NetworkError(error, _place_of(error, module)) from error
+
+
+def _place_of(error: BaseException, network: nn.Module) -> str:
+    """Returns the name of the innermost module of the network in an error's trace."""
+    names = {id(module): name for name, module in network.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        # The first argument of a module's forward is the module, whatever it is called.
+        code, variables = step.tb_frame.f_code, step.tb_frame.f_locals
+        if code.co_argcount and id(variables.get(code.co_varnames[0])) in names:
+            found = names[id(variables[code.co_varnames[0]])]
+        step = step.tb_next
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +93,16 @@ class Network:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
         }
-        with observed(self.module, batch), without_fast_paths():
+        with blaming(self.module), observed(self.module, batch), without_fast_paths():
             if not hasattr(self.module, "config") and len(inputs) == 1:
                 return self.module(*inputs.values())
             return self.module(**inputs)
+
+    def run_block(self, name: str, batch: Batch, args: Any, kwargs: Any) -> Any:
+        """Runs one block on the arguments that the network gives the block for a micro-batch."""
+        block = self.module.get_submodule(name)
+        with blaming(self.module), observed(block, batch), without_fast_paths():
+            return block(*args, **kwargs)
 
 
 def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype | None) -> Network:
@@ -53,7 +114,8 @@ def make_network(module: nn.Module, *, device: torch.device, dtype: torch.dtype 
         dtype: the dtype of activations; None: the stored dtype where the device multiplies it
             natively, else float32.
     """
-    module.requires_grad_(False).eval()
+    with blaming(module):
+        module.requires_grad_(False).eval()
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
     stored = [p.dtype for p in module.parameters() if p.is_floating_point()]

@@ -12,7 +12,6 @@ from lrc_cli.execution.chain import (
     Call,
     Chain,
     Segment,
-    StopForward,
     arrange,
     find_chain,
     hidden_output,
@@ -22,7 +21,7 @@ from lrc_cli.execution.chain import (
 )
 from lrc_cli.execution.hooks import grouping, watched
 from lrc_cli.execution.losses import floating_outputs
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, StopForward
 from lrc_cli.execution.placement import block_names
 from lrc_cli.network.layer import Layer
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lrc_cli.data.draw import Batch
-from lrc_cli.errors import RunError, is_networks
+from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import (
     HEAD,
     TAIL,
@@ -17,16 +17,12 @@ from lrc_cli.execution.chain import (
     Call,
     Chain,
     Segment,
-    StopForward,
     hidden_output,
     passing,
     patched,
 )
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.readahead import read_ahead
-from lrc_cli.network.fast_paths import without_fast_paths
-from lrc_cli.network.recurrent import observed
-from lrc_cli.text import named
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """A function that stores a tensor between two segments: `HostMemory.keep` or `Tensor.detach`."""
@@ -92,8 +88,8 @@ class Walk:
                 return self._run(segment, index, hidden)
             except StopForward:
                 return None
-            except Exception as error:
-                if self.is_compressed and is_networks(error):
+            except NetworkError as error:
+                if self.is_compressed:
                     raise compressed_failure(error) from error
                 raise
 
@@ -112,9 +108,7 @@ class Walk:
             with patched(self.network.module, passing(self.chain, {}, hidden)):
                 return self.network(batch)
         args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
-        block = self.network.module.get_submodule(segment.name)
-        with observed(block, batch), without_fast_paths():
-            return hidden_output(block(*args, **kwargs))
+        return hidden_output(self.network.run_block(segment.name, batch, args, kwargs))
 
     def _read_neighbours(self, segment: Segment) -> None:
         """Begins to read the two neighbouring blocks: the walk goes on to one of the two.
@@ -228,10 +222,10 @@ class Pair:
         return (outputs[0], outputs[1]) if segment.name in (TAIL, WHOLE) else None
 
 
-def compressed_failure(error: Exception) -> RunError:
+def compressed_failure(error: NetworkError) -> RunError:
     """Returns the error for a network whose code fails on factors in the place of its weights."""
     return RunError(
-        f"the compressed network fails: {named(error)}",
+        f"the compressed network fails: {error.reason}",
         "exclude the layers whose weight its code reads, with compression.exclude",
     )
 

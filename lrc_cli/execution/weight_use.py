@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lrc_cli.data.draw import Batch
-from lrc_cli.errors import is_networks
+from lrc_cli.errors import is_out_of_memory
 from lrc_cli.execution.losses import all_finite, floating_outputs
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 
@@ -120,9 +120,7 @@ def _run_hidden(
     try:
         with _kept(network.module), _hidden(network.module, layers, wrong):
             outputs = network(batch)
-    except Exception as error:
-        if not is_networks(error):
-            raise
+    except NetworkError:
         return None  # the caller sees whether a run with nothing hidden fails too
     return outputs if all_finite(floating_outputs(outputs)) else None
 
@@ -222,7 +220,7 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
     try:
         wanted = layout.outputs(layout.apply(x.float(), layout.inner(directions.T @ matrix)))
     except RuntimeError as error:
-        if not is_networks(error):
+        if is_out_of_memory(error):
             raise
         return False  # the layer takes an input that a product with its weight does not take
     found = layout.outputs(y).float() @ directions

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lrc_cli.text import byte_size
+from lrc_cli.text import byte_size, visible_lines
 
 Forecast = dict[str, Any]
 
@@ -32,7 +32,7 @@ def render(found: Forecast) -> str:
     ]
     if "curve" in found:
         lines += ["", *_curve(found)]
-    return "\n".join(lines)
+    return visible_lines(lines)
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lrc_cli.errors import InputError, LrcError
+from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named
 
 Factory = Callable[[], nn.Module]
@@ -36,7 +37,8 @@ def resolve_factory(factory: Factory | str) -> Factory:
 
     def build() -> nn.Module:
         try:
-            model = function()
+            with contained():
+                model = function()
         except LrcError:
             raise
         except Exception as error:  # the user's code may raise anything
@@ -62,10 +64,11 @@ def _import(name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        with contained():
+            return getattr(importlib.import_module(module_name), attribute)
     except LrcError:
         raise
-    except (Exception, SystemExit) as error:  # the user's module may raise anything
+    except Exception as error:  # the user's module may raise anything
         raise InputError(
             f"factory {name} cannot be imported: {named(error)}",
             "check the name, and that its package is installed or in the working directory"

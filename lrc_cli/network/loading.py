@@ -24,6 +24,7 @@ from lrc_cli.network.low_rank.slots import (
 )
 from lrc_cli.network.recurrent import unroll
 from lrc_cli.network.tensor_checks import check_copies, check_keys
+from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named, some_of
 
 
@@ -170,14 +171,16 @@ def _from_pretrained(
     path, config = source.path, source.config or {}
     model: nn.Module
     try:
-        model_class = _model_class(path, config, trust_remote_code)
-        options = {"dtype": dtype or _stored_dtype(source) or "auto", "output_loading_info": True}
-        if source.is_transformers_choice or "quantization_config" in config:
-            options |= {"local_files_only": True}
-            options |= {"trust_remote_code": True} if trust_remote_code else {}
-            model, info = model_class.from_pretrained(path, **options)
-        else:
-            model, info = _from_state(model_class, source, trust_remote_code, options)
+        with contained():
+            model_class = _model_class(path, config, trust_remote_code)
+            kind = dtype or _stored_dtype(source) or "auto"
+            options = {"dtype": kind, "output_loading_info": True}
+            if source.is_transformers_choice or "quantization_config" in config:
+                options |= {"local_files_only": True}
+                options |= {"trust_remote_code": True} if trust_remote_code else {}
+                model, info = model_class.from_pretrained(path, **options)
+            else:
+                model, info = _from_state(model_class, source, trust_remote_code, options)
     except LrcError:
         raise
     # On a config.json that makes no sense, a model class may raise any error: a division by zero

@@ -4,10 +4,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lrc_cli.errors import RunError
 from lrc_cli.runtime.processes import ALONE, Processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun sets in the environment of every process."""
+
+
+class EndedElsewhere(RunError):
+    """Another process failed first, and says why; this process ends without a word.
+
+    Args:
+        code: the exit code of the process that failed first.
+    """
+
+    def __init__(self, code: int) -> None:
+        self.exit_code = code
+        super().__init__("another process has failed", "see what it says")
 
 
 @contextmanager
@@ -15,8 +28,7 @@ def joined() -> Iterator[Processes]:
     """The processes that torchrun has started with this process, or this process alone.
 
     An error that ends one process within the context ends the others too. The process that failed
-    first raises its error. The others leave by SystemExit, in silence and with the first one's exit
-    code.
+    first raises its error. The others raise EndedElsewhere with the exit code of the first.
     """
     if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
@@ -30,5 +42,5 @@ def joined() -> Iterator[Processes]:
         code = group.failed(error)
         if code is None:
             raise
-        raise SystemExit(code) from error
+        raise EndedElsewhere(code) from error
     group.leave()

@@ -10,8 +10,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from lrc_cli.errors import InputError
 from lrc_cli.runtime.places import open_to_append
 from lrc_cli.runtime.signals import Stop
+from lrc_cli.runtime.streams import LONGEST, lenient
+from lrc_cli.runtime.traces import note_trace, recorded
+from lrc_cli.text import cut, visible
 
 LINE_SECONDS = 15.0
 Seconds = dict[str, float]
@@ -36,48 +40,73 @@ class Progress:
         verbose: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self.stop, self.quiet, self.stream = stop or Stop(), quiet, stream or sys.stderr
+        self.stop, self.quiet = stop or Stop(), quiet
+        self.stream = lenient(stream or sys.stderr, is_raw=True)
         self.line_seconds = 0.0 if verbose else LINE_SECONDS
         self.has_bar = not quiet and not verbose and self.stream.isatty()
-        self._log: TextIO | None = None
+        self._log: int | None = None
         self._unlogged: list[str] = []
 
     def note(self, text: str) -> None:
         """Show one line to the user, unless quiet was asked for."""
         self._record(text)
         if not self.quiet:
-            tqdm.write(text, file=self.stream)
+            self._show(text)
 
     def say(self, text: str) -> None:
         """Show one line to the user, also if quiet was asked for."""
         self._record(text)
-        tqdm.write(text, file=self.stream)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        tqdm.write(cut(visible(text), LONGEST), file=self.stream)
 
     def _record(self, text: str) -> None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(text)}\n"
         if self._log is None:
             self._unlogged.append(line)
         else:
-            self._log.write(line)
+            self._write(line)
+
+    def _write(self, lines: str) -> None:
+        """Append lines to the log; where this fails, the run goes on without a log."""
+        assert self._log is not None
+        try:
+            os.write(self._log, lines.encode("utf-8"))
+        except OSError as error:
+            self._log = None
+            self.note(f"the log cannot be written ({error.strerror}): the run goes on without it")
 
     @contextmanager
     def logged(self, file: Path) -> Iterator[None]:
         """A context in which every line is appended to a file too; earlier lines come first.
 
-        Raises:
-            InputError: a link, a pipe, a device or a directory has the name of the file.
+        An error that ends the context is recorded with its trace. Where the file cannot be
+        written, the run goes on and says so.
         """
-        descriptor = open_to_append("log", file)
-        with os.fdopen(descriptor, "a", encoding="utf-8", buffering=1) as self._log:
-            self._log.writelines(self._unlogged)
-            self._unlogged.clear()
-            try:
-                yield
-            except BaseException as error:
-                self._record(f"{type(error).__name__}: {error}")
-                raise
-            finally:
-                self._log = None
+        try:
+            descriptor = open_to_append("log", file)
+        except (InputError, OSError) as error:
+            self.note(f"there is no log: {error}")
+            yield
+            return
+        self._log = descriptor
+        lines, self._unlogged = self._unlogged, []
+        self._write("".join(lines))
+        try:
+            yield
+        except GeneratorExit:  # the caller asks for no further job, which is no failure
+            raise
+        except BaseException as error:
+            for line in recorded(error):
+                self._record(line)
+            note_trace(error, file)
+            raise
+        finally:
+            self._log = None
+            if not _is_file(descriptor, file):
+                self.note(f"{file}: the log was removed or replaced while the run went on")
+            os.close(descriptor)
 
     @contextmanager
     def phase(self, name: str, cost: float) -> Iterator["Phase"]:
@@ -88,6 +117,14 @@ class Progress:
             yield phase
         finally:
             phase.close()
+
+
+def _is_file(descriptor: int, file: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except OSError:
+        return False
 
 
 class Phase:

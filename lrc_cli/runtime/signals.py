@@ -1,20 +1,17 @@
 """A first signal ends a run between two units of work; a second signal ends it at once."""
 
 import signal
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lrc_cli.errors import LrcError
+from lrc_cli.errors import Interrupted
+from lrc_cli.runtime.streams import tell
 
+__all__ = ["Interrupted", "Stop", "ending_on_signals", "ignore_signals", "stop_on_signals"]
 
-class Interrupted(LrcError):
-    """The run was asked to stop, and stopped between two pieces of work."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
-        super().__init__("interrupted", "the same command goes on where it stopped")
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Stop:
@@ -34,7 +31,7 @@ class Stop:
             raise Interrupted(number)
         self.number = number
         if not self.quiet:
-            print("stopping after the current step; once more to stop now", file=sys.stderr)
+            tell("stopping after the current step; once more to stop now")
 
     def check(self) -> None:
         """Raise Interrupted if a stop was asked for."""
@@ -42,18 +39,52 @@ class Stop:
             raise Interrupted(self.number)
 
 
+def _signals() -> list[signal.Signals]:
+    """The signals that ask for an end. SIGHUP stays ignored under `nohup`."""
+    asked = [signal.SIGINT, signal.SIGTERM]
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [*asked, signal.SIGHUP] if hangs_up else asked
+
+
+@contextmanager
+def _handled(handler: Handler) -> Iterator[None]:
+    """A context in which a function handles the signals. Only the main thread can handle any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in _signals()}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 @contextmanager
 def stop_on_signals(*, quiet: bool = False) -> Iterator[Stop]:
-    """A context in which SIGINT and SIGTERM ask for a stop instead of killing the process.
+    """A context in which SIGINT, SIGTERM and SIGHUP ask for a stop instead of killing the process.
 
     Args:
         quiet: see `Stop`.
     """
     stop = Stop(quiet=quiet)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop.request) for number in numbers}
-    try:
+    with _handled(stop.request):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """A context in which the first signal raises Interrupted, wherever the program is."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handled(end):
+        yield
+
+
+def ignore_signals() -> None:
+    """From here on no signal disturbs the process: all that is left is to say how it ended."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _signals():
+            signal.signal(number, signal.SIG_IGN)

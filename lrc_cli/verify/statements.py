@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from lrc_cli.errors import LrcError
 from lrc_cli.runtime.signals import Interrupted
-from lrc_cli.text import named
+from lrc_cli.runtime.streams import LONGEST
+from lrc_cli.text import cut, named, visible_lines
 
 HOLDS, FAILS, NOT_CHECKED = "holds", "fails", "not checked"
 
@@ -127,11 +128,13 @@ def render(findings: Findings) -> str:
         *(f"{HOLDS}: {id}: {number:,} hold" for id, number in _counts(findings)),
     ]
     totals = [f"{len(findings.with_status(s)):,} {s}" for s in (HOLDS, FAILS, NOT_CHECKED)]
-    return "\n".join([*lines, ", ".join(totals)])
+    return visible_lines([*lines, ", ".join(totals)])
 
 
 def _listed(statements: list[Statement]) -> list[str]:
-    lines = [f"{s.status}: {s.id}: {s.what}: {s.detail}" for s in statements[:MAX_LINES]]
+    lines = [
+        cut(f"{s.status}: {s.id}: {s.what}: {s.detail}", LONGEST) for s in statements[:MAX_LINES]
+    ]
     if len(statements) > MAX_LINES:
         left = len(statements) - MAX_LINES
         lines.append(f"{statements[0].status}: and {left:,} more, see --json")

@@ -13,9 +13,9 @@ from lrc_cli.data.draw import Batch
 from lrc_cli.data.padding import masks_of, unpadded
 from lrc_cli.engine import Drift
 from lrc_cli.errors import RunError
-from lrc_cli.execution.chain import Chain, Segment, StopForward
+from lrc_cli.execution.chain import Chain, Segment
 from lrc_cli.execution.hooks import around_calls
-from lrc_cli.execution.network import Network, make_network
+from lrc_cli.execution.network import Network, StopForward, make_network
 from lrc_cli.execution.precision import DTYPES, cast_on_read
 from lrc_cli.execution.walk import Keep, Pair, Walk
 from lrc_cli.forms import DENSE, FORMS

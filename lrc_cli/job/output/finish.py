@@ -8,9 +8,9 @@ import torch
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.errors import RunError, is_networks
+from lrc_cli.errors import RunError
 from lrc_cli.execution.losses import all_finite, floating_outputs
-from lrc_cli.execution.network import Network, make_network
+from lrc_cli.execution.network import Network, NetworkError, make_network
 from lrc_cli.execution.walk import compressed_failure
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.output.certify import certify
@@ -113,9 +113,7 @@ def _check_forward(network: Network, plan: Plan) -> None:
     try:
         with torch.no_grad():
             outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
-    except Exception as error:
-        if not is_networks(error):
-            raise
+    except NetworkError as error:
         raise compressed_failure(error) from error
     if not all_finite(floating_outputs(outputs)):
         raise RunError(
