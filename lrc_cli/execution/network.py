@@ -28,12 +28,12 @@ class NetworkError(RunError):
 
     Args:
         cause: the error that the code raised.
-        where: the name of the innermost module that was running; empty: the network itself.
+        where: the name of the innermost module that was running.
     """
 
     def __init__(self, cause: BaseException, where: str) -> None:
         self.cause = cause
-        self.reason = f"{named(cause)}, in {f'module {where}' if where else 'its own code'}"
+        self.reason = f"{named(cause)}, in module {where}"
         super().__init__(
             f"the network fails: {self.reason}",
             "its code must take every sequence of the data, in every pass",
@@ -57,9 +57,10 @@ def blaming(module: nn.Module) -> Iterator[None]:
 
 
 def _place_of(error: BaseException, network: nn.Module) -> str:
-    """Returns the name of the innermost module of the network in an error's trace."""
-    names = {id(module): name for name, module in network.named_modules()}
-    found, step = "", error.__traceback__
+    """Returns the name of the innermost module in an error's trace; the network has its class's."""
+    whole = type(network).__name__
+    names = {id(module): name or whole for name, module in network.named_modules()}
+    found, step = whole, error.__traceback__
     while step is not None:
         # The first argument of a module's forward is the module, whatever it is called.
         code, variables = step.tb_frame.f_code, step.tb_frame.f_locals
