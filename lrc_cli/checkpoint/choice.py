@@ -5,15 +5,15 @@ files of torch.save, shards of torch.distributed.checkpoint. transformers and lr
 answer, so nothing else in the package chooses among files.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lrc_cli.checkpoint.headers import INDEX_NAME, SINGLE_NAME, read_json
+from lrc_cli.checkpoint.headers import INDEX_NAME, SINGLE_NAME
 from lrc_cli.errors import InputError
+from lrc_cli.reading import read_json
 
 METADATA_NAME = ".metadata"
 """The file that a directory of torch.distributed.checkpoint has beside its shards."""
@@ -153,7 +153,7 @@ def _indexes(path: Path, suffixes: Sequence[str], standard: str) -> list[Form]:
     for index in [path / standard, *others]:
         if not index.exists() and not index.is_symlink():
             continue
-        content = _index_json(index)
+        content = read_json(index)
         if index.name != standard and not isinstance(content.get("weight_map"), dict):
             continue
         form = _indexed(index, _checked_map(index, content))
@@ -166,30 +166,7 @@ _STANDARD = frozenset({INDEX_NAME, OLD_INDEX})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    return _checked_map(index, _index_json(index))
-
-
-def _index_json(index: Path) -> dict[str, Any]:
-    """Reads an index, in which no key may stand twice with two values."""
-    content = read_json(index)
-    try:
-        json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except _TwiceError as error:
-        key, first, second = error.args
-        raise InputError(f"{index} has {key} twice, in {first} and in {second}", RESTORE) from error
-    return content
-
-
-class _TwiceError(Exception):
-    """A JSON object has a key twice: the key and both values."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if found.setdefault(key, value) != value:
-            raise _TwiceError(key, found[key], value)
-    return found
+    return _checked_map(index, read_json(index))
 
 
 def _checked_map(index: Path, content: Mapping[str, Any]) -> dict[str, str]:

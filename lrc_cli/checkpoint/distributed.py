@@ -5,6 +5,7 @@ checkpoint names. Here the file may name only the classes that describe tensors.
 """
 
 import ctypes
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -19,11 +20,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lrc_cli.checkpoint.choice import METADATA_NAME
-from lrc_cli.checkpoint.headers import TensorInfo
+from lrc_cli.checkpoint.headers import TensorInfo, check_name
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
+from lrc_cli.reading import read_bytes
 from lrc_cli.runtime.spill import Spool
 
+METADATA_BYTES = 64_000_000
+"""The most bytes of `.metadata`."""
 LARGE = 1 << 17
 """A read of more bytes than this gives freed memory back to the system."""
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -125,7 +129,8 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
-class _Unpickler(pickle.Unpickler):
+# The unpickler in C would reserve memory for any number that the pickle gives to an object.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
@@ -136,8 +141,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_metadata(file: Path) -> Metadata:
     try:
-        with file.open("rb") as handle:
-            found = _Unpickler(handle).load()
+        found = _Unpickler(io.BytesIO(read_bytes(file, METADATA_BYTES))).load()
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         cause = f"{file}: cannot be read, or names code that lrc does not run ({error})"
         raise InputError(cause, "save the checkpoint with torch.distributed.checkpoint") from error
@@ -180,6 +186,7 @@ def _tree(path: Path, metadata: Metadata) -> dict[str, Any]:
             if sum(chunk.sizes.numel() for chunk in saved.chunks) < saved.size.numel():
                 cause = f"{path}: {METADATA_NAME} names no shard for a part of {fqn}"
                 raise InputError(cause, "save the checkpoint again")
+            check_name(fqn, path / METADATA_NAME)
             info = TensorInfo(
                 file=path / first[fqn], shape=tuple(saved.size), dtype=saved.properties.dtype
             )

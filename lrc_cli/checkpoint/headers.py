@@ -1,7 +1,6 @@
 """This module reads what weight files say of themselves: names, shapes, dtypes, format version."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lrc_cli.errors import InputError
+from lrc_cli.reading import file_size, open_regular, parse_json
 
 FORMAT_VERSION = 1
 """The on-disk format that this version writes, and the newest format that this version reads."""
@@ -19,6 +19,11 @@ UPGRADE = "upgrade it with: pip install --upgrade lrc-cli"
 
 DEQUANTISE = "dequantise it first, or run lrc on the checkpoint it came from"
 """The remedy for quantised weights."""
+
+MOST_HEADER = 100_000_000
+"""The most bytes of a header that safetensors reads."""
+MOST_IN_NAME = 1000
+"""The most characters of a tensor's name."""
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -63,6 +68,7 @@ def open_tensors(file: str | Path) -> Any:
     Raises:
         InputError: the file is missing, truncated or not safetensors.
     """
+    file_size(Path(file))
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -96,7 +102,9 @@ def file_headers(file: str | Path) -> dict[str, TensorInfo]:
     """
     headers = {}
     with open_tensors(file) as handle:
+        _check_header(Path(file))
         for key in handle.offset_keys():
+            check_name(key, file)
             entry = handle.get_slice(key)
             name = entry.get_dtype()
             if name not in DTYPES:
@@ -106,6 +114,30 @@ def file_headers(file: str | Path) -> dict[str, TensorInfo]:
                 file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
             )
     return headers
+
+
+def _check_header(file: Path) -> None:
+    """Raises InputError for a header that has a name twice, which safetensors lets pass."""
+    with open_regular(file) as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = handle.read(min(length, MOST_HEADER))
+    parse_json(header.decode(), f"{file}: its header")
+
+
+def check_name(key: str, file: str | Path) -> None:
+    """Raises InputError for a tensor's name that no file or message should repeat."""
+    try:
+        key.encode()
+        is_text = all(character >= " " and character != "\x7f" for character in key)
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text or len(key) > MOST_IN_NAME:
+        shown = key.encode("unicode_escape")[:60].decode()
+        raise InputError(
+            f"{file}: the tensor name '{shown}' ({len(key):,} characters) is too long or holds"
+            " characters that are no text",
+            "rename the tensor",
+        )
 
 
 def _is_same(key: str, first: Path, second: Path) -> bool:
@@ -134,21 +166,31 @@ def differ(first: str, first_file: Path, second: str, second_file: Path) -> Inpu
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+def parse_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """Reads what lrc noted in the metadata of a safetensors file (version, layer table, factory).
+
+    Returns:
+        The record; empty where the file is not lrc's.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 JSON, or does not hold an object.
+        InputError: the metadata has a key "lrc" with something that lrc does not write.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}", "restore the file") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})", "check the file") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} is not a JSON object", "restore the file")
-    return value
+    where = f"{file}: the metadata `lrc`"
+    record = parse_json(metadata.get("lrc", "{}"), where)
+    if not isinstance(record, dict) or not isinstance(record.get("factory", ""), str | None):
+        raise InputError(f"{where} is not what lrc writes", "write the checkpoint again")
+    check_table_form(record.get("layers", {}), where)
+    return record
+
+
+def check_table_form(table: object, where: str) -> None:
+    """Raises InputError for a layer table that is not {disk name: {"storage": a name, ...}}."""
+    entries = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(x, dict) and isinstance(x.get("storage"), str) for x in entries):
+        raise InputError(
+            f"{where}: `layers` is no layer table, which has a storage for each layer",
+            "write the checkpoint again, it is damaged",
+        )
 
 
 def check_version(version: object, where: str) -> None:

@@ -1,20 +1,19 @@
 """The file manifest.json lists the sha256 of every file and of every tensor's bytes."""
 
 import hashlib
-import json
 import re
-import stat
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lrc_cli.checkpoint.headers import open_tensors, read_json
+from lrc_cli.checkpoint.headers import open_tensors
+from lrc_cli.errors import InputError
+from lrc_cli.reading import read_json
 from lrc_cli.runtime.files import hash_file, tensor_bytes
 
 MANIFEST_NAME = "manifest.json"
 PARTIAL_MARK = ".lrc-partial"
 """The name of the file that marks a directory as an output of lrc's that is not finished."""
 ALWAYS_WRITTEN = frozenset({"lrc.yaml", "report.json"})
-MOST_BYTES = 1 << 28
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -81,13 +80,10 @@ def _own_files(directory: Path) -> dict[str, str] | None:
     """The files that the manifest of an output of lrc's names; None for any other directory."""
     file = directory / MANIFEST_NAME
     try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            return None
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none, or none that lrc wrote
+        manifest = None if file.is_symlink() else read_json(file)
+    except InputError:  # none, or none that lrc wrote
         return None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("manifest_version"), int):
+    if manifest is None or not isinstance(manifest.get("manifest_version"), int):
         return None
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not _are_hashes(files) or not _are_hashes(tensors):

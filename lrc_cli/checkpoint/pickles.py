@@ -2,15 +2,15 @@
 
 import pickle
 import re
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lrc_cli.checkpoint.archives import check_archive, check_storages, record_names
 from lrc_cli.checkpoint.choice import check_index
-from lrc_cli.checkpoint.headers import TensorInfo, differ, has_same_bytes
+from lrc_cli.checkpoint.headers import TensorInfo, check_name, differ, has_same_bytes
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
 
@@ -43,16 +43,17 @@ class PickledFiles:
         keys: dict[Path, Collection[str]] = {}
         for file in self.files:
             seen = set()
-            state = find_state(_load(file), torch.Tensor, file)
+            state = _state(file)
+            infos = {key: _describe(file, key, tensor) for key, tensor in state.items()}
+            check_storages(file, state)
             keys[file] = state.keys()
             for key, tensor in state.items():
-                info = _describe(file, key, tensor)
                 other, earlier = first.setdefault(key, (file, tensor))
                 if other != file and not has_same_bytes(earlier, tensor):
                     raise differ(key, other, key, file)
                 memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 if other == file and (not tensor.numel() or memory not in seen):
-                    self.tensors[key] = info
+                    self.tensors[key] = infos[key]
                     self._stored[key] = tensor.detach()
                 seen.add(memory)
         if weight_map is not None:
@@ -63,11 +64,27 @@ class PickledFiles:
         return self._stored[key]
 
 
+def _state(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return find_state(_load(file), torch.Tensor, file)
+    except RuntimeError as error:
+        cause = f"{file}: holds a nested tensor, which has no shape"
+        raise InputError(cause, "save it as plain tensors") from error
+
+
 def _describe(file: Path, key: str, tensor: torch.Tensor) -> TensorInfo:
-    if tensor.layout != torch.strided or type(tensor.detach()) is not torch.Tensor:
+    check_name(key, file)
+    if tensor.is_meta:
+        raise InputError(
+            f"{file}: {key} is a meta tensor, which has no numbers",
+            "save the checkpoint again, after its offloaded weights are back in memory",
+        )
+    is_view = tensor.is_nested or tensor.is_conj() or tensor.is_neg()
+    if is_view or tensor.layout != torch.strided or type(tensor.detach()) is not torch.Tensor:
         kind = f"{type(tensor).__name__}, {tensor.layout}"
         raise InputError(
-            f"{file}: {key} is not a plain dense tensor ({kind})", "save it as one with .to_dense()"
+            f"{file}: {key} is not a plain dense tensor ({kind})",
+            "save it as one with .to_dense()",
         )
     return TensorInfo(file=file, shape=tuple(tensor.shape), dtype=tensor.dtype)
 
@@ -78,11 +95,12 @@ def _load(file: Path) -> Mapping[Any, Any]:
     Raises:
         InputError: the file holds code, a program, or nothing that torch.save writes.
     """
-    is_archive = zipfile.is_zipfile(file)
-    if is_archive:
-        _refuse_programs(file)
+    names = record_names(file)
+    if names is not None:
+        _refuse_programs(file, names)
+        check_archive(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=names is not None)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         held = f"code ({code[1]})" if code else "more than tensors"
@@ -96,10 +114,9 @@ def _load(file: Path) -> Mapping[Any, Any]:
     return found
 
 
-def _refuse_programs(file: Path) -> None:
+def _refuse_programs(file: Path, records: Sequence[str]) -> None:
     """Raises InputError for a traced program: a graph of operations has no layers to replace."""
-    with zipfile.ZipFile(file) as archive:
-        names = {name.partition("/")[2] for name in archive.namelist()}
+    names = {name.partition("/")[2] for name in records}
     if "archive_format" in names or "models/model.json" in names:
         raise InputError(
             f"{file}: a torch.export program is a graph without layers, which lrc cannot compress",

@@ -3,6 +3,7 @@
 A source also knows the side files, such as a tokenizer, that the output carries over.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 
 from lrc_cli.checkpoint.choice import NAMED, transformers_place
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
-from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, read_json
+from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, check_table_form
 from lrc_cli.checkpoint.weights import (
     RenamedWeights,
     SafetensorsFiles,
@@ -23,6 +24,7 @@ from lrc_cli.checkpoint.weights import (
     open_weights,
 )
 from lrc_cli.errors import InputError
+from lrc_cli.reading import file_size, read_json
 from lrc_cli.runtime.files import hash_file
 from lrc_cli.text import some_of
 
@@ -277,10 +279,12 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
         InputError: the path is missing, holds no checkpoint that this version reads, is damaged, or
             is already quantised or factorised.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, this takes names that no file can have
         raise InputError(
             f"{path} does not exist", "check the path (relative to the working directory)"
         )
+    if not os.path.isdir(path):
+        file_size(path)
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
     source = Source(path=path, config=config, weights=open_weights(path, (config or {}).get(NAMED)))
     # Some of lrc's forms are whole numbers. What others wrote is dense, whatever its metadata says.
@@ -300,6 +304,7 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
     if quantization:
         method = quantization.get("quant_method", "an unknown method")
         if method == "lrc" and factorised:
+            check_table_form(quantization.get("layers") or {}, f"{file}: quantization_config")
             return config
         remedy = "run lrc on the dense checkpoint it came from" if method == "lrc" else DEQUANTISE
         raise InputError(

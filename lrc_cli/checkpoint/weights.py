@@ -1,6 +1,5 @@
 """This module opens the tensors of weight files: one interface, and one class for each format."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from lrc_cli.checkpoint.headers import (
     file_headers,
     has_same_bytes,
     open_tensors,
+    parse_record,
     read_headers,
 )
 from lrc_cli.checkpoint.pickles import PickledFiles
@@ -89,7 +89,7 @@ class SafetensorsFiles:
             InputError: this version does not read the noted format version.
         """
         metadata = self._handles[self.files[0]].metadata() or {}
-        record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
+        record = parse_record(metadata, self.files[0])
         if record:
             check_version(record.get("format_version"), str(self.files[0]))
         return record

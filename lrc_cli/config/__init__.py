@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lrc_cli.config.canonical import config_hash, to_dict, to_yaml
 from lrc_cli.config.compression import Compression, LayerOverride
-from lrc_cli.config.constraints import FieldError, matches, parse_bytes
+from lrc_cli.config.constraints import FieldError, parse_bytes
+from lrc_cli.config.patterns import matches
 from lrc_cli.config.reader import read
 from lrc_cli.config.schema import json_schema
 from lrc_cli.config.sections import (
@@ -19,10 +20,19 @@ from lrc_cli.config.sections import (
     Recover,
     Runtime,
 )
-from lrc_cli.config.tree import Position, Problem, fail, parse, set_value
-from lrc_cli.errors import InputError
+from lrc_cli.config.tree import (
+    CONFIG_BYTES,
+    Position,
+    Problem,
+    fail,
+    parse,
+    plain_values,
+    set_value,
+)
+from lrc_cli.reading import read_utf8
 
 __all__ = [
+    "CONFIG_BYTES",
     "Calibration",
     "Certification",
     "Compression",
@@ -41,6 +51,7 @@ __all__ = [
     "matches",
     "parse_bytes",
     "parse_config",
+    "plain_values",
     "to_dict",
     "to_yaml",
 ]
@@ -56,19 +67,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: the file cannot be read, or a line of it is wrong; see `parse_config`.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file", "check the path") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a directory", "give the YAML file itself") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", "check the file") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text", "save the file as UTF-8") from error
+    text = read_utf8(path, CONFIG_BYTES, "utf-8-sig")
     return parse_config(text, str(path), overrides)
 
 

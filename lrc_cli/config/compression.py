@@ -13,8 +13,8 @@ from lrc_cli.config.constraints import (
     Portion,
     Positive,
     Share,
-    matches,
 )
+from lrc_cli.config.patterns import matches
 
 
 @dataclass(frozen=True, kw_only=True)

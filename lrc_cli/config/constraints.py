@@ -3,11 +3,12 @@
 Every constraint has `accepts(value)`, `describe(base)` for messages and `schema()` for JSON Schema.
 """
 
-import fnmatch
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
+
+from lrc_cli.config.patterns import PatternError, check_pattern
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -116,14 +117,16 @@ class LayerPattern:
     """A pattern on module names: a glob, or "re:" and a regular expression."""
 
     def accepts(self, value: Any) -> bool:
-        """Whether the text is not empty, and compiles if it is a regular expression."""
-        if not value.startswith("re:"):
-            return bool(value)
+        """Whether the pattern can be read."""
+        return not self.why_not(value)
+
+    def why_not(self, value: Any) -> str:
+        """Why the pattern cannot be read, with what to write instead; empty: it can."""
         try:
-            re.compile(value[3:])
-        except (re.error, OverflowError):
-            return False
-        return True
+            check_pattern(value)
+        except PatternError as error:
+            return str(error)
+        return ""
 
     def describe(self, base: str) -> str:
         """Both forms in words."""
@@ -161,18 +164,6 @@ class FieldError(ValueError):
         self.key = key
         self.message = message
         super().__init__(f"{key}: {message}")
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a layer pattern fits the whole module name.
-
-    Args:
-        pattern: a glob, whose `*` crosses dots, or "re:" and a regular expression.
-        name: a module name such as "model.layers.0.mlp.up_proj".
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def parse_bytes(size: str | int) -> int:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lrc_cli.config.built import BUILT
-from lrc_cli.config.constraints import FieldError
+from lrc_cli.config.constraints import FieldError, LayerPattern
 from lrc_cli.config.sections import Config
 from lrc_cli.config.tree import Broken, Node, Position, Problem, Scalar, join
 
@@ -208,7 +208,8 @@ class Reader:
 
     def mismatch(self, node: Node, hint: Any, path: str, expected: str) -> Any:
         """Report a value of the wrong kind, with the likeliest remedy."""
-        remedy = _remedy(node.value, hint, expected)
+        reason = _why_not(node.value, hint)
+        remedy = f": {reason}" if reason else _remedy(node.value, hint, expected)
         message = f"expected {expected}, got {show(node.value)}{remedy}"
         return self.report(node.at, path, message)
 
@@ -227,6 +228,12 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(float(value))
     except OverflowError:
         return False
+
+
+def _why_not(value: Any, hint: Any) -> str:
+    """What a constraint itself says of a value of the right type that it does not accept."""
+    _, *constraints = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    return "".join(x.why_not(value) for x in constraints if isinstance(x, LayerPattern))
 
 
 def _remedy(value: Any, hint: Any, expected: str) -> str:

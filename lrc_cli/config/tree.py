@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import yaml
 
 from lrc_cli.errors import InputError
+from lrc_cli.reading import DIGITS
 
 Scalar: TypeAlias = str | int | float | bool | None
 
@@ -17,6 +19,13 @@ _TYPED_TAGS = {_TAG + name for name in ("null", "bool", "int", "float")}
 # YAML 1.1 takes such numbers for texts; YAML 1.2 and every person take them for numbers.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _MAX_SHOWN = 10
+
+CONFIG_BYTES = 500_000
+"""The most bytes of a config. PyYAML reads as much in five seconds."""
+MOST_ENTRIES = 10_000
+"""The most entries of one list or mapping."""
+_MOST_IN_NUMBER = 1000
+"""The most characters of a number, null or truth value."""
 
 
 @dataclass(frozen=True, order=True)
@@ -83,6 +92,36 @@ def parse(text: str, name: str, problems: list[Problem]) -> Node | None:
     return _Builder(name, numbered=True, problems=problems).parse(text, "")
 
 
+@lru_cache(maxsize=8)
+def plain_values(text: str, name: str) -> Any:
+    """The value of a YAML text as dicts, lists and scalars, which are not to be changed.
+
+    Aliases are shared objects. Nothing is merged, so that no text stands for more than its own
+    size.
+
+    Raises:
+        InputError: the text is no YAML that `parse` reads without a problem.
+    """
+    problems: list[Problem] = []
+    root = parse(text, name, problems)
+    if problems:
+        raise fail(problems)
+    return None if root is None else _plain(root, {})
+
+
+def _plain(node: Node, done: dict[int, Any]) -> Any:
+    value = node.value
+    if not isinstance(value, dict | list):
+        return value
+    if id(value) not in done:
+        done[id(value)] = (
+            {key: _plain(child, done) for key, child in value.items()}
+            if isinstance(value, dict)
+            else [_plain(child, done) for child in value]
+        )
+    return done[id(value)]
+
+
 def set_value(root: Node, assignment: str, problems: list[Problem]) -> Node:
     """The tree with `KEY.SUB=VALUE` applied. VALUE is YAML, and a list item's key is its index.
 
@@ -138,6 +177,9 @@ class _Builder:
 
     def parse(self, text: str, path: str) -> Node | None:
         """The tree; None for an empty text. `path` is the place of the tree in the config."""
+        if len(text) > CONFIG_BYTES:
+            message = f"has {len(text):,} characters, and at most {CONFIG_BYTES:,} are read"
+            raise fail([Problem(self.position(0, 0), "", f"{message}; check that it is a config")])
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             return None if node is None else self.convert(node, path)
@@ -148,6 +190,8 @@ class _Builder:
             line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
             message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
             raise fail([Problem(self.position(line, column), "", message)]) from error
+        except (ValueError, OverflowError) as error:  # of numbers in escapes and directives
+            raise fail([Problem(self.position(0, 0), "", f"not valid YAML: {error}")]) from error
         except RecursionError as error:
             raise fail([Problem(self.position(0, 0), "", "nested too deeply")]) from error
 
@@ -182,6 +226,9 @@ class _Builder:
         return Broken()
 
     def value(self, node: yaml.Node, path: str, at: Position) -> Value:
+        if not isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_ENTRIES:
+            message = f"has {len(node.value):,} entries, and at most {MOST_ENTRIES:,} are read"
+            return self.broken(at, path, message)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -197,6 +244,9 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 self.problems.append(Problem(at, path, "a key must be a text"))
                 continue
+            if not _is_utf8(key.value):
+                self.problems.append(Problem(at, path, f"a key {_HALF}"))
+                continue
             child_path = join(path, key.value)
             if key.value in children:
                 first = children[key.value].key_at
@@ -208,11 +258,28 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode, path: str, at: Position) -> Value:
         text: str = node.value
+        if not _is_utf8(text):
+            return self.broken(at, path, _HALF)
         if node.tag in _TEXT_TAGS:
             plain_number = node.style is None and _EXPONENT.fullmatch(text)
             return float(text) if plain_number else text
+        if len(text) > _MOST_IN_NUMBER:  # PyYAML takes quadratic time for some
+            return self.broken(at, path, f"{text[:40]!r}... cannot be read as a value")
         try:
             value: Scalar = yaml.constructor.SafeConstructor().construct_object(node)
         except (ValueError, KeyError):
             return self.broken(at, path, f"{text[:40]!r} cannot be read as a value")
+        if isinstance(value, int) and abs(value) >= 10**DIGITS:
+            return self.broken(at, path, f"{text[:40]!r}... has more than {DIGITS} digits")
         return value
+
+
+_HALF = "holds half of a character, which no UTF-8 file can hold; write the character itself"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

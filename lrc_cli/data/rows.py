@@ -1,17 +1,19 @@
 """Tensor files hold named tensors whose first dimension counts the sequences."""
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lrc_cli.checkpoint.headers import DTYPES
 from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
+from lrc_cli.data.npz import read_npz
 from lrc_cli.errors import InputError
+from lrc_cli.reading import file_size
+from lrc_cli.text import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +58,23 @@ def read_rows(path: Path) -> Rows:
 
 
 def _read_safetensors(path: Path) -> Batch:
+    file_size(path)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(path)
+    except Exception as error:  # of dtypes that torch lacks, load_file raises others
         raise InputError(
-            f"{path}: cannot be read as safetensors ({error})", "write it again"
+            f"{path}: cannot be read as safetensors ({named(error)})", "write it again"
         ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            cause = f"{path}: {name} holds {dtype}, with which no input is computed"
+            raise InputError(cause, "write it in float32")
+    return tensors
 
 
 def _read_npz(path: Path) -> Batch:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read as .npz ({error})", "write it again") from error
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            cause = f"{path}: {name} holds {array.dtype}, no numbers"
-            raise InputError(cause, "leave it out, or write numbers")
-    return {name: torch.from_numpy(_native(array)) for name, array in arrays.items()}
+    return {name: torch.from_numpy(_native(array)) for name, array in read_npz(path).items()}
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli import __version__
-from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
 from lrc_cli.checkpoint.output_directory import resolve_output, tidy
 from lrc_cli.checkpoint.source import Source, open_source
@@ -20,6 +19,7 @@ from lrc_cli.data.draw import Sequences
 from lrc_cli.engine import Solver
 from lrc_cli.execution.network import Network
 from lrc_cli.network.factories import source_file
+from lrc_cli.reading import read_json
 from lrc_cli.runtime.files import canonical_json, hash_file, hash_path
 
 PACKAGE = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ the file of `LayerFacts`, which units of the work directory hold and which say w
 FIGURES = ("quality",)
 """The folders that can change a figure of a report, but nothing in a work directory."""
 NO_NUMBERS = (
-    *("errors.py", "text.py", "report", "verify", "forecast", "commands"),
+    *("errors.py", "text.py", "reading.py", "report", "verify", "forecast", "commands"),
     *("cli.py", "hf.py", "__init__.py", "__main__.py"),
 )
 """Everything else. Its code estimates, checks, prints, reads arguments or gives an address.

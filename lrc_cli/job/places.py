@@ -4,7 +4,6 @@ A job reads a checkpoint, data and a config. It writes an output, a work directo
 JUnit file. No place to write lies in a place to read, and no two places to write share a file.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from lrc_cli.checkpoint.output_directory import check_names_beside, names_beside
 from lrc_cli.config import Config
 from lrc_cli.errors import InputError
 from lrc_cli.job.work import FACTORS, FINGERPRINT, LOCK, LOG, PASSING, SHARED
+from lrc_cli.reading import read_json
 from lrc_cli.report.junit import check_junit_path
 from lrc_cli.runtime.files import check_writable
 from lrc_cli.runtime.places import (
@@ -150,12 +150,9 @@ def _check_names_are_free(root: Path) -> None:
 def _is_own(file: Path) -> bool:
     """Whether a fingerprint.json has the fields of lrc's."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            return False
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none, or none that lrc wrote
+        return read_json(file).keys() >= FIELDS
+    except InputError:  # none, or none that lrc wrote
         return False
-    return isinstance(found, dict) and found.keys() >= FIELDS
 
 
 def _read_by(config: Config) -> Iterator[tuple[str, str]]:

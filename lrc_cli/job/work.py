@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.reading import read_json
 from lrc_cli.runtime.files import canonical_json, sync_directory, tensor_bytes, write_json
 from lrc_cli.runtime.lock import lock_file
 from lrc_cli.runtime.places import replacing
@@ -130,11 +131,11 @@ class WorkDirectory:
             sync_directory(self.root)
             return
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:  # neither UTF-8 nor JSON
-            raise RunError(f"{file}: damaged ({error})", f"delete {self.root}") from error
+            found = read_json(file)
+        except InputError as error:
+            raise RunError(f"{file}: damaged ({error.message})", f"delete {self.root}") from error
         for name, value in self.fingerprint.items():
-            if not isinstance(found, dict) or found.get(name) != value:
+            if found.get(name) != value:
                 raise InputError(
                     f"{self.root}: the work directory was made with another {name}",
                     "set runtime.work_dir to another directory or to null, or delete this one",

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc_cli.checkpoint.fused import is_mark
-from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_version, read_headers
+from lrc_cli.checkpoint.headers import FORMAT_VERSION, check_table_form, check_version, read_headers
 from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import converted, module_names
 from lrc_cli.network.experts import has_experts, unfuse, without_merging
@@ -49,6 +49,9 @@ METHOD = "lrc"
 """The `quant_method` of a factorised checkpoint's config.json."""
 
 
+WHERE = "the checkpoint's quantization_config"
+
+
 class LrcConfig(QuantizationConfigMixin):
     """The `quantization_config` of a factorised checkpoint.
 
@@ -69,7 +72,8 @@ class LrcConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **extra: Any,
     ) -> None:
-        check_version(format_version, "the checkpoint's quantization_config")
+        check_version(format_version, WHERE)
+        check_table_form({} if layers is None else layers, WHERE)
         self.quant_method = METHOD
         self.format_version = format_version
         self.layers = {name: dict(entry) for name, entry in (layers or {}).items()}

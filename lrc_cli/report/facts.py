@@ -1,10 +1,10 @@
 """The card and the page say these facts in plain words, derived from the report."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from lrc_cli.config import plain_values
 from lrc_cli.quality.certificate_record import NoCertificate
 from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.sentences import not_promised
@@ -21,9 +21,9 @@ def not_as_asked(record: Record) -> list[LayerRecord]:
     return [x for x in record.layers if x.facts.fallback or x.facts.sequential_failed]
 
 
-def settings(record: Record) -> dict[str, Any]:
+def settings(record: Record) -> Mapping[str, Any]:
     """Returns the resolved config, parsed."""
-    parsed: dict[str, Any] = yaml.safe_load(record.provenance.config)
+    parsed: Mapping[str, Any] = plain_values(record.provenance.config, "provenance.config")
     return parsed
 
 

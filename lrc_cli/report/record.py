@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli.checkpoint.fused import Fused
-from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.forms import DENSE
 from lrc_cli.quality.certificate_record import Certificate, NoCertificate, read_certificate
 from lrc_cli.quality.records import QualityRow, WorstCase
+from lrc_cli.reading import read_json
 from lrc_cli.runtime.json_records import ABSENT, INLINE, JsonRecord
 
 REPORT = "report.json"

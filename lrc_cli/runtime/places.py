@@ -6,22 +6,14 @@ job reads. Nothing is replaced or deleted that lrc did not make, and a name alon
 
 import os
 import secrets
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrc_cli.errors import InputError
+from lrc_cli.reading import KINDS
 
-KINDS = (
-    (stat.S_ISLNK, "a link"),
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 Identity = tuple[int, int]
 """The device and the inode of a file: equal for all names of one file."""
 

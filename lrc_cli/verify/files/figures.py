@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.config import CONFIG_BYTES, Config, config_hash, plain_values, to_dict
+from lrc_cli.reading import read_utf8
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.report.record import parse_record
@@ -68,11 +67,11 @@ def _check_config(
     report: Mapping[str, Any], config: Config, written: Written, findings: Findings
 ) -> None:
     facts = report["provenance"]
-    text = (written.directory / "lrc.yaml").read_text(encoding="utf-8")
+    text = read_utf8(written.directory / "lrc.yaml", CONFIG_BYTES)
     what = "lrc.yaml is the config in the report"
     findings.judge("config", what, None if text == facts["config"] else "they differ")
     what = "the config has the hash in the report"
-    found_hash = config_hash(config, yaml.safe_load(text))
+    found_hash = config_hash(config, plain_values(text, "lrc.yaml"))
     findings.equal("config", what, facts["config_sha256"], found_hash)
     compression = config.compression
     name, value = compression.target

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.headers import INDEX_NAME, open_tensors, read_json
+from lrc_cli.checkpoint.headers import INDEX_NAME, open_tensors
 from lrc_cli.errors import InputError
+from lrc_cli.reading import read_json
 from lrc_cli.verify.statements import Findings
 
 MANIFEST = "manifest.json"

@@ -1,6 +1,5 @@
 """These checks need the files only: tensors, index, metadata and layer table agree."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,11 @@ from lrc_cli.checkpoint.headers import (
     INDEX_NAME,
     TensorInfo,
     open_tensors,
-    read_json,
+    parse_record,
 )
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.network.keys import Keys
+from lrc_cli.reading import read_json
 from lrc_cli.verify.files.forms import (
     PERM,
     TENSORS,
@@ -92,7 +92,7 @@ def _check_metadata(written: Written, source: Source, findings: Findings) -> Non
     facts = (written.report or {}).get("provenance", {})
     for file in source.files:
         metadata = _metadata(file)
-        record = _record(metadata)
+        record = _record(file)
         stated = {
             "format_version": record.get("format_version"),
             "tool_version": record.get("tool_version"),
@@ -120,16 +120,15 @@ def _metadata(file: Path) -> dict[str, str]:
         return handle.metadata() or {}
 
 
-def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _record(file: Path) -> dict[str, Any]:
     """Returns what lrc wrote into a file's metadata."""
-    record: dict[str, Any] = json.loads(metadata.get("lrc", "{}"))
-    return record
+    return parse_record(_metadata(file), file)
 
 
 def _stated_table(source: Source) -> Mapping[str, Mapping[str, Any]]:
     """Returns the layer table (disk name -> storage, rank, block) of config.json or metadata."""
     if source.config is None:
-        record = _record(_metadata(source.files[-1]))
+        record = _record(source.files[-1])
     else:
         record = source.config.get("quantization_config") or {}
     table: Mapping[str, Mapping[str, Any]] = record.get("layers", {})

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from lrc_cli.checkpoint.fused import Fused, is_mark
-from lrc_cli.checkpoint.headers import read_json
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, load_config
 from lrc_cli.network.keys import Keys
+from lrc_cli.reading import read_json
 from lrc_cli.verify.files.forms import TENSORS, is_read
 from lrc_cli.verify.files.manifest import REPORT
 from lrc_cli.verify.statements import Findings

@@ -1,6 +1,5 @@
 """The original must be the recorded checkpoint, and its unchanged parts must be in the output."""
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
 from lrc_cli.network.opening import Opened, open_module
+from lrc_cli.reading import read_json
 from lrc_cli.verify.files.forms import UP, unread
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
 from lrc_cli.verify.files.written import Written, fused_of
@@ -201,7 +201,7 @@ def _check_side_files(
         findings.judge("original.files", what, problem)
     if original.config is None:
         return
-    ours = json.loads((written.directory / "config.json").read_text(encoding="utf-8"))
+    ours = read_json(written.directory / "config.json")
     ours.pop("quantization_config", None)
     theirs = {key: value for key, value in original.config.items() if key != NAMED}
     name = written.config.output.dtype if written.config else "auto"
