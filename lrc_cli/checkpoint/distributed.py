@@ -25,6 +25,7 @@ from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
 from lrc_cli.reading import read_bytes
 from lrc_cli.runtime.spill import Spool
+from lrc_cli.text import named
 
 METADATA_BYTES = 64_000_000
 """The most bytes of `.metadata`."""
@@ -149,7 +150,7 @@ def _read_metadata(file: Path) -> Metadata:
         raise InputError(cause, "save the checkpoint with torch.distributed.checkpoint") from error
     # A truncated or foreign pickle fails in any way.
     except Exception as error:
-        cause = f"{file}: is not the metadata of a checkpoint ({type(error).__name__})"
+        cause = f"{file}: cannot be read, or names code, which lrc does not run ({named(error)})"
         raise InputError(cause, "copy the checkpoint again, it may be truncated") from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise InputError(f"{file}: does not describe a checkpoint", "copy the checkpoint again")

@@ -93,7 +93,6 @@ A
 漢字
 m²
 ٣
-１
 ]
 [
 a]
@@ -109,7 +108,20 @@ a{02}
 a{,}b
 -# 
 """.strip("\n").split("\n")
-NAMES += ["", " ", "\t", "\u2003", "\x85", "\x1c", "\x08", "\n", "a\nb", "e\u0301", "x" * 300]
+NAMES += [
+    "\uff11",
+    "",
+    " ",
+    "\t",
+    "\u2003",
+    "\x85",
+    "\x1c",
+    "\x08",
+    "\n",
+    "a\nb",
+    "e\u0301",
+    "x" * 300,
+]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
