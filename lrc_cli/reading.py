@@ -156,7 +156,7 @@ def parse_json(text: str, name: str) -> Any:
         cause = f"{name}: holds {half}, half of a character, which no UTF-8 file can hold"
         raise InputError(cause, RESTORE) from error
     except RecursionError as error:
-        cause = f"{name}: nested too deeply (more than {JSON_DEPTH} levels)"
+        cause = f"{name} is not JSON that is read: nested deeper than {JSON_DEPTH} levels"
         raise InputError(cause, RESTORE) from error
     return value
 

@@ -18,7 +18,7 @@ from lrc_cli.reading import (
     read_utf8,
 )
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lrc_cli"
+PACKAGE = Path(__file__).resolve().parents[2] / "lrc_cli"
 
 READ = {
     "an object": ('{"a": 1, "b": [1.5, null, "é"]}', {"a": 1, "b": [1.5, None, "é"]}),
@@ -53,8 +53,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "half in a list": (b'{"a": [{"b": "\\uDC00\\uD800"}]}', "half of a character"),
     "twice": (b'{"a": 1, "a": 2}', "has a twice, in 1 and in 2"),
     "twice below": (b'{"w": {"k": "x", "k": "y"}}', "has k twice, in x and in y"),
-    "101 levels": (b'{"a": ' * 101 + b"1" + b"}" * 101, "nested too deeply"),
-    "a million levels": (b"[" * 10**6, "nested too deeply"),
+    "101 levels": (b'{"a": ' * 101 + b"1" + b"}" * 101, "nested deeper than 100"),
+    "a million levels": (b"[" * 10**6, "nested deeper than 100"),
     "a mark of byte order": (b'\xef\xbb\xbf{"a": 1}', "is not JSON"),
     "utf-16": ('{"a": 1}'.encode("utf-16"), "1: not UTF-8"),
     "latin": (b'{"a":\n "caf\xe9"}', "2: not UTF-8"),
