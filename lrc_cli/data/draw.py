@@ -1,6 +1,7 @@
 """Sequences of model inputs are drawn from data files; no two purposes share a token.
 
-A text is tokenised whole. A purpose cuts its part of the tokens into sequences and permutes the
+A text is read whole, or in passages if it is long (passages.py). A purpose cuts its part of the
+tokens into sequences, none of which crosses from one passage into another, and permutes the
 sequences. In a tensor file a sequence is a row, in a folder a file. Purposes take sequences in turn
 and skip everything that was taken before.
 """
@@ -8,6 +9,7 @@ and skip everything that was taken before.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,11 @@ from lrc_cli.runtime.files import tensor_bytes
 
 __all__ = ["Batch", "Purpose", "Sequences", "draw"]
 
+SPARE = 4
+"""All purposes take one in so many of the tokens that are read of a long text, at the most."""
+GROWTH = 8
+"""So many times as much is read where no sequence lies in a purpose's part."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
@@ -41,7 +48,7 @@ class Purpose:
     name: str
     path: Path
     part: tuple[float, float] = (0.0, 1.0)
-    """Share of the file's tokens, rows or files, by position."""
+    """Share of the tokens that are read of the file, of its rows or files, by position."""
     sequence_length: int
     """Tokens of a sequence, special tokens included; tensor files and folders ignore it."""
     num_sequences: int
@@ -69,6 +76,8 @@ class Sequences:
     """Number of sequences that were asked for."""
     findings: Findings = NO_FINDINGS
     """What of the data does not reach the network."""
+    one_in: int | None = None
+    """One passage of the file in so many was read; None: all of the file."""
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -122,7 +131,8 @@ def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> d
     for purpose in purposes:
         key = purpose.path.resolve()
         if key not in files:
-            files[key] = _open(purpose, processors)
+            sharing = [other for other in purposes if other.path.resolve() == key]
+            files[key] = _open(purpose, sharing, processors)
         _check_reading(purpose, files[key])
         sequences = _take(purpose, files[key], seed)
         if sequences is not None:
@@ -155,9 +165,9 @@ def _check_reading(purpose: Purpose, file: _File) -> None:
         )
 
 
-def _open(purpose: Purpose, processors: Processors) -> _File:
+def _open(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) -> _File:
     try:
-        data = _read(purpose, processors)
+        data = _read(purpose, sharing, processors)
     except InputError as error:
         # A text that has only a path is named by its path.
         named = error.message.startswith(f"{purpose.name}:")
@@ -166,7 +176,7 @@ def _open(purpose: Purpose, processors: Processors) -> _File:
     return _File(data=data, text_field=purpose.text_field, chat_template=purpose.chat_template)
 
 
-def _read(purpose: Purpose, processors: Processors) -> Data:
+def _read(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) -> Data:
     path = purpose.path
     if not path.exists():
         raise InputError(
@@ -178,6 +188,8 @@ def _read(purpose: Purpose, processors: Processors) -> Data:
             text_field=purpose.text_field,
             chat_template=purpose.chat_template,
             processors=processors,
+            longest=max(other.sequence_length for other in sharing),
+            lacking=partial(_lacking, sharing),
         )
     if path.is_file() and path.suffix in TENSOR_SUFFIXES:
         return read_rows(path)
@@ -194,8 +206,7 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
             f"{purpose.name}: sequence_length {purpose.sequence_length} leaves no room for text",
             "ask for more than the special tokens",
         )
-    first, last = (int(share * file.data.length) for share in purpose.part)
-    starts = [s for s in range(first, last - width + 1, width) if file.is_free(s, s + width)]
+    starts = [s for s in _starts(purpose, file.data, width) if file.is_free(s, s + width)]
     order = torch.randperm(len(starts), generator=_generator(purpose, seed)).tolist()
     chosen = [starts[i] for i in order[: purpose.num_sequences]]
     if len(chosen) < purpose.num_sequences and purpose.required:
@@ -216,7 +227,33 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
         sha256=_hash(inputs),
         asked=purpose.num_sequences,
         findings=file.data.findings,
+        one_in=file.data.one_in,
     )
+
+
+def _starts(purpose: Purpose, data: Data, width: int) -> Iterator[int]:
+    """The positions at which sequences begin, end to end in every stretch of the purpose's part."""
+    first, last = (int(share * data.length) for share in purpose.part)
+    for begin, end in data.stretches:
+        yield from range(max(first, begin), min(last, end) - width + 1, width)
+
+
+def _lacking(purposes: Sequence[Purpose], data: Data) -> int:
+    """How many times as much of a file its purposes need, a power of two; 1: enough is read.
+
+    Enough is a few times what all purposes together take, in the part of every purpose. So earlier
+    purposes leave the later ones enough, and there is something to choose from.
+    """
+    widths = [data.width(purpose.sequence_length) for purpose in purposes]
+    if min(widths) < 1:
+        return 1
+    pairs = list(zip(purposes, widths, strict=True))
+    needed = SPARE * sum(purpose.num_sequences * width for purpose, width in pairs)
+    rooms = [width * sum(1 for _ in _starts(purpose, data, width)) for purpose, width in pairs]
+    if not min(rooms):
+        return GROWTH
+    times = -(-needed // min(rooms))
+    return 1 << (times - 1).bit_length()
 
 
 def _generator(purpose: Purpose, seed: int) -> torch.Generator:

@@ -41,6 +41,16 @@ class Files:
         """The number of files."""
         return len(self.paths)
 
+    @property
+    def stretches(self) -> Sequence[tuple[int, int]]:
+        """One: any files may be drawn."""
+        return [(0, self.length)]
+
+    @property
+    def one_in(self) -> None:
+        """None: all files are there."""
+        return None
+
     def width(self, sequence_length: int) -> int:
         """One: a sequence is a file of any length."""
         return 1

@@ -44,6 +44,14 @@ class Data(Protocol):
     def findings(self) -> Findings:
         """What does not reach the network."""
 
+    @property
+    def stretches(self) -> Sequence[tuple[int, int]]:
+        """First and last position, exclusive, of each stretch; a sequence lies in one of them."""
+
+    @property
+    def one_in(self) -> int | None:
+        """One passage of the file in so many is read; None: all of the file or folder."""
+
     def width(self, sequence_length: int) -> int:
         """The positions that a sequence of `sequence_length` tokens takes; below 1: none fits."""
 

@@ -1,70 +1,112 @@
-"""Records of .jsonl, .csv and .parquet files are read here: one field, with its place."""
+"""Texts, and records of .jsonl, .csv and .parquet files, are read here as streams.
+
+A record is one field, with its place. No more than one record, or a chunk of a text, is held.
+"""
 
 import csv
-import io
 import json
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lrc_cli.errors import InputError
 
 Record = tuple[str, Any]
 """The place of a record, as "FILE:LINE", and the value of the field."""
+CHUNK = 1 << 18
+"""Characters of a text, or bytes of a file, that are read at once."""
+ROWS = 256
+"""Rows of a .parquet that are read at once."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+def stream_text(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file, a chunk at a time; every end of a line is "\\n".
 
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
     """
+    with _opened(path) as file:
+        while text := file.read(CHUNK):
+            yield text
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, whole. Raises InputError as `stream_text` does."""
+    return "".join(stream_text(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})", "convert it to UTF-8") from error
+        byte = error.object[error.start]
+        raise InputError(
+            f"{path}:{_first_invalid_line(path)}: not UTF-8 text (byte 0x{byte:02x}:"
+            f" {error.reason})",
+            "convert it to UTF-8",
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "check the file") from error
 
 
-def read_records(path: Path, field: str) -> list[Record]:
-    """The field's value of every record, in order.
+def _first_invalid_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8; a decoder knows only the place in a chunk."""
+    decoder, line = getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                # What was left of the chunk before has no end of a line in it.
+                return line + error.object.count(b"\n", 0, error.start)
+            line += chunk.count(b"\n")
+    return line
+
+
+def read_records(path: Path, field: str) -> Iterator[Record]:
+    """The field's value of every record, in order, one at a time.
 
     Raises:
         InputError: the file cannot be read, or a record has no such field.
     """
-    return list(_READERS[path.suffix](path, field))
+    return _READERS[path.suffix](path, field)
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
-    # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may contain.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            cause = f"{place}: not valid JSON ({error.args[0]})"
-            raise InputError(cause, "mend the line") from error
-        if not isinstance(row, dict) or row.get(field) is None:
-            raise _lacks(place, field, row if isinstance(row, dict) else {})
-        yield place, row[field]
+    with _opened(path) as file:
+        # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may contain.
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                cause = f"{place}: not valid JSON ({error.args[0]})"
+                raise InputError(cause, "mend the line") from error
+            if not isinstance(row, dict) or row.get(field) is None:
+                raise _lacks(place, field, row if isinstance(row, dict) else {})
+            yield place, row[field]
 
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default cuts off at 128 KiB
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            place = f"{path}:{reader.line_num}"
-            if row.get(field) is None:
-                raise _lacks(place, field, row)
-            yield place, row[field]
-    except csv.Error as error:
-        cause = f"{path}:{reader.line_num}: not valid CSV ({error})"
-        raise InputError(cause, "mend the line") from error
+    with _opened(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if row.get(field) is None:
+                    raise _lacks(place, field, row)
+                yield place, row[field]
+        except csv.Error as error:
+            cause = f"{path}:{reader.line_num}: not valid CSV ({error})"
+            raise InputError(cause, "mend the line") from error
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
@@ -75,16 +117,16 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
             f"{path}: pyarrow is needed to read .parquet", "pip install 'lrc-cli[parquet]'"
         ) from error
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without a buffer of its own size, pyarrow reads a row group of the column at once.
+        with parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
             if field not in file.schema_arrow.names:
                 raise _lacks(str(path), field, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    if value is None:
-                        raise _lacks(f"{path}: record {number}", field, [field])
-                    yield f"{path}: record {number}", value
+            batches = file.iter_batches(ROWS, columns=[field], use_threads=False)
+            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            for number, value in enumerate(values, start=1):
+                if value is None:
+                    raise _lacks(f"{path}: record {number}", field, [field])
+                yield f"{path}: record {number}", value
     except (ArrowException, OSError) as error:
         cause = f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})"
         raise InputError(cause, "write it again") from error

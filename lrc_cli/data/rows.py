@@ -28,6 +28,16 @@ class Rows:
         """The number of rows."""
         return len(next(iter(self.tensors.values())))
 
+    @property
+    def stretches(self) -> Sequence[tuple[int, int]]:
+        """One: any rows may be drawn."""
+        return [(0, self.length)]
+
+    @property
+    def one_in(self) -> None:
+        """None: all rows are there."""
+        return None
+
     def width(self, sequence_length: int) -> int:
         """One: a sequence is a row of any length."""
         return 1

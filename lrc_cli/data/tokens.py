@@ -1,7 +1,8 @@
 """Texts, conversations and token ids become one stream of tokens, which is cut into sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,17 @@ import torch
 from lrc_cli.data.conversations import Turns, render
 from lrc_cli.data.decoder import INPUT, Decoder
 from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
+from lrc_cli.data.passages import (
+    Extent,
+    Passages,
+    extent_for,
+    pieces_of_ids,
+    pieces_of_records,
+    pieces_of_text,
+    read_passages,
+)
 from lrc_cli.data.processors import Processors
-from lrc_cli.data.records import Record, read_records, read_text
+from lrc_cli.data.records import Record, read_records, stream_text
 from lrc_cli.data.special_tokens import (
     check_reading,
     read_reading,
@@ -22,6 +32,9 @@ from lrc_cli.errors import InputError
 
 MESSAGES = "messages"
 """The field of a conversation, where text_field has its default."""
+TOKEN_IDS = "token ids"
+SAMPLE_PIECES = 32
+"""The most pieces of a text that the tokenizer is asked about before it reads the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,10 @@ class Tokens:
 
     ids: torch.Tensor
     """The stream, (tokens,) int64."""
+    stretches: Sequence[tuple[int, int]]
+    """First and last position, exclusive, of what stands without a gap in the file."""
+    one_in: int | None
+    """One passage of the file in so many is in the stream; None: all of the file is."""
     prefix: list[int]
     """Special tokens before a sequence."""
     suffix: list[int]
@@ -75,37 +92,67 @@ class Tokens:
 
 
 def read_tokens(
-    path: Path, *, text_field: str, chat_template: bool, processors: Processors
+    path: Path,
+    *,
+    text_field: str,
+    chat_template: bool,
+    processors: Processors,
+    longest: int,
+    lacking: Callable[[Tokens], int],
 ) -> Tokens:
-    """The tokens of a file of texts or records.
+    """The tokens of a file of texts or records; of a long file, the tokens of passages.
 
     Records hold texts or lists of token ids; with `chat_template` they hold conversations. Texts
     are joined by empty lines. Token ids are taken as they are. The tokenizer's chat template
     renders each conversation.
 
+    Args:
+        longest: the most tokens of a sequence that is asked for.
+        lacking: how many times as many passages the sequences need; 1 where they have enough.
+
     Raises:
         InputError: the file cannot be read or is empty; the tokenizer or its template is missing.
     """
+    if path.suffix == ".txt" and chat_template:
+        raise InputError(
+            f"{path}: a .txt holds no conversations", "give a .jsonl, or chat_template: false"
+        )
+    extent = extent_for(longest)
+    while True:
+        tokens = _read(path, text_field, chat_template, processors, extent)
+        factor = 1 if tokens.one_in is None else lacking(tokens)
+        if factor == 1:
+            return tokens
+        extent = extent.times(factor)
+
+
+def _read(
+    path: Path, text_field: str, chat_template: bool, processors: Processors, extent: Extent
+) -> Tokens:
     if path.suffix == ".txt":
-        if chat_template:
-            raise InputError(
-                f"{path}: a .txt holds no conversations", "give a .jsonl, or chat_template: false"
-            )
-        return _tokenised(path, read_text(path), processors)
+        return _texts(path, _Counted(stream_text(path)), processors, extent)
     field = MESSAGES if chat_template and text_field == "text" else text_field
     records = read_records(path, field)
     if chat_template:
-        return _conversations(path, records, processors)
-    kinds = [_kind(record, field) for record in records]
-    if len(set(kinds)) > 1:
-        other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-        cause = f"{records[other][0]}: {field!r} holds {kinds[other]}, and {kinds[0]} before"
-        raise InputError(cause, "give one kind in one file")
-    if kinds and kinds[0] == "token ids":
-        return _stream([ids for _, ids in records], ([], []), processors, NO_FINDINGS)
-    texts = [text for _, text in records]
-    empty = sum(not text.strip() for text in texts)
-    return _tokenised(path, "\n\n".join(texts), processors, empty_records=empty)
+        return _conversations(path, records, processors, extent)
+    first = next(records, None)
+    values = iter(()) if first is None else _of_one_kind(first, records, field)
+    if first is not None and _kind(first, field) == TOKEN_IDS:
+        passages = read_passages(pieces_of_ids(values), extent)
+        return _stream(passages, passages.kept, ([], []), processors, NO_FINDINGS)
+    return _texts(path, _Counted(values, between="\n\n"), processors, extent)
+
+
+def _of_one_kind(first: Record, others: Iterable[Record], field: str) -> Iterator[Any]:
+    """The values of records that are all texts, or all token ids."""
+    expected = _kind(first, field)
+    yield first[1]
+    for record in others:
+        kind = _kind(record, field)
+        if kind != expected:
+            cause = f"{record[0]}: {field!r} holds {kind}, and {expected} before"
+            raise InputError(cause, "give one kind in one file")
+        yield record[1]
 
 
 def _kind(record: Record, field: str) -> str:
@@ -113,48 +160,76 @@ def _kind(record: Record, field: str) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value and all(type(x) is int and abs(x) < 2**63 for x in value):
-        return "token ids"
+        return TOKEN_IDS
     raise InputError(
         f"{place}: no text under the key {field!r}, nor token ids",
         "set text_field to the right key, or chat_template: true for conversations",
     )
 
 
-def _tokenised(path: Path, text: str, processors: Processors, *, empty_records: int = 0) -> Tokens:
+class _Counted:
+    """A stream of texts with something between them, which counts the texts that went by."""
+
+    def __init__(self, texts: Iterable[str], between: str = "") -> None:
+        self._texts, self._between = texts, between
+        self.total = self.empty = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            if self.total:
+                yield self._between
+            self.total += 1
+            self.empty += not text or text.isspace()
+            yield text
+
+
+def _texts(path: Path, texts: _Counted, processors: Processors, extent: Extent) -> Tokens:
     tokenizer = _tokenizer(path, processors)
-    if not text.strip():
+    passages = read_passages(pieces_of_text(texts), extent)
+    if texts.empty == texts.total:
         raise InputError(f"{path}: the text is empty", "give a file with text")
-    reading = read_reading(tokenizer, text, path)
+    sample = "".join(passages.some(SAMPLE_PIECES))
+    reading = read_reading(tokenizer, sample, path)
     check_reading(reading, tokenizer, path)
     return _stream(
-        [token_ids(tokenizer, text, path)],
-        special_tokens(tokenizer, text, path),
+        passages,
+        ([token_ids(tokenizer, piece, path) for piece in passage] for passage in passages.kept),
+        special_tokens(tokenizer, sample, path),
         processors,
-        Findings(reading=reading, empty_records=empty_records),
+        Findings(reading=reading, empty_records=0 if path.suffix == ".txt" else texts.empty),
     )
 
 
-def _conversations(path: Path, records: Sequence[Record], processors: Processors) -> Tokens:
+def _conversations(
+    path: Path, records: Iterable[Record], processors: Processors, extent: Extent
+) -> Tokens:
     tokenizer = _tokenizer(path, processors)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
             f"{path}: the checkpoint's tokenizer has no chat template",
             "put its chat_template.jinja beside the weights, or set chat_template: false",
         )
-    rendered = [render(tokenizer, place, messages) for place, messages in records]
-    texts = [text for text, _ in rendered if text.strip()]
-    if not texts:
+    passages = read_passages(pieces_of_records(records), extent)
+    rendered = [
+        [render(tokenizer, place, messages) for piece in passage for place, messages in piece]
+        for passage in passages.kept
+    ]
+    texts = [[text for text, _ in passage if text.strip()] for passage in rendered]
+    whole = "\n\n".join(chain.from_iterable(texts))
+    if not whole:
         raise InputError(f"{path}: there is no conversation in it", "give a file with some")
-    whole = "\n\n".join(texts)
     reading = read_reading(tokenizer, whole, path)
     check_reading(reading, tokenizer, path)
     findings = Findings(
         reading=reading,
-        turns=sum((turns for _, turns in rendered), Turns()),
-        empty_records=len(records) - len(texts),
+        turns=sum((turns for _, turns in chain.from_iterable(rendered)), Turns()),
+        empty_records=sum(map(len, rendered)) - sum(map(len, texts)),
     )
-    rows = [token_ids(tokenizer, text, path) for text in texts]
-    return _stream(rows, special_tokens(tokenizer, whole, path), processors, findings)
+    rows = (
+        [token_ids(tokenizer, piece, path) for text in passage for piece in pieces_of_text([text])]
+        for passage in texts
+    )
+    return _stream(passages, rows, special_tokens(tokenizer, whole, path), processors, findings)
 
 
 def _tokenizer(path: Path, processors: Processors) -> Any:
@@ -167,13 +242,32 @@ def _tokenizer(path: Path, processors: Processors) -> Any:
 
 
 def _stream(
-    rows: Sequence[list[int]],
+    passages: Passages[Any],
+    rows: Iterable[Iterable[list[int]]],
     special: tuple[list[int], list[int]],
     processors: Processors,
     findings: Findings,
 ) -> Tokens:
-    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    """The tokens of passages.
+
+    Args:
+        rows: for each passage, the token ids of its pieces.
+        special: the special tokens before and behind a sequence.
+    """
+    ids = [torch.zeros(0, dtype=torch.int64)]
+    ends = [0]
+    for passage in rows:
+        found = [torch.tensor(piece, dtype=torch.int64) for piece in passage]
+        ids += found
+        ends.append(ends[-1] + sum(map(len, found)))
     prefix, suffix = special
     return Tokens(
-        ids=ids, prefix=prefix, suffix=suffix, decoder=processors.decoder, findings=findings
+        ids=torch.cat(ids),
+        # Passages that are neighbours have no gap between them.
+        stretches=[(0, ends[-1])] if passages.one_in == 1 else list(pairwise(ends)),
+        one_in=passages.one_in if passages.one_in > 1 else None,
+        prefix=prefix,
+        suffix=suffix,
+        decoder=processors.decoder,
+        findings=findings,
     )

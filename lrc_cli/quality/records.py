@@ -51,6 +51,8 @@ class QualityRow(JsonRecord):
     """The figures that were measured on it."""
     population: int | None = field(default=None, metadata=ABSENT)
     """The number of sequences in the text; absent in scores of `lrc eval`."""
+    one_in: int | None = field(default=None, metadata=ABSENT)
+    """One passage of the text in so many was read; absent where the whole text was."""
     sha256: str
     """sha256 of the sequences that were drawn, in hexadecimal."""
 

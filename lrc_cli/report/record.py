@@ -289,6 +289,8 @@ class DrawnSequences(JsonRecord):
     """Their tokens, or rows."""
     population: int
     """The number of sequences to draw from."""
+    one_in: int | None = field(default=None, metadata=ABSENT)
+    """One passage of the file in so many was read; absent where the whole file was."""
     sha256: str
     """sha256 of them all, in hexadecimal."""
 

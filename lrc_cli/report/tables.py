@@ -99,7 +99,13 @@ def gates_table(record: Record) -> Table:
 
 def _drawn(row: QualityRow) -> str:
     number = count(row.scores.num_sequences)
-    return number if row.population is None else f"{number} of {count(row.population)}"
+    if row.population is None:
+        return number
+    return f"{number} of {count(row.population)}{_passages(row.one_in)}"
+
+
+def _passages(one_in: int | None) -> str:
+    return "" if one_in is None else f" (one passage in {one_in} of the file)"
 
 
 def layer_table(record: Record) -> Table:
@@ -240,6 +246,6 @@ def provenance_table(record: Record) -> Table:
 
 def _sequences(drawn: DrawnSequences) -> str:
     return (
-        f"{count(drawn.num_sequences)} of {count(drawn.population)} sequences,"
-        f" {count(drawn.num_tokens)} tokens, sha256 {drawn.sha256}"
+        f"{count(drawn.num_sequences)} of {count(drawn.population)} sequences"
+        f"{_passages(drawn.one_in)}, {count(drawn.num_tokens)} tokens, sha256 {drawn.sha256}"
     )

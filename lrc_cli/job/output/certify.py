@@ -182,7 +182,7 @@ def _data(
         unit=unit if length is None else f"sequence of {length} tokens",
         sampling="uniformly at random without replacement",
         population=Population(
-            description=_population(purpose, drawn.population),
+            description=_population(purpose, drawn),
             file=purpose.path.name,
             part=purpose.part,
             size=drawn.population,
@@ -201,9 +201,11 @@ def _data(
     )
 
 
-def _population(purpose: Purpose, size: int) -> str:
+def _population(purpose: Purpose, drawn: Sequences) -> str:
     place, (first, last) = purpose.path.name, purpose.part
+    if drawn.one_in is not None:
+        place = f"one passage in {drawn.one_in} of {place}"
     if (first, last) != (0.0, 1.0):
         place += f" (part {first:g} to {last:g})"
     many = members(purpose.path, purpose.sequence_length)
-    return f"the {count(size)} {many} of {place} that calibration left free"
+    return f"the {count(drawn.population)} {many} of {place} that calibration left free"

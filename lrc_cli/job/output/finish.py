@@ -149,6 +149,7 @@ def _measure(
                 text=name,
                 scores=scores,
                 population=sequences.population,
+                one_in=sequences.one_in,
                 sha256=sequences.sha256,
             )
             rows.append(row)

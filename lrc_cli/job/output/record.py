@@ -194,6 +194,7 @@ def _provenance(plan: Plan) -> Provenance:
             num_sequences=len(drawn),
             num_tokens=drawn.num_tokens,
             population=drawn.population,
+            one_in=drawn.one_in,
             sha256=drawn.sha256,
         )
         for name, drawn in plan.sequences.items()

@@ -94,6 +94,7 @@ def _same(
     found = {
         "num_sequences": len(again),
         "population": again.population,
+        "one_in": again.one_in,
         "sha256": again.sha256,
         "num_tokens": again.num_tokens,
     }
@@ -111,4 +112,5 @@ def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
     if facts is None:
         return None
     keys = ("num_sequences", "population", "sha256", "num_tokens")
-    return {key: facts[key] for key in keys if key in facts}
+    drawn = {key: facts[key] for key in keys if key in facts}
+    return {**drawn, "one_in": facts.get("one_in")}

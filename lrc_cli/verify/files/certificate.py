@@ -108,10 +108,13 @@ def _check_population(written: Written, certificate: Mapping[str, Any], findings
     length = purpose.sequence_length if unit == "block" else None
     first, last = purpose.part
     place, size = purpose.path.name, population["size"]
+    facts = written.report["provenance"]
+    one_in = facts["sequences"][CERTIFICATION].get("one_in")
+    if one_in is not None:
+        place = f"one passage in {one_in} of {place}"
     if (first, last) != (0.0, 1.0):
         place += f" (part {first:g} to {last:g})"
     many = f"{unit}s" if length is None else f"blocks of {length} tokens"
-    facts = written.report["provenance"]
     hashes = {str(Path(name)): value for name, value in facts["data_files_sha256"].items()}
     stated = {
         "unit": certificate["unit"],
