@@ -297,7 +297,6 @@ def main() -> None:
     if arguments.only is not None:
         log.done.clear()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        # In memory a neighbour counts: the part about memory has the machine to itself.
         run_all(tasks, log, Path(name), arguments.workers, began + arguments.seconds)
     hostile = count_hostile() if arguments.only is None else None
     print(f"\n{table(tasks, log, hostile)}\n")

@@ -23,9 +23,17 @@ from soak_checks import Different
 
 from lrc_cli.runtime.memory import private_bytes
 
-OURS = ("out", "out.partial", "out.lrc-old", "out.lrc-lock", ".lrc-work", "work", "float64")
+OURS = (
+    "out",
+    "out.partial",
+    "out.lrc-old",
+    "out.lrc-lock",
+    ".lrc-work",
+    "work",
+    "float64",
+    "ranks",
+)
 """Names in a case's folder that do not belong to its user."""
-WHILE_RUNNING = ("log", "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +79,11 @@ def attempt(case: Case, root: Path) -> Result:
 
 
 def _compress(case: Case, folder: Path, job: Path) -> list[tuple[int, str]]:
-    """Runs `lrc compress` and returns the exit code and the words of every process."""
+    """Runs `lrc compress`, in this process where one is enough; returns codes and words."""
     if case.processes == 1:
         ended = pico.call("compress", job)
         return [(ended.code, ended.err)]
-    (folder / "ranks").mkdir(exist_ok=True)
-    running = process_helpers.start_many(["compress", job], folder / "ranks", case.processes)
-    return [(process.wait(), process.err) for process in running]
+    return _run(case, folder, job)[0]
 
 
 def check_finished(case: Case, folder: Path, ended: list[tuple[int, str]]) -> None:
@@ -108,7 +114,7 @@ def verify(case: Case, folder: Path, output: Path) -> None:
 
 
 def lost(folder: Path, before: dict[str, str]) -> list[str]:
-    after = soak_checks.hashes(folder, (*OURS, *WHILE_RUNNING))
+    after = soak_checks.hashes(folder, OURS)
     return [name for name, digest in before.items() if after.get(name) != digest]
 
 
@@ -165,9 +171,7 @@ def kills(seed: int, root: Path, number: int) -> Result:
     with _folder(folder), _working_in(root):
         job = write(case, folder)
         before = soak_checks.hashes(folder)
-        began = time.monotonic()
-        ended = _run(case, folder, job)
-        seconds = time.monotonic() - began
+        ended, seconds = _run(case, folder, job)
         result = Result(what=str(case), compressions=1, files=len(before))
         survived = 0
         try:
@@ -177,7 +181,8 @@ def kills(seed: int, root: Path, number: int) -> Result:
                 _assert_kept(lost(folder, before))
                 _check_nothing_half(case, folder)
                 survived += 1
-            check_finished(case, folder, _run(case, folder, job))
+            ended, _ = _run(case, folder, job)
+            check_finished(case, folder, ended)
             _check_same(undisturbed, soak_checks.bits(folder / "out"))
         except Different as error:
             result = replace(result, lost=len(lost(folder, before)), problem=str(error))
@@ -201,26 +206,31 @@ def _kill_often(case: Case, folder: Path, job: Path, number: int, seconds: float
     raise Different(f"{number} kills never came in time")
 
 
-def _run(case: Case, folder: Path, job: Path) -> list[tuple[int, str]]:
+def _run(case: Case, folder: Path, job: Path) -> tuple[list[tuple[int, str]], float]:
+    """Runs the job to its end; returns how its processes ended, and the seconds they worked."""
     running = _start(case, folder, job)
-    return [(process.wait(), process.err) for process in running]
+    began = time.monotonic()
+    ended = [(process.wait(), process.err) for process in running]
+    return ended, time.monotonic() - began
 
 
 def _start(case: Case, folder: Path, job: Path) -> list[Running]:
-    if case.processes == 1:
-        (folder / "log").unlink(missing_ok=True)
-        return [process_helpers.start(["compress", job], folder / "log")]
+    """Returns the processes of the job once `lrc` has begun in all of them."""
     shutil.rmtree(folder / "ranks", ignore_errors=True)
     (folder / "ranks").mkdir()
-    return process_helpers.start_many(["compress", job], folder / "ranks", case.processes)
+    if case.processes == 1:
+        running = [process_helpers.start(["compress", job], folder / "ranks" / "log")]
+    else:
+        running = process_helpers.start_many(["compress", job], folder / "ranks", case.processes)
+    while not all(process.log.exists() for process in running):
+        time.sleep(0.001)
+    return running
 
 
 def _kill(case: Case, folder: Path, job: Path, chance: random.Random, seconds: float) -> bool:
     """Starts the job and sends a signal at a random moment; returns whether it came in time."""
     running = _start(case, folder, job)
     victim, number = chance.choice(running), chance.choice(SIGNALS)
-    while not victim.log.exists():  # before this the process is not lrc yet
-        time.sleep(0.001)
     victim.process.join(chance.uniform(0, seconds))
     if victim.process.is_alive():
         assert victim.process.pid is not None
@@ -249,6 +259,7 @@ def _check_same(undisturbed: dict[str, str], found: dict[str, str]) -> None:
 def _clear(folder: Path) -> None:
     for name in OURS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "out.lrc-lock").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- memory
