@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
+from lrc_cli.data.records import Record
+
 Part = TypeVar("Part")
 
 PIECE = 1 << 16
@@ -127,13 +129,14 @@ def pieces_of_ids(rows: Iterable[list[int]]) -> Iterator[list[int]]:
         yield piece
 
 
-def pieces_of_records(records: Iterable[Part]) -> Iterator[list[Part]]:
+def pieces_of_records(records: Iterable[Record]) -> Iterator[list[Record]]:
     """The pieces of whole records, each with `PIECE` characters of text or a little more."""
-    piece: list[Part] = []
+    piece: list[Record] = []
     length = 0
     for record in records:
         piece.append(record)
-        length += _characters(record)
+        # A record's place does not count: it holds the path, and a file may be moved.
+        length += _characters(record[1])
         if length >= PIECE:
             yield piece
             piece, length = [], 0
@@ -146,4 +149,4 @@ def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value
-    return sum(map(_characters, inner)) if isinstance(value, dict | list | tuple) else 0
+    return sum(map(_characters, inner)) if isinstance(value, dict | list) else 0

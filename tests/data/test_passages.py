@@ -352,11 +352,18 @@ def test_conversations_are_read_in_passages_of_whole_conversations(
     )["calibration"]
     assert drawn.one_in is not None
     assert drawn.findings.turns.total < 300, "every conversation was rendered"
+    moved = tmp_path / "a folder with a longer name" / "and another name.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(file.read_bytes())
+    again = draw(
+        [purpose(moved, chat_template=True)], processors=Processors(tokenizer=tokenizer), seed=0
+    )["calibration"]
+    assert again.sha256 == drawn.sha256, "the path decided where passages lie"
     every = [tokenizer(chat[0]["content"])["input_ids"] for chat in chats]
     stream = [token for ids in every for token in ids]
     blocks = [stream[i : i + 4] for i in range(len(stream) - 3)]
     assert all(row in blocks for row in drawn.inputs["input_ids"].tolist())
-    assert sum(map(len, pieces_of_records(chats))) == 300
+    assert sum(map(len, pieces_of_records(("a", chat) for chat in chats))) == 300
 
 
 def test_a_file_of_another_kind_further_on_is_noticed(tmp_path: Path) -> None:
