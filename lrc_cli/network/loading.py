@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import bare, unwrapped_names
 from lrc_cli.errors import InputError, LrcError
+from lrc_cli.network.constructed import check_constructed, loose_tensors, take_constructed
 from lrc_cli.network.disk_names import module_names, places
 from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.slots import (
@@ -157,7 +160,31 @@ def _load_transformers(
             f"{path} lacks {some_of(missing)} of {type(model).__name__}",
             _remedy_for_missing(model, missing),
         )
+    if not type(model).__module__.startswith("transformers."):
+        # The classes of transformers set their buffers again after loading; other code does not.
+        _take_constructed(model, source)
     return model, source
+
+
+def _take_constructed(model: Any, source: Source) -> None:
+    """Gives buffers and attributes that no file holds the constructor's values."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    unread: set[str] = set()
+    if ignored:
+        state = model.state_dict(keep_vars=True)
+        read = {id(state.get(name)) for name in module_names(model, source.tensors).values()}
+        passed_over = re.compile("|".join(f"({pattern})" for pattern in ignored))
+        unread = {k for k, x in state.items() if id(x) not in read and passed_over.search(k)}
+    try:
+        take_constructed(model, lambda: type(model)._from_config(deepcopy(model.config)), unread)
+    except LrcError:
+        raise
+    except Exception as error:  # the constructor is the checkpoint's code
+        raise InputError(
+            f"{source.path}: {type(model).__name__} cannot be built on the CPU, where it makes the"
+            f" tensors that no file holds: {named(error)}",
+            "mend the checkpoint's code, or build the module with a factory",
+        ) from error
 
 
 def _from_pretrained(
@@ -290,31 +317,32 @@ def _load_plain(source: Source, factory: Factory | str | None) -> tuple[nn.Modul
             cause, f'pass factory="{named or "package.module:function"}" (config: model.factory)'
         )
     build = resolve_factory(factory)
-    filled = _try_on_meta(build, source, record)
-    if filled is None or _needs_values(filled[0]):
-        filled = _filled(build(), source, record)
-    model, source = filled
+    model, source = _filled(_constructed(build), source, record)
     finish_slots(model)
     return model, source
 
 
-def _try_on_meta(
-    build: Factory, source: Source, record: Mapping[str, Any]
-) -> tuple[nn.Module, Source] | None:
-    """Returns the module without private memory, or None where the factory cannot run on meta."""
+def _constructed(build: Factory) -> nn.Module:
+    """Returns a module without private memory where the factory can run on meta.
+
+    A module that computes tensors that no file holds is built on the CPU.
+
+    Raises:
+        InputError: the factory fails, or computes such tensors anew each time.
+    """
+    model = _on_meta(build)
+    if model is None or any(tensor.is_meta for tensor in loose_tensors(model).values()):
+        model = build()
+    check_constructed(model, build)
+    return model
+
+
+def _on_meta(build: Factory) -> nn.Module | None:
     try:
         with torch.device("meta"):
-            model = build()
+            return build()
     except InputError:  # an operation that meta tensors lack; a real fault comes again on the CPU
         return None
-    return _filled(model, source, record)
-
-
-def _needs_values(model: nn.Module) -> bool:
-    """Returns whether a tensor has no values: the factory computes it, and no file holds it."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    tensors = [*model.parameters(), *model.buffers(), *attributes]
-    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)
 
 
 def _filled(
