@@ -95,6 +95,18 @@ def _load(file: Path) -> Mapping[Any, Any]:
     Raises:
         InputError: the file holds code, a program, or nothing that torch.save writes.
     """
+    found = load_pickle(file)
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file}: holds a {type(found).__name__}, no state dict", SAVE_STATE)
+    return found
+
+
+def load_pickle(file: Path) -> Any:
+    """Reads what torch.save wrote into a file; the tensors are views of the mapped file.
+
+    Raises:
+        InputError: the file holds code, a program, or nothing that torch.save writes.
+    """
     names = record_names(file)
     if names is not None:
         _refuse_programs(file, names)
@@ -109,8 +121,6 @@ def _load(file: Path) -> Mapping[Any, Any]:
     except Exception as error:
         cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
         raise InputError(cause, "copy it again, it may be truncated") from error
-    if not isinstance(found, Mapping):
-        raise InputError(f"{file}: holds a {type(found).__name__}, no state dict", SAVE_STATE)
     return found
 
 

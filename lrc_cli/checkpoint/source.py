@@ -4,7 +4,6 @@ A source also knows the side files, such as a tokenizer, that the output carries
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ import torch
 from lrc_cli.checkpoint.choice import NAMED, transformers_place
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
 from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, check_table_form
+from lrc_cli.checkpoint.side_files import SideFiles
 from lrc_cli.checkpoint.weights import (
     RenamedWeights,
     SafetensorsFiles,
@@ -27,33 +27,6 @@ from lrc_cli.errors import InputError
 from lrc_cli.reading import file_size, read_json
 from lrc_cli.runtime.files import hash_file
 from lrc_cli.text import some_of
-
-# Files with these suffixes at the top may hold the same weights in another form, and are not
-# carried over. Weights in folders (sentence-transformers' 2_Dense/model.safetensors) belong to
-# other networks, and are carried over.
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".distcp",
-    ".h5",
-    ".msgpack",
-    ".ot",
-)
-EXPORT_SUFFIXES = (".gguf", ".onnx", ".onnx_data")
-EXPORT_FOLDERS = frozenset({"onnx", "openvino", "original"})
-TRAINING_FOLDER = re.compile(r"(checkpoint|global_step|step|epoch)[-_]?\d+")
-"""The folders that training loops save the network and the optimizer to, again and again."""
-TRAINING_STATE = re.compile(
-    r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|.*_optim_states\.pt"
-)
-OWN_FILES = frozenset(
-    {"config.json", "manifest.json", "report.json", "report.html", "lrc.yaml", "README.md"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +90,12 @@ class Source:
             )
         left_out = [key for key, name in self.unwrapped.items() if name is None]
         notes += [f"{self.path}: {key}, a count, is left out" for key in left_out]
-        files = [] if self.path.is_file() else self.path.rglob("*")
-        states = {_training_state(file.relative_to(self.path)) for file in files} - {None}
-        if states:
-            notes.append(f"{self.path}: training states are left out: {some_of(sorted(states))}")
+        for why in sorted(set(self._beside.left_out.values())):
+            names = [name for name, reason in self._beside.left_out.items() if reason == why]
+            notes.append(f"{self.path}: left out of the output, {why}: {some_of(names)}")
+        if self._beside.other_weights:
+            others = some_of(self._beside.other_weights)
+            notes.append(f"{self.path}: weights of other networks are carried over: {others}")
         return notes
 
     @property
@@ -200,16 +175,22 @@ class Source:
         marked = sum(self.fused[whole].has_mark for whole, _ in self.parts.values())
         return marked * MARK_DTYPE.itemsize
 
+    @cached_property
+    def _beside(self) -> SideFiles:
+        """The files beside the weights, sorted out by the rule of `side_files.py`."""
+        if self.path.is_file():
+            return SideFiles(None)
+        shapes = {key: info.shape for key, info in self.weights.tensors.items()}
+        return SideFiles(self.path, {*self.files, self.weights.place}, shapes)
+
     def side_files(self) -> list[Path]:
         """Returns the files that the output carries over unchanged (tokenizer, licence, ...)."""
-        if self.path.is_file():
-            return []
-        used = {*self.files, self.weights.place}
-        return sorted(
-            file
-            for file in self.path.rglob("*")
-            if file not in used and _is_carried(file.relative_to(self.path)) and file.is_file()
-        )
+        return self._beside.carried
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The files and folders that the output does not carry over, by name, each with why."""
+        return self._beside.left_out
 
     @cached_property
     def decisive(self) -> list[Path]:
@@ -245,22 +226,6 @@ class Source:
                 f"{self.tensors[key].file}: tensor {key} holds NaN or infinity",
                 "repair or retrain the checkpoint: no compression can be fitted to it",
             )
-
-
-def _is_carried(name: Path) -> bool:
-    """Returns whether the output carries over a file of this name, relative to the checkpoint."""
-    if any(part.startswith(".") for part in name.parts) or name.parts[0] in EXPORT_FOLDERS:
-        return False
-    if name.name.endswith(EXPORT_SUFFIXES) or _training_state(name):
-        return False
-    is_at_top = len(name.parts) == 1
-    return not is_at_top or not (name.name in OWN_FILES or name.name.endswith(WEIGHT_SUFFIXES))
-
-
-def _training_state(name: Path) -> str | None:
-    """Returns what of a path is a training loop's own, its folder or its file; None for others."""
-    folder = next((part for part in name.parts[:-1] if TRAINING_FOLDER.fullmatch(part)), None)
-    return folder or (name.name if TRAINING_STATE.fullmatch(name.name) else None)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from lrc_cli.data.kinds import (
     members,
 )
 from lrc_cli.data.processors import Processors
+from lrc_cli.data.records import ONE_A_LINE
 from lrc_cli.data.rows import read_rows
 from lrc_cli.data.tokens import read_tokens
 from lrc_cli.errors import InputError
@@ -72,12 +73,12 @@ class Sequences:
     """Number of sequences in the part that were free to be drawn."""
     sha256: str
     """Hash of the drawn inputs."""
-    asked: int = 0
-    """Number of sequences that were asked for."""
     findings: Findings = NO_FINDINGS
     """What of the data does not reach the network."""
     one_in: int | None = None
     """One passage of the file in so many was read; None: all of the file."""
+    repeated: int = 0
+    """Number of sequences that equal another one, drawn for the same or an earlier purpose."""
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -128,6 +129,7 @@ def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> d
     _check_names(purposes)
     files: dict[Path, _File] = {}
     drawn: dict[str, Sequences] = {}
+    seen: set[bytes] = set()
     for purpose in purposes:
         key = purpose.path.resolve()
         if key not in files:
@@ -136,7 +138,8 @@ def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> d
         _check_reading(purpose, files[key])
         sequences = _take(purpose, files[key], seed)
         if sequences is not None:
-            drawn[purpose.name] = sequences
+            repeated = _count_repeated(sequences.inputs, seen)
+            drawn[purpose.name] = replace(sequences, repeated=repeated)
     return drawn
 
 
@@ -196,7 +199,12 @@ def _read(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) 
     # The path's suffix must say what a sequence is, also where the data is absent.
     if path.is_dir() and path.suffix not in TEXT_SUFFIXES | TENSOR_SUFFIXES:
         return read_folder(path, processors)
-    raise InputError(f"{path}: not a kind of data this version reads", f"use {KNOWN}")
+    remedy = f"use {KNOWN}"
+    if path.suffix == ".json":
+        remedy = f"write one record a line: {ONE_A_LINE}"
+    if path.suffix in (".gz", ".zst", ".bz2", ".xz", ".zip"):
+        remedy = f"unpack it, and {remedy}"
+    raise InputError(f"{path}: not a kind of data this version reads", remedy)
 
 
 def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
@@ -225,7 +233,6 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
         inputs=inputs,
         population=len(starts),
         sha256=_hash(inputs),
-        asked=purpose.num_sequences,
         findings=file.data.findings,
         one_in=file.data.one_in,
     )
@@ -261,6 +268,16 @@ def _generator(purpose: Purpose, seed: int) -> torch.Generator:
         digest = hashlib.sha256(f"{seed} {purpose.name}".encode()).digest()
         seed = int.from_bytes(digest[:4], "little")
     return torch.Generator().manual_seed(seed)
+
+
+def _count_repeated(inputs: Batch, seen: set[bytes]) -> int:
+    """The number of sequences whose inputs were there before; `seen` gains the others' hashes."""
+    before = len(seen)
+    rows = list(zip(*(inputs[name] for name in sorted(inputs)), strict=True))
+    seen.update(
+        hashlib.sha256(b"".join(bytes(tensor_bytes(x)) for x in row)).digest() for row in rows
+    )
+    return before + len(rows) - len(seen)
 
 
 def _hash(inputs: Batch) -> str:

@@ -7,7 +7,7 @@ import csv
 import json
 import sys
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,10 @@ CHUNK = 1 << 18
 """Characters of a text, or bytes of a file, that are read at once."""
 ROWS = 256
 """Rows of a .parquet that are read at once."""
+
+
+ONE_A_LINE = "jq -c '.[]' OLD.json > NEW.jsonl"
+"""The command that writes the records of a JSON array one a line."""
 
 
 def stream_text(path: Path) -> Iterator[str]:
@@ -88,10 +92,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 cause = f"{place}: not valid JSON ({error.args[0]})"
-                raise InputError(cause, "mend the line") from error
-            if not isinstance(row, dict) or row.get(field) is None:
-                raise _lacks(place, field, row if isinstance(row, dict) else {})
-            yield place, row[field]
+                is_opened = line.strip() in ("[", "{", "[{")
+                remedy = f"write one record a line: {ONE_A_LINE}" if is_opened else "mend the line"
+                raise InputError(cause, remedy) from error
+            yield place, _value(place, row, field)
 
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
@@ -101,9 +105,7 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                if row.get(field) is None:
-                    raise _lacks(place, field, row)
-                yield place, row[field]
+                yield place, _value(place, row, field)
         except csv.Error as error:
             cause = f"{path}:{reader.line_num}: not valid CSV ({error})"
             raise InputError(cause, "mend the line") from error
@@ -120,23 +122,51 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
         # Without a buffer of its own size, pyarrow reads a row group of the column at once.
         with parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
             if field not in file.schema_arrow.names:
-                raise _lacks(str(path), field, file.schema_arrow.names)
+                raise _lacks(str(path), field, dict.fromkeys(file.schema_arrow.names))
             batches = file.iter_batches(ROWS, columns=[field], use_threads=False)
             values = (value for batch in batches for value in batch.column(0).to_pylist())
             for number, value in enumerate(values, start=1):
-                if value is None:
-                    raise _lacks(f"{path}: record {number}", field, [field])
-                yield f"{path}: record {number}", value
+                place = f"{path}: record {number}"
+                yield place, _value(place, {field: value}, field)
     except (ArrowException, OSError) as error:
         cause = f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})"
         raise InputError(cause, "write it again") from error
 
 
-def _lacks(place: str, field: str, fields: Any) -> InputError:
-    others = ", ".join(repr(name) for name in fields if name != field)
+def _value(place: str, row: Any, field: str) -> Any:
+    """Returns the field's value of a record; raises InputError where there is none."""
+    if isinstance(row, list):
+        raise InputError(
+            f"{place}: holds an array of {len(row)}, not a record",
+            f"write one record a line: {ONE_A_LINE}",
+        )
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{place}: holds {json.dumps(row)[:40]}, not a record",
+            f'write one record a line, such as {{"{field}": "..."}}',
+        )
+    if field not in row:
+        raise _lacks(place, field, row)
+    if row[field] is None:
+        raise InputError(
+            f"{place}: no text under the key {field!r}, which is null or has no value",
+            "leave the record out, or give it a text (an empty one is taken)",
+        )
+    return row[field]
+
+
+def _lacks(place: str, field: str, row: Mapping[str, Any]) -> InputError:
+    others = [repr(name) for name in row if name and name != field]
+    inner = next((key for key, x in row.items() if isinstance(x, dict) and field in x), None)
+    if inner is not None:
+        return InputError(
+            f"{place}: no text under the key {field!r}, which is inside {inner!r}",
+            f"write it at the top of the record: {{{field!r}: ...}}",
+        )
+    more = [f"{len(others) - 5} more"] if len(others) > 5 else []
+    there = f" (there are {', '.join([*others[:5], *more])})" if others else ""
     return InputError(
-        f"{place}: no text under the key {field!r}",
-        f"set text_field to the right key{f' (there are {others})' if others else ''}",
+        f"{place}: no text under the key {field!r}", f"set text_field to the right key{there}"
     )
 
 

@@ -22,8 +22,6 @@ PIECES = 32
 LIMIT = 0.9
 """A text of which the tokens do not stand for more than this share is refused."""
 ALPHABET = "give a text in the tokenizer's alphabet, or token ids (.jsonl with lists of numbers)"
-NOTABLE = 0.01
-"""From this share on, the terminal says how much of a text the tokens do not stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)

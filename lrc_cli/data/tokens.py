@@ -29,6 +29,7 @@ from lrc_cli.data.special_tokens import (
     token_ids,
 )
 from lrc_cli.errors import InputError
+from lrc_cli.text import some_of
 
 MESSAGES = "messages"
 """The field of a conversation, where text_field has its default."""
@@ -161,8 +162,9 @@ def _kind(record: Record, field: str) -> str:
         return "text"
     if isinstance(value, list) and value and all(type(x) is int and abs(x) < 2**63 for x in value):
         return TOKEN_IDS
+    held = f"an object with the keys {some_of(map(repr, value))}" if isinstance(value, dict) else ""
     raise InputError(
-        f"{place}: no text under the key {field!r}, nor token ids",
+        f"{place}: no text under the key {field!r}, nor token ids{held and f', but {held}'}",
         "set text_field to the right key, or chat_template: true for conversations",
     )
 

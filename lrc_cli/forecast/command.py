@@ -26,7 +26,7 @@ from lrc_cli.forecast.quality import run_quality
 from lrc_cli.forecast.sequential import run_sequential
 from lrc_cli.job.factors.decide_sequential import decide, kept_fraction
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.run import make_plans, run_shared_stages
+from lrc_cli.job.run import make_plans, run_shared_stages, say_shortfalls
 from lrc_cli.job.spectra.allocate import Granted, allocate, nothing_known, rest_bytes
 from lrc_cli.job.spectra.survey import read_predicted, vectors_bytes
 from lrc_cli.job.work import LOG, SPECTRA, WorkDirectory
@@ -60,8 +60,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         if plan.output.exists():
             progress.note(f"{plan.output}: the output exists, compress needs --force to replace it")
     first = plans[0]
-    for note in first.source.notes:
-        progress.note(note)
+    say_shortfalls(first, progress)
     with ExitStack() as stack:
         job_work = _open_job_work(first, stack)
         known = job_work is not None and _has_spectra(first, job_work)

@@ -13,8 +13,8 @@ from typing import Any
 from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
-from lrc_cli.data.purposes import purposes_of
 from lrc_cli.engine import Solver
+from lrc_cli.job.data_found import data_found
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.factors.sequential import SequentialStage
@@ -30,6 +30,7 @@ from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import LOG, PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
+from lrc_cli.report.shortfalls import data_shortfalls
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.runtime.signals import Interrupted
@@ -82,8 +83,7 @@ def compress_each(
     with progress.phase("checks", 1) as checks:
         plans = make_plans(configs, force=force, processes=processes)
     first = plans[0]
-    for note in first.source.notes:
-        progress.note(note)
+    say_shortfalls(first, progress)
     _say_unused_settings(first, progress)
     with (
         _blaming(first.inputs),
@@ -209,6 +209,12 @@ def _say_what_failed(record: Record, progress: Progress) -> None:
         progress.note("no layer was factorised: see the reasons in the report")
 
 
+def say_shortfalls(plan: Plan, progress: Progress) -> None:
+    """Says what of checkpoint and data is not used, and which numbers are lower than asked."""
+    for note in [*plan.source.notes, *data_shortfalls(data_found(plan))]:
+        progress.note(note)
+
+
 def _say_unused_settings(plan: Plan, progress: Progress) -> None:
     """Says which settings have no effect: none is ignored in silence."""
     compression = plan.config.compression
@@ -222,11 +228,6 @@ def _say_unused_settings(plan: Plan, progress: Progress) -> None:
         default = default_allocation(compression.method)
         why = f"{target} decides layer by layer"
         _say_unused_key(compression, "allocation", why, progress, default=default)
-    for purpose in purposes_of(plan.config):
-        found = len(plan.sequences.get(purpose.name, ()))
-        if found < purpose.num_sequences:
-            lowered = f"{found} sequences, not {purpose.num_sequences}, because no more are left"
-            progress.note(f"{purpose.name}: {lowered if found else 'skipped, no sequence is left'}")
 
 
 def _reads_loss(solver: Solver) -> bool:

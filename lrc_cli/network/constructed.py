@@ -6,7 +6,7 @@ with other random numbers and with unused memory filled. What both constructions
 the user's own code has. What they do not agree on is random, and belongs to no checkpoint.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from lrc_cli.text import some_of
 
 Build = Callable[[], nn.Module]
 SEEDS = (1, 2)
+DEPTH = 4
+"""How deep in an attribute tensors are looked for."""
 
 
 def take_constructed(model: nn.Module, build: Build, unread: Collection[str] = ()) -> None:
@@ -30,16 +32,18 @@ def take_constructed(model: nn.Module, build: Build, unread: Collection[str] = (
         unread: names of parameters and buffers of the state dict that no file holds.
 
     Raises:
-        InputError: two constructions differ in such a tensor.
+        InputError: two constructions differ in such a tensor, or it was a parameter's second name.
     """
     if not unread and not loose_tensors(model):
         return
     first, second = _twice(build, unread)
-    _check_same(model, loose_tensors(first, unread), loose_tensors(second, unread))
+    made = loose_tensors(first, unread)
+    _check_same(model, made, loose_tensors(second, unread))
+    registered = _registered(model)
     for name, module in model.named_modules():
-        made = _module(first, name)
-        if made is not None and type(made) is type(module):
-            _take(module, made, name, unread)
+        like = _module(first, name)
+        if like is not None and type(like) is type(module):
+            _take(module, like, f"{name}." if name else "", unread, made, registered)
 
 
 def check_constructed(model: nn.Module, build: Build) -> None:
@@ -54,11 +58,32 @@ def check_constructed(model: nn.Module, build: Build) -> None:
         _check_same(model, tensors, loose_tensors(second))
 
 
+def second_names(model: nn.Module) -> set[str]:
+    """Returns the places in plain attributes where parameters and buffers lie a second time."""
+    registered = _registered(model)
+    return {name for name, x in _attribute_tensors(model) if id(x) in registered}
+
+
+def check_second_names(model: nn.Module, before: Collection[str]) -> None:
+    """Raises InputError if a plain attribute still holds a tensor that loading has replaced.
+
+    Args:
+        before: the `second_names` of the module before its parameters were replaced.
+    """
+    stale = sorted(set(before) & loose_tensors(model).keys())
+    if stale:
+        raise InputError(
+            f"{type(model).__name__}: the attribute {stale[0]} is a second name of a parameter,"
+            " which it loses when the parameter is loaded",
+            "let forward read the parameter itself, or register the module that has it",
+        )
+
+
 def loose_tensors(model: nn.Module, unread: Collection[str] = ()) -> dict[str, Tensor]:
     """Returns the tensors that a state dict lacks, by name.
 
-    These are non-persistent buffers and tensors in plain attributes, also within lists and
-    dictionaries.
+    These are non-persistent buffers and tensors in plain attributes, also within lists,
+    dictionaries and other objects.
 
     Args:
         unread: names of the state dict that count as well.
@@ -70,9 +95,19 @@ def loose_tensors(model: nn.Module, unread: Collection[str] = ()) -> dict[str, T
         for key, tensor in [*module._buffers.items(), *module._parameters.items()]:
             if tensor is not None and (key in loose or prefix + key in unread):
                 found[prefix + key] = tensor
+    registered = _registered(model)
+    return found | {name: x for name, x in _attribute_tensors(model) if id(x) not in registered}
+
+
+def _registered(model: nn.Module) -> set[int]:
+    return {id(x) for x in (*model.parameters(), *model.buffers())}
+
+
+def _attribute_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
         for key, value in _attributes(module):
-            found |= {prefix + key + place: x for place, x in _tensors_in(value)}
-    return found
+            yield from ((prefix + key + place, x) for place, x in _tensors_in(value))
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -81,13 +116,23 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, value in vars(module).items() if key not in own)
 
 
-def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(value: Any, depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a value with their places in it, such as "[0]"."""
     if isinstance(value, Tensor):
         yield "", value
-    inner = enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, x in value.items() if isinstance(value, dict) else inner:
-        yield from ((f"[{key!r}]{place}", tensor) for place, tensor in _tensors_in(x))
+        return
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, list | tuple):
+        inner = ((f"[{index}]", x) for index, x in enumerate(value))
+    elif isinstance(value, dict):
+        inner = ((f"[{key!r}]", x) for key, x in list(value.items()))
+    elif not isinstance(value, type) and not callable(value):
+        inner = ((f".{key}", x) for key, x in list(getattr(value, "__dict__", {}).items()))
+    elif isinstance(value, nn.Module):
+        inner = ((f".{key}", x) for key, x in value.state_dict(keep_vars=True).items())
+    if depth:
+        for place, x in inner:
+            yield from ((place + deeper, tensor) for deeper, tensor in _tensors_in(x, depth - 1))
 
 
 def _twice(
@@ -166,17 +211,34 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _take(module: nn.Module, made: nn.Module, name: str, unread: Collection[str]) -> None:
-    """Gives a module the tensors of its like."""
-    prefix = f"{name}." if name else ""
+def _take(
+    module: nn.Module,
+    like: nn.Module,
+    prefix: str,
+    unread: Collection[str],
+    made: Collection[str],
+    registered: Collection[int],
+) -> None:
+    """Gives a module the tensors of its like.
+
+    Args:
+        prefix: what stands before the names of the module's tensors.
+        made: the names of the tensors that the constructor makes.
+        registered: the identities of the tensors that have a place in the state dict.
+    """
     loose = module._non_persistent_buffers_set
-    for table, source in (
-        (module._buffers, made._buffers),
-        (module._parameters, made._parameters),
-    ):
+    for table, source in ((module._buffers, like._buffers), (module._parameters, like._parameters)):
         for key in table:
             if key in source and (key in loose or prefix + key in unread):
                 table[key] = source[key]  # type: ignore[assignment]
     for key, value in list(_attributes(module)):
-        if any(True for _ in _tensors_in(value)) and key in vars(made):
-            setattr(module, key, vars(made)[key])
+        places = [f"{prefix}{key}{at}" for at, x in _tensors_in(value) if id(x) not in registered]
+        stale = [place for place in places if place not in made]
+        if stale:
+            raise InputError(
+                f"{type(module).__name__}: the attribute {stale[0]} is a second name of a parameter"
+                " or comes from elsewhere, and loading leaves it without numbers",
+                "let forward read the parameter itself, or register the tensor as a buffer",
+            )
+        if places:
+            setattr(module, key, vars(like)[key])

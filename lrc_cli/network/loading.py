@@ -15,7 +15,13 @@ from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import bare, unwrapped_names
 from lrc_cli.errors import InputError, LrcError
-from lrc_cli.network.constructed import check_constructed, loose_tensors, take_constructed
+from lrc_cli.network.constructed import (
+    check_constructed,
+    check_second_names,
+    loose_tensors,
+    second_names,
+    take_constructed,
+)
 from lrc_cli.network.disk_names import module_names, places
 from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.slots import (
@@ -317,7 +323,10 @@ def _load_plain(source: Source, factory: Factory | str | None) -> tuple[nn.Modul
             cause, f'pass factory="{named or "package.module:function"}" (config: model.factory)'
         )
     build = resolve_factory(factory)
-    model, source = _filled(_constructed(build), source, record)
+    model = _constructed(build)
+    before = second_names(model)
+    model, source = _filled(model, source, record)
+    check_second_names(model, before)
     finish_slots(model)
     return model, source
 

@@ -16,6 +16,7 @@ from lrc_cli.report.facts import (
     summary,
 )
 from lrc_cli.report.record import Record
+from lrc_cli.report.shortfalls import shortfalls
 from lrc_cli.report.tables import (
     Table,
     gates_table,
@@ -51,6 +52,7 @@ def render_card(record: Record) -> str:
         _front_matter(record),
         f"# {_escape(record.model)}, low-rank compressed\n\n{_escape(summary(record))}",
         *_gates(record),
+        *_shortfalls(record),
         _size(record),
         _quality(record),
         _loading(record),
@@ -74,6 +76,11 @@ def _front_matter(record: Record) -> str:
 def _gates(record: Record) -> list[str]:
     missed = [f"**Gate missed: {_escape(text)}.**" for text in missed_gates(record)]
     return [*missed, f"## Gates\n\n{_table(gates_table(record))}"] if record.gates else []
+
+
+def _shortfalls(record: Record) -> list[str]:
+    lines = [f"- {_escape(line)}" for line in shortfalls(record)]
+    return ["## Less than asked\n\n" + "\n".join(lines)] if lines else []
 
 
 def _size(record: Record) -> str:

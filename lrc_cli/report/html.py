@@ -20,6 +20,7 @@ from lrc_cli.report.facts import (
 )
 from lrc_cli.report.markup import Markup, element, join
 from lrc_cli.report.record import Record
+from lrc_cli.report.shortfalls import shortfalls
 from lrc_cli.report.tables import (
     Column,
     Table,
@@ -63,6 +64,7 @@ def render_html(record: Record) -> str:
         _tiles(record),
         _section("Quality", *_quality(record)),
         *_gates(record),
+        *_shortfalls(record),
         _section("Certificate", *_certificate(record)),
         _section("Size", *_size(record)),
         _section("Kept bytes per layer", *_shares(record)),
@@ -134,6 +136,11 @@ def _gates(record: Record) -> list[Markup]:
     missed = {index for index, gate in enumerate(record.gates) if not gate.met}
     table = _table(gates_table(record), alarms=missed)
     return [_section("Gates", table)] if record.gates else []
+
+
+def _shortfalls(record: Record) -> list[Markup]:
+    lines = shortfalls(record)
+    return [_section("Less than asked", _list(lines))] if lines else []
 
 
 def _size(record: Record) -> list[Markup]:

@@ -296,6 +296,29 @@ class DrawnSequences(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataFound(JsonRecord):
+    """Says how much of the data that was asked for reached the network, for one purpose."""
+
+    asked: int
+    """The number of sequences that was asked for."""
+    found: int
+    """The number of sequences that were drawn."""
+    repeated: int = 0
+    """The drawn sequences that equal another one, of the same or of an earlier purpose."""
+    unread: float | None = None
+    """Share of a text's characters that no token stands for, or only the unknown one; null: there
+    is no text, or the tokenizer does not tell."""
+    turns: int = 0
+    """The turns with a text in the file's conversations."""
+    dropped_turns: int = 0
+    """The turns of which the chat template prints nothing."""
+    shortened_turns: int = 0
+    """The turns of which the chat template prints a part."""
+    empty_records: int = 0
+    """The file's records without text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance(JsonRecord):
     """Says where the output comes from; hashes are sha256 in hexadecimal."""
 
@@ -329,6 +352,10 @@ class Provenance(JsonRecord):
     """Hash of every data file, and of the factory's file, by name."""
     sequences: Mapping[str, DrawnSequences]
     """The sequences that were drawn for calibration and certification."""
+    data: Mapping[str, DataFound] = field(default_factory=dict)
+    """How much of the data reached the network, by purpose; early outputs have no such key."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """The original's files and folders that are not carried over, each with why."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,6 +238,11 @@ def provenance_table(record: Record) -> Table:
         *((f"sha256 of source {k}", v) for k, v in facts.checkpoint_sha256.items()),
         *((f"sha256 of data {k}", v) for k, v in facts.data_files_sha256.items()),
         *((f"{name} data", _sequences(drawn)) for name, drawn in facts.sequences.items()),
+        *(
+            (f"{name} text", f"tokens stand for {percent(1 - found.unread)} of its characters")
+            for name, found in facts.data.items()
+            if found.unread is not None
+        ),
         *((f"evaluation data {r.text}", f"sha256 {r.sha256}") for r in record.quality),
     ]
     columns: list[Column] = [("", "l", lambda pair: pair[0]), ("", "l", lambda pair: pair[1])]

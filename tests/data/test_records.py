@@ -82,6 +82,58 @@ def test_conversations_are_rendered_by_the_chat_template(
     assert pico.VOCABULARY.index("w2") in stream and found.population == len(pieces)
 
 
+MESSAGES = {
+    "a null": ('{"text": null}', "a.jsonl:2: no text under the key 'text', which is null; leave"),
+    "an array": ('[{"text": "w1"}]', "a.jsonl:2: holds an array of 1, not a record; .* jq -c"),
+    "a text": ('"w1"', 'a.jsonl:2: holds "w1", not a record; write one record a line, such as'),
+    "a number": ("3", "a.jsonl:2: holds 3, not a record"),
+    "null": ("null", "a.jsonl:2: holds null, not a record"),
+    "true": ("true", "a.jsonl:2: holds true, not a record"),
+    "nothing": ("{}", "a.jsonl:2: no text under the key 'text'; set text_field"),
+    "another key": ('{"body": "w1"}', r"a.jsonl:2: .*right key \(there are 'body'\)"),
+    "many keys": (
+        '{"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}', "'d', 'e', 2 more",
+    ),
+    "a key in another case": ('{"Text": "w1"}', r"there are 'Text'"),
+    "a text inside": ('{"data": {"text": "w1"}}', "key 'text', which is inside 'data'; write it"),
+    "an object": ('{"text": {"de": "w1"}}', "but an object with the keys 'de'"),
+    "a list of texts": ('{"text": ["w1"]}', "no text under the key 'text', nor token ids"),
+    "an empty list": ('{"text": []}', "no text under the key 'text', nor token ids"),
+    "a boolean": ('{"text": true}', "no text under the key 'text', nor token ids"),
+    "a record over lines": ("{", "a.jsonl:2: not valid JSON .*; write one record a line: jq"),
+    "an array over lines": ("[", "a.jsonl:2: not valid JSON .*; write one record a line: jq"),
+    "a comma behind": ('{"text": "w1"},', "a.jsonl:2: not valid JSON .*; mend the line"),
+    "half a record": ('{"text": "w', "a.jsonl:2: not valid JSON .*; mend the line"),
+    "single quotes": ("{'text': 'w1'}", "a.jsonl:2: not valid JSON .*; mend the line"),
+    "depth": ("[" * 100_000, "a.jsonl:2: not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_record_that_is_none_is_named_by_its_line(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    line, message = MESSAGES[kind]
+    (tmp_path / "a.jsonl").write_text(f'\ufeff{{"text": "w1 w2"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=message.replace("is null;", "is null or has no value;")):
+        drawn(tmp_path / "a.jsonl", Processors(tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("a.json", "jq -c"), ("a.jsonl.gz", "unpack it"), ("a.zst", "unpack it"), ("a.xlsx", "use .")],
+)
+def test_files_of_another_kind_have_a_way_out(name: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"not a kind of data this version reads; {remedy}"):
+        drawn(tmp_path / name, Processors())
+
+
+def test_records_without_text_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_records(tmp_path / "a.jsonl", "text", [*TEXTS, "", "  "])
+    assert drawn(file, Processors(tokenizer=tokenizer)).findings.empty_records == 2
+
+
 RECORDS: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
     "mixed": (".jsonl", ["w1", [1, 2]], {}, r"jsonl:2: 'text' holds token ids, and text before"),
     "numbers": (".jsonl", [1.5], {}, "jsonl:1: no text under the key 'text', nor token ids"),

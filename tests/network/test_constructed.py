@@ -18,6 +18,13 @@ WIDTH = 8
 X = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
 
 
+class Holder:
+    """An object that is no module."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
 class Net(nn.Module):
     """A linear layer between tensors that `make` gives to the module; `read` reads them."""
 
@@ -87,6 +94,12 @@ SETTLED: dict[str, Case] = {
     ),
     "a scalar": (buffer(lambda: torch.tensor(2.5)), a_table),
     "an empty one": (buffer(lambda: torch.empty(0)), lambda m: m.table.sum()),
+    "an object": (
+        attribute(lambda: Holder(torch.ones(WIDTH))), lambda m: m.table.value,
+    ),
+    "a second name of a module": (
+        lambda m: setattr(m, "table", [m.layer]), lambda m: m.table[0].weight.sum(),
+    ),
     "no tensor": (attribute(lambda: [1, "a", None]), lambda m: torch.zeros(1)),
 }  # fmt: skip
 
@@ -108,6 +121,8 @@ UNSETTLED: dict[str, Callable[[nn.Module], None]] = {
     "not initialised": buffer(lambda: torch.empty(WIDTH)),
     "integers that are not initialised": buffer(lambda: torch.empty(WIDTH, dtype=torch.int64)),
     "an attribute": attribute(lambda: torch.randn(WIDTH)),
+    "in an object": attribute(lambda: Holder(torch.randn(WIDTH))),
+    "a module in a list": attribute(lambda: [nn.Linear(2, 2)]),
     "deep in an attribute": attribute(lambda: {"a": [torch.ones(2), (torch.randn(WIDTH),)]}),
     "by numpy": buffer(lambda: torch.from_numpy(np.random.rand(WIDTH))),
     "by Python": buffer(lambda: torch.tensor([random.random() for _ in range(WIDTH)])),
@@ -124,6 +139,26 @@ def test_a_factorys_tensors_that_nobody_settles_are_refused(kind: str, tmp_path:
     save_file(build().state_dict(), tmp_path / "net.safetensors")
     with pytest.raises(InputError, match=r"Net: table.* is in no file, .*persistent=True"):
         load(tmp_path / "net.safetensors", factory=build)
+
+
+def test_a_second_name_of_a_parameter_is_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return Net(lambda m: setattr(m, "table", [m.layer.weight]), lambda m: torch.zeros(1))
+
+    save_file(build().state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match=r"Net: the attribute table\[0\] is a second name of"):
+        load(tmp_path / "net.safetensors", factory=build)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_modules_have_second_names_of_their_own(kind: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return getattr(nn, kind)(WIDTH, WIDTH, batch_first=True)
+
+    own = build().eval()
+    save_file(own.state_dict(), tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors", factory=build)
+    assert torch.allclose(loaded(X[None])[0], own(X[None])[0])
 
 
 # ---------------------------------------------------------------- code that comes with a checkpoint
@@ -186,6 +221,11 @@ OWN_CODE = {
         "        own = LlamaConfig(hidden_size=16, num_attention_heads=1)\n"
         "        self.rotary = LlamaRotaryEmbedding(own)",
         "x + self.rotary(x, torch.arange(x.shape[1])[None])[1][..., :8]", "",
+    ),
+    "a recurrent module": (
+        "self.t = torch.arange(8) / 3\n        self.r = nn.LSTM(n, n, batch_first=True)\n"
+        "        for p in self.r.parameters(): nn.init.constant_(p, 0.1)",
+        "self.r(x + self.t)[0]", r'_keys_to_ignore_on_load_missing = [r"\.r\."]',
     ),
     "a number read from a tensor": (
         "self.t = [float(x) for x in torch.linspace(0, 1, 8)]", "x + self.t[3]", "",

@@ -13,6 +13,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.forms import FORMS
+from lrc_cli.job.data_found import data_found
 from lrc_cli.job.fingerprints import report_code_hash
 from lrc_cli.job.plan import Plan
 from lrc_cli.network.layer import Layer
@@ -216,4 +217,6 @@ def _provenance(plan: Plan) -> Provenance:
         checkpoint_sha256=plan.source.hashes,
         data_files_sha256=dict(plan.data_hashes),
         sequences=sequences,
+        data=data_found(plan),
+        left_out=plan.source.left_out,
     )

@@ -1,0 +1,30 @@
+"""How much of the data that a config asks for a plan has found."""
+
+from lrc_cli.data.draw import Sequences
+from lrc_cli.data.purposes import purposes_of
+from lrc_cli.job.plan import Plan
+from lrc_cli.report.record import DataFound
+
+
+def data_found(plan: Plan) -> dict[str, DataFound]:
+    """Returns what was found of the data, by purpose, also of purposes without a sequence."""
+    return {
+        purpose.name: _found(purpose.num_sequences, plan.sequences.get(purpose.name))
+        for purpose in purposes_of(plan.config)
+    }
+
+
+def _found(asked: int, drawn: Sequences | None) -> DataFound:
+    if drawn is None:
+        return DataFound(asked=asked, found=0)
+    findings, reading = drawn.findings, drawn.findings.reading
+    return DataFound(
+        asked=asked,
+        found=len(drawn),
+        repeated=drawn.repeated,
+        unread=None if reading is None else reading.unread,
+        turns=findings.turns.total,
+        dropped_turns=findings.turns.dropped,
+        shortened_turns=findings.turns.shortened,
+        empty_records=findings.empty_records,
+    )
