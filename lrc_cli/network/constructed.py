@@ -158,7 +158,7 @@ def _built(build: Build, keep: Collection[str]) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta(keep: Collection[str]) -> Iterator[None]:
-    """A context in which modules keep no memory of parameters, except for those with some names."""
+    """A context in which modules keep no memory of parameters, except of the names to keep."""
 
     def without_memory(_: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or name in keep:

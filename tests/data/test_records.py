@@ -121,7 +121,12 @@ def test_a_record_that_is_none_is_named_by_its_line(
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("a.json", "jq -c"), ("a.jsonl.gz", "unpack it"), ("a.zst", "unpack it"), ("a.xlsx", "use .")],
+    [
+        ("a.json", "write one record a line: jq -c"),
+        ("a.jsonl.gz", "unpack it"),
+        ("a.zst", "unpack it"),
+        ("a.xlsx", "use ."),
+    ],
 )
 def test_files_of_another_kind_have_a_way_out(name: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")

@@ -19,7 +19,8 @@ TABLE = Path(__file__).with_name("report_keys.txt")
 """Every key of the reports below with the types of its values."""
 NAMES = (
     *("timing", "memory", "copies", "fused", "provenance.packages", "provenance.sequences"),
-    *("provenance.checkpoint_sha256", "provenance.data_files_sha256"),
+    *("provenance.checkpoint_sha256", "provenance.data_files_sha256", "provenance.data"),
+    "provenance.left_out",
     *("certificate.tolerances", "certificate.clips", "certificate.values.layers"),
 )
 """Objects whose keys are names: of layers, files, phases, packages."""
