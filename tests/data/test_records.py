@@ -261,7 +261,7 @@ def test_npz_and_safetensors_are_the_same(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="x holds <U1, no numbers"):
         drawn(tmp_path / "c.npz", Processors())
     np.savez(tmp_path / "d.npz", x=np.array([{}]))
-    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
+    with pytest.raises(InputError, match="x holds object, no numbers"):
         drawn(tmp_path / "d.npz", Processors())
 
 
