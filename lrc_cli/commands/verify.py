@@ -36,14 +36,21 @@ from lrc_cli.runtime.streams import deliver, deliver_json
 @click.option(
     "--manifest-sha256", metavar="HEX", help="What the hash of manifest.json must be: pins it all."
 )
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 3 also if something that the arguments ask for could not be checked.",
+)
 @factory_option
 @trust_option
 @json_option
 @quiet_option
-def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def verify(directory: Path, strict: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check what the files in DIRECTORY say of themselves, independently of the run.
 
-    Exit code 3 if a statement fails. What could not be looked at is said to be not checked.
+    Exit code 3 if a statement fails. What could not be looked at is said to be not checked. A last
+    line counts what should have been looked at and could not be, such as pages that another
+    version of lrc wrote. With --strict such a line is exit code 3 too.
     """
     calm_transformers()
     from lrc_cli.runtime.progress import Progress
@@ -60,3 +67,7 @@ def verify(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         deliver(f"{render(found.findings)}\n{pinned}")
     if found.findings.failed:
         raise StatementFailed(f"{directory}: not every statement holds", "see what fails above")
+    if strict and found.findings.left_open:
+        raise StatementFailed(
+            f"{directory}: not everything could be checked", "see what is not checked above"
+        )

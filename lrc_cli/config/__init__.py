@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrc_cli.config.canonical import config_hash, to_dict, to_yaml
+from lrc_cli.config.canonical import config_hash, to_dict, to_yaml, yaml_text
 from lrc_cli.config.compression import Compression, LayerOverride
 from lrc_cli.config.constraints import FieldError, parse_bytes
 from lrc_cli.config.patterns import matches
@@ -54,6 +54,7 @@ __all__ = [
     "plain_values",
     "to_dict",
     "to_yaml",
+    "yaml_text",
 ]
 
 

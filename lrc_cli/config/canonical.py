@@ -39,7 +39,12 @@ def to_yaml(config: Config) -> str:
     for section, written in zip(sections, values, strict=True):
         if section is not None and section.num_sequences_is_default:
             del written["num_sequences"]
-    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100)
+    return yaml_text(resolved)
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """The YAML in which lrc writes a config: without comments, in this order, one line a key."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def config_hash(config: Config, recorded: Mapping[str, Any] | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.measure import check_against, not_measured
 from lrc_cli.verify.files.certificate import check_certificate
-from lrc_cli.verify.files.figures import check_figures
+from lrc_cli.verify.files.figures import check_figures, check_pages
 from lrc_cli.verify.files.manifest import check_hex, check_manifest, check_pin, open_manifest
 from lrc_cli.verify.files.weights import check_weights
 from lrc_cli.verify.files.written import open_written
@@ -27,6 +27,7 @@ class Verified:
         return {
             "manifest_sha256": self.manifest_sha256,
             "failed": self.findings.failed,
+            "left_open": len(self.findings.left_open),
             "statements": [statement.as_dict() for statement in self.findings.statements],
         }
 
@@ -65,8 +66,9 @@ def verify_directory(
         check_weights(written, findings)
         check_figures(written, findings)
         check_certificate(written, findings)
+        check_pages(written, findings)
     if against is None:
-        not_measured(written, findings, "no --against was given")
+        not_measured(written, findings, "no --against was given", by_design=True)
     else:
         check_against(
             written,

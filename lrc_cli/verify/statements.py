@@ -55,6 +55,8 @@ class Statement:
     """HOLDS, FAILS or NOT_CHECKED."""
     detail: str = ""
     """What was found, or why nothing was looked for."""
+    is_open: bool = False
+    """Whether the level should have looked at it and could not: `--strict` minds that."""
 
     def as_dict(self) -> dict[str, str]:
         """Returns the statement for JSON."""
@@ -85,9 +87,15 @@ class Findings:
         same = stated == found and isinstance(stated, bool) == isinstance(found, bool)
         return self.judge(id, what, None if same else f"stated {stated!r}, found {found!r}")
 
-    def not_checked(self, id: str, what: str, reason: str) -> None:
-        """Notes that the statement was not looked at."""
-        self.statements.append(Statement(id=id, what=what, status=NOT_CHECKED, detail=reason))
+    def not_checked(self, id: str, what: str, reason: str, *, by_design: bool = False) -> None:
+        """Notes that the statement was not looked at.
+
+        Args:
+            by_design: whether nobody could have looked at it with the arguments that were given.
+        """
+        self.statements.append(
+            Statement(id=id, what=what, status=NOT_CHECKED, detail=reason, is_open=not by_design)
+        )
 
     @contextmanager
     def guard(
@@ -119,16 +127,30 @@ class Findings:
         """Whether any statement fails."""
         return any(statement.status == FAILS for statement in self.statements)
 
+    @property
+    def left_open(self) -> list[Statement]:
+        """The statements that should have been looked at and could not be."""
+        return [statement for statement in self.statements if statement.is_open]
+
 
 def render(findings: Findings) -> str:
-    """Returns the text for people: failed statements, unchecked ones, then counts of true ones."""
+    """Returns the text for people: failed statements, unchecked ones, then counts of true ones.
+
+    Of the unchecked ones, those that were left open come first, and have a line of their own.
+    """
+    unchecked = findings.with_status(NOT_CHECKED)
     lines = [
         *_listed(findings.with_status(FAILS)),
-        *_listed(findings.with_status(NOT_CHECKED)),
+        *_listed(sorted(unchecked, key=lambda statement: not statement.is_open)),
         *(f"{HOLDS}: {id}: {number:,} hold" for id, number in _counts(findings)),
     ]
     totals = [f"{len(findings.with_status(s)):,} {s}" for s in (HOLDS, FAILS, NOT_CHECKED)]
-    return visible_lines([*lines, ", ".join(totals)])
+    lines.append(", ".join(totals))
+    number = len(findings.left_open)
+    if number:
+        what = "statements that these arguments ask for"
+        lines.append(f"LEFT OPEN: {number:,} of the {what} (exit code 3 with --strict)")
+    return visible_lines(lines)
 
 
 def _listed(statements: list[Statement]) -> list[str]:

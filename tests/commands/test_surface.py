@@ -37,7 +37,7 @@ def test_commands_and_options_are_frozen() -> None:
         "schema": [],
         "verify": sorted(
             [
-                *("directory", "--against", "--data", "--manifest-sha256"),
+                *("directory", "--against", "--data", "--manifest-sha256", "--strict"),
                 *("--factory", "--trust-remote-code", "--json", "--quiet"),
             ]
         ),

@@ -20,18 +20,21 @@ MEASURED = {
 """The statements that need both networks, by the first part of their ids."""
 
 
-def not_measured(written: Written, findings: Findings, reason: str) -> None:
+def not_measured(
+    written: Written, findings: Findings, reason: str, *, by_design: bool = False
+) -> None:
     """Notes one unchecked statement for each group of statements that needs the original."""
     what = "the original's hashes and the tensors that are unchanged"
-    findings.not_checked("original", what, reason)
-    _not_run(written, findings, reason)
+    findings.not_checked("original", what, reason, by_design=by_design)
+    _not_run(written, findings, reason, by_design=by_design)
 
 
-def _not_run(written: Written, findings: Findings, reason: str) -> None:
+def _not_run(written: Written, findings: Findings, reason: str, *, by_design: bool = False) -> None:
     for id, what in MEASURED.items():
-        findings.not_checked(id, what, reason)
+        findings.not_checked(id, what, reason, by_design=by_design)
     if written.report is not None and written.report.get("worst_case") is not None:
-        findings.not_checked("c3.worst_case", "the worst-case bound", reason)
+        what = "the worst-case bound"
+        findings.not_checked("c3.worst_case", what, reason, by_design=by_design)
 
 
 def check_against(

@@ -37,12 +37,12 @@ def check_certificate(written: Written, findings: Findings) -> None:
         return
     with findings.guard("certificate", "the certificate can be read"):
         certificate = report["certificate"]
-        if not certificate["statements"]:
-            note = certificate.get("note") or "no reason is given"
-            findings.not_checked("certificate", "the certificate", f"there is none: {note}")
+        if not certificate["statements"]:  # `check_asked` says whether there should be some
             return
         _check_header(written, certificate, findings)
         _check_listed_values(certificate, findings)
+        with findings.guard("certificate.held_out", "held-out errors agree with the certificate"):
+            _check_held_out(written, certificate, findings)
         for statement in certificate["statements"]:
             what = f"the statement {statement['id']} follows from the values"
             with findings.guard("certificate.statement", what):
@@ -149,19 +149,24 @@ def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> 
     problem = f"not so: {', '.join(wrong[:3])}" if wrong else None
     what = "every quantity has one finite value per sequence"
     findings.judge("certificate.values", what, problem)
-    wanted = {(name, kind) for name in series for kind in ("mean", "quantile")}
-    wanted = {
-        pair
-        for pair in wanted
-        if pair[1] == "quantile" or not pair[0].startswith(("all_", "layers."))
-    }
-    made = [(_series_name(s), s["kind"]) for s in statements if _series_name(s) is not None]
-    same = sorted(map(str, made)) == sorted(map(str, wanted))
-    problem = None if same else f"{len(made)} statements for {len(wanted)}"
-    findings.judge("certificate.values", "every quantity has its statements", problem)
+    wanted: list[tuple[str | None, str]] = [
+        (name, kind)
+        for name in series
+        for kind in ("mean", "quantile")
+        if kind == "quantile" or not name.startswith(("all_", "layers."))
+    ]
+    claims = len(wanted)
+    if certificate["tolerances"] and not values.get("layers"):
+        wanted.append((None, "quantile"))  # why there are none on single layers
+    made = [(_series_name(s), s["kind"]) for s in statements]
+    problem = None if made == wanted else f"{len(made)} statements for {len(wanted)}, or others"
+    findings.judge("certificate.values", "every quantity has its statements, in order", problem)
     what = "the number of statements is right"
-    findings.equal("certificate.values", what, certificate["num_statements"], len(made))
+    findings.equal("certificate.values", what, certificate["num_statements"], claims)
     layers, worst = values.get("layers", {}), values.get("all_layers", [])
+    what = "the layers with a tolerance are the ones with values"
+    if layers:
+        findings.equal("certificate.values", what, list(layers), list(certificate["tolerances"]))
     if layers and worst:
         ratios = [
             max(found[i] / certificate["tolerances"][name] for name, found in layers.items())
@@ -170,6 +175,29 @@ def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> 
         same = all(close(a, b) for a, b in zip(worst, ratios, strict=True))
         problem = None if same else "they are not the largest error / tolerance"
         findings.judge("certificate.values", "the worst layers' values are right", problem)
+
+
+def _check_held_out(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:
+    """The layers' held-out errors must agree with the certificate's tolerances and values."""
+    tolerances, by_layer = certificate["tolerances"], certificate["values"].get("layers", {})
+    ratios = []
+    for row in written.factorised:
+        name, held_out = row["name"], row["errors"].get("held_out")
+        if held_out is None or name not in tolerances:  # see `PRESENT`
+            continue
+        stated = [held_out["tolerance"], held_out["num_sequences"]]
+        found = [tolerances[name], certificate["num_sequences"]]
+        if name in by_layer:
+            stated, found = [*stated, held_out["worst_sequence"]], [*found, max(by_layer[name])]
+        what = f"the held-out errors of {name} agree with the certificate"
+        findings.equal("certificate.held_out", what, stated, found)
+        ratios.append(held_out["worst_sequence"] / tolerances[name])
+    worst = certificate["values"].get("all_layers")
+    if worst and ratios and not written.unread:
+        what = "the largest held-out error of any layer, in its tolerance, is the certificate's"
+        same = close(max(worst), max(ratios))
+        problem = None if same else f"stated {max(ratios)}, found {max(worst)}"
+        findings.judge("certificate.held_out", what, problem)
 
 
 def _series_name(statement: Mapping[str, Any]) -> str | None:
@@ -186,6 +214,8 @@ def statement_problem(statement: Mapping[str, Any], certificate: Mapping[str, An
     stem = statement["quantity"] + ("" if not statement["layer"] else f".{statement['layer']}")
     if statement["id"] != f"{stem}.{statement['kind']}":
         return f"its name is not {stem}.{statement['kind']}"
+    if statement["kind"] != "mean" and statement["num_clipped"]:
+        return "values are clipped for means only"
     delta = (1 - certificate["confidence"]) / certificate["num_statements"]
     if name is None:
         delta = (1 - certificate["confidence"]) / (

@@ -1,24 +1,39 @@
 """These checks need the files only: every figure of report.json that follows from other figures."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
-from lrc_cli.config import CONFIG_BYTES, Config, config_hash, plain_values, to_dict
+from lrc_cli.config import (
+    CONFIG_BYTES,
+    Config,
+    config_hash,
+    plain_values,
+    to_dict,
+    yaml_text,
+)
+from lrc_cli.execution.precision import DTYPES
+from lrc_cli.network.keys import Keys
 from lrc_cli.reading import read_utf8
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.report.record import parse_record
-from lrc_cli.verify.files.forms import READERS, TENSORS, UNCOUNTED, unread
+from lrc_cli.verify.files.asked import check_asked
+from lrc_cli.verify.files.fields import check_fields, is_ours, version_of
+from lrc_cli.verify.files.forms import READERS, TENSORS, UNCOUNTED, UP, unread
 from lrc_cli.verify.files.manifest import check_origins
+from lrc_cli.verify.files.reasons import check_reasons
 from lrc_cli.verify.files.written import Written, gained_biases, marks_of
 from lrc_cli.verify.methods import KNOWN, unknown_method
 from lrc_cli.verify.statements import Findings
 
 FLOORS = 64.0
 """The slack in numerical floors: Gram matrices summed in float32 are a little indefinite."""
+ITEM_SIZES = (1, 2, 4, 8, 16)
+"""The bytes that a number may take in the original, where the output has another dtype."""
 ROUNDING = 1e-9
 """The relative tolerance of figures that are computed in another order."""
 
@@ -29,11 +44,15 @@ def check_figures(written: Written, findings: Findings) -> None:
     if report is None:
         findings.not_checked("report", "the report's figures", "report.json cannot be read")
         return
+    with findings.guard("report.form", "report.json is a record"):
+        check_fields(written, findings)
     if config is not None:
         with findings.guard("config", "the report tells of lrc.yaml's run"):
             _check_config(report, config, written, findings)
-        with findings.guard("gates", "the report's gates are right"):
-            _check_gates(report, config, findings)
+        with findings.guard("config", "the report has what the config asks for"):
+            check_asked(written, config, findings)
+        with findings.guard("reasons", "the report's reasons are right"):
+            check_reasons(written, config, findings)
     if source is not None:
         with findings.guard("files.origin", "where the files come from can be told"):
             recorded, names = report["provenance"]["checkpoint_sha256"], source.files
@@ -42,20 +61,22 @@ def check_figures(written: Written, findings: Findings) -> None:
         with findings.guard("size", "the report's sizes are right"):
             _check_size(written, source, findings)
     with findings.guard("target", "the report's target is right"):
-        _check_target(report, findings)
+        _check_target(report, config, findings)
     for layer in report["layers"]:
         what = f"the errors of {layer['name']} are consistent"
         with findings.guard("errors", what):
             if layer["storage"] != "dense":
                 findings.judge("errors", what, error_problem(layer))
                 _leave_inputs(layer, findings)
+    with findings.guard("layers.before", "the report's bytes of the original can be"):
+        _check_before(written, findings)
     for row in report["quality"]:
         what = f"the quality on {row['text']} is consistent"
         with findings.guard("quality", what):
             findings.judge("quality", what, _quality_problem(row))
-    _check_pages(written, report, findings)
     what = "times, memory, hardware and versions"
-    findings.not_checked("report.run", what, "they belong to the run, and no file tells of them")
+    reason = "they belong to the run, and no file tells of them"
+    findings.not_checked("report.run", what, reason, by_design=True)
 
 
 def close(a: float, b: float, tolerance: float = ROUNDING) -> bool:
@@ -68,10 +89,17 @@ def _check_config(
 ) -> None:
     facts = report["provenance"]
     text = read_utf8(written.directory / "lrc.yaml", CONFIG_BYTES)
+    values = plain_values(text, "lrc.yaml")
     what = "lrc.yaml is the config in the report"
     findings.judge("config", what, None if text == facts["config"] else "they differ")
+    what = "lrc.yaml is written as lrc writes a config"
+    if is_ours(report):
+        same = text == yaml_text(values)
+        findings.judge("config", what, None if same else "it has other lines, or comments")
+    else:
+        findings.not_checked("config", what, f"it was written by {version_of(report)}")
     what = "the config has the hash in the report"
-    found_hash = config_hash(config, plain_values(text, "lrc.yaml"))
+    found_hash = config_hash(config, values)
     findings.equal("config", what, facts["config_sha256"], found_hash)
     compression = config.compression
     name, value = compression.target
@@ -80,14 +108,14 @@ def _check_config(
         "allocation": report["allocation"],
         "target": [report["target"]["name"], report["target"]["value"]],
         "seed": facts["seed"],
-        "evaluation": facts["evaluation"],
+        "evaluation": json.dumps(facts["evaluation"]),  # here true is not 1
     }
     found = {
         "method": compression.method,
         "allocation": compression.allocation,
         "target": [name, value],
         "seed": config.runtime.seed,
-        "evaluation": to_dict(config)["evaluation"],
+        "evaluation": json.dumps(to_dict(config)["evaluation"]),
     }
     findings.equal("config", "the report says what the config asks for", stated, found)
     for layer in report["layers"]:
@@ -138,7 +166,8 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
         problem = f"not so: {', '.join(unknown[:3])}" if unknown else None
         findings.judge("tensors.known", what, problem)
     else:
-        findings.not_checked("tensors.known", what, "some layers' tensors go by other names")
+        reason = "some layers' tensors go by other names"
+        findings.not_checked("tensors.known", what, reason, by_design=True)
     if missing:
         return
     # Bytes: before the run by the report's layers, after it by the files.
@@ -173,7 +202,38 @@ def _check_size(written: Written, source: Source, findings: Findings) -> None:
         findings.judge("size.share", what, None if same else f"stated {entry['share']}")
 
 
-def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
+def _check_before(written: Written, findings: Findings) -> None:
+    """Rows must be named once, and have the bytes that their shapes have in the original."""
+    report, tensors = written.report, {} if written.source is None else written.source.tensors
+    assert report is not None
+    for kind in ("layers", "skipped"):
+        names = [entry["name"] for entry in report[kind]]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        problem = f"twice: {', '.join(twice[:3])}" if twice else None
+        findings.judge("layers.before", f"each of {kind} is named once", problem)
+    same = written.config is not None and written.config.output.dtype == "auto"
+    rows = [
+        (row["name"], row["bytes_before"], math.prod(row["shape"]), DTYPES[row["dtype"]].itemsize)
+        for row in report["layers"]
+    ]
+    rows += [
+        (entry["name"], entry["bytes"], info.num_elements, info.dtype.itemsize)
+        for entry in report["skipped"]
+        if (info := tensors.get(entry["name"])) is not None
+    ]
+    for name, stated, number, itemsize in rows:
+        what = f"the bytes of {name} in the original can be"
+        allowed = {number * size for size in ((itemsize,) if same else ITEM_SIZES)}
+        problem = None if stated in allowed else f"stated {stated} for {number} numbers"
+        findings.judge("layers.before", what, problem)
+    strays = [of for of in report["copies"].values() if of not in tensors]
+    strays = [of for of in strays if Keys(of).key(UP) not in tensors]
+    what = "the originals of copies are there"
+    problem = f"not there: {', '.join(strays[:3])}" if strays and not report["fused"] else None
+    findings.judge("tensors.kept", what, problem)
+
+
+def _check_target(report: Mapping[str, Any], config: Config | None, findings: Findings) -> None:
     target, what = report["target"], "whether the target is met is right"
     name, value = target["name"], target["value"]
     errors = [layer["errors"] for layer in report["layers"] if "errors" in layer]
@@ -194,9 +254,14 @@ def _check_target(report: Mapping[str, Any], findings: Findings) -> None:
     used = any(layer.get("sequential") is True for layer in report["layers"])
     what = "whether layers were fitted in sequence is right"
     findings.equal("target", what, report["sequential"]["used"], used)
-    if not used:  # else the number held back is checked where both networks are measured
-        what = "nothing was held back from sequential fits, of which there are none"
+    what = "the number of sequences held back from sequential fits is the config's"
+    compression = None if config is None else config.compression
+    if not used:
         findings.equal("target", what, report["sequential"]["held_back"], 0)
+    elif compression is not None:
+        drawn = report["provenance"]["sequences"]["calibration"]["num_sequences"]
+        wanted = compression.num_held_back(drawn)
+        findings.equal("target", what, report["sequential"]["held_back"], wanted)
 
 
 def error_problem(layer: Mapping[str, Any]) -> str | None:
@@ -218,10 +283,31 @@ def error_problem(layer: Mapping[str, Any]) -> str | None:
     if output["floor"] != 2.0**-12:
         return f"output: floor {output['floor']} is not 2^-12"
     parts = layer["errors"].get("held_out")
-    if parts and parts["deployed"] > (parts["inherited"] + parts["new"]) * (1 + 1e-5) + 1e-9:
-        return "held out: deployed is more than inherited and new together"
+    if parts:
+        problem = _held_out_problem(parts, "deployed" if layer.get("sequential") else "same_input")
+        if problem is not None:
+            return problem
+    ranks = [solved["rank"] for solved in layer.get("relu", [])]
+    if layer["method"] == "relu" and (layer["rank"] not in ranks or ranks != sorted(set(ranks))):
+        return f"relu: solved ranks {ranks} for rank {layer['rank']}"
     if layer["method"] in ("frobenius", "svd") and not layer.get("sequential"):
         return _ratio_problem(metric, output)
+    return None
+
+
+def _held_out_problem(parts: Mapping[str, float], own: str) -> str | None:
+    """Returns what in a layer's held-out errors cannot be.
+
+    Args:
+        own: the error that the certificate speaks of.
+    """
+    sides = {name: parts[name] for name in ("deployed", "inherited", "new")}
+    for name, side in sides.items():  # the three are the sides of a triangle
+        others = sum(sides.values()) - side
+        if side > others * (1 + 1e-5) + 1e-9:
+            return f"held out: {name} is more than the other two together"
+    if parts["worst_sequence"] < parts[own] * (1 - 1e-5) - 1e-9:
+        return f"held out: the worst sequence is better than {own}, the error over all"
     return None
 
 
@@ -272,41 +358,20 @@ def _quality_problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_gates(report: Mapping[str, Any], config: Config, findings: Findings) -> None:
-    limits = {k: v for k, v in to_dict(config)["gates"].items() if v is not None}
-    gates = {gate["name"].removeprefix("gates."): gate for gate in report.get("gates", ())}
-    what = "the report has the config's gates"
-    stated = {name: gate["limit"] for name, gate in gates.items()}
-    findings.equal("gates", what, stated, limits)
-    for name, gate in gates.items():
-        measured = _measured(name, report)
-        met = measured is not None and measured <= gate["limit"]
-        what = f"whether the gate {name} is met is right"
-        findings.equal("gates", what, bool(gate["met"]), met)
-        same = gate["measured"] is None if measured is None else close(gate["measured"], measured)
-        problem = None if same else f"stated {gate['measured']}, found {measured}"
-        findings.judge("gates", f"what the gate {name} measured is right", problem)
-
-
-def _measured(gate: str, report: Mapping[str, Any]) -> float | None:
-    """Returns the figure of the report that a gate limits: the worst of its kind."""
-    if gate == "max_perplexity_increase":
-        pairs = [(row.get("loss_before"), row.get("loss_after")) for row in report["quality"]]
-        rises = [after - before for before, after in pairs if None not in (before, after)]
-        return max((math.expm1(r) if r < 700 else math.inf for r in rises), default=None)
-    held_out = [layer.get("errors", {}).get("held_out") for layer in report["layers"]]
-    deployed = [errors.get("deployed") for errors in held_out if errors]
-    return max((value for value in deployed if value is not None), default=None)
-
-
-def _check_pages(written: Written, report: dict[str, Any], findings: Findings) -> None:
+def check_pages(written: Written, findings: Findings) -> None:
     """README.md and report.html must say what report.json says, word by word."""
+    report = written.report
+    if report is None:
+        findings.not_checked("pages", "the pages", "report.json cannot be read")
+        return
     for name, render in (("README.md", render_card), ("report.html", render_html)):
         what = f"{name} is what report.json renders to"
         with findings.guard("pages", what):
-            version = report["provenance"]["lrc_version"]
-            if version != __version__:
-                reason = f"written by lrc {version}, and this is {__version__}"
+            if not is_ours(report):
+                reason = (
+                    f"PAGES OF ANOTHER VERSION: written by {version_of(report)}, and this is lrc"
+                    f" {__version__}, so that the page may say anything"
+                )
                 findings.not_checked("pages", what, reason)
                 continue
             same = (written.directory / name).read_bytes() == render(parse_record(report)).encode()

@@ -214,7 +214,8 @@ def _check_layers(written: Written, source: Source, findings: Findings) -> None:
         if not is_read(layer["storage"]):
             findings.not_checked("layers.shape", what, unread(layer["storage"]))
         elif keys is None:
-            findings.not_checked("layers.shape", what, "its tensors go by another name")
+            reason = "its tensors go by another name"
+            findings.not_checked("layers.shape", what, reason, by_design=True)
         else:
             gained = source.tensors.get(keys.bias) if keys.bias in biases else None
             findings.judge("layers.shape", what, _layer_problem(layer, source, keys, gained))
@@ -247,6 +248,9 @@ def _layer_problem(
         found["shape"], entry = reader.shape(shapes), reader.entry(shapes)
         stated |= {k: layer.get(k) for k in ("storage", "rank", "block")}
         found |= entry | {"block": entry["block"] or 1}
+        if infos[PERM] is not None:
+            stated["max_coefficient"] = layer.get("max_coefficient")
+            found["max_coefficient"] = source.read(keys.key(UP)).abs().max().item()
     return None if stated == found else f"stated {stated}, found {found}"
 
 

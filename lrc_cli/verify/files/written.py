@@ -78,7 +78,7 @@ def open_written(directory: Path, findings: Findings) -> Written:
     source = _open_weights(directory, report, findings)
     keys: Mapping[str, Keys] = {}
     with findings.guard("layers.names", "the report's layers are named like tensors"):
-        keys = _disk_names(report, source)
+        keys = disk_names(report, source)
     return Written(directory=directory, report=report, source=source, config=config, keys=keys)
 
 
@@ -86,7 +86,7 @@ def _open_report(directory: Path, findings: Findings) -> dict[str, Any] | None:
     what = "report.json can be read"
     with findings.guard("report.open", what):
         report = read_json(directory / REPORT)
-        if findings.judge("report.open", what, _form_problem(report)):
+        if findings.judge("report.open", what, form_problem(report)):
             return report
     return None
 
@@ -138,7 +138,7 @@ def layer_tensors(source: Source, keys: Keys) -> dict[str, torch.Tensor]:
     return {name: source.read(key) for name, key in keys_of.items() if key in source.tensors}
 
 
-def _form_problem(report: dict[str, Any]) -> str | None:
+def form_problem(report: dict[str, Any]) -> str | None:
     """Returns why a JSON object is no report at all; each statement looks at the details."""
     for key, wanted in FORM.items():
         if not isinstance(report.get(key), wanted):
@@ -152,7 +152,7 @@ def _form_problem(report: dict[str, Any]) -> str | None:
     return f"provenance has no {missing[0]}" if missing else None
 
 
-def _disk_names(report: dict[str, Any] | None, source: Source | None) -> dict[str, Keys]:
+def disk_names(report: dict[str, Any] | None, source: Source | None) -> dict[str, Keys]:
     """Returns the disk names of layers; they may have a prefix more or less than module names."""
     if report is None or source is None:
         return {}
