@@ -49,8 +49,8 @@ def verify(directory: Path, strict: bool, as_json: bool, quiet: bool, **options:
     """Check what the files in DIRECTORY say of themselves, independently of the run.
 
     Exit code 3 if a statement fails. What could not be looked at is said to be not checked. A last
-    line counts what should have been looked at and could not be, such as pages that another
-    version of lrc wrote. With --strict such a line is exit code 3 too.
+    line counts what should have been looked at and could not be, such as the pages of another
+    version. With --strict such a line is exit code 3 too.
     """
     calm_transformers()
     from lrc_cli.runtime.progress import Progress

@@ -136,7 +136,7 @@ class Findings:
 def render(findings: Findings) -> str:
     """Returns the text for people: failed statements, unchecked ones, then counts of true ones.
 
-    Of the unchecked ones, those that were left open come first, and have a line of their own.
+    What was left open comes first among the unchecked ones, and has a line with its count.
     """
     unchecked = findings.with_status(NOT_CHECKED)
     lines = [

@@ -61,7 +61,7 @@ def _factorised_by(method: str) -> Condition:
 
 
 def _with_optimum(context: Context) -> bool | None:
-    """Of relu no optimum can be proved."""
+    """Returns whether an optimum can be proved, which it cannot for relu."""
     method = context.row["method"]
     return _factorised(context) and method != "relu" if method in KNOWN else None
 
