@@ -50,6 +50,8 @@ NUMBERS: dict[str, Range] = {
     "quality[].kl": Range(least=-1e-3),
     "quality[].top1_agreement": SHARE,
     "quality[].num_sequences": COUNTED,
+    "quality[].one_in": Range(least=2.0),
+    "provenance.sequences.*.one_in": Range(least=2.0),
     "quality[].num_scored": COUNTED,
     "layers[].correction": SHARE,
     "layers[].rank": COUNTED,

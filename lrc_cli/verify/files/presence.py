@@ -131,6 +131,8 @@ PRESENT: dict[str, Condition] = {
     **dict.fromkeys(("quality[].kl", "quality[].top1_agreement"), _with_predictions),
     "quality[].relative_output_error": _unscored,
     "quality[].population": _always,
+    "quality[].one_in": _elsewhere,  # the data tells, which --against draws again
+    "provenance.sequences.*.one_in": _elsewhere,
     "layers[].tied_to": _elsewhere,  # --against tells which weights are tied
     "layers[].method_reason": _elsewhere,  # compared with the config
     "layers[].reason": _always,
@@ -199,5 +201,8 @@ def _owners(
     if name.endswith("[]"):
         for index, item in enumerate(value.get(name[:-2]) or ()):
             yield from _owners(item, item, rest, f"{place}{name[:-2]}[{index}].")
+    elif name == "*":
+        for key, item in value.items():
+            yield from _owners(item, row, rest, f"{place}{key}.")
     elif value.get(name) is not None:
         yield from _owners(value[name], row, rest, f"{place}{name}.")
