@@ -95,6 +95,7 @@ def compress_each(
         ) as work,
         progress.logged(work.root / LOG) if processes.is_first else nullcontext(),
     ):
+        _say_what_is_read(first, progress)
         if restart:
             work.drop([*PASSING, *SHARED, *(plan.factors_stage for plan in plans)])
         for plan in plans:
@@ -213,6 +214,16 @@ def say_shortfalls(plan: Plan, progress: Progress) -> None:
     """Says what of checkpoint and data is not used, and which numbers are lower than asked."""
     for note in [*plan.source.notes, *data_shortfalls(data_found(plan))]:
         progress.note(note)
+
+
+def _say_what_is_read(plan: Plan, progress: Progress) -> None:
+    """Says which texts are so long that passages of them are read."""
+    for name, drawn in plan.sequences.items():
+        if drawn.one_in is not None:
+            progress.note(
+                f"{name}: the text is long, and one passage in {drawn.one_in} of it is read;"
+                f" {len(drawn):,} of {drawn.population:,} sequences are drawn"
+            )
 
 
 def _say_unused_settings(plan: Plan, progress: Progress) -> None:

@@ -427,11 +427,16 @@ def test_report_certificate_and_verify_know_that_passages_were_read(
         "certification": {"part": [0.5, 1.0], "num_sequences": 4},
         "model.path": str(checkpoint("llama")),
     }
-    output, report = pico.compressed(tmp_path, changes)
+    ended = pico.call("compress", pico.job(tmp_path, changes))
+    assert ended.code == 0, ended.err
+    output = Path(ended.out.strip())
+    report = json.loads((output / "report.json").read_text())
     certified = report["provenance"]["sequences"]["certification"]
     population = report["certificate"]["population"]
     one_in = certified["one_in"]
     assert one_in in (4, 8, 16, 32, 64)
+    said = f"certification: the text is long, and one passage in {one_in} of it is read; 4 of"
+    assert f"{said} {certified['population']:,} sequences are drawn" in ended.err
     assert population["size"] == certified["population"]
     size, where = certified["population"], f"one passage in {one_in} of long.txt (part 0.5 to 1)"
     assert population["description"] == (
