@@ -11,7 +11,7 @@ from lrc_cli.errors import Interrupted, LrcError, is_out_of_memory
 from lrc_cli.runtime.join import EndedElsewhere
 from lrc_cli.runtime.signals import ending_on_signals, ignore_signals
 from lrc_cli.runtime.strangers import is_interrupt
-from lrc_cli.runtime.streams import NotDelivered, lenient_streams, tell
+from lrc_cli.runtime.streams import NotDelivered, check_delivered, lenient_streams, tell
 from lrc_cli.runtime.traces import is_trace_asked, raised_at, trace, where_to_look
 from lrc_cli.text import named, told
 
@@ -80,10 +80,11 @@ def run_command(command: Callable[..., Any]) -> int:
     with lenient_streams(), ending_on_signals():
         try:
             code = command(standalone_mode=False)
+            if isinstance(code, int):  # click has printed its help or its version
+                check_delivered()
         except BaseException as error:
             ignore_signals()
             return _answer(error.error if isinstance(error, Failed) else error)
-        # click returns what `--help` exits with.
         return code if isinstance(code, int) else 0
 
 

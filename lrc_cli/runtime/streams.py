@@ -119,6 +119,9 @@ def lenient(stream: TextIO | None, *, is_raw: bool = False) -> Lenient:
 def lenient_streams() -> Iterator[None]:
     """A context in which nothing that writes to standard output or error fails by writing."""
     before = sys.stdout, sys.stderr
+    if all(isinstance(stream, Lenient) for stream in before):
+        yield
+        return
     sys.stdout, sys.stderr = Lenient(before[0]), Lenient(before[1])
     try:
         yield
@@ -141,8 +144,19 @@ def deliver(text: str) -> None:
     Raises:
         NotDelivered: standard output is closed or full, or its reader has gone.
     """
-    stream = sys.stdout if isinstance(sys.stdout, Lenient) else Lenient(sys.stdout)
-    stream.write(visible(text, keep="\n") + "\n")
+    with lenient_streams():
+        sys.stdout.write(visible(text, keep="\n") + "\n")
+        check_delivered()
+
+
+def check_delivered() -> None:
+    """Checks that all that was written on standard output within `lenient_streams` has arrived.
+
+    Raises:
+        NotDelivered: something was lost.
+    """
+    stream = sys.stdout
+    assert isinstance(stream, Lenient)
     stream.flush()
     if stream.is_lost:
         raise NotDelivered(stream.error)
