@@ -1,5 +1,7 @@
 """Errors that a user can mend have a cause, a remedy and an exit code of `lrc`."""
 
+from collections.abc import Sequence
+
 
 class LrcError(Exception):
     """A failure with a one-line explanation.
@@ -21,6 +23,18 @@ class InputError(LrcError):
     """Bad usage, config or input, found before the first forward pass."""
 
     exit_code = 2
+
+
+class Problems(InputError):
+    """Several mistakes in one input.
+
+    Args:
+        lines: a line for each mistake.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        super().__init__("\n".join(lines))
 
 
 class RunError(LrcError):

@@ -9,6 +9,7 @@ import click
 
 from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
+    PATH,
     config_argument,
     examples,
     json_option,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Exit with 4 if a layer fell back.")
 @click.option(
     "--junit",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Write gates, target and certificate to FILE as JUnit XML.",
 )

@@ -7,6 +7,7 @@ import click
 
 from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
+    PATH,
     directory_argument,
     examples,
     factory_option,
@@ -27,10 +28,10 @@ from lrc_cli.text import visible_lines
 @directory_argument
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The original checkpoint; default: the path in the output's lrc.yaml.",
 )
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Data to score on.")
+@click.option("--data", multiple=True, type=PATH, help="Data to score on.")
 @click.option(
     "--part", multiple=True, metavar="A:B", help="Share of the --data before it, e.g. 0.7:1."
 )

@@ -3,11 +3,12 @@
 import errno
 import io
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any
 
 import click
 
-from lrc_cli.errors import Interrupted, LrcError, is_out_of_memory
+from lrc_cli.errors import Interrupted, LrcError, Problems, is_out_of_memory
 from lrc_cli.runtime.join import EndedElsewhere
 from lrc_cli.runtime.signals import ending_on_signals, ignore_signals
 from lrc_cli.runtime.strangers import is_interrupt
@@ -104,7 +105,9 @@ def _answer(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, LrcError):
         if not (isinstance(error, NotDelivered) and error.is_quiet):
-            tell(f"error: {told(error)}")
+            lines = error.lines if isinstance(error, Problems) else [told(error)]
+            for start, line in zip(chain(["error: "], repeat("")), lines, strict=False):
+                tell(f"{start}{line}")
         return error.exit_code
     tell(f"error: {_describe(error)}")
     return 1

@@ -7,6 +7,7 @@ import click
 
 from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
+    PATH,
     examples,
     factory_option,
     json_option,
@@ -20,7 +21,7 @@ from lrc_cli.text import visible_lines
 @click.command(
     cls=Command, epilog=examples("lrc inspect models/llama", "lrc inspect models/llama --json")
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @factory_option
 @trust_option
 @json_option

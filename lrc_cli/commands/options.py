@@ -5,8 +5,38 @@ from typing import Any
 
 import click
 
-config_argument = click.argument("config", type=click.Path(path_type=Path))
-directory_argument = click.argument("directory", type=click.Path(path_type=Path))
+from lrc_cli.runtime.places import check_name
+
+
+class PathType(click.Path):
+    """A path that the system can be asked for: its names are not too long, without null characters.
+
+    Whether something lies there is looked at by the command.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the path of an argument.
+
+        Raises:
+            InputError: no file can have this path.
+        """
+        check_name(_shown(param), value)
+        return super().convert(value, param, ctx)
+
+
+def _shown(param: click.Parameter | None) -> str:
+    """Returns what a user calls a parameter: --junit, or CONFIG."""
+    if isinstance(param, click.Option):
+        return max(param.opts, key=len)
+    return (param.name or "PATH").upper() if param is not None else "PATH"
+
+
+PATH = PathType()
+config_argument = click.argument("config", type=PATH)
+directory_argument = click.argument("directory", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every step.")

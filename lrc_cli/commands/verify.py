@@ -7,6 +7,7 @@ import click
 
 from lrc_cli.commands.exits import Command
 from lrc_cli.commands.options import (
+    PATH,
     directory_argument,
     examples,
     factory_option,
@@ -25,12 +26,12 @@ from lrc_cli.runtime.streams import deliver, deliver_json
 @directory_argument
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The original checkpoint: measures the errors and the quality once more.",
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A data file that is not where the config says; known by its hash.",
 )
 @click.option(

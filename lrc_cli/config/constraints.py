@@ -12,7 +12,7 @@ from lrc_cli.config.patterns import PatternError, check_pattern
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_BYTES = r"(\d+(?:\.\d+)?) ?((?:[KMGT]i?)?)B"
+_BYTES = r"(\d{1,15}(?:\.\d{1,15})?) ?((?:[KMGT]i?)?)B"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ SequenceLength = Annotated[int, Range(minimum=2)]
 Seed = Annotated[int, Range(minimum=0, maximum=2**32 - 1)]
 FilePart = Annotated[tuple[float, float], Part()]
 ByteSize = Count | Annotated[str, Matches(_BYTES, "a size such as 5GB, 500MB or 1GiB")]
-Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?|mps", "auto, cpu, cuda, cuda:N or mps")]
+Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d{1,4})?|mps", "auto, cpu, cuda, cuda:N or mps")]
 Factory = Annotated[str, Matches(r"\w+(\.\w+)*:\w+(\.\w+)*", 'a text "package.module:function"')]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, Problems
 from lrc_cli.reading import DIGITS
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -73,7 +73,7 @@ def fail(problems: Sequence[Problem]) -> InputError:
     lines = [str(problem) for problem in sorted(problems)]
     if len(lines) > _MAX_SHOWN:
         lines = [*lines[:_MAX_SHOWN], f"and {len(lines) - _MAX_SHOWN} more"]
-    return InputError("\n".join(lines))
+    return Problems(lines)
 
 
 def join(path: str, key: str | int) -> str:

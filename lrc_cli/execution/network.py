@@ -16,7 +16,7 @@ from lrc_cli.network.fast_paths import without_fast_paths
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.network.recurrent import observed
 from lrc_cli.runtime.strangers import is_interrupt
-from lrc_cli.text import named
+from lrc_cli.text import named, told
 
 
 class StopForward(Exception):
@@ -34,10 +34,10 @@ class NetworkError(RunError):
     def __init__(self, cause: BaseException, where: str) -> None:
         self.cause = cause
         self.reason = f"{named(cause)}, in module {where}"
-        super().__init__(
-            f"the network fails: {self.reason}",
-            "its code must take every sequence of the data, in every pass",
-        )
+        remedy = "its code must take every sequence of the data, in every pass"
+        if "nference tensor" in told(cause):
+            remedy = "use torch.no_grad in its code in place of torch.inference_mode"
+        super().__init__(f"the network fails: {self.reason}", remedy)
 
 
 @contextmanager

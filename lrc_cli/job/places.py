@@ -18,6 +18,7 @@ from lrc_cli.runtime.files import check_writable
 from lrc_cli.runtime.places import (
     Place,
     check_apart,
+    check_name,
     check_outside,
     check_plain,
     place_to_read,
@@ -25,7 +26,7 @@ from lrc_cli.runtime.places import (
 )
 
 OUTPUT, WORK_DIR, JUNIT = "output.path", "runtime.work_dir", "--junit"
-CONFIG = "the config"
+CONFIG, CHECKPOINT = "the config", "the checkpoint"
 WORK_FILES = (LOCK, LOG, FINGERPRINT)
 WORK_FOLDERS = (*PASSING, *SHARED, FACTORS)
 FIELDS = frozenset({"checkpoint", "calibration data", "lrc version"})
@@ -54,6 +55,8 @@ def check_places(
 
 
 def _places_to_read(config: Config, config_file: Path | None) -> list[Place]:
+    for name, path in _read_by(config):
+        check_name("model.path" if name == CHECKPOINT else name, path)
     places = [place_to_read(name, path) for name, path in _read_by(config)]
     if config_file is not None:
         places.append(place_to_read(CONFIG, config_file))
@@ -157,7 +160,7 @@ def _is_own(file: Path) -> bool:
 
 def _read_by(config: Config) -> Iterator[tuple[str, str]]:
     """Everything that a job reads, with the words for it."""
-    yield "the checkpoint", config.model.path
+    yield CHECKPOINT, config.model.path
     yield "the data of calibration.path", config.calibration.path
     if config.certification is not None and config.certification.path is not None:
         yield "the data of certification.path", config.certification.path

@@ -76,9 +76,18 @@ class LrcConfig(QuantizationConfigMixin):
         check_table_form({} if layers is None else layers, WHERE)
         self.quant_method = METHOD
         self.format_version = format_version
-        self.layers = {name: dict(entry) for name, entry in (layers or {}).items()}
+        self.layers = _checked_table({} if layers is None else layers)
         for key, value in extra.items():
             setattr(self, key, value)
+
+
+def _checked_table(layers: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(layers, Mapping) or not all(isinstance(x, Mapping) for x in layers.values()):
+        raise InputError(
+            "the checkpoint's quantization_config has layers that are no table of tables",
+            "restore config.json as lrc wrote it",
+        )
+    return {name: dict(entry) for name, entry in layers.items()}
 
 
 class LrcQuantizer(HfQuantizer):
@@ -144,8 +153,7 @@ class LrcQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Multiplies every layer's factors out, in place."""
-        # A saved model's config has the dtype's name instead of the dtype.
-        asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        asked = _dtype_of(dtype)
         new: dict[nn.Module, nn.Module] = {
             layer: _dense(layer, asked or _own_dtype(layer, model))
             for _, layer in stored_layers(model)
@@ -189,6 +197,20 @@ def _check_dense(name: str, linear: nn.Linear) -> None:
         raise damaged(
             f"layer {name}: weight of shape {tuple(linear.weight.shape)} instead of {shape}"
         )
+
+
+def _dtype_of(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns a data type of dense weights. A saved model's config has the data type's name.
+
+    Raises:
+        InputError: the data type is unknown, or holds no fractions.
+    """
+    dtype = getattr(torch, asked, asked) if isinstance(asked, str) else asked
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise InputError(
+        f"dequantize: {asked} is no floating-point dtype", "give one such as torch.bfloat16"
+    )
 
 
 def _own_dtype(layer: StoredLayer, model: PreTrainedModel) -> torch.dtype:

@@ -27,7 +27,7 @@ from lrc_cli.report.tables import (
     skipped_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
-from lrc_cli.text import count
+from lrc_cli.text import count, visible
 
 VERIFYING = (
     "`lrc verify path/to/this/directory --against path/to/the/original` checks these files and"
@@ -62,7 +62,7 @@ def render_card(record: Record) -> str:
         f"## Configuration\n\n{_fenced('yaml', record.provenance.config)}",
         f"## Versions and hashes\n\n{VERIFYING}\n\n{_table(provenance_table(record))}",
     ]
-    return "\n\n".join(sections) + "\n"
+    return visible("\n\n".join(sections), keep="\n\t") + "\n"
 
 
 def _front_matter(record: Record) -> str:

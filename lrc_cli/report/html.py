@@ -35,7 +35,7 @@ from lrc_cli.report.tables import (
     skipped_table,
 )
 from lrc_cli.report.worst_case import worst_case_note
-from lrc_cli.text import byte_size, count, duration, factor, percent, perplexity, small
+from lrc_cli.text import byte_size, count, duration, factor, percent, perplexity, small, visible
 
 # The policy makes the promise binding: a browser that honours it fetches nothing for this page.
 HEAD = (
@@ -77,7 +77,8 @@ def render_html(record: Record) -> str:
         _section("Versions and hashes", _table(provenance_table(record), "hashes")),
         _section("Configuration", element("pre", record.provenance.config)),
     )
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    page = f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    return visible(page, keep="\n\t")
 
 
 def _section(title: str, *children: str) -> Markup:

@@ -11,6 +11,7 @@ from lrc_cli.report.facts import gate_missed, not_as_asked
 from lrc_cli.report.record import Record
 from lrc_cli.runtime.files import why_not_writable, write_text
 from lrc_cli.runtime.places import check_plain, replacing
+from lrc_cli.text import visible
 
 SUITE = "lrc"
 RATIOS = ("kept_compressible", "kept_checkpoint", "kept_parameters")
@@ -143,5 +144,5 @@ def _case(
 
 
 def _clean(text: str) -> str:
-    """Replaces control characters, which names may have and XML cannot write."""
-    return _NOT_XML.sub("\ufffd", text)
+    """Escapes control characters, which names may have; what XML cannot write is replaced."""
+    return _NOT_XML.sub("\ufffd", visible(text))

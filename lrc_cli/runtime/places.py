@@ -4,6 +4,7 @@ Two rules hold for every path that lrc writes, replaces or deletes. Nothing is w
 job reads. Nothing is replaced or deleted that lrc did not make, and a name alone proves nothing.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,25 @@ def place_to_read(name: str, path: str | Path) -> Place | None:
         return Place(name=name, path=Path(os.path.realpath(path)))
     except (OSError, ValueError):  # whoever reads the path says what is wrong with it
         return None
+
+
+def check_name(name: str, path: str | Path) -> None:
+    """Checks that a path can be asked for, whatever lies there.
+
+    Args:
+        name: the words for the path in messages, such as a key of the config.
+        path: any path.
+
+    Raises:
+        InputError: a name in the path is too long, or holds a null character.
+    """
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise _unusable(name, Path(path), "a name holds no null character") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _unusable(name, Path(path), "File name too long") from error
 
 
 def place_to_write(name: str, path: str | Path) -> Place:

@@ -197,7 +197,7 @@ def test_junit_names_layers_that_fell_back_and_survives_odd_names() -> None:
     report["layers"].append(report_helpers.dense_layer(odd, fallback=True))
     found = cases(render_junit(report, strict=True))
     told = message(found["lrc.strict no layer fell back"], "failure")
-    assert told == '1 layer fell back: a<b>&"\ufffd\ufffd.proj'
+    assert told == '1 layer fell back: a<b>&"\\x00\\x1b.proj'
 
 
 # ---------------------------------------------------------------- through the command
