@@ -27,9 +27,30 @@ EXIT_CODES = """## Exit codes
 | 3 | a gate is missed: the output is there, marked as failed; `verify`: a statement fails |
 | 4 | `--strict` was given and a layer fell back to dense |
 | 130 | interrupted (Ctrl-C); the same command goes on where it stopped |
-| 143 | terminated (SIGTERM), the same |
+| 129, 143 | hung up (SIGHUP, unless `nohup` ignores it), terminated (SIGTERM), the same |
 
-Results go to standard output, everything else to standard error.
+Exit code 0 of `lrc compress` means that the output is there. A first signal waits for the step in
+hand, a second one does not.
+
+## Messages
+
+Every command that fails ends with one sentence on standard error. A job may run code that is not
+lrc's: a factory, a network, code of the checkpoint. Whatever this code raises, also `SystemExit`
+and `KeyboardInterrupt`, is a failure of the job, and the sentence names the factory or the module.
+`run.log` in the work directory has the whole text and the trace. With the environment variable
+`LRC_TRACE=1` every command also shows the trace on standard error.
+
+A line is cut in the middle if it has more than 2,000 characters. Control characters of names and
+messages are shown escaped (ESC as `\\x1b`), on the terminal, in `run.log` and in all pages. JSON
+has them as JSON escapes them.
+
+Results go to standard output, everything else to standard error:
+
+- A standard error that is closed or full loses messages, and nothing else.
+- A standard output that is closed or full is exit code 1 for `plan`, `inspect`, `eval`, `verify`,
+  `schema` and every `--json`. `lrc compress` says where its output is and ends as the job does. If
+  a reader goes away (`| head`), nothing is said.
+- If `run.log` cannot be written or goes away, the run goes on and says so.
 """
 
 

@@ -180,7 +180,7 @@ WRITERS = {"print", "echo", "secho"}
 
 
 def calls(file: Path) -> list[str]:
-    """Returns what a file calls to write for people past the one way."""
+    """Returns what a file calls to write for people in another way."""
     found = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Call):
