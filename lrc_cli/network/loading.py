@@ -32,6 +32,7 @@ from lrc_cli.network.low_rank.slots import (
     stored_weights,
 )
 from lrc_cli.network.recurrent import unroll
+from lrc_cli.network.size_guard import bounded_building, check_counts, check_lists
 from lrc_cli.network.tensor_checks import check_copies, check_keys
 from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named, some_of
@@ -155,17 +156,19 @@ def _load_transformers(
             "set model.factory (--factory) to the function that builds the module, such as one"
             " around timm.create_model or a from_config of diffusers",
         )
-    model, missing = _from_pretrained(source, dtype, trust_remote_code)
-    if missing or any(bare(key) != key for key in source.tensors):
+    model, info = _from_pretrained(source, dtype, trust_remote_code)
+    if info["missing_keys"] or any(bare(key) != key for key in source.tensors):
         unwrapped = _unwrapped(source, model)
         if unwrapped is not source:
             source = unwrapped
-            model, missing = _from_pretrained(source, dtype, trust_remote_code)
+            model, info = _from_pretrained(source, dtype, trust_remote_code)
+    missing = info["missing_keys"]
     if missing:
         raise InputError(
             f"{path} lacks {some_of(missing)} of {type(model).__name__}",
             _remedy_for_missing(model, missing),
         )
+    check_lists(source, model, info["unexpected_keys"])
     if not type(model).__module__.startswith("transformers."):
         # The classes of transformers set their buffers again after loading; other code does not.
         _take_constructed(model, source)
@@ -196,15 +199,16 @@ def _take_constructed(model: Any, source: Source) -> None:
 def _from_pretrained(
     source: Source, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[nn.Module, Any]:
-    """Returns the module and the names that the files lack.
+    """Returns the module, and which names of tensors the files lack and which it lacks.
 
     transformers finds the files by itself where it finds the files that were read here. Otherwise
     it is handed the tensors.
     """
     path, config = source.path, source.config or {}
     model: nn.Module
+    check_counts(source)
     try:
-        with contained():
+        with contained(), bounded_building(source):
             model_class = _model_class(path, config, trust_remote_code)
             kind = dtype or _stored_dtype(source) or "auto"
             options = {"dtype": kind, "output_loading_info": True}
@@ -223,7 +227,7 @@ def _from_pretrained(
             f"{path} cannot be loaded by transformers: {named(error)}",
             "check that config.json fits the weights and that this transformers knows the model",
         ) from error
-    return model, info["missing_keys"]
+    return model, info
 
 
 def _from_state(
