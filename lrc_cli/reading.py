@@ -9,8 +9,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lrc_cli.errors import InputError
 
@@ -53,7 +54,17 @@ def file_size(path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def open_regular(path: Path) -> BinaryIO:
+def check_file_name(path: Path) -> None:
+    """Raises InputError for a path that is not UTF-8, which no report and no hash can hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        cause = f"{shown}: the name is not UTF-8"
+        raise InputError(cause, "rename the file, or move it elsewhere") from error
+
+
+def open_regular(path: Path) -> BufferedReader:
     """A regular file, opened for reading. Opening never waits, whatever takes the file's place.
 
     Raises:

@@ -24,7 +24,7 @@ from lrc_cli.checkpoint.weights import (
     open_weights,
 )
 from lrc_cli.errors import InputError
-from lrc_cli.reading import file_size, read_json
+from lrc_cli.reading import check_file_name, file_size, read_json
 from lrc_cli.runtime.files import hash_file
 from lrc_cli.text import some_of
 
@@ -184,7 +184,13 @@ class Source:
         return SideFiles(self.path, {*self.files, self.weights.place}, shapes)
 
     def side_files(self) -> list[Path]:
-        """Returns the files that the output carries over unchanged (tokenizer, licence, ...)."""
+        """Returns the files that the output carries over unchanged (tokenizer, licence, ...).
+
+        Raises:
+            InputError: a file's name is not UTF-8.
+        """
+        for file in self._beside.carried:
+            check_file_name(file)
         return self._beside.carried
 
     @property

@@ -18,6 +18,7 @@ from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.errors import InputError
+from lrc_cli.reading import check_file_name
 from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named
 
@@ -69,6 +70,8 @@ def read_folder(path: Path, processors: Processors) -> Files:
     """
     inside = [(file, file.relative_to(path)) for file in path.rglob("*")]
     visible = [f for f, name in inside if not any(part.startswith(".") for part in name.parts)]
+    for file in visible:
+        check_file_name(file)
     images, audio = (
         sorted(file for file in visible if file.suffix.lower() in kind and file.is_file())
         for kind in (IMAGES, AUDIO)

@@ -4,7 +4,6 @@ A record is one field, with its place. No more than one record, or a chunk of a 
 """
 
 import csv
-import json
 import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lrc_cli.errors import InputError
+from lrc_cli.reading import parse_json
 
 Record = tuple[str, Any]
 """The place of a record, as "FILE:LINE", and the value of the field."""
@@ -89,12 +89,12 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
                 continue
             place = f"{path}:{number}"
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                cause = f"{place}: not valid JSON ({error.args[0]})"
+                row = parse_json(line, place)
+            except InputError as error:
+                why = error.message.removeprefix(place).removeprefix(" is not JSON").lstrip(" :")
                 is_opened = line.strip() in ("[", "{", "[{")
                 remedy = f"write one record a line: {ONE_A_LINE}" if is_opened else "mend the line"
-                raise InputError(cause, remedy) from error
+                raise InputError(f"{place}: not valid JSON ({why})", remedy) from error
             yield place, _value(place, row, field)
 
 

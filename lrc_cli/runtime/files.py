@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lrc_cli.errors import InputError
+from lrc_cli.reading import check_file_name, open_regular
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -72,8 +73,8 @@ def sync_directory(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as handle:
+    """The sha256 of a file's bytes, in hexadecimal. Raises InputError if it is no regular file."""
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -85,6 +86,8 @@ def hash_path(path: Path) -> str:
     """
     if not path.is_dir():
         return hash_file(path)
+    for file in path.rglob("*"):
+        check_file_name(file)
     names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     lines = [
         f"{hash_file(names[name])}  {name}\n"

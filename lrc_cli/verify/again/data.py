@@ -1,16 +1,22 @@
 """The run's data files are found by their hashes, and their sequences are drawn again."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from lrc_cli.data.draw import Purpose, Sequences, draw
+from lrc_cli.data.kinds import TENSOR_SUFFIXES, TEXT_SUFFIXES
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
 from lrc_cli.errors import InputError
+from lrc_cli.reading import file_size
 from lrc_cli.verify.files.manifest import data_sha256
 from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
+
+MOST_BYTES, MOST_FILES = 10_000_000_000, 20_000
+"""The most bytes and files of data that the output names and the user does not."""
 
 
 def draw_again(
@@ -27,8 +33,10 @@ def draw_again(
         InputError: `data` is given and there is no such file.
     """
     assert written.report is not None and written.config is not None
-    if data is not None and not data.exists():
+    if data is not None and not os.path.exists(data):
         raise InputError(f"--data {data}: there is no such file", "check the path")
+    if data is not None and not data.is_dir():
+        file_size(data)
     recorded = written.report["provenance"]["data_files_sha256"]
     wanted = purposes_of(written.config)
     paths = {str(purpose.path): purpose.path for purpose in wanted}
@@ -69,13 +77,43 @@ def _place(
     """Returns where a data file lies, or why it cannot be used."""
     if sha256 is None:
         return None, "the report has no hash of it"
-    if path.exists() and data_sha256(path) == sha256:
-        return path, ""
     if data is not None and given == sha256:
         return data, ""
-    if path.exists():
-        return None, "the file has another hash"
-    return None, "the file is not there: give it with --data"
+    problem = why_not_opened(path)
+    if problem is not None:
+        return None, f"{problem}: give it with --data"
+    if data_sha256(path) == sha256:
+        return path, ""
+    return None, "the file has another hash"
+
+
+def why_not_opened(path: Path) -> str | None:
+    """Returns why `lrc verify` does not open data that only the output names; None: it does.
+
+    The output may be a stranger's, and name any path. Nothing is opened to find out.
+    """
+    if not os.path.exists(path):
+        return "the file is not there"
+    if path.suffix in TEXT_SUFFIXES | TENSOR_SUFFIXES:
+        try:
+            size = file_size(path)
+        except InputError as error:
+            return error.message
+        return None if size <= MOST_BYTES else _too_much(path)
+    if not path.is_dir():
+        return f"{path} is no kind of data that lrc reads"
+    files = total = 0
+    for folder, _, names in os.walk(path):
+        files += len(names)
+        if files <= MOST_FILES:
+            total += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+        if files > MOST_FILES or total > MOST_BYTES:
+            return _too_much(path)
+    return None
+
+
+def _too_much(path: Path) -> str:
+    return f"{path} has more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes"
 
 
 def _same(

@@ -17,7 +17,7 @@ from lrc_cli.config import (
 )
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.keys import Keys
-from lrc_cli.reading import read_utf8
+from lrc_cli.reading import JSON_BYTES, read_bytes, read_utf8
 from lrc_cli.report.card import render_card
 from lrc_cli.report.html import render_html
 from lrc_cli.report.record import parse_record
@@ -374,5 +374,8 @@ def check_pages(written: Written, findings: Findings) -> None:
                 )
                 findings.not_checked("pages", what, reason)
                 continue
-            same = (written.directory / name).read_bytes() == render(parse_record(report)).encode()
+            same = (
+                read_bytes(written.directory / name, JSON_BYTES)
+                == render(parse_record(report)).encode()
+            )
             findings.judge("pages", what, None if same else "the two differ")

@@ -9,7 +9,7 @@ import torch
 
 from lrc_cli.checkpoint.headers import INDEX_NAME, open_tensors
 from lrc_cli.errors import InputError
-from lrc_cli.reading import read_json
+from lrc_cli.reading import open_regular, read_json
 from lrc_cli.verify.statements import Findings
 
 MANIFEST = "manifest.json"
@@ -41,7 +41,7 @@ def open_manifest(directory: Path) -> dict[str, Any]:
 def sha256_of(file: Path) -> str:
     """Returns sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    with file.open("rb") as handle:
+    with open_regular(file) as handle:
         while chunk := handle.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
