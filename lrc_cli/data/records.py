@@ -4,6 +4,7 @@ A record is one field, with its place. No more than one record, or a chunk of a 
 """
 
 import csv
+import json
 import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
