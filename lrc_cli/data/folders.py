@@ -25,6 +25,10 @@ from lrc_cli.text import named
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 
+UNKNOWN_LENGTH = 0x7FFF0000
+"""From so many bytes on, a header states that nobody knows how many there are."""
+REPLACE = "remove or replace it"
+
 Prepare = Callable[[Sequence[Path]], Batch]
 
 
@@ -121,11 +125,29 @@ def _open_image(path: Path) -> Any:
         ) from error
     try:
         with Image.open(path) as image:
+            _check_pixels(path, image)
             return image.convert("RGB")
+    except InputError:
+        raise
     # Decoders of damaged files raise many kinds of errors beside OSError.
     except Exception as error:
         cause = f"{path}: cannot be read as an image ({named(error)})"
-        raise InputError(cause, "remove or replace it") from error
+        raise InputError(cause, REPLACE) from error
+
+
+def _check_pixels(path: Path, image: Any) -> None:
+    """Raises InputError for an image that shows nothing, or that 8 bits a colour cannot hold."""
+    width, height = image.size
+    if min(width, height) < 2:
+        raise InputError(f"{path}: has {width} x {height} pixels", REPLACE)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        lowest, highest = image.getextrema()
+        if not (lowest >= 0 and highest <= 255):
+            raise InputError(
+                f"{path}: its pixels lie between {lowest:g} and {highest:g}, and images are read"
+                " with 8 bits a colour",
+                "scale it to 0 ... 255 and write it again, or give model inputs as .npz",
+            )
 
 
 # ---------------------------------------------------------------- recordings
@@ -144,7 +166,7 @@ def _recordings(processors: Processors) -> Prepare:
                     f"{path}: has {own_rate} samples a second, and the checkpoint takes {rate}",
                     f"resample it, for instance with: ffmpeg -i {path.name} -ar {rate} new.wav",
                 )
-            sounds.append(sound)
+            sounds.append(_checked(path, sound))
         options = {} if rate is None else {"sampling_rate": rate}
         rows = [
             _tensors(path, extractor, sound, **options)
@@ -163,6 +185,8 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
     Raises:
         InputError: the file cannot be read, or needs soundfile, which is not installed.
     """
+    if path.suffix.lower() == ".wav":
+        _check_whole(path)
     plain = _read_wave(path) if path.suffix.lower() == ".wav" else None
     if plain is not None:
         return plain
@@ -176,8 +200,40 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         cause = f"{path}: cannot be read as a recording ({named(error)})"
-        raise InputError(cause, "remove or replace it") from error
+        raise InputError(cause, REPLACE) from error
     return samples.mean(axis=1), int(rate)
+
+
+def _check_whole(path: Path) -> None:
+    """Raises InputError if a .wav has fewer bytes of samples than its header states.
+
+    A program that writes into a pipe states the largest number, because it knows none.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF":
+            return
+        file.seek(12)
+        while len(chunk := file.read(8)) == 8:
+            stated, there = int.from_bytes(chunk[4:], "little"), size - file.tell()
+            if chunk[:4] == b"data" and there < stated < UNKNOWN_LENGTH:
+                raise InputError(
+                    f"{path}: is cut short: {max(there, 0)} of the {stated} bytes of samples that"
+                    " its header states",
+                    REPLACE,
+                )
+            file.seek(stated + stated % 2, 1)
+
+
+def _checked(path: Path, samples: np.ndarray) -> np.ndarray:
+    """Returns samples; raises InputError if there are none, or if they say nothing."""
+    if not len(samples):
+        raise InputError(f"{path}: the recording is empty", REPLACE)
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path}: the recording holds NaN or infinity", REPLACE)
+    if samples.min() == samples.max():
+        raise InputError(f"{path}: the recording is silent: all samples are equal", REPLACE)
+    return samples
 
 
 def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
@@ -240,7 +296,13 @@ def _tensors(path: Path, processor: Any, content: Any, **options: Any) -> Batch:
         raise InputError(
             f"{path}: the checkpoint's processor fails on it: {named(error)}", "replace the file"
         ) from error
-    return {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+    tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise InputError(
+                f"{path}: the checkpoint's processor makes NaN or infinity of it ({name})", REPLACE
+            )
+    return tensors
 
 
 def _odd(rows: Sequence[Batch]) -> int | None:

@@ -32,6 +32,7 @@ HOLDERS = (dict, list, set, OrderedDict, defaultdict)
 """Kinds of attributes in which a module may keep something."""
 OTHER = "computes something else than a product with its weight"
 READ = "the network reads its weight past the layer"
+COARSE = "computes in {y}, coarser than its weight in {w}, as under torch.autocast"
 CALLED = "it is called with more than its input, or with its input by name"
 
 
@@ -178,7 +179,19 @@ def _judge(
     """Returns why a call of the layer is no product with its weight; None for a product."""
     if len(given) != 1 or named:
         return CALLED
+    if isinstance(y, Tensor) and _digits(y) > _digits(weight):
+        return COARSE.format(y=told_dtype(y), w=told_dtype(weight))
     return None if _is_product(layer, part, weight, given[0], y) else OTHER
+
+
+def _digits(tensor: Tensor) -> float:
+    """Returns the rounding of a tensor's dtype; 0 for whole numbers."""
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+
+
+def told_dtype(tensor: Tensor) -> str:
+    """Returns a tensor's dtype in words."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @contextmanager

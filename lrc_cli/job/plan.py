@@ -159,6 +159,12 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         for x in layers
         if x.name in reasons
     ]
+    if reasons and len(reasons) == len(layers):
+        name, reason = next(iter(reasons.items()))
+        raise InputError(
+            f"compression: no layer is selected that can be factorised: {name} {reason}",
+            "see docs/inputs.md for the layers that can be compressed",
+        )
     layers = [layer for layer in layers if layer.name not in reasons]
     check_layers(config, layers)
     # A solver that needs an activation after its layer is replaced where the network has none.

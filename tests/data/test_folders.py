@@ -246,3 +246,86 @@ def test_the_hash_of_a_folder_is_that_of_its_files_and_names(tmp_path: Path) -> 
     (folder / "odd" / "z.txt").write_text("a caption")
     hashes.append(hash_path(folder))
     assert len(set(hashes)) == 3 and hashes[-1] == data_sha256(folder)
+
+
+# ---------------------------------------------------------------- files that say nothing
+
+
+def shorter(write: Callable[[Path], None], share: float = 0.5) -> Callable[[Path], None]:
+    def cut(file: Path) -> None:
+        write(file)
+        data = file.read_bytes()
+        file.write_bytes(data[: int(share * len(data))])
+
+    return cut
+
+
+def wave_of(sound: np.ndarray) -> Callable[[Path], None]:
+    return lambda file: media_helpers.write_wave(file, sound)
+
+
+def sound_of(sound: np.ndarray, subtype: str | None = None) -> Callable[[Path], None]:
+    return lambda file: soundfile.write(file, sound, media_helpers.RATE, subtype=subtype)
+
+
+def image_of(pixels: np.ndarray) -> Callable[[Path], None]:
+    return lambda file: Image.fromarray(pixels).save(file)
+
+
+TONE = np.sin(np.arange(8000) / 9)
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+DEEP = np.arange(600, dtype=np.uint16).reshape(20, 30)
+INFINITE = np.where(np.arange(8000) == 77, np.inf, TONE)
+NAN = np.where(np.arange(8000) == 77, np.nan, TONE)
+SAYS_NOTHING: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
+    "no sample": ("wav2vec2", "a.wav", wave_of(TONE[:0]), "the recording is empty"),
+    "no sample, flac": ("wav2vec2", "a.flac", sound_of(TONE[:0]), "empty|cannot be read"),
+    "a header alone": ("wav2vec2", "a.wav", shorter(wave_of(TONE), 0.00275), "cut short: 0 of"),
+    "cut short": ("wav2vec2", "a.wav", shorter(wave_of(TONE)), "is cut short: 79.. of the 16000"),
+    "cut short, flac": ("wav2vec2", "a.flac", shorter(sound_of(TONE)), "cut short|cannot be read"),
+    "cut short, floats": (
+        "wav2vec2", "a.wav", shorter(sound_of(TONE, "FLOAT")), "cut short",
+    ),
+    "no bytes": ("wav2vec2", "a.wav", lambda file: file.write_bytes(b""), "cannot be read"),
+    "no recording": ("wav2vec2", "a.ogg", lambda file: file.write_text("w1"), "cannot be read"),
+    "silence": ("wav2vec2", "a.wav", wave_of(0 * TONE), "the recording is silent"),
+    "silence, stereo": ("wav2vec2", "a.wav", wave_of(np.zeros((800, 2))), "recording is silent"),
+    "one value": ("wav2vec2", "a.wav", wave_of(0 * TONE + 0.3), "the recording is silent"),
+    "NaN": ("wav2vec2", "a.wav", sound_of(NAN, "FLOAT"), "holds NaN or infinity"),
+    "infinity": ("wav2vec2", "a.wav", sound_of(INFINITE, "FLOAT"), "NaN or inf"),
+    "one pixel": ("vit", "a.png", image_of(NOISE[:1, :1]), "has 1 x 1 pixels"),
+    "a line": ("vit", "a.png", image_of(NOISE[:, :1]), "has 1 x 40 pixels"),
+    "a PNG cut short": ("vit", "a.png", shorter(image_of(NOISE)), "cannot be read as an image"),
+    "a JPEG cut short": ("vit", "a.jpg", shorter(image_of(NOISE)), "cannot be read as an image"),
+    "a TIFF cut short": ("vit", "a.tif", shorter(image_of(NOISE)), "cannot be read as an image"),
+    "no bytes, image": ("vit", "a.png", lambda file: file.write_bytes(b""), "cannot be read"),
+    "no image": ("vit", "a.webp", lambda file: file.write_text("w1"), "cannot be read"),
+    "16 bits": ("vit", "a.png", image_of(DEEP), "pixels lie between 0 and 599, .* 8 bits"),
+    "floats": ("vit", "a.tif", image_of(DEEP.astype(np.float32)), "lie between 0 and 599"),
+    "below zero": ("vit", "a.tif", image_of(-1.0 * DEEP.astype(np.float32)), "lie between -599"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAYS_NOTHING)
+def test_a_file_that_says_nothing_is_named(kind: str, media_model: Models, tmp_path: Path) -> None:
+    name, file, write, cause = SAYS_NOTHING[kind]
+    write(tmp_path / file)
+    with pytest.raises(InputError, match=cause) as caught:
+        drawn(tmp_path, processors_of(media_model(name)), num_sequences=1)
+    assert file in str(caught.value) and caught.value.remedy
+
+
+def test_a_recording_written_into_a_pipe_has_no_stated_length(tmp_path: Path) -> None:
+    file = tmp_path / "a.wav"
+    media_helpers.write_wave(file, TONE)
+    data = bytearray(file.read_bytes())
+    data[40:44] = (0xFFFFFFFF).to_bytes(4, "little")
+    file.write_bytes(data)
+    assert len(read_audio(file)[0]) == 8000
+
+
+def test_a_file_that_is_there_twice_is_counted(media_model: Models, tmp_path: Path) -> None:
+    folder = media_helpers.write_images(tmp_path / "images", 6)
+    (folder / "odd/copy.png").write_bytes((folder / "odd/000.png").read_bytes())
+    found = drawn(folder, processors_of(media_model("vit")), num_sequences=7)
+    assert found.repeated == 1

@@ -404,3 +404,45 @@ def test_a_layer_that_takes_what_no_product_takes_is_none() -> None:
 
     reasons, _ = judged(Network(compute, second=Padding, head=Cosine))
     assert reasons == {"second": OTHER, "head": OTHER}
+
+
+AUTOCAST = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(24, 32), nn.Linear(32, 24)
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.first(x)
+        return self.last(x.float())
+"""
+
+
+@pytest.mark.parametrize("include", [["first"], ["first", "last"]])
+def test_a_layer_under_autocast_stays_dense_with_its_reason(
+    include: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "autocast_net.py").write_text(AUTOCAST)
+    monkeypatch.syspath_prepend(tmp_path)
+    layers = {"first": torch.nn.Linear(24, 32), "last": torch.nn.Linear(32, 24)}
+    state = {f"{name}.{key}": x for name, layer in layers.items()
+             for key, x in layer.state_dict().items()}  # fmt: skip
+    save_file(state, tmp_path / "net.safetensors")
+    save_file({"x": torch.randn(300, 24)}, tmp_path / "x.safetensors")
+    changes = {"model.path": str(tmp_path / "net.safetensors"), "evaluation": [],
+               "model.factory": "autocast_net:Net", "compression.include": include,
+               "calibration.path": str(tmp_path / "x.safetensors")}  # fmt: skip
+    ended = pico.call("compress", pico.job(tmp_path, changes))
+    if include == ["first"]:
+        assert ended.code == 2 and "no layer is selected" in ended.err
+        assert "first computes in bfloat16, coarser than its weight in float32" in ended.err
+        return
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [x["name"] for x in report["layers"]] == ["last"]
+    assert any("autocast" in x["reason"] for x in report["skipped"])
+    ended = pico.call("verify", tmp_path / "out", "--against", tmp_path / "net.safetensors",
+                      "--factory", "autocast_net:Net")  # fmt: skip
+    assert ended.code == 0, ended.out
