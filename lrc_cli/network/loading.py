@@ -212,12 +212,16 @@ def _from_pretrained(
             model_class = _model_class(path, config, trust_remote_code)
             kind = dtype or _stored_dtype(source) or "auto"
             options = {"dtype": kind, "output_loading_info": True}
+            if "quantization_config" not in config:
+                # lrc names the tensor of another shape, and transformers does not.
+                options |= {"ignore_mismatched_sizes": True}
             if source.is_transformers_choice or "quantization_config" in config:
                 options |= {"local_files_only": True}
                 options |= {"trust_remote_code": True} if trust_remote_code else {}
                 model, info = model_class.from_pretrained(path, **options)
             else:
                 model, info = _from_state(model_class, source, trust_remote_code, options)
+        _check_shapes(path, info)
     except LrcError:
         raise
     # On a config.json that makes no sense, a model class may raise any error: a division by zero
@@ -228,6 +232,16 @@ def _from_pretrained(
             "check that config.json fits the weights and that this transformers knows the model",
         ) from error
     return model, info
+
+
+def _check_shapes(path: Path, info: Mapping[str, Any]) -> None:
+    """Raises InputError for a tensor whose shape is not the module's."""
+    for key, stored, needed in sorted(info["mismatched_keys"], key=lambda found: str(found[0])):
+        raise InputError(
+            f"{path} cannot be loaded by transformers: {key} has shape {tuple(stored)}, and the"
+            f" network of config.json needs {tuple(needed)}",
+            "check that config.json fits the weights",
+        )
 
 
 def _from_state(

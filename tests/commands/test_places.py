@@ -4,7 +4,6 @@ Every case runs in a folder with a checkpoint (`model`), data (`text.txt`, `pict
 (`job.yaml`). The whole folder is hashed before and after.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,11 +12,10 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pico
 import pytest
-from command_helpers import Changes, assert_one_sentence
+from command_helpers import Changes, assert_one_sentence, seen
 
 from lrc_cli.checkpoint.manifest import PARTIAL_MARK
 
@@ -446,20 +444,6 @@ JUNIT_FILES = {
     "a name that is too long": Case(junit=LONG, said="File name too long"),
     "a name that is not UTF-8": Case(junit="l\udcff.xml", said="l\\xff.xml cannot be used"),
 }
-
-
-def seen(root: Path) -> dict[str, Any]:
-    """Everything below a folder: kinds, modes, contents, targets of links; no link is followed."""
-    found: dict[str, Any] = {}
-    for path in sorted(root.rglob("*")):
-        mode = path.lstat().st_mode
-        content = ""
-        if stat.S_ISREG(mode):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif stat.S_ISLNK(mode):
-            content = os.readlink(path)
-        found[path.relative_to(root).as_posix()] = (mode, content)
-    return found
 
 
 def arrange(root: Path, case: Case) -> list[object]:

@@ -1,7 +1,10 @@
 """Commands refuse in one sentence; these helpers check it, on checkpoints with something wrong."""
 
+import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,20 @@ def assert_nothing_left(directory: Path) -> None:
     """No output, whole or unfinished, lies in the directory of a job."""
     names = {path.name for path in directory.iterdir()}
     assert not names & {"out", "out.partial", "out.lrc-old"}
+
+
+def seen(root: Path) -> dict[str, Any]:
+    """Everything below a folder: kinds, modes, contents, targets of links; no link is followed."""
+    found: dict[str, Any] = {}
+    for path in sorted(root.rglob("*")):
+        mode = path.lstat().st_mode
+        content = ""
+        if stat.S_ISREG(mode):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif stat.S_ISLNK(mode):
+            content = os.readlink(path)
+        found[path.relative_to(root).as_posix()] = (mode, content)
+    return found
 
 
 def damaged(directory: Path, source: Path, damage: Callable[[Path], None]) -> Path:
