@@ -6,7 +6,7 @@ import pytest
 from hostile.configs import CASES, VALUES
 from hostile.harness import Case
 
-pytestmark = pytest.mark.timeout(60)
+# pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.mark.parametrize("case", VALUES, ids=str)

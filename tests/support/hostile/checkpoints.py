@@ -131,6 +131,7 @@ NUMBERS = {
     "a text": "many",
     "a list": [2],
     "not a number": math.nan,
+    "30 digits": 10**30,
 }
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -146,7 +147,7 @@ def wrong_numbers() -> Iterator[Case]:
             if value is None and key in ("num_key_value_heads", "head_dim"):
                 continue
             name = f"config.json has {words} as {key}"
-            none = key == "num_hidden_layers" and value == 0
+            none = key == "num_hidden_layers" and value in (0, -1)
             said = "no layer is selected" if none else "model"
             yield Case(name=name, said=(said,), spoil=config(**{key: value}))
 
@@ -162,13 +163,20 @@ CONFIG: Table = {
     "is UTF-16": (config_text('{"a": 1}'.encode("utf-16")), ("model/config.json",)),
     "is latin-1": (config_text(b'{"a": "\xe9"}'), ("model/config.json",)),
     "has a byte order mark": (config_text(b"\xef\xbb\xbf{"), ("model/config.json",)),
+    "has 5000 digits": (config_text('{"a": ' + "9" * 5000 + "}"), ("model/config.json",)),
     "is nested deeply": (config_text('{"a": ' + "[" * 100_000), ("model/config.json",)),
     "is a pickle": (config_text(b"\x80\x04\x95\x00\x00\x00\x00"), ("model/config.json",)),
     "has comments": (config_text("{} // nothing"), ("model/config.json", "JSON")),
+    "has a key twice": (
+        config_text('{"model_type": "llama", "model_type": "opt"}'),
+        ("model/config.json", "model_type"),
+    ),
     "is a directory": (instead("model/config.json", os.mkdir), ("model/config.json",)),
+    "is a pipe": (instead("model/config.json", pipe), ("model/config.json",)),
     "is a socket": (instead("model/config.json", bound_socket), ("model/config.json",)),
+    "is a device": (instead("model/config.json", link("/dev/zero")), ("model/config.json",)),
     "is a loop of links": (instead("model/config.json", link("config.json")), ("model",)),
-    "has an empty list of architectures": (config(architectures=[]), ("architectures",)),
+    "has a lone surrogate": (config(note="\ud800"), ("model/config.json",)),
     "has a number in architectures": (config(architectures=[7]), ("architectures",)),
     "has a list in architectures": (config(architectures=[["a"]]), ("architectures",)),
     "has an object as architectures": (config(architectures={"a": 1}), ("architectures",)),
@@ -195,13 +203,6 @@ CONFIG: Table = {
                 architectures=["Own"],
                 auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
             ),
-            write("model/own.py", f"open({MARK!r}, 'w').close()\n"),
-        ),
-        ("trust_remote_code",),
-    ),
-    "has code of its own for a known type": (
-        both(
-            config(model_type="own", auto_map={"AutoConfig": "own.Own"}),
             write("model/own.py", f"open({MARK!r}, 'w').close()\n"),
         ),
         ("trust_remote_code",),
@@ -388,10 +389,10 @@ HEADERS: Table = {
     "an end one too early": (moved(0, -1), (FILE,)),
     "a tensor left out": (header(lambda h: h.pop(UP)), (FILE,)),
     "an empty name": (named(""), (UP,)),
-    "a name with a NUL": (named("a\0b"), (UP,)),
+    "a name with a NUL": (named("a\0b"), (FILE,)),
     "a name with an escape": (named("\x1b[2J"), (UP,)),
     "a name that writes leftwards": (named("\u202egpj"), (UP,)),
-    "a name of 100000 letters": (named("n" * 100_000), (UP,)),
+    "a name of 100000 letters": (named("n" * 100_000), (FILE,)),
     "a name with dots": (named("..."), (UP,)),
     "a name of another letter": (named(UP.replace("up", "\u0443p")), (UP,)),
     "data cut by one byte": (cut(WEIGHTS, -1), (FILE,)),
@@ -462,8 +463,11 @@ INDEXES: Table = {
     "is a list": (index_text("[]"), (JSON,)),
     "is an empty object": (index_text("{}"), (JSON, "weight_map")),
     "is UTF-16": (index_text("{}".encode("utf-16")), (JSON,)),
+    "has 5000 digits": (index_text('{"weight_map": ' + "9" * 5000 + "}"), (JSON,)),
     "is nested deeply": (index_text('{"weight_map": ' + "[" * 100_000), (JSON,)),
+    "is a pipe": (both(sharded, instead(INDEX, pipe)), (JSON,)),
     "is a directory": (both(sharded, instead(INDEX, os.mkdir)), (JSON,)),
+    "is a device": (both(sharded, instead(INDEX, link("/dev/zero"))), (JSON,)),
     "is a loop of links": (both(sharded, instead(INDEX, link(JSON))), ("model",)),
     "is missing": (both(sharded, remove(INDEX)), ("model", "index")),
     "has an empty map": (index(lambda x: x.update(weight_map={})), (JSON, "weight_map")),
@@ -482,7 +486,10 @@ INDEXES: Table = {
     "names a path of Windows": (mapped("C:\\x.safetensors"), (JSON, "outside")),
     "names a path above of Windows": (mapped("..\\x.safetensors"), (JSON, "outside")),
     "names a way round": (mapped("a/../../x.safetensors"), (JSON, "outside")),
+    "names a NUL": (mapped("a\0b.safetensors"), (JSON,)),
     "names an escape": (mapped("\x1b[2J.safetensors"), (JSON, "missing")),
+    "names a lone surrogate": (mapped("\ud800.safetensors"), (JSON,)),
+    "names a long file": (mapped("n" * 5000 + ".safetensors"), (JSON,)),
     "names a missing shard": (mapped("model-00003-of-00003.safetensors"), (JSON, "missing")),
     "names the licence": (mapped("LICENSE"), (JSON,)),
     "names config.json": (mapped("config.json"), (JSON,)),
@@ -493,6 +500,10 @@ INDEXES: Table = {
         (JSON, "model.ghost"),
     ),
     "leaves a tensor out": (index(lambda x: x["weight_map"].pop(UP)), (JSON, UP)),
+    "has a key twice": (
+        index_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
+        (JSON, "twice"),
+    ),
     "has a shard that is gone": (both(sharded, remove(SECOND)), ("model-00002", "missing")),
     "has a shard that is empty": (both(sharded, write(SECOND, "")), ("model-00002",)),
     "has a shard that is cut": (both(sharded, cut(SECOND, -10)), ("model-00002",)),
@@ -588,6 +599,7 @@ PICKLES: Table = {
     "has numbers as names": (pickled(lambda s: dict(enumerate(s.values()))), ("model",)),
     "has a tuple as a name": (pickled(lambda s: {**s, (1, 2): s[UP]}), ("model",)),
     "has a sparse tensor": (pickled(changed(torch.Tensor.to_sparse)), (BIN, UP)),
+    "has a meta tensor": (pickled(changed(lambda t: t.to("meta"))), (BIN, UP)),
     "has a quantised tensor": (
         pickled(
             changed(lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)),
@@ -609,6 +621,8 @@ PICKLES: Table = {
         pickled(lambda s: {"generator": dict(s), "critic": dict(s)}),
         (BIN, "state dict"),
     ),
+    "is a pipe": (both(remove(WEIGHTS), instead(PICKLE, pipe)), ("model",)),
+    "is a device": (both(remove(WEIGHTS), instead(PICKLE, link("/dev/zero"))), ("model",)),
     "is a directory": (both(remove(WEIGHTS), instead(PICKLE, os.mkdir)), ("model",)),
 }
 """What is wrong with pytorch_model.bin, and what the message says."""
@@ -651,9 +665,11 @@ TOKENIZERS: Table = {
     "is an empty object": (write(TOKENIZER, "{}"), ("tokenizer",)),
     "is cut short": (cut(TOKENIZER, 1000), ("tokenizer",)),
     "is no UTF-8": (write(TOKENIZER, b"\xff\xfe\x00"), ("tokenizer",)),
+    "is a pipe": (instead(TOKENIZER, pipe), ("tokenizer",)),
     "is a directory": (instead(TOKENIZER, os.mkdir), ("tokenizer",)),
     "has no model": (tokenizer(model=None), ("tokenizer",)),
     "has an unknown model": (tokenizer(model={"type": "Telepathy"}), ("tokenizer",)),
+    "has an empty vocabulary": (vocabulary({}), ("tokenizer",)),
     "has a negative id": (vocabulary({"w1": -1}), ("tokenizer",)),
     "has a text as id": (vocabulary({"w1": "x"}), ("tokenizer",)),
     "has large ids": (vocabulary({"[UNK]": 10**6, "w1": 10**6 + 1}), ("token",)),

@@ -1,6 +1,7 @@
 """Hostile configs: every key with every kind of wrong value, and files that are no configs."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ WRONG: dict[str, Any] = {
     "minus one": -1,
     "zero": 0,
     "a half": 0.5,
+    "400 digits": 10**400,
     "infinity": math.inf,
     "not a number": math.nan,
     "an empty list": [],
@@ -161,6 +163,8 @@ def with_key(line: str) -> str:
 FILES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "missing": (replaced(lambda room: None), ("job.yaml", "no such file")),
     "a directory": (replaced(lambda room: (room / "job.yaml").mkdir()), ("is a directory",)),
+    "a pipe": (replaced(lambda room: os.mkfifo(room / "job.yaml")), ("job.yaml", "pipe")),
+    "a device": (replaced(lambda room: (room / "job.yaml").symlink_to("/dev/zero")), ("device",)),
     "a link to itself": (
         replaced(lambda room: (room / "job.yaml").symlink_to("job.yaml")),
         ("job.yaml",),
@@ -225,6 +229,7 @@ FILES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "a key of 100000 letters": (text(f"{GOOD}{'k' * 1000}: 1\n"), ("job.yaml:", "unknown key")),
     "a value of 100000 letters": (text(with_key(f"factory: {'v' * 100_000}")), ("factory",)),
     "a key with escapes": (text(GOOD + '"\\e[2J\\e[1m": 1\n'), ("job.yaml:", "unknown key")),
+    "a key that writes leftwards": (text(GOOD + '"\\u202Egpj": 1\n'), ("unknown key",)),
     "a lone surrogate": (text(with_key('factory: "\\ud800"')), ("job.yaml:2", "factory")),
     "5 MB of comments": (text(f"#{'x' * 98}\n" * 50_000 + "model: 1\n"), ("job.yaml",)),
     "a sexagesimal number": (
@@ -283,6 +288,7 @@ LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an item of a negative number": (("--set", "evaluation.-1.name=a"), ("no such item",)),
     "an item in other digits": (("--set", "evaluation.\u00b2.name=a"), ("no such item",)),
     "below a number": (("--set", "compression.size.a=1"), ("not a mapping",)),
+    "a key of 10000 letters": (("--set", f"{'a' * 10_000}=1"), ("unknown key",)),
     "sizes of letters": (("--sizes", "a,b"), ("'a,b'", "shares")),
     "sizes twice": (("--sizes", "0.5,0.5"), ("twice",)),
     "an empty size": (("--sizes", "0.5,"), ("shares",)),
@@ -309,6 +315,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an unknown command": (("compres",), ("compres",)),
     "a command with escapes": (("\x1b]0;x\x07",), ("command",)),
     "an empty name of a config": (("compress", ""), ("is a directory",)),
+    "a config whose name is no UTF-8": (("compress", "a\udcff.yaml"), ("no such file",)),
     "the checkpoint as config": (("compress", "model"), ("model: is a directory",)),
     "weights as config": (("compress", "model/model.safetensors"), ("model.safetensors", "UTF-8")),
     "a text as config": (("compress", "text.txt"), ("text.txt:1:1",)),
@@ -318,6 +325,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inspect of an empty name": (("inspect", ""), ("",)),
     "inspect of a text": (("inspect", "text.txt"), ("text.txt",)),
     "inspect of a config": (("inspect", "job.yaml"), ("job.yaml",)),
+    "inspect of a device": (("inspect", "/dev/zero"), ("/dev/zero",)),
     "inspect with a bad factory": (("inspect", "model", "--factory", "a b"), ("a b",)),
     "verify without a directory": (("verify",), ("DIRECTORY",)),
     "verify of nothing": (("verify", "nil"), ("nil",)),

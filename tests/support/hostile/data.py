@@ -15,7 +15,7 @@ import pico
 import torch
 from safetensors.torch import save, save_file
 
-from hostile.checkpoints import PAGE, Runs, Table, instead, link, write
+from hostile.checkpoints import PAGE, Runs, Table, bound_socket, instead, link, pipe, write
 from hostile.harness import Case, Spoil, write_job
 
 WORDS = pico.words(2000).split()
@@ -76,6 +76,10 @@ TEXTS: Table = {
     "in latin-1": (write("text.txt", b"caf\xe9 " * 500), ("text.txt", "UTF-8")),
     "cut in a character": (write("text.txt", b"w1 " * 900 + b"\xe2\x82"), ("text.txt", "UTF-8")),
     "that is a directory": (instead("text.txt", os.mkdir), ("text.txt",)),
+    "that is a pipe": (instead("text.txt", pipe), ("text.txt",)),
+    "that is a socket": (instead("text.txt", bound_socket), ("text.txt",)),
+    "that is a device": (instead("text.txt", link("/dev/zero")), ("text.txt",)),
+    "that is a device without end": (instead("text.txt", link("/dev/urandom")), ("text.txt",)),
     "that is an empty device": (instead("text.txt", link("/dev/null")), ("text.txt",)),
     "that is a link to nothing": (instead("text.txt", link("nowhere.txt")), ("text.txt",)),
     "of another kind": (file("data.pdf", "%PDF-1.7"), ("data.pdf",)),
@@ -257,7 +261,10 @@ ARRAYS: Table = {
     "a text": (file(NPZ, "hello"), (NPZ,)),
     "a pickle that runs code": (file(NPZ, b"cposix\nsystem\n(S'touch ran'\ntR."), (NPZ,)),
     "an array of objects that run code": (code_in_an_array(), (NPZ,)),
+    "an array and no archive": (file(NPZ, npy(IDS)), (NPZ,)),
     "an archive of nothing": (npz({}), (NPZ,)),
+    "a member that is no array": (npz({"a.txt": b"hello"}), (NPZ,)),
+    "a member of no bytes": (npz({"input_ids.npy": b""}), (NPZ,)),
     "a member cut short": (npz({"input_ids.npy": npy(IDS)[:200]}), (NPZ,)),
     "a member with a name above": (npz({"../ran.npy": npy(IDS)}), ("calibration", "../ran")),
     "a member with an escape": (npz({"\x1b[2J.npy": npy(IDS)}), ("calibration",)),
@@ -267,7 +274,13 @@ ARRAYS: Table = {
         ),
         (NPZ,),
     ),
+    "a header of brackets": (
+        npz({"input_ids.npy": b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000}),
+        (NPZ,),
+    ),
     "a header of another version": (npz({"input_ids.npy": b"\x93NUMPY\x09\x00"}), (NPZ,)),
+    "a claim of 10^12 rows": (claims("(1000000000000, 8)"), (NPZ,)),
+    "a claim of 2^63 rows": (claims("(9223372036854775807, 2)"), (NPZ,)),
     "a claim of minus one row": (claims("(-1, 8)"), (NPZ,)),
     "a shape of texts": (claims("('a', 8)"), (NPZ,)),
     "an unknown dtype": (claims("(1, 8)", "<q9"), (NPZ,)),
@@ -322,9 +335,15 @@ TENSORS: Table = {
     "data cut short": (file(TENSORS_FILE, GOOD_TENSORS[:-1]), (TENSORS_FILE,)),
     "a length of 2^63": (file(TENSORS_FILE, b"\0\0\0\0\0\0\0\x80{}"), (TENSORS_FILE,)),
     "no tensors": (file(TENSORS_FILE, save({})), (TENSORS_FILE,)),
+    "8-bit floats": (
+        tensors(inputs_embeds=torch.zeros(40, 8, 64).to(torch.float8_e4m3fn)),
+        ("calibration",),
+    ),
     "infinity": (tensors(inputs_embeds=torch.full((40, 8, 64), math.inf)), (TENSORS_FILE, "inf")),
     "no rows": (tensors(input_ids=torch.zeros(0, 8, dtype=torch.long)), (TENSORS_FILE,)),
     "a single number": (tensors(input_ids=torch.tensor(7)), (TENSORS_FILE,)),
+    "a pipe": (made(TENSORS_FILE, pipe), (TENSORS_FILE,)),
+    "a device": (made(TENSORS_FILE, link("/dev/zero")), (TENSORS_FILE,)),
     "a directory": (made(TENSORS_FILE, os.mkdir), (TENSORS_FILE,)),
 }
 """What is wrong with a .safetensors file of data, and what the message says."""

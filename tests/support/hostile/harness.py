@@ -24,7 +24,7 @@ Spoil = Callable[[Path], None]
 COMPRESS = ("compress", "job.yaml", "-q")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal or a log must not be sent, in whatever a stranger wrote."""
-LONGEST_LINE = 1500
+LONGEST_LINE = 2100
 LONGEST = 6000
 MARK = "ran"
 """The file that a stranger's code makes in the cases in which it must not run."""

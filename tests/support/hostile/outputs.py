@@ -49,10 +49,12 @@ def pop(key: str) -> Callable[[dict[str, Any]], object]:
 UNREADABLE: Mapping[str, Callable[[str], Spoil]] = {
     "is empty": lambda name: write(name, ""),
     "is cut short": lambda name: cut(name, 40),
+    "is a list": lambda name: write(name, "[]"),
     "is a number": lambda name: write(name, "7"),
     "is null": lambda name: write(name, "null"),
     "is no UTF-8": lambda name: write(name, b'{"a": "\xff"}'),
     "is a pickle": lambda name: write(name, b"cposix\nsystem\n(S'touch ran'\ntR."),
+    "has 5000 digits": lambda name: write(name, '{"a": ' + "9" * 5000 + "}"),
     "is nested deeply": lambda name: write(name, '{"a": ' + "[" * 100_000),
     "is a directory": lambda name: instead(name, os.mkdir),
     "is a loop of links": lambda name: instead(name, link(Path(name).name)),
@@ -68,7 +70,7 @@ def unreadable() -> Iterator[Case]:
             # Without a readable manifest there is no finished output: exit code 2.
             code = 2 if file == MANIFEST else 3
             yield Case(
-                name=f"{name} {words}",
+                name=f"the output's {name} {words}",
                 said=(name,),
                 spoil=spoil(file),
                 command=VERIFY,
@@ -147,6 +149,7 @@ def of_layer(**changes: Any) -> Spoil:
 
 
 LAYERS: Table = {
+    "is a list": (table(put("layers", [1])), ("layers",)),
     "is null": (table(put("layers", None)), ("layers",)),
     "is empty": (table(put("layers", {})), (LAYER,)),
     "lacks a layer": (table(lambda t: t["layers"].pop(LAYER)), (LAYER,)),
@@ -154,14 +157,18 @@ LAYERS: Table = {
         table(lambda t: t["layers"].update(ghost={"storage": "factors", "rank": 8})),
         ("ghost",),
     ),
-    "has a number for a layer": (table(put("layers", {LAYER: 7})), (LAYER,)),
+    "has a number for a layer": (table(put("layers", {LAYER: 7})), ("layer",)),
+    "has null for a layer": (table(put("layers", {LAYER: None})), ("layer",)),
     "has rank zero": (of_layer(rank=0), (LAYER,)),
     "has a negative rank": (of_layer(rank=-8), (LAYER,)),
     "has a text as rank": (of_layer(rank="8"), (LAYER,)),
     "has a fraction as rank": (of_layer(rank=8.5), (LAYER,)),
+    "has a rank of 10^12": (of_layer(rank=10**12), (LAYER,)),
+    "has a rank of 5000 digits": (of_layer(rank=10**4000), ("config.json",)),
     "has true as rank": (of_layer(rank=True), (LAYER,)),
     "has an unknown storage": (of_layer(storage="magic"), (LAYER,)),
-    "has a number as storage": (of_layer(storage=7), (LAYER,)),
+    "has a number as storage": (of_layer(storage=7), ("layer",)),
+    "has a list as storage": (of_layer(storage=["factors"]), ("layer",)),
     "has a storage with an escape": (of_layer(storage="\x1b[2J"), (LAYER,)),
     "has another storage": (of_layer(storage="factors"), (LAYER,)),
     "has a row group of zero": (of_layer(block=0), (LAYER,)),
