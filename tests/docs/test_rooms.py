@@ -197,4 +197,4 @@ def test_the_tests_have_the_same_rooms() -> None:
     tests = ROOT / "tests"
     folders = {file.parent.relative_to(tests).as_posix() for file in tests.rglob("test_*.py")}
     package = {name for name in rooms() if (PACKAGE / name).is_dir()}
-    assert folders == package | {"docs", "scripts"}
+    assert folders == package | {"docs", "hostile", "scripts"}
