@@ -112,9 +112,30 @@ class Recover:
     """Optional training of the factors."""
 
     scope: Literal["none", "block", "model"] = "none"
-    """The part of the network that is trained at a time."""
+    """The part of the network that is trained at a time; none: nothing is trained."""
     tokens: Literal["auto"] | Count = "auto"
-    """Number of training tokens."""
+    """Number of training tokens, repeated ones included; auto: four times the data."""
+    path: Text | None = None
+    """Data to train on, read in the same way as calibration data; null: the calibration data."""
+    part: FilePart | None = None
+    """Share of the file, by position; null: all, or the part of the calibration data."""
+    num_sequences: Count | None = None
+    """Number of sequences to draw for training alone; null: the calibration sequences, and 1024
+    where a path is given."""
+
+    def __post_init__(self) -> None:
+        if self.part is not None and self.path is None and self.num_sequences is None:
+            raise FieldError("part", "has no meaning without path or num_sequences; set one")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is trained."""
+        return self.scope != "none"
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether sequences are drawn for training alone."""
+        return self.path is not None or self.num_sequences is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,5 +221,5 @@ class Config:
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise FieldError(f"evaluation.{i}.name", f"{name!r} is given twice; rename one")
-            if name in ("calibration", "certification"):
+            if name in ("calibration", "certification", "recover"):
                 raise FieldError(f"evaluation.{i}.name", f"{name!r} is a section's name; rename it")

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from lrc_cli.config import Calibration, Certification, Config
+from lrc_cli.config import Calibration, Certification, Config, Recover
 from lrc_cli.data.draw import Purpose
 
 CALIBRATION, CERTIFICATION = "calibration", "certification"
 HELD_BACK = "held back"
+RECOVER = "recover"
+MOST_TRAINED = 1024
+"""The sequences that are drawn from `recover.path` where the config gives no number."""
 
 
 def purposes_of(config: Config) -> list[Purpose]:
@@ -26,8 +29,25 @@ def purposes_of(config: Config) -> list[Purpose]:
             text_field=calibration.text_field,
             chat_template=calibration.chat_template,
         )
-        return [*purposes, held_back]
-    return [*purposes, *(_purpose(text.name, text, calibration) for text in config.evaluation)]
+        purposes.append(held_back)
+    purposes += [_purpose(text.name, text, calibration) for text in config.evaluation or ()]
+    # Training takes what is left, so training on more data changes no other draw.
+    if config.recover.is_used and config.recover.has_own_data:
+        purposes.append(_training(config.recover, calibration))
+    return purposes
+
+
+def _training(recover: Recover, calibration: Calibration) -> Purpose:
+    return Purpose(
+        name=RECOVER,
+        path=Path(recover.path or calibration.path),
+        part=recover.part or (None if recover.path else calibration.part) or (0.0, 1.0),
+        sequence_length=calibration.sequence_length,
+        num_sequences=recover.num_sequences or MOST_TRAINED,
+        required=recover.num_sequences is not None,
+        text_field=calibration.text_field,
+        chat_template=calibration.chat_template,
+    )
 
 
 def _purpose(name: str, section: Any, calibration: Calibration) -> Purpose:

@@ -107,6 +107,8 @@ class Solver:
     The first of equally good solutions counts. None: `SameInput`, this solver's own problem.
     """
 
+    no_recover: str | None = None
+    """Why its factors cannot be trained afterwards; None: they can."""
     no_center: str | None = None
     """Why the bias cannot be fitted too (`center`), in words; None: it can."""
 

@@ -23,6 +23,7 @@ from lrc_cli.forecast.estimate import (
 )
 from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
 from lrc_cli.forecast.quality import run_quality
+from lrc_cli.forecast.recover import run_recover
 from lrc_cli.forecast.sequential import run_sequential
 from lrc_cli.job.factors.decide_sequential import decide, kept_fraction
 from lrc_cli.job.plan import Plan
@@ -36,8 +37,8 @@ from lrc_cli.runtime.progress import Progress
 SPEED_BYTES = 32 << 20
 """The bytes that are written once to measure the speed of the disk."""
 PHASES = (
-    *("checks", "statistics", "spectra", "factors", "writing", "verification"),
-    *("evaluation", "selection", "certification"),
+    *("checks", "statistics", "spectra", "factors", "recover", "writing"),
+    *("verification", "evaluation", "selection", "certification"),
 )
 
 Forecast = dict[str, Any]
@@ -147,10 +148,16 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         # The size of the output follows from the ranks, and its time from the speed of the disk.
         granted_bytes = int(kept_fraction(plan, granted) * plan.compressible_bytes)
         size = granted_bytes + rest_bytes(plan)
-        own = [*factors, Piece(phase="writing", seconds=per_byte, times=size), *quality]
+        recover, trained, training = (
+            run_recover(probe, plan, granted)
+            if plan.config.recover.is_used and any(not x.is_dense for x in granted.values())
+            else ([], 0, 0)
+        )
+        own = [*factors, *recover, Piece(phase="writing", seconds=per_byte, times=size), *quality]
         pieces += own
         outputs += size
-        lasting += 0 if probe.has_factors(plan) else granted_bytes
+        lasting += trained + (0 if probe.has_factors(plan) else granted_bytes)
+        probe.spilled_bytes = max(probe.spilled_bytes, training)
         target, value = plan.config.compression.target
         jobs.append(
             {

@@ -131,7 +131,6 @@ def factors_fingerprint(config: Config, statistics: str) -> str:
         resolved["compression"],
         layers,
         resolved["output"]["dtype"],
-        resolved["recover"],
     ]
     return digest(fields)[:16]
 
@@ -167,7 +166,8 @@ def already_done(config: Config) -> bool:
 
 def data_hashes(config: Config) -> dict[str, str]:
     """Returns the sha256 of every data file or folder and of the factory's code, by name."""
-    texts = (config.calibration, config.certification, *(config.evaluation or ()))
+    recover = config.recover if config.recover.is_used else None
+    texts = (config.calibration, config.certification, recover, *(config.evaluation or ()))
     paths = {text.path for text in texts if text is not None and text.path is not None}
     data = {path: hash_path(Path(path)) for path in sorted(paths) if Path(path).exists()}
     return {**data, **factory_hashes(config)}

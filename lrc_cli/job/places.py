@@ -164,5 +164,7 @@ def _read_by(config: Config) -> Iterator[tuple[str, str]]:
     yield "the data of calibration.path", config.calibration.path
     if config.certification is not None and config.certification.path is not None:
         yield "the data of certification.path", config.certification.path
+    if config.recover.is_used and config.recover.path is not None:
+        yield "the data of recover.path", config.recover.path
     for text in config.evaluation or ():
         yield f"the data of evaluation {text.name!r}", text.path

@@ -13,7 +13,7 @@ from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.config import Config, matches, to_dict
 from lrc_cli.data.draw import Sequences, draw
 from lrc_cli.data.processors import open_processors
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.engine import Solver
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.input_checks import check_sequences, probe
@@ -113,7 +113,9 @@ class Plan:
     @property
     def evaluation_names(self) -> list[str]:
         """Names of the texts that quality is measured on, in order."""
-        return [name for name in self.sequences if name not in (CALIBRATION, CERTIFICATION)]
+        return [
+            name for name in self.sequences if name not in (CALIBRATION, CERTIFICATION, RECOVER)
+        ]
 
 
 def make_plan(config: Config, *, force: bool = False, processes: Processes = ALONE) -> Plan:

@@ -23,6 +23,8 @@ from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.finish import finish_output
 from lrc_cli.job.output.write import write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
+from lrc_cli.job.recover.measured import has_factors
+from lrc_cli.job.recover.stage import RecoverStage, check_recover, read_recovery
 from lrc_cli.job.spectra.allocate import allocate, check_reachable
 from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
 from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
@@ -158,6 +160,7 @@ def make_plans(
     plans = [first, *(with_config(first, config, force=force) for config in configs[1:])]
     for plan in plans:
         check_sequential(plan)
+        check_recover(plan)
         check_reachable(plan)
     return plans
 
@@ -180,13 +183,19 @@ def _write(
         else FactorsStage(plan, work, granted)
     )
     seconds = shared | run_stage(factors, progress)
-    processes, folder = plan.processes, factors.folder
+    processes, folder, recovery = plan.processes, factors.folder, None
+    if plan.config.recover.is_used and has_factors(work, folder, plan.units):
+        stage = RecoverStage(plan, work, folder)
+        seconds |= run_stage(stage, progress)
+        folder, recovery = stage.folder, read_recovery(work, stage.folder)
     plan.inputs.check(processes)
     with output_directory(plan.output, force=force, processes=processes) as directory:
         seconds |= processes.from_first(
             lambda: write_checkpoint(plan, work, folder, directory, progress)
         )
-        record = finish_output(plan, work, folder, directory, decision.record(), seconds, progress)
+        record = finish_output(
+            plan, work, folder, directory, decision.record(), recovery, seconds, progress
+        )
         plan.inputs.check(processes)
     _say_what_failed(record, progress)
     return record

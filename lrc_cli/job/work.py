@@ -8,6 +8,7 @@
                                        eigenvectors in float32, the errors that reports compare
     <root>/measured/<storage>-<dtype>/<unit>  the errors of a form that no spectrum tells
     <root>/factors/<fingerprint>/<unit>  packed factors and their measured errors
+    <root>/recovered/<fingerprint>/<unit>  the same after training; and an unfinished training
 
 A killed run leaves whole files or none, and the same command goes on with the files. A unit's facts
 and each tensor have a checksum, which is compared whenever they are read. Two fingerprints decide
@@ -47,6 +48,8 @@ MOST_WAITING = 2
 """The most units that may wait to be stored in the background, because they take memory."""
 PACKED_ROWS = 256
 """Rows of a Gram matrix that are scaled at once when the matrix is packed."""
+RECOVERED = "recovered"
+"""The stage that holds trained factors."""
 LOG = "run.log"
 """The file with the messages of all runs in the directory."""
 FINGERPRINT, LOCK, FACTORS = "fingerprint.json", "lock", "factors"

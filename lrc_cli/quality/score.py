@@ -11,7 +11,7 @@ from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Calibration, load_config
 from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import open_processors
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
 from lrc_cli.execution.input_checks import check_sequences, probe
 from lrc_cli.execution.network import Network, make_network
@@ -77,7 +77,11 @@ def score_directory(
         texts = draw(wanted, processors=processors, seed=config.calibration.seed)
     else:
         drawn = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
-        texts = {name: s for name, s in drawn.items() if name not in (CALIBRATION, CERTIFICATION)}
+        texts = {
+            name: s
+            for name, s in drawn.items()
+            if name not in (CALIBRATION, CERTIFICATION, RECOVER)
+        }
     if not texts:
         raise InputError("eval: there is no text to score on", "give one with --data")
     # Both networks get one dtype, and what both are scored by.

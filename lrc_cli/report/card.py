@@ -12,6 +12,7 @@ from lrc_cli.report.facts import (
     limits,
     measured_in,
     missed_gates,
+    recovery_note,
     settings,
     summary,
 )
@@ -91,12 +92,18 @@ def _size(record: Record) -> str:
 
 def _quality(record: Record) -> str:
     worst = [_escape(note)] if (note := worst_case_note(record)) else []
+    trained = [_escape(note)] if (note := recovery_note(record)) else []
     if not record.quality:
         return "\n\n".join(
-            ["## Quality", "Not measured: the configuration names no evaluation data.", *worst]
+            [
+                "## Quality",
+                "Not measured: the configuration names no evaluation data.",
+                *worst,
+                *trained,
+            ]
         )
     measured = [_table(quality_table(record)), _escape(measured_in(record))]
-    return "\n\n".join(["## Quality", *measured, *worst])
+    return "\n\n".join(["## Quality", *measured, *worst, *trained])
 
 
 def _loading(record: Record) -> str:

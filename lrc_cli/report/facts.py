@@ -91,7 +91,36 @@ def error_note(record: Record) -> str:
     return (
         f"Output error: ||(W - Z) X|| / ||W X|| on {inputs}, of the stored factors, of the best"
         " matrix of that rank and of plain SVD of that rank. Metric error: what the method"
-        f" minimises ({units}), of the same three.{_thresholds(record)}"
+        f" minimises ({units}), of the same three.{_trained(record)}{_thresholds(record)}"
+    )
+
+
+def _trained(record: Record) -> str:
+    """Returns why a trained layer's own error may be large, in a sentence."""
+    if not any(layer.facts.trained for layer in record.factorised):
+        return ""
+    return (
+        " The factors were trained together to lower the error of the whole network, so a layer's"
+        " own error may lie further above the best of its rank than before."
+    )
+
+
+def recovery_note(record: Record) -> str:
+    """Returns what training the factors gave, in words; empty where nothing was trained."""
+    found = record.recovery
+    if found is None:
+        return ""
+    data = f"{count(found.num_sequences)} sequences ({count(found.tokens)} tokens, repeated ones"
+    data += f" included, in {count(found.steps)} of {count(found.planned_steps)} steps)"
+    judged = f"{count(found.num_held_out)} other sequences"
+    if not found.gained:
+        return (
+            f"Training the factors on {data} did not lower the {found.objective}, on {judged}:"
+            " the factors are written as they were fitted."
+        )
+    return (
+        f"The factors were trained on {data}. The {found.objective}, fell from"
+        f" {found.before:.4g} to {found.after:.4g} on {judged}."
     )
 
 

@@ -16,6 +16,7 @@ from lrc_cli.report.facts import (
     memory_note,
     missed_gates,
     perplexity_ratio,
+    recovery_note,
     summary,
 )
 from lrc_cli.report.markup import Markup, element, join
@@ -129,8 +130,10 @@ def _tiles(record: Record) -> Markup:
 
 def _quality(record: Record) -> list[Markup]:
     if not record.quality:
-        return [element("p", "Not measured: the configuration names no evaluation data.")]
-    return [_table(quality_table(record)), _note(measured_in(record))]
+        note = "Not measured: the configuration names no evaluation data."
+        return [element("p", note), _note(recovery_note(record))]
+    notes = measured_in(record), recovery_note(record)
+    return [_table(quality_table(record)), *map(_note, notes)]
 
 
 def _gates(record: Record) -> list[Markup]:

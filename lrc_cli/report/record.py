@@ -59,6 +59,39 @@ class SequentialDecision(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recovery(JsonRecord):
+    """Says what training the factors gave, on sequences that nothing was trained on."""
+
+    scope: str
+    """The part of the network that was trained at a time: model."""
+    objective: str
+    """What was lowered, in words."""
+    before: float
+    """The objective with the factors as they were fitted."""
+    after: float
+    """The objective with the factors as they are written; never above `before`."""
+    rate: float | None
+    """The learning rate, relative to the root mean square of each tensor; null: none gained."""
+    trials: Mapping[str, float | None]
+    """The objective after a short trial of each rate; null where it was not finite."""
+    steps: int
+    """The steps that were taken."""
+    planned_steps: int
+    """The steps that were asked for; training ends early where it gains nothing more."""
+    tokens: int
+    """The tokens that the steps trained on, repeated ones included."""
+    num_sequences: int
+    """The sequences that were trained on."""
+    num_held_out: int
+    """The sequences that were held out to judge the training."""
+
+    @property
+    def gained(self) -> bool:
+        """Whether the factors that are written are trained ones."""
+        return self.after < self.before
+
+
+@dataclass(frozen=True, kw_only=True)
 class BeforeAfter(JsonRecord):
     """Holds a number of the original and of the output."""
 
@@ -210,6 +243,8 @@ class LayerFacts(JsonRecord):
     """The reason for a plain fit; absent where `sequential` is true or absent."""
     storage: str
     """dense | factors | interpolative, or another form."""
+    trained: bool | None = field(default=None, metadata=ABSENT)
+    """Whether its factors were trained after they were fitted; absent otherwise."""
     threshold: float | None = field(default=None, metadata=ABSENT)
     """The threshold at which `nuclear` cut the singular values; absent for other methods."""
     threshold_share: float | None = field(default=None, metadata=ABSENT)
@@ -396,6 +431,8 @@ class Record(JsonRecord):
     """compression.allocation."""
     sequential: SequentialDecision
     """The decision whether layers are fitted to the compressed network's inputs."""
+    recovery: Recovery | None = field(default=None, metadata=ABSENT)
+    """What training the factors gave; absent where nothing was trained."""
     size: Size
     """Bytes and parameters."""
     quality: tuple[QualityRow, ...]

@@ -263,8 +263,6 @@ def test_impossible_shard_sizes(size: str) -> None:
     ("key", "value", "shown"),
     [
         ("recover.scope", "block", "'block'"),
-        ("recover.scope", "model", "'model'"),
-        ("recover.tokens", "1000", "1000"),
         ("output.remote_code", "true", "true"),
     ],
 )

@@ -261,6 +261,17 @@ def test_experts_and_convolutions_are_shared_out_too(name: str, tmp_path: Path) 
     assert_same(*(compressed(tmp_path / str(size), changes, size) for size in (1, 2)))
 
 
+def test_factors_are_trained_by_several_processes(tmp_path: Path, job: Changes) -> None:
+    changes = job | {"recover.scope": "model", "recover.tokens": 40_000, "compression.size": 0.5}
+    changes["calibration.num_sequences"] = 100
+    alone, both = (compressed(tmp_path / str(size), changes, size) for size in (1, 2))
+    first, second = (json.loads((x / "report.json").read_text())["recovery"] for x in (alone, both))
+    assert first["after"] < 0.95 * first["before"]
+    assert second["before"] == pytest.approx(first["before"], rel=1e-4)
+    assert second["after"] == pytest.approx(first["after"], rel=1e-2)
+    assert second["steps"] == first["steps"]
+
+
 def test_several_sizes_are_written_by_several_processes(tmp_path: Path, job: Changes) -> None:
     command = ["compress", pico.job(tmp_path, job), "--sizes", "0.8,0.6"]
     assert ended(start_many(command, tmp_path, 2)) == [0, 0]

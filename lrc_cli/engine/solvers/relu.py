@@ -263,6 +263,7 @@ RELU = Solver(
     survey=FROBENIUS.survey,
     spanned=FROBENIUS.spanned,
     problems=_problems,
+    no_recover="relu fits a bias to its factors in closed form",
     no_center="relu fits a bias of its own",
     no_layer_error="relu is about what follows",
     reads_inputs=True,

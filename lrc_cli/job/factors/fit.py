@@ -134,7 +134,7 @@ def fit_layer(problem: Approximation, request: Request) -> Fitted:
         reason=stored.reason,
         fallback=False,
         max_coefficient=FORMS[packed.form].largest_coefficient(packed),
-        errors=_errors(problem, packed, errors),
+        errors=errors_of(problem, packed, errors),
         **problem.facts,
     )
     return Fitted(packed=packed, bias=bias, facts=facts)
@@ -184,7 +184,8 @@ def _measured(
     return problem.offset(errors, bias.to(exact) - exact), bias
 
 
-def _errors(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:
+def errors_of(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:
+    """Returns what the report says of a layer's errors, beside the errors of other matrices."""
     rank, energy = packed.rank, problem.energy
     svd = None if rank is None else problem.svd_errors(rank)
     output_optimum = None if rank is None else problem.output_optimum(rank)

@@ -23,7 +23,7 @@ from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.worst_case import worst_case
 from lrc_cli.report import render_card, render_html
 from lrc_cli.report.gates import check_gates
-from lrc_cli.report.record import REPORT, LossRecord, Record, SequentialDecision
+from lrc_cli.report.record import REPORT, LossRecord, Record, Recovery, SequentialDecision
 from lrc_cli.runtime.files import write_json, write_text
 from lrc_cli.runtime.memory import peak_memory
 from lrc_cli.runtime.progress import Progress, Seconds
@@ -36,6 +36,7 @@ def finish_output(
     folder: str,
     directory: Path,
     sequential: SequentialDecision,
+    recovery: Recovery | None,
     seconds: Seconds,
     progress: Progress,
 ) -> Record:
@@ -46,6 +47,7 @@ def finish_output(
     Args:
         directory: the directory that `write_checkpoint` filled.
         sequential: whether the layers were fitted sequentially, and why.
+        recovery: what training the factors gave; None where nothing was trained.
         seconds: the seconds of the phases until now, for the report.
     """
     written = open_source(directory, factorised=True)
@@ -70,6 +72,7 @@ def finish_output(
         held_out=certified.held_out,
         loss=_loss(plan, work),
         sequential=sequential,
+        recovery=recovery,
         written=written,
         quality=quality,
         certificate=certified.certificate,

@@ -11,7 +11,7 @@ import torch
 from lrc_cli import __version__
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import config_hash, to_dict, to_yaml
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER
 from lrc_cli.forms import FORMS
 from lrc_cli.job.data_found import data_found
 from lrc_cli.job.fingerprints import report_code_hash
@@ -29,6 +29,7 @@ from lrc_cli.report.record import (
     LossRecord,
     Provenance,
     Record,
+    Recovery,
     SequentialDecision,
     Size,
     SkippedTensor,
@@ -45,6 +46,7 @@ def build_record(
     held_out: Mapping[str, HeldOutErrors],
     loss: LossRecord | None,
     sequential: SequentialDecision,
+    recovery: Recovery | None,
     written: Source,
     quality: list[QualityRow],
     certificate: Certificate | NoCertificate,
@@ -59,6 +61,7 @@ def build_record(
         held_out: errors on certification data, by layer name.
         loss: the loss whose gradients were measured; None where no method needs gradients.
         sequential: whether layers were fitted to the compressed network's inputs, and why.
+        recovery: what training the factors gave; None where nothing was trained.
         written: the output, opened.
         quality: one row for each evaluation text.
         certificate: the statements of `certify`.
@@ -83,6 +86,7 @@ def build_record(
         ),
         allocation=compression.allocation,
         sequential=_what_became_of(sequential, layers),
+        recovery=recovery,
         size=size,
         quality=tuple(quality),
         layers=tuple(
@@ -123,7 +127,9 @@ def _what_became_of(
     """Returns the decision to fit sequentially, as it turned out."""
     if not sequential.used or any(facts.sequential for facts in layers.values()):
         return sequential
-    reason = f"{sequential.reason}, and each of them was fitted plainly in the end"
+    trained = any(facts.trained for facts in layers.values())
+    became = "trained afterwards" if trained else "fitted plainly"
+    reason = f"{sequential.reason}, and each of them was {became} in the end"
     return SequentialDecision(used=False, reason=reason, held_back=0)
 
 
@@ -199,7 +205,7 @@ def _provenance(plan: Plan) -> Provenance:
             sha256=drawn.sha256,
         )
         for name, drawn in plan.sequences.items()
-        if name in (CALIBRATION, CERTIFICATION)
+        if name in (CALIBRATION, CERTIFICATION, RECOVER)
     }
     return Provenance(
         lrc_version=__version__,

@@ -8,7 +8,7 @@ from typing import Any
 from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.kinds import TENSOR_SUFFIXES, TEXT_SUFFIXES
 from lrc_cli.data.processors import Processors
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
 from lrc_cli.reading import file_size
 from lrc_cli.verify.files.manifest import data_sha256
@@ -143,7 +143,7 @@ def _same(
 def recorded_draw(written: Written, name: str) -> dict[str, Any] | None:
     """Returns what the report says was drawn for a purpose, or None."""
     assert written.report is not None
-    if name in (CALIBRATION, CERTIFICATION):
+    if name in (CALIBRATION, CERTIFICATION, RECOVER):
         facts = written.report["provenance"]["sequences"].get(name)
     else:
         facts = next((row for row in written.report["quality"] if row["text"] == name), None)

@@ -10,7 +10,7 @@ from lrc_cli.checkpoint.side_files import OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES
 from lrc_cli.config import Config, to_dict
 from lrc_cli.data.draw import Purpose
 from lrc_cli.data.kinds import member
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.report.record import SCHEMA_VERSION
 from lrc_cli.verify.files.fields import architecture_of
 from lrc_cli.verify.files.written import Written
@@ -52,6 +52,9 @@ def check_asked(written: Written, config: Config, findings: Findings) -> None:
     _check_machine(facts, config, findings)
     _check_draws(report, config, findings)
     _check_certificate(report, config, findings)
+    findings.judge(
+        "recovery", "the factors were trained as asked", _training_problem(report, config)
+    )
     with findings.guard("files.origin", "the original's side files are there"):
         _check_side_files(written, facts["checkpoint_sha256"], findings)
     with findings.guard("gates", "the report's gates are right"):
@@ -60,9 +63,33 @@ def check_asked(written: Written, config: Config, findings: Findings) -> None:
 
 def _data_of(config: Config) -> set[str]:
     """Returns the names under which data files, and the factory's file, have their hashes."""
-    sections = (config.calibration, config.certification, *(config.evaluation or ()))
+    recover = config.recover if config.recover.is_used else None
+    sections = (config.calibration, config.certification, recover, *(config.evaluation or ()))
     paths = {section.path for section in sections if section is not None}
     return {path for path in (*paths, config.model.factory) if path is not None}
+
+
+def _training_problem(report: Mapping[str, Any], config: Config) -> str | None:
+    """Returns what is wrong with what the report says of training the factors; None: nothing."""
+    found, asked = report.get("recovery"), config.recover
+    factorised = any(row["storage"] != "dense" for row in report["layers"])
+    if not asked.is_used or not factorised:
+        return None if found is None else "nothing was to be trained, and the report has an outcome"
+    if found is None:
+        return "the report has no outcome"
+    drawn = report["provenance"]["sequences"]
+    data = drawn[RECOVER if asked.has_own_data and RECOVER in drawn else CALIBRATION]
+    number = found["num_sequences"] + found["num_held_out"]
+    if found["scope"] != asked.scope:
+        return f"stated for {found['scope']}, asked for was {asked.scope}"
+    if number != data["num_sequences"]:
+        return f"{number} sequences, drawn were {data['num_sequences']}"
+    if not found["after"] <= found["before"] or not found["steps"] <= found["planned_steps"]:
+        return "it ends higher than it began, or with more steps than were asked for"
+    tried = [value for value in found["trials"].values() if value is not None]
+    if found["after"] > min([found["before"], *tried]):
+        return "a trial is better than what was kept"
+    return None
 
 
 def _check_machine(facts: Mapping[str, Any], config: Config, findings: Findings) -> None:
@@ -81,7 +108,8 @@ def _check_draws(report: Mapping[str, Any], config: Config, findings: Findings) 
     """Every purpose of the config must have its sequences, in the config's order."""
     wanted = purposes_of(config)
     drawn, rows = report["provenance"]["sequences"], report["quality"]
-    names = [purpose.name for purpose in wanted if purpose.name not in (CALIBRATION, CERTIFICATION)]
+    fitted = (CALIBRATION, CERTIFICATION, RECOVER)
+    names = [purpose.name for purpose in wanted if purpose.name not in fitted]
     stated = [row["text"] for row in rows]
     what = "the report has a row for each text of the config, in its order, and no other"
     there = [name for name in names if name in stated]
@@ -125,7 +153,7 @@ def _check_missing(
 ) -> None:
     """A purpose may have no sequences only if its number was left open and none was left."""
     what = f"sequences were drawn for {purpose.name}, as the config asks"
-    id = "quality.rows" if purpose.name != CERTIFICATION else "draws"
+    id = "draws" if purpose.name in (CERTIFICATION, RECOVER) else "quality.rows"
     if purpose.required or purpose is calibration or facts is None:
         findings.judge(id, what, "the report has none")
         return

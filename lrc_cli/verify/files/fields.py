@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc_cli import __version__
+from lrc_cli.execution.divergence import OBJECTIVES
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.report.record import parse_record
@@ -49,6 +50,8 @@ NUMBERS: dict[str, Range] = {
     "quality[].perplexity_after": Range(infinite=True),
     "quality[].kl": Range(least=-1e-3),
     "quality[].top1_agreement": SHARE,
+    **dict.fromkeys(("recovery.before", "recovery.after", "recovery.trials.*"), Range(least=-1e-3)),
+    **dict.fromkeys(("recovery.num_sequences", "recovery.num_held_out"), COUNTED),
     "quality[].num_sequences": COUNTED,
     "quality[].one_in": Range(least=2.0),
     "provenance.sequences.*.one_in": Range(least=2.0),
@@ -106,6 +109,8 @@ WORDS: dict[str, Words] = {
     "target.name": None,
     "target.of": None,
     "sequential.reason": None,
+    "recovery.scope": _one_of("model"),
+    "recovery.objective": _one_of(*OBJECTIVES.values()),
     "quality[].text": None,
     "quality[].sha256": HEX,
     "quality[].scored": _one_of(*(Loss(kind=kind).description for kind in LOSSES[:2])),
@@ -172,19 +177,20 @@ WORDS: dict[str, Words] = {
 KEYS: dict[str, Words] = {
     "copies": NAME,
     "fused": NAME,
+    "recovery.trials": re.compile(r"\d(\.\d)?e-\d\d|0\.\d{1,6}"),
     "certificate.tolerances": NAME,
     "certificate.clips": _one_of(*SCORES),
     "certificate.values": _one_of(*SCORES, "layers"),
     "certificate.values.layers": NAME,
     "timing": _one_of(
-        *("checks", "statistics", "spectra", "forms", "factors", "writing", "verification"),
-        *("evaluation", "selection", "certification"),
+        *("checks", "statistics", "spectra", "forms", "factors", "recover", "writing"),
+        *("verification", "evaluation", "selection", "certification"),
     ),
     "memory": _one_of("host_resident", "gpu_allocated"),
     "provenance.packages": _one_of("torch", "transformers", "safetensors"),
     "provenance.checkpoint_sha256": None,
     "provenance.data_files_sha256": None,
-    "provenance.sequences": _one_of("calibration", "certification"),
+    "provenance.sequences": _one_of("calibration", "certification", "recover"),
 }
 """What the keys of an object must be, where they are no fields of the record."""
 ENUMERATED = ("certificate.values",)

@@ -66,6 +66,13 @@ def _with_optimum(context: Context) -> bool | None:
     return _factorised(context) and method != "relu" if method in KNOWN else None
 
 
+def _trained(context: Context) -> bool | None:
+    """Returns whether a layer's factors are trained ones: all are, if training gained."""
+    recovery = context.report.get("recovery")
+    gained = recovery is not None and recovery["after"] < recovery["before"]
+    return _factorised(context) if gained else False
+
+
 def _sequential(value: bool) -> Condition:
     return lambda context: context.row.get("sequential") is value
 
@@ -123,6 +130,9 @@ def _stated(*, kind: str | None = None, certified: bool = False, values: bool = 
 PRESENT: dict[str, Condition] = {
     "architecture": lambda c: c.architecture is not None,
     "loss": _graded,
+    "recovery": _elsewhere,  # compared with the config
+    "recovery.rate": _elsewhere,
+    "recovery.trials.*": _elsewhere,
     "target.of": lambda c: bool(c.report["target"]["name"] == "size"),
     "worst_case": _elsewhere,  # --against tells whether the network has such a bound
     "provenance.device_name": lambda c: c.report["provenance"]["device"].startswith("cuda"),
@@ -144,6 +154,7 @@ PRESENT: dict[str, Condition] = {
     "layers[].relu": _factorised_by("relu"),
     "layers[].threshold": _factorised_by("nuclear"),
     "layers[].threshold_share": _factorised_by("nuclear"),
+    "layers[].trained": _trained,
     "layers[].sequential": _in_a_sequential_run,
     "layers[].sequential_failed": _sequential(False),
     "layers[].sequential_reason": _sequential(False),

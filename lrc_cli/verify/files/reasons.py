@@ -31,7 +31,10 @@ SOLVE = re.compile(
 """The ways in which a solver may give up."""
 UNREACHED = "no calibration input reached it"
 UNGRADED = "the loss does not depend on it"
-PLAINLY = ", and each of them was fitted plainly in the end"
+ENDS = tuple(
+    f", and each of them was {what} in the end" for what in ("fitted plainly", "trained afterwards")
+)
+TRAINED = "its factors were trained afterwards"
 EMBEDDING = "an embedding, and compression.embeddings is false"
 CHOSEN = "left out by include and exclude"
 FEW = re.compile(r"; fitted to (?P<tokens>\d+) tokens, fewer than its (?P<inputs>\d+) inputs")
@@ -133,8 +136,9 @@ def _stored_problem(
     if found["least"] and found["against"] != "factors":
         return f"{found[0]!r} is no reason of lrc"
     stored = row["errors"]["metric"]["stored"]
-    # A new bias is rounded too, after the forms have been compared.
-    if not compression.center and not math.isclose(own, stored, rel_tol=STORED_TOLERANCE):
+    # A new bias is rounded too, and factors are trained, after the forms have been compared.
+    later = compression.center or row.get("trained") is True
+    if not later and not math.isclose(own, stored, rel_tol=STORED_TOLERANCE):
         return f"{found[0]!r} states {own}, the metric {stored}"
     return None
 
@@ -159,6 +163,7 @@ def plain_problem(row: Mapping[str, Any]) -> str | None:
         return None if right else f"{reason!r} does not belong to {n} inputs"
     wrong = {
         "it stays dense": row["storage"] != "dense",
+        TRAINED: row.get("trained") is not True,
         tied: row["tied_to"] is None,
         f"not with method {row['method']}": row["method"] in ("frobenius", "curvature"),
         "it runs several times in a pass, on several inputs": False,
@@ -183,8 +188,10 @@ def decision_problem(report: Mapping[str, Any], compression: Compression) -> str
     if reason in simple or off is not None:
         right = simple[reason] if off is None else asked == "auto"
         return None if right and not used else f"used is {used} with {reason!r}"
-    ended = reason.endswith(PLAINLY)
-    found = DECIDED.fullmatch(reason.removesuffix(PLAINLY))
+    ended = reason.endswith(ENDS)
+    for end in ENDS:
+        reason = reason.removesuffix(end)
+    found = DECIDED.fullmatch(reason)
     if found is None or (found["why"] == "asked for") != (asked is True) or asked is False:
         return f"{reason!r} is no reason of lrc for sequential: {asked}"
     able, every = int(found["able"]), int(found["all"])

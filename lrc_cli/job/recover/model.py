@@ -1,0 +1,134 @@
+"""The whole compressed network is trained to give the original's outputs."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lrc_cli.data.draw import Sequences, micro_batch
+from lrc_cli.data.kinds import Batch
+from lrc_cli.data.padding import masks_of
+from lrc_cli.execution.chain import Chain
+from lrc_cli.execution.divergence import divergence
+from lrc_cli.execution.losses import Loss, count_tokens, drawing, prepare
+from lrc_cli.execution.network import Network
+from lrc_cli.execution.recomputing import recomputing
+from lrc_cli.runtime.processes import Processes
+
+MICRO_BATCH_TOKENS = 1024
+"""The tokens that are run at once, one sequence at least."""
+STEP_TOKENS = 2048
+"""The tokens between two changes of the factors, one sequence at least."""
+HELD_OUT = 8
+"""One sequence in so many is held out."""
+MOST_HELD_OUT = 16
+"""The most sequences that are held out."""
+
+
+class OutputDivergence:
+    """The mean distance of the compressed network's outputs from the original's (`Objective`).
+
+    All processes make the same calls. Each runs some of a step's micro-batches, and all get the
+    summed gradients.
+
+    Args:
+        dense: the original network.
+        compressed: the network with factors, some of whose parameters have gradients.
+        chain: the blocks of both.
+        sequences: the sequences to train on; the last ones are held out.
+        loss: what the outputs are.
+        seed: the seed of the order of the sequences, and of masked tokens.
+        processes: the processes that share the work.
+        advance: called with the number of tokens that were run.
+    """
+
+    def __init__(
+        self,
+        dense: Network,
+        compressed: Network,
+        chain: Chain,
+        sequences: Sequences,
+        *,
+        loss: Loss,
+        seed: int,
+        processes: Processes,
+        advance: Callable[[float], None],
+    ) -> None:
+        self.dense, self.compressed, self.chain, self.loss = dense, compressed, chain, loss
+        self.seed, self.processes, self.advance = seed, processes, advance
+        self.trained, self.kept_out = split(sequences)
+        self.step_size = step_size(self.trained)
+        self.size = min(self.step_size, micro_batch(sequences, MICRO_BATCH_TOKENS))
+        self.parameters = [x for x in compressed.module.parameters() if x.requires_grad]
+
+    def add_gradients(self, step: int) -> float:
+        """See Objective."""
+        batches = list(self._batches_of(step))
+        count = sum(count_tokens(batch) for _, batch in batches)
+        value = torch.zeros((), dtype=torch.float64)
+        for index in self.processes.share(len(batches)):
+            place, batch = batches[index]
+            with recomputing(self.compressed, self.chain):
+                mean = self._distance(place, batch, gradients=True) / count
+                mean.backward()
+            value += mean.detach().double().cpu()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.processes.sum_to(None, parameter.grad)
+        self.processes.sum_to(None, value)
+        return value.item()
+
+    def held_out(self) -> float:
+        """See Objective."""
+        batches = list(self.kept_out.batches(self.size))
+        value = torch.zeros((), dtype=torch.float64)
+        for index in self.processes.share(len(batches)):
+            # The places before zero draw other masked tokens than any step.
+            distance = self._distance(-1 - index, batches[index], gradients=False)
+            value += distance.double().cpu()
+        self.processes.sum_to(None, value)
+        return value.item() / sum(map(count_tokens, batches))
+
+    def _batches_of(self, step: int) -> Iterator[tuple[int, Batch]]:
+        """Yields the micro-batches of a step, each with the place of its first sequence.
+
+        The sequences come in a new order in every epoch.
+        """
+        number = len(self.trained)
+        places = range(step * self.step_size, (step + 1) * self.step_size)
+        chosen = [_order(self.seed, place // number, number)[place % number] for place in places]
+        for start in range(0, len(chosen), self.size):
+            rows = torch.tensor(chosen[start : start + self.size])
+            yield places[start], {name: x[rows] for name, x in self.trained.inputs.items()}
+
+    def _distance(self, place: int, batch: Batch, *, gradients: bool) -> torch.Tensor:
+        inputs, labels = prepare(self.loss, batch, drawing(self.seed, place))
+        with torch.no_grad():
+            wanted = self.dense(inputs)
+        with torch.set_grad_enabled(gradients):
+            outputs = self.compressed(inputs)
+            found = divergence(self.loss, wanted, outputs, labels, masks_of(inputs))
+        self.advance(count_tokens(batch) * self.processes.size)
+        return found
+
+
+def split(sequences: Sequences) -> tuple[Sequences, Sequences]:
+    """Returns the sequences to train on, and the last ones, which are held out: one at least."""
+    held_out = max(1, min(len(sequences) // HELD_OUT, MOST_HELD_OUT))
+    return sequences.split(len(sequences) - held_out)
+
+
+def step_size(trained: Sequences) -> int:
+    """Returns the number of sequences in a step."""
+    return min(micro_batch(trained, STEP_TOKENS), len(trained))
+
+
+def step_tokens(trained: Sequences) -> float:
+    """Returns the number of tokens in a step, on average."""
+    return step_size(trained) * trained.num_tokens / len(trained)
+
+
+def _order(seed: int, epoch: int, number: int) -> list[int]:
+    """Returns the order of the sequences in an epoch."""
+    order: list[int] = torch.randperm(number, generator=drawing(seed, -1 - epoch)).tolist()
+    return order
