@@ -8,7 +8,7 @@ FLOOR_TESTS ?= tests
 PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench tasks soak docs floor clean
+.PHONY: help setup demo check test fuzz bench tasks soak docs floor clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ check: setup  ## lint, format check, types
 test: setup  ## fetch what the tests need, run them
 	$(BIN)/python scripts/fetch_demo.py --tests
 	$(BIN)/python $(PYTEST)
+
+fuzz: setup  ## try random inputs on the readers for FUZZ_SECONDS (600)
+	$(BIN)/python scripts/fuzz.py
 
 bench: setup  ## print the quality table of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests

@@ -24,6 +24,8 @@ CONFIG_BYTES = 500_000
 """The most bytes of a config. PyYAML reads as much in five seconds."""
 MOST_ENTRIES = 10_000
 """The most entries of one list or mapping."""
+MOST_KEYS = 100
+"""The most keys on the way to a value of `--set`, and the most digits of the index of an item."""
 _MOST_IN_NUMBER = 1000
 """The most characters of a number, null or truth value."""
 
@@ -131,6 +133,8 @@ def set_value(root: Node, assignment: str, problems: list[Problem]) -> Node:
     path, equals, text = assignment.partition("=")
     path = path.strip()
     place = Position(0, 0, f"--set {path}")
+    if path.count(".") > MOST_KEYS:
+        raise fail([Problem(place, "", f"names more than {MOST_KEYS} keys; check the key")])
     if not equals or not all(path.split(".")):
         raise fail([Problem(place, "", "expected KEY=VALUE, such as compression.size=0.8")])
     node = _Builder(place.name, numbered=False, problems=problems).parse(text, path)
@@ -157,7 +161,8 @@ def _put(node: Node, keys: list[str], leaf: Node, place: Position) -> Node:
     if isinstance(value, dict):
         child = value.get(first, Node(None, place, place))
         return replace(node, value=value | {first: _put(child, rest, leaf, place)})
-    if isinstance(value, list) and first.isdecimal() and int(first) < len(value):
+    is_index = first.isdecimal() and len(first) <= MOST_KEYS
+    if isinstance(value, list) and is_index and int(first) < len(value):
         items = list(value)
         items[int(first)] = _put(items[int(first)], rest, leaf, place)
         return replace(node, value=items)

@@ -104,11 +104,15 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
     with _opened(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            if (reader.fieldnames or []).count(field) > 1:
+                cause = f"{path}:1: two columns are called {field!r}"
+                raise InputError(cause, "rename one of them, or leave one out")
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 yield place, _value(place, row, field)
         except csv.Error as error:
-            cause = f"{path}:{reader.line_num}: not valid CSV ({error})"
+            # A DictReader counts the lines of whole records only.
+            cause = f"{path}:{reader.reader.line_num}: not valid CSV ({error})"
             raise InputError(cause, "mend the line") from error
 
 

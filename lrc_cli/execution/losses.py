@@ -7,7 +7,7 @@ output (Gauss-Newton, with random +-1 probes).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,12 +245,19 @@ def floating_outputs(outputs: Any) -> list[torch.Tensor]:
 
     Where there are logits, only the logits count. Tensors inside of nested tuples count only where
     there are no others.
+
+    Raises:
+        InputError: the model returned nothing that can hold tensors, such as None.
     """
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     logits = getattr(outputs, "logits", None)
     if logits is not None:
         return [logits]
+    if not isinstance(outputs, Iterable):
+        raise InputError(
+            f"the network returns {type(outputs).__name__}", "its forward must return tensors"
+        )
     values = list(outputs.values() if hasattr(outputs, "values") else outputs)
     for found in (values, tree_leaves(values)):
         tensors = [v for v in found if isinstance(v, torch.Tensor) and v.is_floating_point()]

@@ -126,6 +126,14 @@ MANIFESTS: Table = {
         json_file(MANIFEST, lambda m: m["files"].update({"\x1b[2J": "0" * 64})),
         ("missing",),
     ),
+    "names a NUL": (
+        json_file(MANIFEST, lambda m: m["files"].update({"a\0b": "0" * 64})),
+        ("missing",),
+    ),
+    "names a lone surrogate": (
+        json_file(MANIFEST, lambda m: m["files"].update({"\ud800": "0" * 64})),
+        ("missing",),
+    ),
     "names a long file": (
         json_file(MANIFEST, lambda m: m["files"].update({"n" * 5000: "0" * 64})),
         ("missing",),
