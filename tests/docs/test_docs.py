@@ -25,7 +25,7 @@ def test_every_shipped_config_is_valid(file: Path) -> None:
     assert load_config(file).output.path.startswith("out/")
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = re.compile(r"\b(?:torchrun|srun|SBATCH|pip)\b|rdzv")
 """Other people's commands, and their options."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
@@ -86,3 +86,10 @@ def test_every_script_that_is_shown_takes_the_options_shown(page: Path) -> None:
             text = (ROOT / "scripts" / name).read_text(encoding="utf-8")
             missing = [option for option in OPTION.findall(rest) if option not in text]
             assert not missing, piece
+
+
+def test_every_test_that_a_claim_about_security_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/.]*)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing, missing

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("README.md", "docs", "lrc_cli", "scripts", "tests")
+PARTS = ("README.md", "SECURITY.md", "docs", "lrc_cli", "scripts", "tests")
 """The files and folders that keep the rules, with every source and page in them."""
 
 BANNED = re.compile(
