@@ -267,8 +267,11 @@ def _clear(folder: Path) -> None:
 WARM, RUNS = 5, 20
 CYCLE = ("text llama", "family t5-headed", "family gpt-oss", "plain recurrent", "media vit")
 """The models of the first five runs; the runs after them repeat these jobs."""
-LARGEST_GROWTH = 0.02
-"""The most that private memory may grow from the fifth run to the last, relative to the fifth."""
+LARGEST_GROWTH = 0.03
+"""The most that private memory may grow from the fifth run to the last, relative to the fifth.
+
+safetensors 0.8.0 loses 64 bytes with every tensor that it reads, here some 50 kB in a run.
+"""
 
 
 def memory(seed: int, root: Path) -> Result:
