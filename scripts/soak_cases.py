@@ -343,27 +343,29 @@ def draw(seed: int, models: list[str] | None = None) -> Case:
     chance = random.Random(seed)
     name = chance.choice(models or list(MODELS))
     model = MODELS[name]
-    data = chance.choice(model.data)
+    data, dtype = chance.choice(model.data), chance.choice(model.dtypes)
     forms = list(PLAIN_FORMS if model.factory else FORMS)
     # A distributed save takes two processes and some seconds: it comes up less often.
     weights = [1 if form == "distributed" else 4 for form in forms]
     return Case(
         seed=seed,
         model=name,
-        dtype=chance.choice(model.dtypes),
+        dtype=dtype,
         form=chance.choices(forms, weights)[0],
         data=data,
-        changes=_draw_changes(chance, model, data),
+        changes=_draw_changes(chance, model, data, dtype),
         processes=2 if chance.random() < 0.1 else 1,
         by_transformers=model.factory is None and chance.random() < 0.5,
     )
 
 
-def _draw_changes(chance: random.Random, model: Model, data: str) -> Changes:
+def _draw_changes(chance: random.Random, model: Model, data: str, dtype: str) -> Changes:
     changes = _draw_data(chance, model, data) | _draw_method(chance, model)
     changes |= _draw_measures(chance, data)
     changes["runtime.dtype"] = chance.choice(("auto", "float32", "float32", "bfloat16"))
-    changes["output.dtype"] = chance.choice(("auto", "auto", *DTYPES))
+    # A size is a share of the source's bytes, which wider numbers do not reach.
+    narrow = [name for name in DTYPES if DTYPES[name].itemsize <= DTYPES[dtype].itemsize]
+    changes["output.dtype"] = chance.choice(("auto", "auto", *narrow))
     changes["output.shard_size"] = chance.choice(("5GB", "30KB", "100KB"))
     changes["runtime.memory_limit"] = chance.choice((None, None, "0B", "20KB", "1MB"))
     changes["runtime.work_dir"] = chance.choice((None, None, "work"))
@@ -401,6 +403,8 @@ def _draw_method(chance: random.Random, model: Model) -> Changes:
         # A table of embeddings, and a head that is tied to it, have no place for a bias.
         changes["compression.center"] = True
         changes |= {"compression.exclude": ["lm_head"], "compression.embeddings": False}
+    if method == "relu":  # the layers before a ReLU must be there
+        changes["compression.exclude"] = ["lm_head"]
     if "compression.size" in target:
         changes |= _draw_size(chance, model, changes)
     if method in ("curvature", "frobenius"):
