@@ -50,13 +50,22 @@ PATIENCE = 600
 HOSTILE = (
     "tests/hostile",
     "tests/checkpoint/test_conflicts.py",
+    "tests/checkpoint/test_foreign.py",
+    "tests/checkpoint/test_side_files.py",
     "tests/commands/test_exit_codes.py",
+    "tests/commands/test_exits.py",
+    "tests/commands/test_no_code_of_a_checkpoint_runs.py",
     "tests/commands/test_output_places.py",
     "tests/commands/test_places.py",
     "tests/commands/test_wrong_checkpoints.py",
     "tests/commands/test_wrong_jobs.py",
+    "tests/config/test_bounds.py",
+    "tests/config/test_patterns.py",
+    "tests/data/test_conversations.py",
+    "tests/data/test_special_tokens.py",
     "tests/job/test_changed_inputs.py",
     "tests/job/test_damaged_units.py",
+    "tests/runtime/test_reading.py",
     "tests/verify/test_what_catches_a_change.py",
 )
 """The tests whose cases are hostile inputs, places or moments."""
