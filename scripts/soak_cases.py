@@ -71,6 +71,8 @@ class Case:
     processes: int
     by_transformers: bool
     """Whether the output is loaded by transformers and not by `lrc_cli.load`."""
+    replaces: bool
+    """Whether a job that is killed replaces an older output."""
 
     @property
     def network(self) -> Model:
@@ -356,6 +358,7 @@ def draw(seed: int, models: list[str] | None = None) -> Case:
         changes=_draw_changes(chance, model, data, dtype),
         processes=2 if chance.random() < 0.1 else 1,
         by_transformers=model.factory is None and chance.random() < 0.5,
+        replaces=chance.random() < 0.5,
     )
 
 

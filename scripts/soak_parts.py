@@ -32,6 +32,7 @@ OURS = (
     "work",
     "float64",
     "ranks",
+    "older",
 )
 """Names in a case's folder that do not belong to its user."""
 
@@ -171,6 +172,11 @@ def kills(seed: int, root: Path, number: int) -> Result:
     with _folder(folder), _working_in(root):
         job = write(case, folder)
         before = soak_checks.hashes(folder)
+        if case.replaces:
+            other = str(case.changes["runtime.seed"] + 1)
+            older = ("--set", f"runtime.seed={other}", "--output", folder / "older")
+            pico.call("compress", job, *older)
+        _clear(folder)
         ended, seconds = _run(case, folder, job)
         result = Result(what=str(case), compressions=1, files=len(before))
         survived = 0
@@ -218,10 +224,11 @@ def _start(case: Case, folder: Path, job: Path) -> list[Running]:
     """Returns the processes of the job once `lrc` has begun in all of them."""
     shutil.rmtree(folder / "ranks", ignore_errors=True)
     (folder / "ranks").mkdir()
+    command = ["compress", job, *(["--force"] if case.replaces else [])]
     if case.processes == 1:
-        running = [process_helpers.start(["compress", job], folder / "ranks" / "log")]
+        running = [process_helpers.start(command, folder / "ranks" / "log")]
     else:
-        running = process_helpers.start_many(["compress", job], folder / "ranks", case.processes)
+        running = process_helpers.start_many(command, folder / "ranks", case.processes)
     while not all(process.log.exists() for process in running):
         time.sleep(0.001)
     return running
@@ -245,9 +252,12 @@ def _kill(case: Case, folder: Path, job: Path, chance: random.Random, seconds: f
 
 
 def _check_nothing_half(case: Case, folder: Path) -> None:
-    """What is called like a finished output is one."""
-    if (folder / "out").exists():
-        verify(case, folder, folder / "out")
+    """What is called like a finished output is one, and an older output is whole until then."""
+    there = [folder / name for name in ("out", "out.lrc-old") if (folder / name).exists()]
+    if case.replaces and not there:
+        raise Different("neither the older output nor the new output is there")
+    if there:
+        verify(case, folder, there[0])
 
 
 def _check_same(undisturbed: dict[str, str], found: dict[str, str]) -> None:
@@ -257,9 +267,12 @@ def _check_same(undisturbed: dict[str, str], found: dict[str, str]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in OURS:
+    """Brings the folder back to the moment before the job began."""
+    for name in OURS[:-1]:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "out.lrc-lock").unlink(missing_ok=True)
+    if (folder / "older").exists():
+        shutil.copytree(folder / "older", folder / "out")
 
 
 # ---------------------------------------------------------------- memory
