@@ -7,6 +7,7 @@ and skip everything that was taken before.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -131,9 +132,9 @@ def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> d
     drawn: dict[str, Sequences] = {}
     seen: set[bytes] = set()
     for purpose in purposes:
-        key = purpose.path.resolve()
+        key = _place(purpose)
         if key not in files:
-            sharing = [other for other in purposes if other.path.resolve() == key]
+            sharing = [other for other in purposes if _place(other) == key]
             files[key] = _open(purpose, sharing, processors)
         _check_reading(purpose, files[key])
         sequences = _take(purpose, files[key], seed)
@@ -166,6 +167,11 @@ def _check_reading(purpose: Purpose, file: _File) -> None:
             f" {str(file.chat_template).lower()} already",
             "read one file in one way",
         )
+
+
+def _place(purpose: Purpose) -> Path:
+    # Path.resolve raises RuntimeError on a loop of links, which is then no file.
+    return Path(os.path.realpath(purpose.path))
 
 
 def _open(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) -> _File:

@@ -81,6 +81,7 @@ TEXTS: Table = {
     "that is a device": (instead("text.txt", link("/dev/zero")), ("text.txt",)),
     "that is a device without end": (instead("text.txt", link("/dev/urandom")), ("text.txt",)),
     "that is an empty device": (instead("text.txt", link("/dev/null")), ("text.txt",)),
+    "that is a loop of links": (instead("text.txt", link("text.txt")), ("text.txt",)),
     "that is a link to nothing": (instead("text.txt", link("nowhere.txt")), ("text.txt",)),
     "of another kind": (file("data.pdf", "%PDF-1.7"), ("data.pdf",)),
     "without a suffix": (file("data", "w1 w2"), ("data",)),
@@ -227,10 +228,10 @@ def npy(array: Any, **options: Any) -> bytes:
     return held.getvalue()
 
 
-def npz(members: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> Spoil:
+def npz(members: Mapping[str, bytes]) -> Spoil:
     """The calibration data are a zip with these members."""
     held = io.BytesIO()
-    with zipfile.ZipFile(held, "w", method) as archive:
+    with zipfile.ZipFile(held, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return file("data.npz", held.getvalue())
@@ -247,11 +248,6 @@ def claims(shape: str, dtype: str = "<i8") -> Spoil:
     head = text.ljust(117) + "\n"
     raw = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + bytes(64)
     return npz({"input_ids.npy": raw})
-
-
-def bomb(size: int) -> Spoil:
-    """The calibration data are an archive that is far larger than its file."""
-    return npz({"input_ids.npy": npy(np.zeros((size, 8), np.int8))}, zipfile.ZIP_DEFLATED)
 
 
 def code_in_an_array() -> Spoil:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hostile.checkpoints import Said, Table, cut, instead, link, write
+from hostile.checkpoints import Said, Table, both, bound_socket, cut, instead, link, pipe, write
 from hostile.harness import Case, Spoil
 
 VERIFY = ("verify", "out", "-q")
@@ -56,7 +56,10 @@ UNREADABLE: Mapping[str, Callable[[str], Spoil]] = {
     "is a pickle": lambda name: write(name, b"cposix\nsystem\n(S'touch ran'\ntR."),
     "has 5000 digits": lambda name: write(name, '{"a": ' + "9" * 5000 + "}"),
     "is nested deeply": lambda name: write(name, '{"a": ' + "[" * 100_000),
+    "is a pipe": lambda name: instead(name, pipe),
+    "is a socket": lambda name: instead(name, bound_socket),
     "is a directory": lambda name: instead(name, os.mkdir),
+    "is a device": lambda name: instead(name, link("/dev/zero")),
     "is a loop of links": lambda name: instead(name, link(Path(name).name)),
 }
 """What may be wrong with any JSON file."""
@@ -128,10 +131,6 @@ MANIFESTS: Table = {
     ),
     "names a NUL": (
         json_file(MANIFEST, lambda m: m["files"].update({"a\0b": "0" * 64})),
-        ("missing",),
-    ),
-    "names a lone surrogate": (
-        json_file(MANIFEST, lambda m: m["files"].update({"\ud800": "0" * 64})),
         ("missing",),
     ),
     "names a long file": (
@@ -230,6 +229,8 @@ FILES: Table = {
     "weights cut by a byte": (cut(WEIGHTS, -1), ("model.safetensors",)),
     "weights cut to a header": (cut(WEIGHTS, 100), ("model.safetensors",)),
     "no weights": (cut(WEIGHTS, 0), ("model.safetensors",)),
+    "weights that are a pipe": (instead(WEIGHTS, pipe), ("model.safetensors",)),
+    "weights that are a device": (instead(WEIGHTS, link("/dev/zero")), ("model.safetensors",)),
     "weights that are a directory": (instead(WEIGHTS, os.mkdir), ("model.safetensors",)),
     "weights that are gone": (lambda room: (room / WEIGHTS).unlink(), ("model.safetensors",)),
     "a bit of the weights": (flip(WEIGHTS, -1), ("model.safetensors",)),
@@ -246,7 +247,9 @@ FILES: Table = {
     "a page of a stranger": (write("out/report.html", "<script>"), ("report.html",)),
     "a licence of a stranger": (write("out/LICENSE", "mine"), ("LICENSE",)),
     "code beside the weights": (write("out/modeling.py", "x = 1\n"), ("modeling.py",)),
+    "a pipe beside the weights": (lambda room: pipe(room / "out/notes"), ("notes",)),
     "a link to nothing": (lambda room: link("nowhere")(room / "out/notes"), ("notes",)),
+    "a link to the folder": (lambda room: link(".")(room / "out/notes"), ("notes",)),
     "a recipe that is gone": (lambda room: (room / RECIPE).unlink(), ("lrc.yaml",)),
     "an empty recipe": (write(RECIPE, ""), ("lrc.yaml",)),
     "a recipe that is no YAML": (write(RECIPE, "a: ["), ("lrc.yaml",)),
@@ -254,6 +257,8 @@ FILES: Table = {
         write(RECIPE, "!!python/object/apply:os.system ['touch ran']"),
         ("lrc.yaml",),
     ),
+    "a recipe that is a pipe": (instead(RECIPE, pipe), ("lrc.yaml",)),
+    "a recipe that is a device": (instead(RECIPE, link("/dev/zero")), ("lrc.yaml",)),
     "a recipe of another job": (write(RECIPE, "model: {path: other}\n"), ("lrc.yaml",)),
 }
 """What is damaged in an output, and what `verify` says; the exit code is 3."""
@@ -271,6 +276,16 @@ def recipe(old: str, new: str) -> Spoil:
 
 
 RECIPES: Table = {
+    "the device of zeros as data": (recipe("path: text.txt", "path: /dev/zero"), ("lrc.yaml",)),
+    "a folder of the system as data": (recipe("path: text.txt", "path: /usr"), ("lrc.yaml",)),
+    "a pipe as data": (
+        both(lambda room: pipe(room / "words.txt"), recipe("path: text.txt", "path: words.txt")),
+        ("lrc.yaml",),
+    ),
+    "a pattern that backtracks": (
+        recipe("include:\n  - '*'", "include:\n  - 're:(a|a|m)*(.|.)*$$x'"),
+        ("lrc.yaml",),
+    ),
     "another target": (recipe("size: 0.6", "size: 0.2"), ("lrc.yaml",)),
     "infinity": (recipe("ridge: 0.01", "ridge: .inf"), ("lrc.yaml",)),
 }
