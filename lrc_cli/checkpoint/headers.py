@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_file
 from lrc_cli.errors import InputError
 from lrc_cli.reading import file_size, open_regular, parse_json
 
@@ -16,9 +17,6 @@ FORMAT_VERSION = 1
 
 UPGRADE = "upgrade it with: pip install --upgrade lrc-cli"
 """The remedy for a checkpoint that is newer than this version."""
-
-DEQUANTISE = "dequantise it first, or run lrc on the checkpoint it came from"
-"""The remedy for quantised weights."""
 
 MOST_HEADER = 100_000_000
 """The most bytes of a header that safetensors reads."""
@@ -72,6 +70,9 @@ def open_tensors(file: str | Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
+        known = explain_file(Path(file))
+        if known is not None:
+            raise known from error
         cause = f"{file} is not a readable safetensors file: {error}"
         raise InputError(cause, "copy it again, it may be truncated") from error
 

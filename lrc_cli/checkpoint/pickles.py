@@ -10,6 +10,7 @@ import torch
 
 from lrc_cli.checkpoint.archives import check_archive, check_storages, record_names
 from lrc_cli.checkpoint.choice import check_index
+from lrc_cli.checkpoint.foreign import explain_file
 from lrc_cli.checkpoint.headers import TensorInfo, check_name, differ, has_same_bytes
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
@@ -114,11 +115,17 @@ def load_pickle(file: Path) -> Any:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=names is not None)
     except pickle.UnpicklingError as error:
+        known = explain_file(file)
+        if known is not None:
+            raise known from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         held = f"code ({code[1]})" if code else "more than tensors"
         raise InputError(f"{file}: holds {held}, which lrc does not run", SAVE_STATE) from error
     # On a file that torch.save did not write, torch's unpickler fails in any way.
     except Exception as error:
+        known = explain_file(file)
+        if known is not None:
+            raise known from error
         cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
         raise InputError(cause, "copy it again, it may be truncated") from error
     return found

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 
 from lrc_cli.checkpoint.choice import NAMED, transformers_place
+from lrc_cli.checkpoint.foreign import (
+    DEQUANTISE,
+    adapter_keys,
+    check_no_adapter,
+    explain_file,
+    explain_missing,
+    unmerged,
+)
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
-from lrc_cli.checkpoint.headers import DEQUANTISE, FLOAT_DTYPES, TensorInfo, check_table_form
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_table_form
 from lrc_cli.checkpoint.side_files import SideFiles
 from lrc_cli.checkpoint.weights import (
     RenamedWeights,
@@ -53,6 +61,8 @@ class Source:
     """The keys of stored tensors that are taken apart, each with the way to take it apart."""
     unwrapped: Mapping[str, str | None] = field(default_factory=dict)
     """The stored names that wrappers had changed, each with the name that it has here."""
+    lacking: tuple[str, ...] = ()
+    """The names of the module's parameters that no file holds; they are NaN in the module."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -90,6 +100,11 @@ class Source:
             )
         left_out = [key for key, name in self.unwrapped.items() if name is None]
         notes += [f"{self.path}: {key}, a count, is left out" for key in left_out]
+        if self.lacking:
+            notes.append(
+                f"{self.path}: the files lack {some_of(self.lacking)}; this is fine only if no"
+                " output of the network depends on it, which is checked when the network runs"
+            )
         for why in sorted(set(self._beside.left_out.values())):
             names = [name for name, reason in self._beside.left_out.items() if reason == why]
             notes.append(f"{self.path}: left out of the output, {why}: {some_of(names)}")
@@ -251,24 +266,36 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
             is already quantised or factorised.
     """
     if not os.path.exists(path):  # unlike Path.exists, this takes names that no file can have
-        raise InputError(
-            f"{path} does not exist", "check the path (relative to the working directory)"
-        )
-    if not os.path.isdir(path):
+        raise explain_missing(path)
+    if os.path.isdir(path):
+        check_no_adapter(path)
+    else:
         file_size(path)
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
     source = Source(path=path, config=config, weights=open_weights(path, (config or {}).get(NAMED)))
+    _check_no_bare_adapter(source)
     # Some of lrc's forms are whole numbers. What others wrote is dense, whatever its metadata says.
     if not (factorised and (source.record or (config or {}).get("quantization_config"))):
         check_dense(source.weights)
     return source
 
 
+def _check_no_bare_adapter(source: Source) -> None:
+    """Raises InputError for a file with the tensors of an adapter and no others."""
+    keys = [key for key in source.tensors if not key.endswith(".alpha")]
+    found = adapter_keys(keys)
+    if found and len(found) == len(keys) and not any(".base_layer." in key for key in keys):
+        raise unmerged(source.path, found[0], is_whole=False)
+
+
 def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
     file = path / "config.json"
     if not file.exists():
         return None
-    config = read_json(file)
+    try:
+        config = read_json(file)
+    except InputError as error:
+        raise explain_file(file) or error from error
     quantization = config.get("quantization_config")
     if quantization and not isinstance(quantization, dict):
         raise InputError(f"{file}: quantization_config is not an object", "restore the file")

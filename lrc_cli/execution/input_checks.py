@@ -1,8 +1,9 @@
 """These checks tell before the work begins whether a network can take its sequences."""
 
 import inspect
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Use, observe
 from lrc_cli.network.layer import Layer
+from lrc_cli.network.missing import lacks, unfilled
 from lrc_cli.network.opening import vocabulary_of
 from lrc_cli.text import told
 
+FILLINGS = 8
+"""How often parameters that the files lack are filled with other noise: a comparison of which
+nothing else is known comes out the same each time in one case of 128."""
 OF_DTYPES = re.compile(
     r"scalar type|same d(ata)?.?type|mixed dtype|have the same type|should be the same$"
     r"|'(Half|BFloat16)'"
@@ -117,6 +122,54 @@ def _check_tokens(
         raise InputError(f"{name}: token {wrong} {why}", "give the checkpoint its own tokenizer")
 
 
+def _kinds(sequences: Mapping[str, Sequences]) -> dict[str, tuple[str, Batch]]:
+    """Returns a purpose and its first sequence for each kind of inputs: names and shapes."""
+    kinds: dict[str, tuple[str, Batch]] = {}
+    for name, drawn in sequences.items():
+        batch = next(drawn.batches(1))
+        shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items())
+        kinds.setdefault(shapes, (name, batch))
+    return kinds
+
+
+def check_unused(network: Network, sequences: Mapping[str, Sequences], source: Source) -> None:
+    """Raises InputError if the outputs depend on parameters that the files lack.
+
+    Different noise in the parameters' place, and NaN, must give the very same finite outputs: a
+    comparison or a maximum passes NaN on as a number. The parameters are NaN again in the end.
+    """
+    if not source.lacking:
+        return
+    tensors = list(unfilled(network.module, source.lacking))
+    for name, batch in _kinds(sequences).values():
+        runs = (_outputs_with(network, batch, tensors, seed) for seed in (*range(FILLINGS), None))
+        first, *others = runs
+        same = first is not None and all(_is_same(first, other) for other in others)
+        if not same or not all_finite(first):
+            why = f", and the network's outputs on {name} depend on it"
+            raise lacks(network.module, source, source.lacking, why=why)
+
+
+@torch.no_grad()
+def _outputs_with(
+    network: Network, batch: Batch, tensors: Sequence[torch.Tensor], seed: int | None
+) -> list[torch.Tensor] | None:
+    """Returns the outputs with tensors that hold noise, or NaN; None where the code fails."""
+    noise = torch.Generator().manual_seed(seed or 0)
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=noise) * (math.nan if seed is None else 1))
+    try:
+        return floating_outputs(network(batch))
+    except NetworkError:
+        return None
+
+
+def _is_same(first: list[torch.Tensor], second: list[torch.Tensor] | None) -> bool:
+    if second is None or len(first) != len(second):
+        return False
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def probe(
     network: Network, sequences: dict[str, Sequences], layers: Sequence[Layer] = ()
 ) -> list[Use]:
@@ -131,14 +184,8 @@ def probe(
         InputError: the forward pass fails, or its result is not finite; the message names the
             shapes.
     """
-    # Inputs of the same names and shapes are one kind.
-    kinds: dict[str, tuple[str, Batch]] = {}
-    for name, drawn in sequences.items():
-        batch = next(drawn.batches(1))
-        shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items())
-        kinds.setdefault(shapes, (name, batch))
     uses = list[Use]()
-    for shapes, (name, batch) in kinds.items():
+    for shapes, (name, batch) in _kinds(sequences).items():
         # An error of the network's code may come from an input that is missing.
         try:
             with torch.no_grad():

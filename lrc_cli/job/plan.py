@@ -16,7 +16,7 @@ from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.engine import Solver
 from lrc_cli.errors import InputError, RunError
-from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import reasons_of
@@ -154,6 +154,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     # The network runs once, which shows the layers whose weight is not used as W in y = W x + b.
     device = resolve_device(config.runtime.device, processes)
     network = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
+    check_unused(network, sequences, source)
     uses = probe(network, sequences, layers)
     reasons = reasons_of(network, layers, uses)
     skipped += [

@@ -92,6 +92,16 @@ def source_file(factory: str) -> Path | None:
     return Path(file) if file else None
 
 
+def beside(path: Path) -> str | None:
+    """Returns what to do instead of giving a factory, from what lies beside the weights."""
+    folder = path.parent if path.is_file() else path
+    if folder != path and (folder / "config.json").is_file():
+        return f"give its directory, {folder}, which has a config.json"
+    if (folder / "params.json").is_file():
+        return "convert it to transformers' format first, or set model.factory (--factory)"
+    return None
+
+
 def ask_for_factory(path: Path, recorded: str | None = None) -> InputError:
     """Returns the error of a command that needs --factory for the checkpoint `path`.
 
@@ -102,5 +112,5 @@ def ask_for_factory(path: Path, recorded: str | None = None) -> InputError:
     name = recorded or "PACKAGE.MODULE:FUNCTION"
     return InputError(
         f"{path}: not a transformers directory (it has no config.json)",
-        f"give --factory {name}, the function that builds the module",
+        beside(path) or f"give --factory {name}, the function that builds the module",
     )

@@ -5,12 +5,15 @@ import os
 import re
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrc_cli.checkpoint.foreign import adapter_keys, unmerged
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import bare, unwrapped_names
@@ -31,11 +34,19 @@ from lrc_cli.network.low_rank.slots import (
     insert_slots,
     stored_weights,
 )
+from lrc_cli.network.missing import (
+    POOLER,
+    UNUSED,
+    check_lacking,
+    fill_with_nan,
+    lacks,
+    takes_no_pooler,
+)
 from lrc_cli.network.recurrent import unroll
 from lrc_cli.network.size_guard import bounded_building, check_counts, check_lists
 from lrc_cli.network.tensor_checks import check_copies, check_keys
 from lrc_cli.runtime.strangers import contained
-from lrc_cli.text import named, some_of
+from lrc_cli.text import named
 
 
 def load(
@@ -86,9 +97,11 @@ def load_source(
     Raises:
         InputError: the factory is missing, or tensors do not fit the module.
     """
-    model, _ = load_unwrapped(
+    model, source = load_unwrapped(
         source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code
     )
+    if set(source.lacking) - set(source.record.get(UNUSED, ())):
+        raise lacks(model, source, source.lacking)
     return model
 
 
@@ -163,16 +176,21 @@ def _load_transformers(
             source = unwrapped
             model, info = _from_pretrained(source, dtype, trust_remote_code)
     missing = info["missing_keys"]
-    if missing:
-        raise InputError(
-            f"{path} lacks {some_of(missing)} of {type(model).__name__}",
-            _remedy_for_missing(model, missing),
-        )
+    strays = set(adapter_keys(source.tensors)) - set(places(model, source.tensors))
+    if strays:
+        raise unmerged(path, min(strays), is_whole=True)
+    if missing and takes_no_pooler(model):
+        bare_model, rest = _from_pretrained(source, dtype, trust_remote_code, **{POOLER: False})
+        pooler = set(model.state_dict()) - set(bare_model.state_dict())
+        if pooler and pooler <= set(missing):
+            model, missing = bare_model, rest["missing_keys"]
+    check_lacking(model, source, missing)
+    fill_with_nan(model, missing)
     check_lists(source, model, info["unexpected_keys"])
     if not type(model).__module__.startswith("transformers."):
         # The classes of transformers set their buffers again after loading; other code does not.
         _take_constructed(model, source)
-    return model, source
+    return model, replace(source, lacking=tuple(sorted(missing)))
 
 
 def _take_constructed(model: Any, source: Source) -> None:
@@ -197,7 +215,7 @@ def _take_constructed(model: Any, source: Source) -> None:
 
 
 def _from_pretrained(
-    source: Source, dtype: torch.dtype | None, trust_remote_code: bool
+    source: Source, dtype: torch.dtype | None, trust_remote_code: bool, **more: Any
 ) -> tuple[nn.Module, Any]:
     """Returns the module, and which names of tensors the files lack and which it lacks.
 
@@ -211,13 +229,14 @@ def _from_pretrained(
         with contained(), bounded_building(source):
             model_class = _model_class(path, config, trust_remote_code)
             kind = dtype or _stored_dtype(source) or "auto"
-            options = {"dtype": kind, "output_loading_info": True}
+            options = {"dtype": kind, "output_loading_info": True, **more}
             if "quantization_config" not in config:
                 # lrc names the tensor of another shape, and transformers does not.
                 options |= {"ignore_mismatched_sizes": True}
             if source.is_transformers_choice or "quantization_config" in config:
                 options |= {"local_files_only": True}
                 options |= {"trust_remote_code": True} if trust_remote_code else {}
+                options |= _config_of_half(model_class, path, config)
                 model, info = model_class.from_pretrained(path, **options)
             else:
                 model, info = _from_state(model_class, source, trust_remote_code, options)
@@ -244,6 +263,20 @@ def _check_shapes(path: Path, info: Mapping[str, Any]) -> None:
         )
 
 
+def _config_of_half(model_class: Any, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the option that tells a half of a model, such as CLIP's text model, its layer table.
+
+    Such a class reads its own section of config.json, and the table stands beside the sections.
+    """
+    if config.get("quantization_config") is None or not hasattr(model_class, "config_class"):
+        return {}
+    own = model_class.config_class.from_pretrained(path, local_files_only=True)
+    if getattr(own, "quantization_config", None) is not None:
+        return {}
+    own.quantization_config = config["quantization_config"]
+    return {"config": own}
+
+
 def _from_state(
     model_class: Any, source: Source, trust_remote_code: bool, options: Mapping[str, Any]
 ) -> Any:
@@ -264,15 +297,6 @@ def _from_state(
             source.path, local_files_only=True
         )
     return model, info
-
-
-def _remedy_for_missing(model: Any, missing: Any) -> str:
-    """Returns a remedy: where only a head is missing, the network without a head can be used."""
-    body = model.base_model
-    if body is not model and not any(k.startswith(f"{model.base_model_prefix}.") for k in missing):
-        name = type(body).__name__
-        return f'write "architectures": ["{name}"] into config.json for the network without a head'
-    return "check that every weight file is there and that config.json names the right class"
 
 
 def _stored_dtype(source: Source) -> torch.dtype | None:
@@ -383,13 +407,21 @@ def _filled(
     insert_slots(model, find_stored(model, source.tensors, table))
     check_table(model, table)
     expected = model.state_dict(keep_vars=True)
-    check_keys(expected, source.tensors)
+    missing = check_keys(expected, source.tensors)
     check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
+    # Whole numbers that the files lack are what the factory computes: tables of positions, counts.
+    lacking = tuple(key for key in missing if expected[key].is_floating_point())
+    check_lacking(model, source, lacking)
+    loaded |= {id(expected[key]): expected[key] for key in missing}
+    loaded |= {
+        id(expected[key]): _like(expected[key], torch.full_like(expected[key], nan, device="cpu"))
+        for key in lacking
+    }
     # All names of a tied tensor get one object, so they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
     model.load_state_dict(state, assign=True)
-    return model, source
+    return model, replace(source, lacking=lacking)
 
 
 def _like(expected: Tensor, tensor: Tensor) -> Tensor:

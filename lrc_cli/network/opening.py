@@ -8,6 +8,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
 from lrc_cli.network.embeddings import merge_tables
 from lrc_cli.network.experts import unfuse
+from lrc_cli.network.factories import beside
 from lrc_cli.network.fused_experts import take_apart
 from lrc_cli.network.loading import load_unwrapped
 from lrc_cli.network.recurrent import unroll
@@ -54,7 +55,7 @@ def open_module(source: Source, *, factory: str | None, trust_remote_code: bool 
     if source.config is None and factory is None:
         raise InputError(
             f"{source.path}: not a transformers directory (it has no config.json)",
-            "set model.factory to the function that builds the module",
+            beside(source.path) or "set model.factory to the function that builds the module",
         )
     module, source = load_unwrapped(source, factory=factory, trust_remote_code=trust_remote_code)
     seen = source.without_copies(copies(module, source))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lrc_cli.checkpoint.foreign import adapter_keys, unmerged
 from lrc_cli.checkpoint.headers import TensorInfo, differ, has_same_bytes
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.errors import InputError
@@ -14,9 +15,16 @@ EXTRA_STATE = "_extra_state"
 """The name in a state dict under which torch puts the result of a module's `get_extra_state`."""
 
 
-def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> None:
-    """Raises InputError where the files' tensors are not exactly the module's."""
+def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]) -> list[str]:
+    """Returns the names of the module's tensors that the files lack.
+
+    Raises:
+        InputError: the module has no place for a tensor, or a tensor has another shape.
+    """
     unexpected = [key for key in headers if key not in expected]
+    adapters = adapter_keys(unexpected)
+    if adapters:
+        raise unmerged(headers[adapters[0]].file, adapters[0], is_whole=True)
     if unexpected:
         raise InputError(
             f"the module has no place for {some_of(unexpected)}",
@@ -30,10 +38,6 @@ def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]
             f"the module's get_extra_state returns {extra[0]}, which no file holds as a tensor",
             "let the factory build a module without get_extra_state",
         )
-    if missing:
-        raise InputError(
-            f"the files lack {some_of(missing)}", "check that every weight file is there"
-        )
     for key, header in headers.items():
         if header.shape != tuple(expected[key].shape):
             raise InputError(
@@ -41,6 +45,7 @@ def check_keys(expected: Mapping[str, Tensor], headers: Mapping[str, TensorInfo]
                 "in the module",
                 "check that the factory is the right one",
             )
+    return missing
 
 
 def copies(model: nn.Module, source: Source) -> dict[str, str]:

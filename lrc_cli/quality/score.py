@@ -13,7 +13,7 @@ from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
-from lrc_cli.execution.input_checks import check_sequences, probe
+from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.factories import ask_for_factory
@@ -87,6 +87,7 @@ def score_directory(
     # Both networks get one dtype, and what both are scored by.
     check_sequences(texts, module, original)
     before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
+    check_unused(before, texts, original)
     probe(before, texts)
     after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))

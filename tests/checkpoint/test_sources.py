@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda file: program(named("folder/notes.txt")(file).with_name("model.pt")).parent,
         "torch.export program is a graph without layers.*state_dict.*factory",
     ),
-    "onnx": (named("model.onnx"), r"\.onnx files are not read; give .safetensors, .bin"),
+    "gguf under another name": (named("model.xyz"), "GGUF files hold quantised weights"),
     "no weights": (folder_of("notes.txt"), "neither a config.json nor a weight file"),
     "metadata": (folder_of(".metadata"), "metadata.* cannot be read, or names code"),
 }

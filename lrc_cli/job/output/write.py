@@ -20,6 +20,7 @@ from lrc_cli.job.output.fused import ExpertsApart
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.keys import WEIGHT
+from lrc_cli.network.missing import UNUSED
 from lrc_cli.runtime.files import copy_file, write_json, write_text
 from lrc_cli.runtime.progress import Progress, Seconds
 
@@ -34,7 +35,7 @@ def write_checkpoint(
     """
     entries = list(_entries(plan, work, folder))
     with progress.phase("writing", 1) as phase:
-        metadata = {
+        metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "tool_version": __version__,
             "config_sha256": config_hash(plan.config),
@@ -42,6 +43,8 @@ def write_checkpoint(
         table = layer_table(plan, work, folder)
         if plan.source.config is None:
             metadata |= {"factory": plan.config.model.factory, "layers": table}
+        if plan.source.lacking:
+            metadata |= {UNUSED: list(plan.source.lacking)}
         shard_bytes = plan.config.output.shard_bytes
         write_weights(directory, entries, shard_bytes=shard_bytes, metadata=metadata)
         if plan.source.config is not None:
