@@ -367,7 +367,9 @@ def _load_plain(source: Source, factory: Factory | str | None) -> tuple[nn.Modul
     build = resolve_factory(factory)
     model = _constructed(build)
     before = second_names(model)
-    model, source = _filled(model, source, record)
+    model, source, made = _filled(model, source, record)
+    if made:
+        take_constructed(model, build, made)
     check_second_names(model, before)
     finish_slots(model)
     return model, source
@@ -398,8 +400,13 @@ def _on_meta(build: Factory) -> nn.Module | None:
 
 def _filled(
     model: nn.Module, source: Source, record: Mapping[str, Any]
-) -> tuple[nn.Module, Source]:
-    """Returns the module with slots for its factorised layers, holding the files' tensors."""
+) -> tuple[nn.Module, Source, list[str]]:
+    """Fills a module, with slots for its factorised layers, with the files' tensors.
+
+    Returns:
+        The module, the checkpoint under the module's names, and the names of the module's tensors
+        of whole numbers that no file holds: tables of positions, counts.
+    """
     source = _unwrapped(source, model)
     table = record.get("layers", {})
     weights = module_names(model, stored_weights(source.tensors, table)).values()
@@ -410,7 +417,6 @@ def _filled(
     missing = check_keys(expected, source.tensors)
     check_copies(expected, source)
     loaded = {id(expected[key]): _like(expected[key], source.read(key)) for key in source.tensors}
-    # Whole numbers that the files lack are what the factory computes: tables of positions, counts.
     lacking = tuple(key for key in missing if expected[key].is_floating_point())
     check_lacking(model, source, lacking)
     loaded |= {id(expected[key]): expected[key] for key in missing}
@@ -421,7 +427,7 @@ def _filled(
     # All names of a tied tensor get one object, so they stay tied.
     state = {key: loaded[id(tensor)] for key, tensor in expected.items()}
     model.load_state_dict(state, assign=True)
-    return model, replace(source, lacking=lacking)
+    return model, replace(source, lacking=lacking), [x for x in missing if x not in lacking]
 
 
 def _like(expected: Tensor, tensor: Tensor) -> Tensor:
