@@ -36,6 +36,46 @@ def test_the_budget_of_the_whole_checkpoint_counts_converted_tensors(
     assert "cannot be reached" in refused(tmp_path, llama_job, **options, compression__size=0.3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"allocation": "uniform"},
+        {"allocation": "relative"},
+        {"size_of": "checkpoint"},
+        {"allocation": "uniform", "layers": {"*.k_proj": {"size": 1}}},
+        {"layers": {"*.mlp.*": {"size": 0.9}}},
+        {"storage": "factors"},
+    ],
+    ids=str,
+)
+def test_the_size_that_a_refusal_names_can_be_reached(
+    tmp_path: Path, llama_job: dict[str, Any], options: dict[str, Any]
+) -> None:
+    changes = {f"compression__{key}": value for key, value in options.items()}
+    changes |= {"compression__method": "frobenius", "compression__sequential": False}
+    message = refused(tmp_path, llama_job, **changes, compression__size=0.001)
+    assert message.count("cannot be reached") == 1
+    least = float(message.rpartition("ask for size: ")[2].partition(" ")[0])
+    assert 0.001 < least < 1
+    report = report_of(tmp_path, llama_job, **changes, compression__size=least)
+    assert report["size"]
+
+
+def test_layers_that_no_data_reaches_are_named_as_the_cause(
+    tmp_path: Path, plain_folder: pico.PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plain_folder.path)
+    changes = plain_folder.model("with_idle") | {
+        "compression.method": "frobenius",
+        "compression.size": 0.7,
+        "calibration.num_sequences": 40,
+    }
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert ended.code == 2 and ended.err.count("cannot be reached") == 1
+    assert "idle" in ended.err and "no calibration sequence reaches" in ended.err
+
+
 def test_a_layer_of_size_1_stays_dense_in_a_wider_dtype(
     tmp_path: Path, llama_job: dict[str, Any]
 ) -> None:

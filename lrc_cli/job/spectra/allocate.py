@@ -3,6 +3,7 @@
 Nothing here reads data or solves a problem.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,6 +28,7 @@ from lrc_cli.execution.precision import DTYPES
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.planned_layer import PlannedLayer
 from lrc_cli.network.layer import Layer
+from lrc_cli.text import some_of
 
 BISECTIONS = 30
 """Steps of the search for the largest sum of relative errors that keeps the bound on the loss."""
@@ -53,7 +55,6 @@ def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
             for layer in plan.layers
         ]
 
-    unreachable = "ask for less compression"
     try:
         if compression.max_loss_increase is None:
             choices = choices_of(relative=shares_relative_errors(compression))
@@ -62,21 +63,55 @@ def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
             choices = choices_of(relative=False)
             picks = _pick_within_loss(plan, choices, choices_of(relative=True))
     except Infeasible as error:
-        name, value = plan.config.compression.target
-        raise InputError(
-            f"compression.{name}: {value} cannot be reached: {error}", unreachable
-        ) from error
+        raise _unreachable(plan, predicted, error) from error
     if not _meets_target(plan, choices, picks):
         name, value = compression.target
         raise InputError(
             f"compression.{name}: {value} cannot be reached: the layers that compression.layers"
-            " fixes, or that cannot be compressed, already miss it",
-            unreachable,
+            f" fixes, or that cannot be compressed, already miss it{_idle(plan, predicted)}",
+            "ask for less compression",
         )
     return {
         layer.name: choice.each[pick]
         for layer, choice, pick in zip(plan.layers, choices, picks, strict=True)
     }
+
+
+def _unreachable(plan: Plan, predicted: Mapping[str, Predicted], error: Infeasible) -> InputError:
+    """Returns the refusal of a target, with the least that can be reached."""
+    compression = plan.config.compression
+    name, value = compression.target
+    if error.unit == "bytes":
+        whole, rest = plan.compressible_bytes, 0
+        if compression.size_of != "compressible":
+            whole, rest = plan.source.num_bytes, rest_bytes(plan)
+        least = _up((error.smallest + rest) / whole)
+    else:
+        least = _up(error.smallest**0.5 if name == "max_layer_error" else error.smallest)
+    idle = _idle(plan, predicted)
+    remedy = f"ask for {name}: {least} or more"
+    if idle:
+        remedy += ", or give calibration data for these layers"
+    return InputError(
+        f"compression.{name}: {value} cannot be reached, and {least} can{idle}", remedy
+    )
+
+
+def _up(least: float) -> float:
+    """Returns a number rounded up to three digits."""
+    if not 0 < least < math.inf:
+        return least
+    digits = 2 - math.floor(math.log10(least))
+    return round(math.ceil(least * 10**digits) / 10**digits, digits)
+
+
+def _idle(plan: Plan, predicted: Mapping[str, Predicted]) -> str:
+    """Returns which layers stay dense because the data told nothing of them."""
+    names = [layer.name for layer in plan.layers if layer.name not in predicted]
+    if not names:
+        return ""
+    verb = "layer stays dense, which" if len(names) == 1 else "layers stay dense, which"
+    return f" ({len(names)} {verb} no calibration sequence reaches: {some_of(names)})"
 
 
 def check_reachable(plan: Plan) -> None:
@@ -204,10 +239,17 @@ def _pick_uniform(plan: Plan, choices: Sequence[Choices]) -> list[int]:
         picks = []
     elif bound is not None:
         spent = sum(c.each[0].error for c in choices if len(c.each) == 1)
-        picks = uniform_within_error(among, dense_bytes, bound - spent)
+        try:
+            picks = uniform_within_error(among, dense_bytes, bound - spent)
+        except Infeasible as error:
+            raise Infeasible(bound, spent + error.smallest, "error") from error
     else:
         fixed = sum(c.each[0].num_bytes for c in choices if len(c.each) == 1)
-        picks = uniform(among, dense_bytes, (_budget(plan) - fixed) / sum(dense_bytes))
+        budget, whole = _budget(plan), sum(dense_bytes)
+        try:
+            picks = uniform(among, dense_bytes, (budget - fixed) / whole)
+        except Infeasible as error:
+            raise Infeasible(budget, fixed + error.smallest * whole, "bytes") from error
     chosen = [0] * len(choices)
     for i, pick in zip(free, picks, strict=True):
         chosen[i] = pick
