@@ -41,6 +41,8 @@ _BEGINNINGS = (
     (b"BZh", "is packed by bzip2", "unpack it first"),
     (b"(\xb5/\xfd", "is packed by zstd", "unpack it first"),
 )
+_GATHER = "zero_to_fp32"
+"""The script that DeepSpeed puts beside its shards."""
 _CONVERT = (
     "convert it to PyTorch first, with transformers 4: from_pretrained(DIR, {}=True), then"
     " save_pretrained"
@@ -283,10 +285,10 @@ def _explain_pipeline(path: Path) -> InputError | None:
 
 def _explain_training(path: Path, names: Collection[str]) -> InputError | None:
     """Returns the refusal of what DeepSpeed or Megatron saved; None for anything else."""
-    if "zero_to_fp32.py" in names:
+    if f"{_GATHER}.py" in names:
         return InputError(
             f"{path} has DeepSpeed's shards of a training state, and no weights",
-            "gather them first, there: python zero_to_fp32.py . gathered --safe_serialization",
+            f"gather them first, there: python {_GATHER}.py . gathered --safe_serialization",
         )
     states = [name for name in names if name.startswith("global_step")]
     if states or any(name.startswith("mp_rank_") for name in names):
