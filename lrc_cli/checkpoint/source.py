@@ -295,7 +295,8 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
     try:
         config = read_json(file)
     except InputError as error:
-        raise explain_file(file) or error from error
+        known = explain_file(file) if file_size(file) else None  # an empty file is no JSON
+        raise known or error from error
     quantization = config.get("quantization_config")
     if quantization and not isinstance(quantization, dict):
         raise InputError(f"{file}: quantization_config is not an object", "restore the file")
