@@ -8,7 +8,7 @@ every unit that is stored and before an output is published.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,8 @@ class Inputs:
 
     def check_own(self) -> None:
         """Raises ChangedInput if a file of this process is not what it was, appeared or is gone."""
-        now = {*_checkpoint_files(self.source), *_data_files(self.config)}
+        # A copy of the source lists its directory anew.
+        now = {*_checkpoint_files(replace(self.source)), *_data_files(self.config)}
         seen = {**self.checkpoint, **self.data}
         for file in sorted(now | set(seen)):
             _check(file, seen.get(file), _state(file))

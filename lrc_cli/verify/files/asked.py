@@ -139,8 +139,11 @@ def _draw_problem(purpose: Purpose, facts: Mapping[str, Any]) -> str | None:
         return f"{number} of {population}, asked for were {most}"
     tokens = facts.get("num_tokens")
     if tokens is not None and member(purpose.path) == "block":
-        wanted = number * purpose.sequence_length
-        return None if tokens == wanted else f"{tokens} tokens, not {wanted}"
+        length = purpose.sequence_length
+        # An encoder reads the first half of a sequence, and its decoder the rest.
+        lengths = {length, length // 2, length - length // 2}
+        right = tokens in {number * own for own in lengths}
+        return None if right else f"{tokens} tokens, not {number * length}"
     return None
 
 

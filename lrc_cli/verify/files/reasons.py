@@ -12,7 +12,7 @@ from typing import Any
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import METHODS
-from lrc_cli.execution.weight_use import CALLED, OTHER, READ
+from lrc_cli.execution.weight_use import CALLED, COARSE, OTHER, READ
 from lrc_cli.verify.files.fields import is_ours
 from lrc_cli.verify.files.forms import is_read, unread
 from lrc_cli.verify.files.written import Written
@@ -54,6 +54,9 @@ NOT_ENOUGH = re.compile(
     r"(?P<tokens>\d+) tokens to fit to are fewer than (?P<each>\d+) for each of its"
     r" (?P<inputs>\d+) inputs"
 )
+A_MATRIX = re.compile(rf"a matrix of {NAME}(?: with proj_size)?; not in this version")
+A_CLASS = re.compile(rf"{NAME}; not in this version|a parameter of {NAME}, no layer's weight")
+COARSER = re.compile(COARSE.format(y=r"b?float\d\d", w=r"b?float\d\d"))
 STORED_TOLERANCE = 0.02
 """The relative tolerance of the three digits in which a reason states the stored error."""
 
@@ -229,13 +232,8 @@ def skipped_problem(
     }
     if reason in fits:
         return None if fits[reason] else f"{reason!r} does not belong to shape {shape}"
-    of_a_class = (
-        (rf"a matrix of {NAME}(?: with proj_size)?; not in this version", matrix),
-        (rf"{NAME}; not in this version", True),
-        (rf"a parameter of {NAME}, no layer's weight", True),
-    )
-    for pattern, fitting in of_a_class:
-        if re.fullmatch(pattern, reason):
+    for sentence, fitting in ((A_MATRIX, matrix), (A_CLASS, True), (COARSER, len(shape) >= 2)):
+        if sentence.fullmatch(reason):
             return None if fitting else f"{reason!r} does not belong to shape {shape}"
     return f"{reason!r} is no reason of lrc"
 
