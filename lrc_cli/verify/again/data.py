@@ -125,10 +125,13 @@ def _same(
     again, what = drawn.get(purpose.name), f"the {purpose.name} sequences are the recorded ones"
     if again is None and facts is None:
         return []
-    if again is None or facts is None:
-        reason = "their file is not there" if again is None else "the report has none"
-        findings.not_checked("data.drawn", what, reason)
+    if again is None:
+        findings.not_checked("data.drawn", what, "their file is not there")
         return []
+    if facts is None:
+        problem = f"the report has none, and the data has {len(again)}"
+        findings.judge("data.drawn", what, problem)
+        return [again]
     found = {
         "num_sequences": len(again),
         "population": again.population,

@@ -12,6 +12,7 @@ from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.runtime.threads import in_parallel
 from lrc_cli.verify.again.behind_relu import Behind
 from lrc_cli.verify.again.both_inputs import PairMoments, measure_pairs
+from lrc_cli.verify.again.dense import check_dense
 from lrc_cli.verify.again.layer_errors import (
     Form,
     Found,
@@ -74,6 +75,9 @@ def measure_layers(run: OpenedRun) -> None:
             white.append(checked)
         else:
             (paired if row.get("sequential") is True else plain).append(checked)
+    with run.findings.guard("c1.dense", "why layers stay dense can be looked at"):
+        there = run.dense and CALIBRATION in run.sequences
+        check_dense(run, _curvature_loss(run) if there else None)
     # A method that knows no data needs none here.
     _judge(run, white, lambda checked: white_errors(checked, run.row(checked)["rank"]))
     behind = _behind_relus(run, plain)

@@ -231,7 +231,7 @@ def measure_inputs(
     with hooked(network, list(hooks.values()), after_layer):
         for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
             masks = masks_of(batch)
-            _run(network, batch, loss, masking, drawing(seed, index))
+            run_batch(network, batch, loss, masking, drawing(seed, index))
             num_tokens += _num_tokens(batch) * (1 if loss is None else num_scalars(loss))
             advance(len(next(iter(batch.values()))))
     reached = {name: sums for name, sums in gradients.items() if sums.count}
@@ -260,7 +260,7 @@ def real_rows(tensor: Tensor, masks: Masks) -> Tensor:
     return unpadded(tensor, masks).reshape(-1, tensor.shape[-1])
 
 
-def _run(
+def run_batch(
     network: Network,
     batch: Batch,
     loss: Loss | None,

@@ -22,7 +22,7 @@ from lrc_cli.verify.again.data import draw_again
 from lrc_cli.verify.again.moments import HELD_BYTES, Checked
 from lrc_cli.verify.files.forms import is_read, reader_of, unread
 from lrc_cli.verify.files.written import Written, layer_tensors
-from lrc_cli.verify.original.unchanged import open_layers, open_networks
+from lrc_cli.verify.original.unchanged import check_all_layers, open_layers, open_networks
 from lrc_cli.verify.statements import Findings
 
 
@@ -36,6 +36,8 @@ class OpenedRun:
     tokenizer: Any
     sequences: Mapping[str, Sequences]
     checked: list[Checked]
+    dense: list[Layer]
+    """The layers that stay dense."""
     findings: Findings
     progress: Progress
 
@@ -71,6 +73,8 @@ def open_run(
         trust_remote_code=trust_remote_code,
         findings=findings,
     )
+    with findings.guard("original.layers", "the report's layers are all that there are"):
+        check_all_layers(dense, written, original, findings)
     layers = open_layers(dense, written, original, findings)
     processors = open_processors(original, dense, trust_remote_code=trust_remote_code)
     sequences = draw_again(written, processors, data, findings)
@@ -96,6 +100,11 @@ def open_run(
         tokenizer=processors.tokenizer,
         sequences=sequences,
         checked=checked,
+        dense=[
+            layer
+            for layer, row in zip(layers, written.layers, strict=True)
+            if row["storage"] == "dense"
+        ],
         findings=findings,
         progress=progress,
     )

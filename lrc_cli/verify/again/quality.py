@@ -50,7 +50,7 @@ def check_certificate_values(run: OpenedRun) -> None:
     assert run.written.report is not None
     certificate, what = run.written.report["certificate"], "the certificate's values"
     if not certificate["statements"]:
-        run.findings.not_checked("c2", what, "there is no certificate", by_design=True)
+        _check_none_possible(run)
         return
     missing = [name for name in (CALIBRATION, CERTIFICATION) if name not in run.sequences]
     if missing:
@@ -70,6 +70,28 @@ def check_certificate_values(run: OpenedRun) -> None:
     selection = _held_out(run, chosen, loss, "selection")
     found = _held_out(run, run.sequences[CERTIFICATION], loss, CERTIFICATION)
     judge_certificate(run.findings, run.written, selection, found, run.before.dtype)
+
+
+def _check_none_possible(run: OpenedRun) -> None:
+    """Where the report has no certificate, none may have been asked for that could be made."""
+    what = "no certificate could be made"
+    asked = run.written.config is not None and run.written.config.certification is not None
+    if not asked:
+        reason = "there is no certificate"
+        run.findings.not_checked("c2", "the certificate's values", reason, by_design=True)
+        return
+    if CALIBRATION not in run.sequences:
+        run.findings.not_checked("c2", what, "the calibration data is not there")
+        return
+    if CERTIFICATION not in run.sequences:
+        run.findings.judge("c2", what, None)
+        return
+    loss = _scoring(run, run.sequences[CALIBRATION])
+    found = _held_out(run, run.sequences[CERTIFICATION], loss, CERTIFICATION)
+    problem = None
+    if found.values or found.squares:
+        problem = f"{len(found.values)} quantities can be measured by sequence"
+    run.findings.judge("c2", what, problem)
 
 
 def _held_out(run: OpenedRun, sequences: Sequences, loss: Loss, name: str) -> HeldOut:

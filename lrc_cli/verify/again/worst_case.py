@@ -24,6 +24,9 @@ def check_worst_case(run: OpenedRun) -> None:
     assert run.written.report is not None
     stated = run.written.report.get("worst_case")
     if stated is None:
+        if isinstance(run.before.module, nn.Sequential):
+            what = "the network has no worst-case bound"
+            run.findings.not_checked("c3.worst_case", what, "it is a chain of layers")
         return
     what = "the worst-case bound is the product of the layers' norms"
     if CALIBRATION not in run.sequences:

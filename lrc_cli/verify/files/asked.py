@@ -49,6 +49,10 @@ def check_asked(written: Written, config: Config, findings: Findings) -> None:
         what = "the report has the hash of the original's config.json"
         there = "config.json" in facts["checkpoint_sha256"]
         findings.judge("config", what, None if there else "it has none")
+    odd = sum(len(name.split()) != 1 for name in facts["left_out"])
+    if odd:  # a page shows these names, and only the original tells whether it has such files
+        what = "the files that were left out are the original's"
+        findings.not_checked("files.origin", what, f"{odd} of their names are several words")
     _check_machine(facts, config, findings)
     _check_draws(report, config, findings)
     _check_certificate(report, config, findings)
@@ -121,6 +125,15 @@ def _check_draws(report: Mapping[str, Any], config: Config, findings: Findings) 
         "draws", what, None if set(drawn) <= asked else f"stated for {', '.join(sorted(drawn))}"
     )
     found = {**drawn, **{row["text"]: row for row in rows}}
+    data = report["provenance"]["data"]
+    what = "the report says how much of the data was asked for and found, for every purpose"
+    told = {name: [facts["asked"], facts["found"]] for name, facts in data.items()}
+    numbers = {purpose.name: purpose.num_sequences for purpose in wanted}
+    counted = {n: [numbers[n], x["num_sequences"]] for n, x in found.items() if n in numbers}
+    findings.equal("draws", what, {n: told[n] for n in told if n in counted}, counted)
+    strays = sorted(set(told) - asked)
+    problem = f"also for {', '.join(strays[:3])}" if strays else None
+    findings.judge("draws", "the report tells of the config's data only", problem)
     taken: list[tuple[Purpose, int]] = []
     for purpose in wanted:
         facts = found.get(purpose.name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc_cli import __version__
+from lrc_cli.checkpoint.side_files import COPY, EXPORT, TRAINING, UNREAD, WEIGHTS
 from lrc_cli.execution.divergence import OBJECTIVES
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.precision import DTYPES
@@ -55,6 +56,7 @@ NUMBERS: dict[str, Range] = {
     "quality[].num_sequences": COUNTED,
     "quality[].one_in": Range(least=2.0),
     "provenance.sequences.*.one_in": Range(least=2.0),
+    "provenance.data.*.unread": SHARE,
     "quality[].num_scored": COUNTED,
     "layers[].correction": SHARE,
     "layers[].rank": COUNTED,
@@ -168,6 +170,7 @@ WORDS: dict[str, Words] = {
     "provenance.checkpoint_sha256.*": HEX,
     "provenance.data_files_sha256.*": re.compile(f"{HEX.pattern}|built in"),
     "provenance.sequences.*.sha256": HEX,
+    "provenance.left_out.*": _one_of(COPY, WEIGHTS, EXPORT, TRAINING, UNREAD),
     "gates[].name": None,
     "gates[].where": None,
     "gates[].reason": None,
@@ -191,6 +194,8 @@ KEYS: dict[str, Words] = {
     "provenance.checkpoint_sha256": None,
     "provenance.data_files_sha256": None,
     "provenance.sequences": _one_of("calibration", "certification", "recover"),
+    "provenance.data": None,
+    "provenance.left_out": None,
 }
 """What the keys of an object must be, where they are no fields of the record."""
 ENUMERATED = ("certificate.values",)

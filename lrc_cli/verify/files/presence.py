@@ -143,6 +143,7 @@ PRESENT: dict[str, Condition] = {
     "quality[].population": _always,
     "quality[].one_in": _elsewhere,  # the data tells, which --against draws again
     "provenance.sequences.*.one_in": _elsewhere,
+    "provenance.data.*.unread": _elsewhere,
     "layers[].tied_to": _elsewhere,  # --against tells which weights are tied
     "layers[].method_reason": _elsewhere,  # compared with the config
     "layers[].reason": _always,

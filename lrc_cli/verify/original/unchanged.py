@@ -13,6 +13,8 @@ from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import unwrapped_names
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
+from lrc_cli.execution.weight_use import CALLED, OTHER, READ
+from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.disk_names import stored_names
 from lrc_cli.network.factories import ask_for_factory, source_file
 from lrc_cli.network.keys import Keys
@@ -73,6 +75,12 @@ def _check_hashes(recorded: dict[str, str], original: Source, findings: Findings
         what = "the report has the hash of every weight file of the original"
         problem = f"not of {', '.join(unknown[:3])}" if unknown else None
         same &= findings.judge("original.hash", what, problem)
+    if not single:
+        there = {original.name_of(x) for x in (*original.decisive, *original.side_files())}
+        strange = sorted(there ^ set(recorded))
+        what = "the report has the hash of every file of the original that is carried over"
+        problem = f"not so for {', '.join(strange[:3])}" if strange else None
+        findings.judge("original.hash", what, problem)
     return same
 
 
@@ -193,6 +201,13 @@ def _check_side_files(
     if original.path.is_file():
         return
     weights = {original.name_of(file) for file in original.decisive}
+    what = "the report names what of the original was left out"
+    stated = dict(written.report["provenance"]["left_out"]) if written.report else {}
+    findings.equal("original.files", what, stated, dict(original.left_out))
+    for name in sorted(original.name_of(file) for file in original.side_files()):
+        file, what = written.directory / name, f"the original's {name} is in the output"
+        same = file.is_file() and sha256_of(file) == sha256_of(original.path / name)
+        findings.judge("original.files", what, None if same else "it is missing, or differs")
     for name, sha256 in recorded.items():
         if name in weights or not is_inside(name):
             continue
@@ -210,6 +225,48 @@ def _check_side_files(
         theirs["dtype"] = name
     problem = None if ours == theirs else "it differs beyond what lrc adds"
     findings.judge("original.files", "config.json is the original's", problem)
+
+
+def check_all_layers(
+    module: nn.Module, written: Written, original: Source, findings: Findings
+) -> None:
+    """The report must have every layer and every other tensor of the original, with its reason.
+
+    The function must see the module as it was built, before `make_network`. Which layers a network
+    uses as products with their weight is not tried out again: their reasons are of a closed set.
+    """
+    report, config = written.report, written.config
+    assert report is not None and config is not None
+    layers, skipped = find_layers(module, original, config.compression)
+    stated = [(row["name"], row["kind"], row["tied_to"]) for row in written.layers]
+    wanted = [(x.name, x.kind, x.tied_to) for x in layers]
+    reasons = {entry["name"]: entry["reason"] for entry in report["skipped"]}
+    unused = [x for x in layers if reasons.get(x.keys.weight) in (CALLED, OTHER, READ)]
+    names = {x.name for x in unused}
+    what = "the report has the original's layers, in their order"
+    problem = _first_difference(stated, [entry for entry in wanted if entry[0] not in names])
+    findings.judge("original.layers", what, problem)
+    listed = [(entry["name"], entry["reason"]) for entry in report["skipped"]]
+    others = [(x.name, x.reason) for x in skipped]
+    others += [(x.keys.weight, reasons[x.keys.weight]) for x in unused]
+    what = "the report has the original's other tensors, in their order, with the reasons"
+    findings.judge("original.layers", what, _first_difference(listed, others))
+    what = "the report says how the original's tensors are tied and taken apart"
+    copies, fused = report["copies"], report["fused"]
+    apart = {key: entry.to_json() for key, entry in original.fused.items()}
+    findings.equal(
+        "original.layers", what, [dict(copies), dict(fused)], [dict(original.copies), apart]
+    )
+
+
+def _first_difference(stated: list[Any], found: list[Any]) -> str | None:
+    if stated == found:
+        return None
+    pairs = zip(stated, found, strict=False)
+    place = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if place is None:
+        return f"{len(stated)} are stated, {len(found)} found"
+    return f"stated {place[0]!r}, found {place[1]!r}"
 
 
 def open_layers(
