@@ -383,3 +383,12 @@ def add_a_file(output: Path) -> None:
 def edit_the_licence(output: Path) -> None:
     """Changes a side file."""
     (output / "LICENSE").write_text("not free to use\n")
+
+
+def edit_metadata(file: Path, old: str, new: str) -> None:
+    """Changes what lrc noted in a weight file's header."""
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+        tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+    assert old in metadata["lrc"]
+    save_file(tensors, file, metadata=metadata | {"lrc": metadata["lrc"].replace(old, new)})
