@@ -42,7 +42,7 @@ def check_dense(run: OpenedRun, loss: Loss | None) -> None:
 def _reached(
     run: OpenedRun, layers: list[Layer], graded: set[str], loss: Loss | None
 ) -> tuple[set[str], set[str]]:
-    """Returns the layers that calibration inputs reach, and the ones that gradients reach.
+    """Returns the layers that calibration inputs reach, and the layers that gradients reach.
 
     The pass ends as soon as both have reached all layers.
     """
