@@ -5,12 +5,19 @@ import torch
 from lrc_cli.data.decoder import MASK
 from lrc_cli.data.kinds import Batch
 
+MASKS = ("attention_mask", MASK)
+"""The names of inputs that are masks."""
 Masks = tuple[torch.Tensor, ...]
 
 
 def masks_of(batch: Batch) -> Masks:
-    """The masks of real tokens: the mask of the encoder or only network, and a decoder's mask."""
-    return tuple(batch[name] for name in ("attention_mask", MASK) if name in batch)
+    """The masks of real tokens: the mask of the encoder or only network, and a decoder's mask.
+
+    Each has the shape (sequences, tokens). A mask of another shape tells of pairs of tokens, say,
+    and no token by itself is padding.
+    """
+    given = (batch[name] for name in MASKS if name in batch)
+    return tuple(mask for mask in given if mask.ndim == 2)
 
 
 def unpadded(tensor: torch.Tensor, masks: Masks) -> torch.Tensor:

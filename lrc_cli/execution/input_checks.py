@@ -15,6 +15,7 @@ from lrc_cli.data.decoder import INPUT as DECODER_INPUT
 from lrc_cli.data.decoder import MASK as DECODER_MASK
 from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.data.draw import Batch, Sequences
+from lrc_cli.data.padding import MASKS
 from lrc_cli.errors import InputError
 from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import all_finite, floating_outputs
@@ -46,6 +47,24 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
         for ids, mask in (("input_ids", "attention_mask"), (DECODER_INPUT, DECODER_MASK)):
             if ids in drawn.inputs:
                 _check_tokens(name, drawn.inputs, ids, mask, longest=longest, known=known)
+        for mask in MASKS:
+            if mask in drawn.inputs and drawn.inputs[mask].ndim == 2:
+                _check_mask(f"{name}: {mask}", drawn.inputs[mask])
+
+
+def _check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raises InputError unless a mask (sequences, tokens) tells real tokens from padding.
+
+    A mask that is added to scores has 0 for real tokens, which would be taken for padding.
+    """
+    told = "give 1 for real tokens and 0 for padding, or give masks that are something else another"
+    if not bool(mask.bool().any()):
+        raise InputError(f"{name} is 0 everywhere: there is no real token in it", f"{told} name")
+    if mask.is_floating_point() and not bool((mask >= 0).all()):
+        raise InputError(
+            f"{name} has negative entries or NaN, so that it does not tell which tokens are real",
+            f"{told} name",
+        )
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:

@@ -22,9 +22,9 @@ from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 
-TOLERANCE = 0.03
-"""The largest difference that counts as rounding, as a share of ||y||: a hundred times float32's
-rounding, several times bfloat16's."""
+TOLERANCE, FINE_TOLERANCE = 0.03, 2.0**-7
+"""The largest difference that counts as rounding, as a share of ||y||: several times bfloat16's
+rounding, and less in a network with more digits, whose layers may compute in bfloat16 inside."""
 DIRECTIONS = 16
 """The number of random directions on which outputs are compared: they tell the norm of a
 difference to about a quarter."""
@@ -244,7 +244,8 @@ def _is_product(layer: Layer, part: nn.Module, weight: Tensor, x: Any, y: Any) -
     size = max(t.abs().amax().item() if t.numel() else 0.0 for t in (wanted, found))
     off, whole = (torch.linalg.vector_norm(t / size) for t in (found - wanted, wanted))
     # Numbers that are not finite pass here: `probe` reports them.
-    return not bool(off > TOLERANCE * whole)
+    is_fine = _digits(weight) < torch.finfo(torch.bfloat16).eps
+    return not bool(off > (FINE_TOLERANCE if is_fine else TOLERANCE) * whole)
 
 
 def _weight(part: nn.Module, kind: type[nn.Module]) -> Tensor:

@@ -27,7 +27,7 @@ from lrc_cli.job.recover.measured import has_factors
 from lrc_cli.job.recover.stage import RecoverStage, check_recover, read_recovery
 from lrc_cli.job.spectra.allocate import allocate, check_reachable
 from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
-from lrc_cli.job.spectra.survey import SpectraStage, read_predicted
+from lrc_cli.job.spectra.survey import SpectraStage, dense_reasons, read_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import LOG, PASSING, SHARED, DamagedUnit, WorkDirectory
@@ -174,7 +174,7 @@ def _write(
         shared: the seconds of earlier phases that are counted with this output.
     """
     work.check_inputs()
-    granted = allocate(plan, read_predicted(plan, work))
+    granted = allocate(plan, read_predicted(plan, work), dense_reasons(plan, work))
     decision = decide(plan, work, granted)
     _say_how_it_is_fitted(plan, decision, progress)
     factors = (

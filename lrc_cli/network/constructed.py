@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lrc_cli.errors import InputError
 from lrc_cli.text import some_of
@@ -111,9 +114,19 @@ def _attribute_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields a module's own attributes, not torch's tables of what is registered."""
-    own = vars(nn.Module())
+    """Yields a module's own attributes, not torch's tables of what is registered.
+
+    Attributes that a hook of torch makes anew before each run are left out.
+    """
+    own = {*vars(nn.Module()), *_made_anew(module)}
     return ((key, value) for key, value in vars(module).items() if key not in own)
+
+
+def _made_anew(module: nn.Module) -> set[str]:
+    """Returns the names that torch's older weight norm, spectral norm and pruning compute."""
+    hooks = module._forward_pre_hooks.values()
+    normed = {hook.name for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)}
+    return normed | {hook._tensor_name for hook in hooks if isinstance(hook, BasePruningMethod)}
 
 
 def _tensors_in(value: Any, depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:

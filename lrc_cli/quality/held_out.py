@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.data.draw import Batch, Sequences, micro_batch
+from lrc_cli.engine.magnitudes import norms
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import Segment
 from lrc_cli.execution.hooks import watched
@@ -226,7 +227,7 @@ class _Comparison:
             self._add(layer, "new", _difference(layer, between, y))
 
     def _add(self, layer: Layer, kind: str, rows: Tensor) -> None:
-        squares = torch.linalg.vector_norm(rows, dim=-1).double().square()
+        squares = norms(rows).square()
         found = by_sequence(squares, self.batch)
         if found is None:
             self.lost.add(layer.name)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.data.padding import masks_of, unpadded
+from lrc_cli.engine.magnitudes import norms
 from lrc_cli.execution.losses import UNSCORED, floating_outputs
 from lrc_cli.quality.compare import LARGEST_RATIO
 
@@ -67,8 +68,8 @@ def _output_values(old: Any, new: Any, batch: Batch) -> dict[str, list[float]]:
     first, second = (floating_outputs(outputs)[0].float() for outputs in (old, new))
     if first.ndim < 2:
         first, second = first[..., None], second[..., None]
-    norms = [torch.linalg.vector_norm(x, dim=-1).double() for x in (first, second - first)]
-    energy, error = (by_sequence(norm.square(), batch) for norm in norms)
+    squares = (norms(x).square() for x in (first, second - first))
+    energy, error = (by_sequence(rows, batch) for rows in squares)
     if energy is None or error is None:
         return {}
     ratios = ratio(error, energy).tolist()

@@ -309,8 +309,8 @@ def test_layers_without_statistics_stay_dense_and_are_named(
 @pytest.mark.parametrize(
     ("scale", "code", "said"),
     [
-        (1e25, 1, "error: 2: NaN or infinity in its inputs"),  # only squares overflow
-        (1e38, 2, "outputs are NaN or infinite on x (1, 24), first behind 0; set runtime"),
+        (1e-6, 1, "error: 2: NaN or infinity in its inputs"),  # the first sequence shows nothing
+        (1.0, 2, "outputs are NaN or infinite on x (1, 24), first behind 0; set runtime"),
     ],
 )
 def test_an_overflow_on_the_calibration_data_names_the_layer(
@@ -324,9 +324,15 @@ def test_an_overflow_on_the_calibration_data_names_the_layer(
 ) -> None:
     monkeypatch.chdir(plain_folder.path)
     state = pico.read_state(plain_folder.path / "mlp.safetensors")
-    state["0.weight"] = state["0.weight"] * scale
+    state["0.weight"] = state["0.weight"] * 1e38
     save_file(state, tmp_path / "mlp.safetensors")
-    changes = plain_folder.model("mlp") | {"model.path": str(tmp_path / "mlp.safetensors")}
+    rows = pico.read_state(plain_folder.path / "rows.safetensors")["x"]
+    rows[1:] *= scale
+    save_file({"x": rows[:40].contiguous()}, tmp_path / "rows.safetensors")
+    changes = plain_folder.model("mlp") | {
+        "model.path": str(tmp_path / "mlp.safetensors"),
+        "calibration.path": str(tmp_path / "rows.safetensors"),
+    }
     ended = pico.call(
         "compress", pico.job(tmp_path, changes | {"compression.method": method}), "-q"
     )

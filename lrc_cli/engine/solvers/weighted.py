@@ -39,6 +39,9 @@ from lrc_cli.engine.problem import (
     Survey,
 )
 
+RESOLVED = 2.0**-20
+"""The largest share of the errors of Z = 0 that directions below the numerical floor of W may have.
+`lrc verify` allows four times as much beside what it measures."""
 INDEPENDENT = 1e-10
 """The least squared length of a direction, as a share of the largest, at which products tell
 directions apart: a Gram matrix of vectors loses half of their digits."""
@@ -93,7 +96,25 @@ class Eigenproblem(ABC):
 
         Args:
             least: the spectrum of the least output error, where it is known.
+
+        Raises:
+            SolveError: the plain SVD of W leaves out what matters in the metric.
         """
+
+    def _check_resolved(self, form: Tensor, plain: Tensor) -> None:
+        """Checks that the singular vectors of W hold all of W that matters.
+
+        A column of small weights may have large inputs, so that it matters as much as the others.
+        Where the columns differ by more than float64 resolves, it is lost in the products of W.
+
+        Args:
+            form: (j + 1,), the errors of plain SVD by rank, without `scale`.
+            plain: (j + 1,), the output errors of plain SVD by rank.
+        """
+        zero = self.zero
+        for whole, first in ((zero.metric, self.scale * form[0]), (zero.output, plain[0])):
+            if not abs(whole - float(first)) <= RESOLVED * whole:
+                raise SolveError("the sizes of its weights differ by more than float64 resolves")
 
 
 class Wide(Eigenproblem):
@@ -143,6 +164,7 @@ class Wide(Eigenproblem):
         plain = form = _tail_sums(torch.sum(u * outputs, dim=0))
         if self.fisher is not None:
             form = _tail_sums((u.T @ outputs) * (u.T @ self.fisher @ u))
+        self._check_resolved(form, plain)
         least = eigenvalues(self._outputs) if least is None else least
         return References(least, self.scale * form, plain)
 
@@ -215,6 +237,7 @@ class Tall(Eigenproblem):
         plain = form = _tail_sums(values * torch.sum(v * inputs, dim=0))
         if self.fisher is not None:
             form = _tail_sums((v.T @ inputs) * (v.T @ self._weighted @ v))
+        self._check_resolved(form, plain)
         if least is None:
             least = eigenvalues(self._right.T @ self._squared @ self._right)
         return References(least, self.scale * form, plain)

@@ -46,7 +46,7 @@ class DriftSum:
         """Adds the inputs (t, n) of the same tokens in the dense and in the compressed network."""
         compressed = compressed.float()
         drift, read = self.drift.add(x.float() - compressed), self.compressed.add(compressed)
-        self.cross += (drift.rows.T @ read.rows).to(self.cross.device)
+        self.cross += drift.times(read).to(self.cross.device)
         drift.correct(self.cross, read)
 
     def sum_over(self, processes: Processes) -> None:

@@ -27,27 +27,33 @@ from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.planned_layer import PlannedLayer
+from lrc_cli.job.statistics.collect import UNSEEN
 from lrc_cli.network.layer import Layer
 from lrc_cli.text import some_of
 
 BISECTIONS = 30
 """Steps of the search for the largest sum of relative errors that keeps the bound on the loss."""
 
+UNREACHED = "no calibration sequence reaches"
+
 Granted = dict[str, Choice]
 """The choice of every layer, by name."""
 
 
-def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
+def allocate(
+    plan: Plan, predicted: Mapping[str, Predicted], reasons: Mapping[str, str] | None = None
+) -> Granted:
     """Returns the choice that every layer is granted.
 
     Args:
         predicted: the errors that the target bounds, by layer name: plain output errors for
             `max_layer_error`, else errors in the method's unit. A layer without errors stays dense.
+        reasons: why such layers stay dense, by name, which a refusal says.
 
     Raises:
         InputError: the target or an override cannot be reached.
     """
-    compression = plan.config.compression
+    compression, idle = plan.config.compression, _idle(plan, predicted, reasons or {})
 
     def choices_of(*, relative: bool) -> list[Choices]:
         return [
@@ -63,12 +69,12 @@ def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
             choices = choices_of(relative=False)
             picks = _pick_within_loss(plan, choices, choices_of(relative=True))
     except Infeasible as error:
-        raise _unreachable(plan, predicted, error) from error
+        raise _unreachable(plan, error, idle) from error
     if not _meets_target(plan, choices, picks):
         name, value = compression.target
         raise InputError(
             f"compression.{name}: {value} cannot be reached: the layers that compression.layers"
-            f" fixes, or that cannot be compressed, already miss it{_idle(plan, predicted)}",
+            f" fixes, or that cannot be compressed, already miss it{idle}",
             "ask for less compression",
         )
     return {
@@ -77,8 +83,12 @@ def allocate(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
     }
 
 
-def _unreachable(plan: Plan, predicted: Mapping[str, Predicted], error: Infeasible) -> InputError:
-    """Returns the refusal of a target, with the least that can be reached."""
+def _unreachable(plan: Plan, error: Infeasible, idle: str) -> InputError:
+    """Returns the refusal of a target, with the least that can be reached.
+
+    Args:
+        idle: which layers stay dense.
+    """
     compression = plan.config.compression
     name, value = compression.target
     if error.unit == "bytes":
@@ -88,9 +98,8 @@ def _unreachable(plan: Plan, predicted: Mapping[str, Predicted], error: Infeasib
         least = _up((error.smallest + rest) / whole)
     else:
         least = _up(error.smallest**0.5 if name == "max_layer_error" else error.smallest)
-    idle = _idle(plan, predicted)
     remedy = f"ask for {name}: {least} or more"
-    if idle:
+    if UNREACHED in idle:
         remedy += ", or give calibration data for these layers"
     return InputError(
         f"compression.{name}: {value} cannot be reached, and {least} can{idle}", remedy
@@ -105,13 +114,16 @@ def _up(least: float) -> float:
     return round(math.ceil(least * 10**digits) / 10**digits, digits)
 
 
-def _idle(plan: Plan, predicted: Mapping[str, Predicted]) -> str:
-    """Returns which layers stay dense because the data told nothing of them."""
+def _idle(plan: Plan, predicted: Mapping[str, Predicted], reasons: Mapping[str, str]) -> str:
+    """Returns which layers stay dense because the data told nothing of them, or why they do."""
     names = [layer.name for layer in plan.layers if layer.name not in predicted]
     if not names:
         return ""
-    verb = "layer stays dense, which" if len(names) == 1 else "layers stay dense, which"
-    return f" ({len(names)} {verb} no calibration sequence reaches: {some_of(names)})"
+    stay = "1 layer stays dense" if len(names) == 1 else f"{len(names)} layers stay dense"
+    others = [name for name in names if reasons.get(name, UNSEEN) != UNSEEN]
+    if others:
+        return f" ({stay}, among them {others[0]}: {reasons[others[0]]})"
+    return f" ({stay}, which {UNREACHED}: {some_of(names)})"
 
 
 def check_reachable(plan: Plan) -> None:

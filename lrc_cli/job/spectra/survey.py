@@ -93,6 +93,14 @@ def dense_reason(work: WorkDirectory, layer: Layer) -> str | None:
     return reasons.get(layer.name)
 
 
+def dense_reasons(plan: Plan, work: WorkDirectory) -> dict[str, str]:
+    """Returns why phase one leaves layers dense, by layer name."""
+    reasons: dict[str, str] = {}
+    for unit in plan.units:
+        reasons |= work.facts(SPECTRA, unit)["dense"]
+    return reasons
+
+
 def read_predicted(plan: Plan, work: WorkDirectory) -> dict[str, Predicted]:
     """Returns the errors that the target bounds, by layer name."""
     found: dict[str, Predicted] = {}

@@ -31,6 +31,8 @@ from lrc_cli.runtime.progress import Progress
 from lrc_cli.runtime.spill import HostMemory
 
 MICRO_BATCH_TOKENS = 2048
+UNSEEN = "no calibration input reached it"
+"""The reason why a layer without statistics stays dense."""
 
 
 Prepare = Callable[[Sequence[Layer]], tuple[Measurement, "Parts"]]
@@ -287,7 +289,7 @@ def read_statistics(plan: Plan, work: WorkDirectory, layer: Layer) -> tuple[Stat
         return Statistics(), ""
     seen = work.facts(STATISTICS, layer.unit)["layers"][layer.name]
     if not seen["tokens"]:
-        return None, "no calibration input reached it"
+        return None, UNSEEN
     if "fisher" in needs and not seen["has_gradient"]:
         return None, "the loss does not depend on it"
 

@@ -8,12 +8,13 @@ numbers are exact there) and added to a float64 sum.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lrc_cli.data.padding import Masks, unpadded
+from lrc_cli.engine.magnitudes import column_scales, divided
 from lrc_cli.errors import RunError
 from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.network import Network
@@ -46,27 +47,35 @@ class GramSum:
 
     def add(self, rows: torch.Tensor) -> "Added":
         """Adds rows of shape (t, n) in any floating dtype, and returns what was multiplied."""
-        added = Added(rows)
+        added = Added.scaled(rows)
         if self._mean is not None and len(rows):
-            added = self._around_mean(rows.float(), self._mean)
+            added = self._around_mean(added, self._mean)
             added.correct(self.total, added)
         rows = added.rows
         self.num_rows += len(rows)
         with _exact_bfloat16(rows) as factor:
             for start in range(0, rows.shape[1], PANEL):
                 stop = min(start + PANEL, rows.shape[1])
-                panel = _product(factor[:, start:stop], factor[:, :stop])
-                self.total[start:stop, :stop] += panel.to(self.total.device)
+                panel = _product(factor[:, start:stop], factor[:, :stop]).to(self.total.device)
+                if added.scales is not None:
+                    panel = panel * added.scales[start:stop, None] * added.scales[:stop]
+                self.total[start:stop, :stop] += panel
         return added
 
-    def _around_mean(self, rows: torch.Tensor, mean: torch.Tensor) -> "Added":
+    def _around_mean(self, added: "Added", mean: torch.Tensor) -> "Added":
+        rows = added.rows.float()
         middle = rows.mean(dim=0)
         rows = rows - middle
         rest = rows.mean(dim=0, dtype=torch.float64).to(mean.device)
-        step = middle.to(mean) + rest - mean
+        middle = middle.to(mean)
+        if added.scales is not None:
+            rest, middle = rest * added.scales, middle * added.scales
+        step = middle + rest - mean
         part = len(rows) / (self.num_rows + len(rows))
         mean += step * part
-        return Added(rows, rest, step, weight=self.num_rows * part)
+        # Deviations may be much smaller than the numbers themselves.
+        own = Added.scaled(rows, added.scales)
+        return replace(own, rest=rest, step=step, weight=self.num_rows * part)
 
     def sum_to(self, owner: int | None, processes: Processes) -> torch.Tensor | None:
         """Sums over all processes. The rank `owner` gets the sum; None: every process gets it.
@@ -113,12 +122,36 @@ class Added:
 
     rows: torch.Tensor
     """(t, n); with `center` less their mean as computed in float32."""
+    scales: torch.Tensor | None = None
+    """(n,) float64, powers of two by which the columns of `rows` were divided; None: by 1."""
     rest: torch.Tensor | None = None
     """With `center` the mean (n,) of `rows`, float64: rounding to float32 leaves one."""
     step: torch.Tensor | None = None
     """With `center` (n,), float64: the rows' mean less the mean of all rows before them."""
     weight: float = 0.0
     """The factor of the product of two steps in the combined sum."""
+
+    @classmethod
+    def scaled(cls, rows: torch.Tensor, scales: torch.Tensor | None = None) -> "Added":
+        """Returns rows of which all products fit float32.
+
+        Args:
+            rows: (t, n) in any floating dtype.
+            scales: what the columns were divided by already.
+        """
+        more = column_scales(rows)
+        if more is None:
+            return cls(rows, scales)
+        return cls(divided(rows, more), more if scales is None else scales * more)
+
+    def times(self, other: "Added") -> torch.Tensor:
+        """Returns the products of the columns of two sums of the same tokens, (n, n') float64."""
+        product = (self.rows.float().T @ other.rows.float()).double()
+        if self.scales is not None:
+            product *= self.scales[:, None]
+        if other.scales is not None:
+            product *= other.scales
+        return product
 
     def correct(self, total: torch.Tensor, other: "Added") -> None:
         """Adds to `total`, with `center`, what products of `self.rows` and `other.rows` leave out.

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from lrc_cli.verify.again.magnitudes import energy, product
 
 
 @dataclass(kw_only=True)
 class Behind:
     """Sums ||relu(W x + b) - relu(M x + c)||^2 over tokens for several (M, c).
 
-    Products are float32; their squares are summed in float64.
+    Products are in float32 where they fit; their squares are summed in float64.
     """
 
     bias: Tensor
@@ -30,24 +31,21 @@ class Behind:
     """The sum for outputs that are all dead."""
 
     def add(self, rows: Tensor, weight: Tensor, difference: Tensor) -> None:
-        """Adds inputs (t, n) float32 of a layer with W and W - Z (m, n) float32."""
-        outputs = rows @ weight.T
-        fitted, wanted = outputs - rows @ difference.T, (outputs + self.bias).relu()
+        """Adds inputs (t, n) of a layer with W and W - Z (m, n)."""
+        outputs = product(rows, weight)
+        fitted, wanted = outputs - product(rows, difference), (outputs + self.bias).relu()
+        leading = self.leading.to(outputs)
         if len(weight) <= len(weight.T):
-            simple = outputs @ self.leading @ self.leading.T
+            simple = outputs @ leading @ leading.T
         else:
-            simple = rows @ self.leading @ (weight @ self.leading).T
-        self.stored += _squares(wanted - (fitted + self.new_bias).relu())
-        self.old_bias += _squares(wanted - (fitted + self.bias).relu())
-        self.svd += _squares(wanted - (simple + self.bias).relu())
-        self.total += _squares(wanted)
+            simple = rows.to(outputs) @ leading @ (weight.to(outputs) @ leading).T
+        self.stored += energy(wanted - (fitted + self.new_bias).relu())
+        self.old_bias += energy(wanted - (fitted + self.bias).relu())
+        self.svd += energy(wanted - (simple + self.bias).relu())
+        self.total += energy(wanted)
         self.num_tokens += len(rows)
 
     def metric(self) -> dict[str, float]:
         """Returns squared errors per token; none has a provable optimum."""
         sums = {"stored": self.stored, "svd": self.svd, "total": self.total}
         return {name: value / max(self.num_tokens, 1) for name, value in sums.items()}
-
-
-def _squares(rows: Tensor) -> float:
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()

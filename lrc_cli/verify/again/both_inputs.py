@@ -12,6 +12,7 @@ from lrc_cli.data.padding import Masks, masks_of
 from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
+from lrc_cli.verify.again.magnitudes import product
 from lrc_cli.verify.again.moments import Checked, Moments, Sums, batch_size, real_rows
 
 PAIR_TOKENS = 512
@@ -92,8 +93,9 @@ def measure_pairs(
         leader, checked = groups[layer.name], sums.checked
         drift = seen[leader].float() - compressed
         if errors:
-            rows = compressed @ checked.difference().T + drift @ checked.weight.float().T
-            sums.add_error(rows)
+            sums.add_error(
+                product(compressed, checked.difference()) + product(drift, checked.weight)
+            )
         if leader == layer.name:
             pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
 

@@ -54,9 +54,11 @@ class Gram:
 
     @cached_property
     def root(self) -> Tensor:
-        """G^(1/2) (n, n), symmetric."""
-        values, vectors = torch.linalg.eigh(self.matrix)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        """R (n, n) with G = R R^T. A unit diagonal keeps small inputs beside large inputs."""
+        scale = self.matrix.diagonal().clamp(min=0).sqrt()
+        safe = torch.where(scale > 0, scale, 1.0)
+        values, vectors = torch.linalg.eigh(self.matrix / safe[:, None] / safe)
+        return safe[:, None] * ((vectors * values.clamp(min=0).sqrt()) @ vectors.T)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from lrc_cli.execution.network import Network
 from lrc_cli.execution.precision import recast_in_backward
 from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.behind_relu import Behind
+from lrc_cli.verify.again.magnitudes import energy, fits, narrowed, product
 
 STATISTICS_TOKENS = 2048
 """The number of tokens that run together, as in the run: draws go batch by batch."""
@@ -46,7 +47,7 @@ class Checked:
     """Whether W - Z is computed once and kept."""
 
     def difference(self) -> Tensor:
-        """Returns W - Z (m, n), float32."""
+        """Returns W - Z (m, n), float32; float64 where squares of its entries leave float32."""
         return self._kept_difference if self.held else self._subtracted()
 
     @cached_property
@@ -54,7 +55,7 @@ class Checked:
         return self._subtracted()
 
     def _subtracted(self) -> Tensor:
-        return (self.weight.double() - self.fitted().to(self.weight.device)).float()
+        return narrowed(self.weight.double() - self.fitted().to(self.weight.device))
 
 
 @dataclass(kw_only=True)
@@ -83,20 +84,16 @@ class Sums:
         """Adds output differences (t, m) without biases; the biases' difference is added here."""
         if self.checked.offset is not None:
             rows = rows + self.checked.offset.to(rows)
-        self.error += _energy(rows)
+        self.error += energy(rows)
 
     def add_energy(self, inputs: Tensor, outputs: Tensor) -> None:
         """Adds inputs (t, n) and outputs (t, m) of the dense layer."""
         # Outputs less a large bias would hold nothing but rounding.
         checked = self.checked
-        rows = outputs if checked.bias is None else inputs.float() @ checked.weight.float().T
-        self.energy += _energy(rows.float())
+        has_digits = checked.bias is None and fits(inputs) and fits(checked.weight)
+        rows = outputs if has_digits else product(inputs, checked.weight)
+        self.energy += energy(rows)
         self.num_tokens += len(outputs)
-
-
-def _energy(rows: Tensor) -> float:
-    """Returns ||rows||_F^2 of rows (t, m): norms in float32, their squares summed in float64."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()
 
 
 class Moments:
@@ -107,15 +104,18 @@ class Moments:
         self.origin = self.first = self.second = torch.zeros(0)
 
     def add(self, rows: Tensor) -> None:
-        """Adds rows (t, n) in any floating dtype: products in float32, sums in float64."""
-        rows = rows.float()
+        """Adds rows (t, n) in any floating dtype: products in float32, sums in float64.
+
+        Products are in float64 too where squares of a column would leave float32.
+        """
+        rows = narrowed(rows)
         if not self.count:
             n = rows.shape[1]
-            self.origin = rows.double().mean(dim=0).float()
+            self.origin = rows.double().mean(dim=0).to(rows)
             self.first = torch.zeros(n, dtype=torch.float64, device=rows.device)
             self.second = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
         self.count += len(rows)
-        rows = rows - self.origin
+        rows = narrowed(rows - self.origin)
         self.first += rows.sum(dim=0, dtype=torch.float64)
         for start in range(0, rows.shape[1], PANEL):
             stop = start + PANEL
@@ -211,11 +211,10 @@ def measure_inputs(
         if layer.name in by_name:
             sums = by_name[layer.name]
             rows, outputs = (real_rows(tensor.detach(), masks) for tensor in (x, y))
-            sums.add_error(rows.float() @ sums.checked.difference().T)
+            sums.add_error(product(rows, sums.checked.difference()))
             sums.add_energy(rows, outputs)
             if layer.name in behind:
-                weight = sums.checked.weight.float()
-                behind[layer.name].add(rows.float(), weight, sums.checked.difference())
+                behind[layer.name].add(rows, sums.checked.weight, sums.checked.difference())
             if groups[layer.name] == layer.name:
                 inputs.setdefault(layer.name, Moments()).add(rows)
         if layer.name not in wanted or loss is None:

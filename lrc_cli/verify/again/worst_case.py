@@ -79,7 +79,7 @@ def _followed(
         (weight, bias), (fitted, new_bias) = (
             affine(module) for module in (part, compressed.get_submodule(names[part]))
         )
-        own = _norms(old @ (weight - fitted).T + bias - new_bias)
+        own = _norms(old @ (weight - fitted).T + (bias - new_bias))
         norm = torch.linalg.matrix_norm(fitted, 2).item()
         bound = own + slope * norm * bound
         for layer in layers:

@@ -26,7 +26,8 @@ SOLVE = re.compile(
     r"could not be solved: (?:its directions cannot be told apart"
     r"|the (?:weight does|factors do) not fit torch\.\w{1,16}"
     r"|the eigen(?:values|vectors) did not converge|the eigenvalues are not finite"
-    r"|the (?:curvature|regularised Gram) matrix is not positive definite)"
+    r"|the (?:curvature|regularised Gram) matrix is not positive definite"
+    r"|the sizes of its weights differ by more than float64 resolves)"
 )
 """The ways in which a solver may give up."""
 UNREACHED = "no calibration input reached it"
