@@ -239,6 +239,13 @@ def skipped_problem(
     return f"{reason!r} is no reason of lrc"
 
 
+def is_of_use(reason: str | None) -> bool:
+    """Returns whether a reason says how the network uses a layer, which is seen when it runs."""
+    return reason is not None and (
+        reason in (CALLED, OTHER, READ) or COARSER.fullmatch(reason) is not None
+    )
+
+
 def may_be_left_out(key: str, compression: Compression) -> bool:
     """Returns whether include and exclude may leave out the layer with this tensor.
 

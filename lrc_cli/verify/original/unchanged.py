@@ -13,7 +13,6 @@ from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import unwrapped_names
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
-from lrc_cli.execution.weight_use import CALLED, OTHER, READ
 from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.disk_names import stored_names
 from lrc_cli.network.factories import ask_for_factory, source_file
@@ -24,6 +23,7 @@ from lrc_cli.network.opening import Opened, open_module
 from lrc_cli.reading import read_json
 from lrc_cli.verify.files.forms import UP, unread
 from lrc_cli.verify.files.manifest import is_inside, sha256_of
+from lrc_cli.verify.files.reasons import is_of_use
 from lrc_cli.verify.files.written import Written, fused_of
 from lrc_cli.verify.methods import KNOWN
 from lrc_cli.verify.statements import Findings
@@ -241,7 +241,7 @@ def check_all_layers(
     stated = [(row["name"], row["kind"], row["tied_to"]) for row in written.layers]
     wanted = [(x.name, x.kind, x.tied_to) for x in layers]
     reasons = {entry["name"]: entry["reason"] for entry in report["skipped"]}
-    unused = [x for x in layers if reasons.get(x.keys.weight) in (CALLED, OTHER, READ)]
+    unused = [x for x in layers if is_of_use(reasons.get(x.keys.weight))]
     names = {x.name for x in unused}
     what = "the report has the original's layers, in their order"
     problem = _first_difference(stated, [entry for entry in wanted if entry[0] not in names])
