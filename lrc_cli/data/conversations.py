@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc_cli.errors import InputError
-from lrc_cli.text import named
+from lrc_cli.runtime.strangers import blaming_input
 
 CONVERSATION = 'give a list of {"role": ..., "content": ...} as the template takes them'
 SECONDS = 20
@@ -102,29 +102,25 @@ def _template(tokenizer: Any) -> str:
 
 
 def _rendered(tokenizer: Any, place: str, messages: Any) -> str:
-    try:
-        with _within(SECONDS):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TimeoutError as error:
-        raise InputError(
-            f"{place}: the chat template does not end within {SECONDS} seconds",
-            "mend the checkpoint's chat_template.jinja, or leave the record out",
-        ) from error
-    except Exception as error:  # the template is the checkpoint's code
-        raise InputError(
-            f"{place}: the chat template fails on the messages: {named(error)}", CONVERSATION
-        ) from error
+    too_long = InputError(
+        f"{place}: the chat template does not end within {SECONDS} seconds",
+        "mend the checkpoint's chat_template.jinja, or leave the record out",
+    )
+    # The template is the checkpoint's code.
+    fails = f"{place}: the chat template fails on the messages"
+    with blaming_input(fails, CONVERSATION), _within(SECONDS, too_long):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 @contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """A context that raises TimeoutError after some time, where the system has such alarms."""
+def _within(seconds: float, too_long: Exception) -> Iterator[None]:
+    """A context that raises an error after some time, where the system has such alarms."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
 
     def stop(*_: object) -> None:
-        raise TimeoutError
+        raise too_long
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -17,9 +17,10 @@ from lrc_cli.data.decoder import INPUT, MASK
 from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
+from lrc_cli.data.special_tokens import token_ids
 from lrc_cli.errors import InputError
 from lrc_cli.reading import check_file_name
-from lrc_cli.runtime.strangers import contained
+from lrc_cli.runtime.strangers import blaming_input
 from lrc_cli.text import named
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -28,6 +29,7 @@ AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 UNKNOWN_LENGTH = 0x7FFF0000
 """From so many bytes on, a header states that nobody knows how many there are."""
 REPLACE = "remove or replace it"
+FIT = "write texts that the tokenizer takes, or restore the tokenizer's files"
 
 Prepare = Callable[[Sequence[Path]], Batch]
 
@@ -260,14 +262,20 @@ def _texts(paths: Sequence[Path], processors: Processors) -> Batch:
     decoder, tokenizer = processors.decoder, processors.tokenizer
     if decoder is not None:
         texts = _beside(paths) or [""] * len(paths)
-        rows = [tokenizer(text)["input_ids"] if tokenizer else [decoder.pad] for text in texts]
+        rows = [
+            token_ids(tokenizer, text, path, special=True) if tokenizer else [decoder.pad]
+            for path, text in zip(paths, texts, strict=True)
+        ]
         ids, mask = decoder.padded(rows)
         return {INPUT: ids} if bool(mask.all()) else _taken({INPUT: ids, MASK: mask}, processors)
     captions = _beside(paths) if tokenizer and "input_ids" in processors.takes else None
     if captions is None:
         return {}
-    encoded = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-    return _taken(dict(encoded), processors)
+    with blaming_input(
+        f"{paths[0].parent}: the tokenizer fails on the texts beside the files", FIT
+    ):
+        encoded = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
+    return _taken(encoded, processors)
 
 
 def _beside(paths: Sequence[Path]) -> list[str] | None:
@@ -289,14 +297,14 @@ def _beside(paths: Sequence[Path]) -> list[str] | None:
 
 
 def _tensors(path: Path, processor: Any, content: Any, **options: Any) -> Batch:
-    try:
-        with contained():
-            found = processor(content, return_tensors="pt", **options)
-    except Exception as error:  # whatever a processor's own code raises
+    with blaming_input(f"{path}: the checkpoint's processor fails on it", "replace the file"):
+        found = processor(content, return_tensors="pt", **options)
+        tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
         raise InputError(
-            f"{path}: the checkpoint's processor fails on it: {named(error)}", "replace the file"
-        ) from error
-    tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+            f"{path}: the checkpoint's processor makes no tensor of it",
+            "restore the processor's files, or give model inputs as .npz",
+        )
     for name, x in tensors.items():
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise InputError(

@@ -7,13 +7,16 @@ second piece.
 
 import unicodedata
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 
 from lrc_cli.errors import InputError
-from lrc_cli.text import named, percent
+from lrc_cli.runtime.strangers import blaming_input, contained
+from lrc_cli.text import percent
 
 SAMPLE = 1 << 12
 """Characters of a piece that a tokenizer is asked on."""
@@ -58,16 +61,25 @@ def token_ids(tokenizer: Any, text: str, place: object, *, special: bool = False
     Raises:
         InputError: the tokenizer fails on the text, as one without an unknown token may.
     """
-    return list(_coded(tokenizer, text, place, add_special_tokens=special)["input_ids"])
+    with _blaming(tokenizer, place):
+        return _ids_in(tokenizer(text, verbose=False, add_special_tokens=special))
 
 
-def _coded(tokenizer: Any, text: str, place: object, **options: Any) -> Any:
-    try:
-        return tokenizer(text, verbose=False, **options)
-    except Exception as error:  # the code of any tokenizer
-        raise InputError(
-            f"{place}: {_name(tokenizer)} fails on the text: {named(error)}", ALPHABET
-        ) from error
+def _blaming(tokenizer: Any, place: object) -> AbstractContextManager[None]:
+    """Returns a context for the code of any tokenizer, which may fail in any way."""
+    return blaming_input(f"{place}: {_name(tokenizer)} fails on the text", ALPHABET)
+
+
+def _ids_in(coded: Any) -> list[int]:
+    """Returns the token ids that a tokenizer gives a text.
+
+    Raises:
+        ValueError, TypeError, LookupError: they are no list of whole numbers of 64 bits.
+    """
+    ids = list(map(index, coded["input_ids"]))
+    if ids and not (min(ids) >= -(2**63) and max(ids) < 2**63):
+        raise ValueError("a token id has more than 64 bits")
+    return ids
 
 
 def special_tokens(tokenizer: Any, text: str, place: object) -> tuple[list[int], list[int]]:
@@ -167,13 +179,15 @@ def _reading(tokenizer: Any, text: str, place: object) -> Reading | None:
     Places are wrong behind a character that was dropped, and a tokenizer need not know the way back
     to the text.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        return _reading_by_text(tokenizer, text, token_ids(tokenizer, text, place))
-    coded = _coded(tokenizer, text, place, add_special_tokens=False, return_offsets_mapping=True)
-    by_places = _reading_by_places(tokenizer, text, coded)
-    if not by_places.unread:
-        return by_places
-    by_text = _reading_by_text(tokenizer, text, coded["input_ids"])
+    with _blaming(tokenizer, place):
+        if not getattr(tokenizer, "is_fast", False):
+            return _reading_by_text(tokenizer, text, token_ids(tokenizer, text, place))
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        coded = tokenizer(text, verbose=False, **options)
+        by_places = _reading_by_places(tokenizer, text, coded)
+        if not by_places.unread:
+            return by_places
+        by_text = _reading_by_text(tokenizer, text, _ids_in(coded))
     readings = [by_places] if by_text is None else [by_places, by_text]
     return min(readings, key=lambda reading: reading.unread)
 
@@ -200,8 +214,11 @@ def _reading_by_text(tokenizer: Any, text: str, ids: list[int]) -> Reading | Non
     """
     unknown = getattr(tokenizer, "unk_token_id", None)
     try:
-        decoded = tokenizer.decode([token for token in ids if token != unknown])
+        with contained():
+            decoded = tokenizer.decode([token for token in ids if token != unknown])
     except Exception:  # the code of any tokenizer, perhaps without a way back
+        return None
+    if not isinstance(decoded, str):
         return None
     before, after = _letters(text), _letters(decoded)
     kind = "unknown" if unknown in ids else "lost"

@@ -4,7 +4,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lrc_cli.errors import Interrupted, Stray
+from lrc_cli.errors import InputError, Interrupted, LrcError, Stray, is_out_of_memory
+from lrc_cli.text import named
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -35,3 +36,27 @@ def contained() -> Iterator[None]:
         if is_interrupt(error):
             raise
         raise Stray(error) from error
+
+
+@contextmanager
+def blaming_input(cause: str, remedy: str) -> Iterator[None]:
+    """A context in which every failure of a stranger's code is an InputError with this cause.
+
+    Errors of lrc's own, signals and the end of memory stay what they are.
+
+    Args:
+        cause: what fails, and on what; the error's type and text follow.
+        remedy: the user's next step.
+
+    Raises:
+        InputError: the code raised anything else.
+    """
+    try:
+        with contained():
+            yield
+    except LrcError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{cause}: {named(error)}", remedy) from error
