@@ -12,6 +12,8 @@ class LrcError(Exception):
     """
 
     exit_code = 1
+    has_trace = False
+    """Whether the trace of the cause helps the user, whose own code may be in it."""
 
     def __init__(self, message: str, remedy: str | None = None) -> None:
         self.message = message

@@ -105,12 +105,17 @@ def _answer(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, LrcError):
         if not (isinstance(error, NotDelivered) and error.is_quiet):
-            lines = error.lines if isinstance(error, Problems) else [told(error)]
+            lines = error.lines if isinstance(error, Problems) else [_tell_all(error)]
             for start, line in zip(chain(["error: "], repeat("")), lines, strict=False):
                 tell(f"{start}{line}")
         return error.exit_code
     tell(f"error: {_describe(error)}")
     return 1
+
+
+def _tell_all(error: LrcError) -> str:
+    """Returns an error's sentence, and where its trace is if the trace helps."""
+    return f"{told(error)}; {where_to_look(error)}" if error.has_trace else told(error)
 
 
 def _show_usage(error: click.ClickException) -> int:

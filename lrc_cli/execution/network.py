@@ -31,6 +31,8 @@ class NetworkError(RunError):
         where: the name of the innermost module that was running.
     """
 
+    has_trace = True
+
     def __init__(self, cause: BaseException, where: str) -> None:
         self.cause = cause
         self.reason = f"{named(cause)}, in module {where}"

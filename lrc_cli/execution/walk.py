@@ -224,10 +224,12 @@ class Pair:
 
 def compressed_failure(error: NetworkError) -> RunError:
     """Returns the error for a network whose code fails on factors in the place of its weights."""
-    return RunError(
+    failure = RunError(
         f"the compressed network fails: {error.reason}",
         "exclude the layers whose weight its code reads, with compression.exclude",
     )
+    failure.has_trace = True
+    return failure
 
 
 def _is_same(new: torch.Tensor, old: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lrc_cli.checkpoint.output_directory import check_names_beside, names_beside, resolve_output
 from lrc_cli.config import Config
 from lrc_cli.errors import InputError
-from lrc_cli.job.work import FACTORS, FINGERPRINT, LOCK, LOG, PASSING, SHARED
+from lrc_cli.job.work import FACTORS, FINGERPRINT, LOCK, LOG, PASSING, RECOVERED, SHARED
 from lrc_cli.reading import read_json
 from lrc_cli.report.junit import check_junit_path
 from lrc_cli.runtime.files import check_writable
@@ -28,7 +28,7 @@ from lrc_cli.runtime.places import (
 OUTPUT, WORK_DIR, JUNIT = "output.path", "runtime.work_dir", "--junit"
 CONFIG, CHECKPOINT = "the config", "the checkpoint"
 WORK_FILES = (LOCK, LOG, FINGERPRINT)
-WORK_FOLDERS = (*PASSING, *SHARED, FACTORS)
+WORK_FOLDERS = (*PASSING, *SHARED, FACTORS, RECOVERED)
 FIELDS = frozenset({"checkpoint", "calibration data", "lrc version"})
 """Some of the fields that every fingerprint of lrc's has."""
 MOST_BYTES = 1 << 28
@@ -130,8 +130,9 @@ def check_work_directory(root: Path) -> None:
 def _check_folders(root: Path) -> None:
     """Checks that no stage is a link: units would be written, and deleted, somewhere else."""
     stages = [root / name for name in WORK_FOLDERS]
-    if (root / FACTORS).is_dir():
-        stages += sorted((root / FACTORS).iterdir())
+    for name in (FACTORS, RECOVERED):
+        if (root / name).is_dir():
+            stages += sorted((root / name).iterdir())
     for path in stages:
         if path.is_symlink():
             raise InputError(
@@ -166,5 +167,5 @@ def _read_by(config: Config) -> Iterator[tuple[str, str]]:
         yield "the data of certification.path", config.certification.path
     if config.recover.is_used and config.recover.path is not None:
         yield "the data of recover.path", config.recover.path
-    for text in config.evaluation or ():
-        yield f"the data of evaluation {text.name!r}", text.path
+    for number, text in enumerate(config.evaluation or ()):
+        yield f"the data of evaluation.{number}.path", text.path

@@ -3,6 +3,7 @@
     <root>/fingerprint.json            what the statistics depend on
     <root>/inputs, gradients, parts    while statistics are collected, see sweep.py and collect.py
     <root>/run.log                     the messages of all runs, with the time
+    <root>/run.<rank>.log              the failures of one of several processes, with the trace
     <root>/statistics/<unit>           Gram matrices, float32 triangles after Jacobi scaling; means
     <root>/spectra/<unit>              what does not depend on a layer's rank: eigenvalues,
                                        eigenvectors in float32, the errors that reports compare
@@ -50,8 +51,9 @@ PACKED_ROWS = 256
 """Rows of a Gram matrix that are scaled at once when the matrix is packed."""
 RECOVERED = "recovered"
 """The stage that holds trained factors."""
-LOG = "run.log"
-"""The file with the messages of all runs in the directory."""
+LOG, FAILURES = "run.log", "run.{rank}.log"
+"""The file with the messages of all runs in the directory, and the files with the failures of
+processes other than the first one."""
 FINGERPRINT, LOCK, FACTORS = "fingerprint.json", "lock", "factors"
 """The other names in the directory."""
 

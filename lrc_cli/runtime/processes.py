@@ -7,12 +7,32 @@ code asks how many processes there are. `join.joined` gives the processes that t
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, RunError
 
 if TYPE_CHECKING:  # importing torch takes seconds
     import torch
 
 Value = TypeVar("Value")
+
+
+class LostProcess(RunError):
+    """An exchange broke because another process has ended.
+
+    Args:
+        rank: this process.
+        size: the number of processes.
+        first: the process that is known to have failed first; None: another was killed or cut off.
+    """
+
+    def __init__(self, rank: int, size: int, first: int | None) -> None:
+        self.first = first
+        if first is not None:
+            super().__init__(f"process {first} of {size} failed first", "see what it says")
+            return
+        super().__init__(
+            f"process {rank} of {size} lost another one, which was killed or cut off",
+            "the same command goes on where it stopped",
+        )
 
 
 class Processes:

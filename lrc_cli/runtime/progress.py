@@ -4,14 +4,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, Interrupted
 from lrc_cli.runtime.places import open_to_append
+from lrc_cli.runtime.processes import LostProcess
 from lrc_cli.runtime.signals import Stop
 from lrc_cli.runtime.streams import LONGEST, lenient
 from lrc_cli.runtime.traces import note_trace, recorded
@@ -62,7 +63,7 @@ class Progress:
         tqdm.write(cut(visible(text), LONGEST), file=self.stream)
 
     def _record(self, text: str) -> None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(text)}\n"
+        line = _stamped(text)
         if self._log is None:
             self._unlogged.append(line)
         else:
@@ -117,6 +118,33 @@ class Progress:
             yield phase
         finally:
             phase.close()
+
+
+@contextmanager
+def failure_logged(file: Path) -> Iterator[None]:
+    """A context whose failure is appended to a file with its trace; without one there is no file.
+
+    A signal, and the failure of another process, are no failures of this one.
+    """
+    try:
+        yield
+    except (GeneratorExit, Interrupted, LostProcess):
+        raise
+    except BaseException as error:
+        # What went wrong is said in any case.
+        with suppress(InputError, OSError):
+            descriptor = open_to_append("log", file)
+            try:
+                os.write(descriptor, "".join(map(_stamped, recorded(error))).encode())
+            finally:
+                os.close(descriptor)
+            note_trace(error, file)
+        raise
+
+
+def _stamped(text: str) -> str:
+    """A line of a log."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(text)}\n"
 
 
 def _is_file(descriptor: int, file: Path) -> bool:

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from lrc_cli.errors import RunError
-from lrc_cli.runtime.processes import Processes
+from lrc_cli.runtime.processes import LostProcess, Processes
 
 Value = TypeVar("Value")
 
@@ -78,10 +77,16 @@ class Group(Processes):
         try:
             function(*args, **kwargs)
         except RuntimeError as error:  # gloo and NCCL have no types of their own
-            raise RunError(
-                f"process {self.rank} of {self.size} lost another one, which was killed or cut off",
-                "the same command goes on where it stopped",
-            ) from error
+            raise LostProcess(self.rank, self.size, self._first_to_fail()) from error
+
+    def _first_to_fail(self) -> int | None:
+        """The rank of the process that said first that it fails; None: no other has said so."""
+        try:
+            if not self.store.check([FAILED]):
+                return None
+            return int(self.store.get(FAILED).decode().split()[0])
+        except RuntimeError:  # the store is gone with the process or the machine that held it
+            return None
 
     def failed(self, error: BaseException) -> int | None:
         """Tell the others that this process ends with an error.

@@ -358,6 +358,59 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path, job: 
     assert "File too large" in other.err and not list(tmp_path.glob("out*"))
 
 
+FAILING = """
+import os, sys, pico_factories
+from torch import nn
+
+
+class Model(nn.Module):
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        for name, part in pico_factories.mlp().named_children():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        Model.calls += 1
+        if Model.calls == 6 and os.environ["RANK"] == "RANK_THAT_FAILS":
+            RAISE
+        for part in self.children():
+            x = part(x)
+        return x
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", ["raise ValueError('worn out')", "sys.exit(0)", "1 / 0"])
+def test_the_trace_of_any_process_is_found_and_said(
+    error: str,
+    rank: int,
+    tmp_path: Path,
+    plain_folder: pico.PlainFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = FAILING.replace("RANK_THAT_FAILS", str(rank)).replace("RAISE", error)
+    name = f"failing_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(plain_folder.path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes = plain_folder.model("mlp") | {"model.factory": f"{name}:Model", **PLACE}
+    running = start_many(["compress", pico.job(tmp_path, changes)], tmp_path, 2)
+    since = time.monotonic()
+    assert ended(running) == [1, 1] and time.monotonic() - since < 60
+    log = next(tmp_path.rglob(f"run.{rank}.log" if rank else "run.log"))
+    said = running[rank].err.splitlines()[-1]
+    assert "network fails: " in said and said.endswith(f"trace is in {log}")
+    assert "Traceback" in log.read_text() and f"{name}.py" in log.read_text()
+    assert sum(process.err.count("error: ") for process in running) == 1
+    if rank:
+        found = f"process 1 of 2 failed first; the trace is in {log}"
+        assert found in running[0].err and found in (log.parent / "run.log").read_text()
+    else:
+        assert not list(tmp_path.rglob("run.1.log")) and running[1].err == ""
+
+
 def test_a_mistake_that_all_see_is_said_once(tmp_path: Path, job: Changes) -> None:
     command = ["compress", pico.job(tmp_path, job | {"calibration.num_sequences": 9999})]
     running = start_many([*command, "-q"], tmp_path, 3)

@@ -67,8 +67,7 @@ class RecoverStage(Stage[Recovered]):
 
     def __init__(self, plan: Plan, work: WorkDirectory, factors: str) -> None:
         self.sequences = training_data(plan)
-        folder = f"{RECOVERED}/{_fingerprint(plan, self.sequences)}"
-        super().__init__(work, folder, [*plan.units, SUMMARY])
+        super().__init__(work, recovered_folder(plan), [*plan.units, SUMMARY])
         self.plan, self.factors = plan, factors
 
     @property
@@ -268,10 +267,11 @@ def _own_weight(part: nn.Module) -> nn.Parameter:
     return part.get_parameter("weight")
 
 
-def _fingerprint(plan: Plan, sequences: Sequences) -> str:
-    """Returns the digest of what a training depends on."""
+def recovered_folder(plan: Plan) -> str:
+    """Returns the stage of the work directory for all that a training depends on."""
     asked = to_dict(plan.config)["recover"]
-    return digest([plan.factors_fingerprint, asked, sequences.sha256])[:16]
+    sha256 = training_data(plan).sha256
+    return f"{RECOVERED}/{digest([plan.factors_fingerprint, asked, sha256])[:16]}"
 
 
 def _summary(training: Training, objective: OutputDivergence) -> Recovery:
