@@ -33,6 +33,8 @@ def joined() -> Iterator[Processes]:
     if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
+    # torch would write a trace of C++ for a lost connection, which lrc answers in a sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from lrc_cli.runtime.torchrun import Group
 
     group = Group()

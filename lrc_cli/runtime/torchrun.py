@@ -80,13 +80,13 @@ class Group(Processes):
             raise LostProcess(self.rank, self.size, self._first_to_fail()) from error
 
     def _first_to_fail(self) -> int | None:
-        """The rank of the process that said first that it fails; None: no other has said so."""
-        try:
-            if not self.store.check([FAILED]):
-                return None
-            return int(self.store.get(FAILED).decode().split()[0])
-        except RuntimeError:  # the store is gone with the process or the machine that held it
+        """The rank of the process that said first that it fails; None: no other has said so.
+
+        Only the first process asks: the store is its own, and it alone tells the user.
+        """
+        if not self.is_first or not self.store.check([FAILED]):
             return None
+        return int(self.store.get(FAILED).decode().split()[0])
 
     def failed(self, error: BaseException) -> int | None:
         """Tell the others that this process ends with an error.

@@ -120,7 +120,7 @@ OUTPUTS = {
         output="other.txt",
         made={"other.txt": "words"},
         changes={"evaluation": [{"name": "held", "path": "other.txt"}]},
-        said="the data of evaluation 'held' itself",
+        said="the data of evaluation.0.path itself",
     ),
     "the data of the certification": Case(
         output="other.txt",
