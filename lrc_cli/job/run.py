@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from lrc_cli.checkpoint.output_directory import output_directory
@@ -25,22 +24,17 @@ from lrc_cli.job.output.finish import finish_output
 from lrc_cli.job.output.write import write_checkpoint
 from lrc_cli.job.plan import Plan, make_plan, with_config
 from lrc_cli.job.recover.measured import has_factors
-from lrc_cli.job.recover.stage import (
-    RecoverStage,
-    check_recover,
-    read_recovery,
-    recovered_folder,
-)
+from lrc_cli.job.recover.stage import RecoverStage, check_recover, own_stages, read_recovery
 from lrc_cli.job.spectra.allocate import allocate, check_reachable
 from lrc_cli.job.spectra.measured import MeasuredStage, measured_storages
 from lrc_cli.job.spectra.survey import SpectraStage, dense_reasons, read_predicted
 from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
-from lrc_cli.job.work import FAILURES, LOG, PASSING, SHARED, DamagedUnit, WorkDirectory
+from lrc_cli.job.work import PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
 from lrc_cli.report.shortfalls import data_shortfalls
-from lrc_cli.runtime.processes import ALONE, LostProcess, Processes
-from lrc_cli.runtime.progress import Progress, Seconds, failure_logged
+from lrc_cli.runtime.processes import ALONE, Processes
+from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.runtime.signals import Interrupted
 
 ATTEMPTS = 3
@@ -101,33 +95,15 @@ def compress_each(
             processes,
             check_inputs=first.inputs.check_checkpoint,
         ) as work,
-        _logged(work.root, processes, progress),
+        work.logged(progress),
     ):
         _say_what_is_read(first, progress)
         if restart:
-            own = [stage for x in plans for stage in (x.factors_stage, recovered_folder(x))]
-            work.drop([*PASSING, *SHARED, *own])
+            work.drop([*PASSING, *SHARED, *(stage for x in plans for stage in own_stages(x))])
         for plan in plans:
             # The seconds of the checks are counted once, with the first plan.
             seconds = checks.timing if plan is first else {}
             yield _run_stages_and_write(plan, work, seconds, force=force, progress=progress)
-
-
-@contextmanager
-def _logged(root: Path, processes: Processes, progress: Progress) -> Iterator[None]:
-    """A context in which the first process logs everything, and each other one its failure."""
-    if not processes.is_first:
-        with failure_logged(root / FAILURES.format(rank=processes.rank)):
-            yield
-        return
-    with progress.logged(root / LOG):
-        try:
-            yield
-        except LostProcess as error:
-            file = root / FAILURES.format(rank=error.first)
-            where = f"; the trace is in {file}" if file.exists() else ""
-            progress.note(f"{error.message}{where}")
-            raise
 
 
 @contextmanager

@@ -21,8 +21,9 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,7 +37,8 @@ from lrc_cli.reading import read_json
 from lrc_cli.runtime.files import canonical_json, sync_directory, tensor_bytes, write_json
 from lrc_cli.runtime.lock import lock_file
 from lrc_cli.runtime.places import replacing
-from lrc_cli.runtime.processes import ALONE, Processes
+from lrc_cli.runtime.processes import ALONE, LostProcess, Processes
+from lrc_cli.runtime.progress import Progress, failure_logged
 
 Tensors = dict[str, torch.Tensor]
 WHOLE, UNIT, SUFFIX = "network", "unit", ".safetensors"
@@ -154,6 +156,25 @@ class WorkDirectory:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    @contextmanager
+    def logged(self, progress: Progress) -> Iterator[None]:
+        """A context in which the first process logs everything, and each other one its failure.
+
+        If another process fails, the first one says where the trace is.
+        """
+        if not self.processes.is_first:
+            with failure_logged(self.root / FAILURES.format(rank=self.processes.rank)):
+                yield
+            return
+        with progress.logged(self.root / LOG):
+            try:
+                yield
+            except LostProcess as error:
+                file = self.root / FAILURES.format(rank=error.first)
+                where = f"; the trace is in {file}" if file.exists() else ""
+                progress.note(f"{error.message}{where}")
+                raise
 
     def _file(self, stage: str, unit: str) -> Path:
         return self.root / stage / f"{unit or WHOLE}{SUFFIX}"

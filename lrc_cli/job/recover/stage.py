@@ -67,7 +67,7 @@ class RecoverStage(Stage[Recovered]):
 
     def __init__(self, plan: Plan, work: WorkDirectory, factors: str) -> None:
         self.sequences = training_data(plan)
-        super().__init__(work, recovered_folder(plan), [*plan.units, SUMMARY])
+        super().__init__(work, _recovered_folder(plan), [*plan.units, SUMMARY])
         self.plan, self.factors = plan, factors
 
     @property
@@ -267,7 +267,12 @@ def _own_weight(part: nn.Module) -> nn.Parameter:
     return part.get_parameter("weight")
 
 
-def recovered_folder(plan: Plan) -> str:
+def own_stages(plan: Plan) -> tuple[str, str]:
+    """Returns the stages that belong to one size: the factors, and the trained factors."""
+    return plan.factors_stage, _recovered_folder(plan)
+
+
+def _recovered_folder(plan: Plan) -> str:
     """Returns the stage of the work directory for all that a training depends on."""
     asked = to_dict(plan.config)["recover"]
     sha256 = training_data(plan).sha256
