@@ -37,7 +37,8 @@ hand, a second one does not.
 Every command that fails ends with one sentence on standard error. A job may run code that is not
 lrc's: a factory, a network, code of the checkpoint. Whatever this code raises, also `SystemExit`
 and `KeyboardInterrupt`, is a failure of the job, and the sentence names the factory or the module.
-`run.log` in the work directory has the whole text and the trace. With the environment variable
+`run.log` in the work directory has the whole text and the trace. Of several processes, the failure
+of process N is in `run.N.log`. With the environment variable
 `LRC_TRACE=1` every command also shows the trace on standard error.
 
 A line is cut in the middle if it has more than 2,000 characters. Control characters of names and
