@@ -72,7 +72,7 @@ def _known(resolved: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
     found = {}
     for key, value in resolved.items():
         there = recorded.get(key)
-        if key in recorded or key == "num_sequences":
+        if key in recorded or (key == "num_sequences" and value is not None):
             is_section = isinstance(value, Mapping) and isinstance(there, Mapping)
             found[key] = _known(value, there or {}) if is_section else value
     return found

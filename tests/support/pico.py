@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
     def forward(self, x, attention_mask):
         scores = self.query(x) @ self.key(x).mT / 5
-        scores = scores.masked_fill(attention_mask[:, None, :] == 0, -1e9)
+        scores = scores.masked_fill(attention_mask[:, None, :] == 0, torch.finfo(scores.dtype).min)
         return self.out(scores.softmax(-1) @ self.value(x))
 
 
