@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "compress":
-        from lrc_cli.job.run import compress
+        from lrc_cli.job.library import compress
 
         return compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,10 +45,12 @@ from lrc_cli.network.missing import (
 from lrc_cli.network.recurrent import unroll
 from lrc_cli.network.size_guard import bounded_building, check_counts, check_lists
 from lrc_cli.network.tensor_checks import check_copies, check_keys
-from lrc_cli.runtime.strangers import contained
+from lrc_cli.runtime.places import check_name
+from lrc_cli.runtime.strangers import answering_with, contained
 from lrc_cli.text import named
 
 
+@answering_with(InputError)
 def load(
     path: str | os.PathLike[str],
     *,
@@ -78,7 +80,7 @@ def load(
         InputError: the path or the factory is missing, or tensors do not fit the module.
     """
     place, dtype = _device(device), _dtype(dtype)
-    source = open_source(Path(path), factorised=True)
+    source = open_source(_path(path), factorised=True)
     model = load_source(source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code)
     # With a dtype, `Module.to` leaves integers alone. Without a dtype and with the same device, it
     # copies nothing.
@@ -136,11 +138,22 @@ def _unwrapped(source: Source, model: nn.Module) -> Source:
     return source.renamed(unwrapped_names(shapes, lambda keys: places(model, keys)))
 
 
+def _path(path: str | os.PathLike[str]) -> Path:
+    try:
+        found = Path(path)
+    except TypeError as error:
+        raise InputError(f"{path!r:.80} is no path", "give a text or a pathlib.Path") from error
+    check_name("path", found)
+    return found
+
+
 def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device} is not a device", "use cpu, cuda or cuda:0") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{str(device)[:80]} is not a device", "use cpu, cuda or cuda:0"
+        ) from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -148,7 +161,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found is None and dtype is None:
         return None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"{dtype} is not a floating dtype", "use float32, bfloat16 or float16")
+        raise InputError(
+            f"{str(dtype)[:80]} is not a floating dtype", "use float32, bfloat16 or float16"
+        )
     return found
 
 

@@ -60,3 +60,26 @@ def blaming_input(cause: str, remedy: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise InputError(f"{cause}: {named(error)}", remedy) from error
+
+
+@contextmanager
+def answering_with(kind: type[LrcError]) -> Iterator[None]:
+    """A context, and a decorator, for what programs call: all failures are errors of lrc's own.
+
+    Signals and the end of memory stay what they are.
+
+    Args:
+        kind: the error that whatever nobody has foreseen becomes.
+
+    Raises:
+        LrcError: the code raised anything else.
+    """
+    try:
+        with contained():
+            yield
+    except LrcError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise kind(named(error), "see the trace of its cause") from error
