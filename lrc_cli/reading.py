@@ -5,10 +5,12 @@ before anything is read. JSON has a bounded depth and bounded numbers, no text t
 hold, and no key with two values.
 """
 
+import errno
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ JSON_CONTAINERS = 2_000_000
 """The most objects and lists of a JSON file, which take more memory than their text."""
 JSON_DEPTH = 100
 """The most lists and objects within one another."""
+HOLE_BYTES, HOLE_TIMES = 1_000_000_000, 10
+"""A file is refused that has more bytes than the first number and than the second number times what
+lies on the disk: the rest are holes, which would be read for hours as zeros."""
 DIGITS = 100
 """The most digits of a whole number. Python's float holds any number of so many digits."""
 RESTORE = "restore the file"
@@ -68,7 +73,7 @@ def open_regular(path: Path) -> BufferedReader:
     """A regular file, opened for reading. Opening never waits, whatever takes the file's place.
 
     Raises:
-        InputError: as `file_size`, or the file cannot be opened.
+        InputError: as `file_size`, the file cannot be opened, or nearly all of it are holes.
     """
     file_size(path)  # opening some devices has an effect by itself
     try:
@@ -76,8 +81,37 @@ def open_regular(path: Path) -> BufferedReader:
         handle = os.fdopen(descriptor, "rb")
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    _checked(path, os.fstat(handle.fileno()))
+    size = _checked(path, os.fstat(handle.fileno()))
+    if size > HOLE_BYTES and HOLE_TIMES * _held(handle.fileno(), size) < size:
+        handle.close()
+        raise InputError(
+            f"{path}: nearly all of its {size:,} bytes are holes, which hold nothing",
+            "copy it again, its transfer was not finished",
+        )
     return handle
+
+
+def check_regular(path: Path) -> None:
+    """Raises InputError as `open_regular`; for files that a library opens by their names."""
+    open_regular(path).close()
+
+
+def files_below(path: Path, most: int) -> Iterator[Path]:
+    """Yields all but the directories in a directory and below; links to directories do not count.
+
+    Args:
+        most: the most files that there may be.
+
+    Raises:
+        InputError: there are more.
+    """
+    seen = 0
+    for folder, _, names in os.walk(path):
+        seen += len(names)
+        if seen > most:
+            cause = f"{path}: more than {most:,} files lie in it and in its folders"
+            raise InputError(cause, "give the folder that holds nothing else")
+        yield from (Path(folder, name) for name in names)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -213,6 +247,21 @@ def _checked(path: Path, found: os.stat_result) -> int:
     if kind is not None:
         raise InputError(f"{path}: is {kind}", "give the file itself, a regular file")
     return found.st_size
+
+
+def _held(descriptor: int, size: int) -> int:
+    """The bytes of an open file that are no holes; no more are counted than make a file whole."""
+    held = place = 0
+    try:
+        while place < size and HOLE_TIMES * held < size:
+            start = os.lseek(descriptor, place, os.SEEK_DATA)
+            place = os.lseek(descriptor, start, os.SEEK_HOLE)
+            held += place - start
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # ENXIO: nothing but a hole is left
+            held = size  # the file system knows of no holes
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return held
 
 
 def _too_large(path: Path, size: int, most: int) -> InputError:

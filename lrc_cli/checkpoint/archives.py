@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lrc_cli.errors import InputError
-from lrc_cli.reading import file_size, open_regular
+from lrc_cli.reading import check_regular, file_size, open_regular
 
 PICKLE_BYTES = 32_000_000
 """The most bytes of the pickle that describes the tensors."""
@@ -29,7 +29,7 @@ def record_names(file: Path) -> list[str] | None:
     Raises:
         InputError: the file is no regular file, or no archive that can be read.
     """
-    file_size(file)
+    check_regular(file)
     if not zipfile.is_zipfile(file):
         return None
     with _opened(file) as archive:
@@ -45,6 +45,46 @@ def check_archive(file: Path) -> None:
     """
     with _opened(file) as archive:
         _check_records(file, archive)
+
+
+def check_old(file: Path) -> None:
+    """Checks a file that torch.save wrote before torch 1.6: the storages lie behind the pickle.
+
+    torch leaves storages as they are that the list behind the pickle does not name: their numbers
+    are whatever lay in memory.
+
+    Raises:
+        InputError: a storage is missing, or shorter or longer than the pickle says.
+    """
+    size = file_size(file)
+    try:
+        with open_regular(file) as handle:
+            for _ in range(3):  # a magic number, a version and the machine
+                _StorageReader(handle).load()
+            reader = _StorageReader(handle)
+            reader.load()
+            for key in _StorageReader(handle).load():
+                count = int.from_bytes(handle.read(8), "little", signed=True)
+                _check_storage(file, key, reader.storages.pop(key), count * reader.items[key])
+                handle.seek(count * reader.items[key], 1)
+            end = handle.tell()
+    except InputError:
+        raise
+    # On a file that torch.save did not write, the unpickler fails in any way.
+    except Exception as error:
+        cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
+        raise InputError(cause, COPY_AGAIN) from error
+    for key, num_bytes in reader.storages.items():
+        _check_storage(file, key, num_bytes, None)
+    if end > size:
+        raise InputError(f"{file}: its storages end behind its {size:,} bytes", COPY_AGAIN)
+
+
+def _check_storage(file: Path, key: str, needed: int, found: int | None) -> None:
+    if found != needed:
+        what = "missing" if found is None else f"{found:,} bytes long"
+        cause = f"{file}: the record data/{key} is {what}, and {needed:,} bytes are needed"
+        raise InputError(cause, COPY_AGAIN)
 
 
 @contextmanager
@@ -104,11 +144,7 @@ def _check_records(file: Path, archive: zipfile.ZipFile) -> None:
         storages = _storages(pickled)
     for key, num_bytes in storages.items():
         record = records.get(f"{stem}data/{key}")
-        found = None if record is None else record.file_size
-        if found != num_bytes:
-            what = "missing" if found is None else f"{found:,} bytes long"
-            cause = f"{file}: the record data/{key} is {what}, and {num_bytes:,} bytes are needed"
-            raise InputError(cause, COPY_AGAIN)
+        _check_storage(file, key, num_bytes, None if record is None else record.file_size)
 
 
 def _storages(pickled: Any) -> dict[str, int]:
@@ -165,13 +201,17 @@ class _StorageReader(pickle._Unpickler):
     def __init__(self, pickled: Any) -> None:
         super().__init__(pickled)
         self.storages: dict[str, int] = {}
+        """The bytes of each storage."""
+        self.items: dict[str, int] = {}
+        """The bytes of an entry of each storage."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _STORAGES.get(name, _Inert)
 
     def persistent_load(self, pid: Any) -> Any:
-        _, kind, key, _, count = pid
+        _, kind, key, _, count, *_ = pid
         size = count * kind.item_bytes
+        self.items[str(key)] = kind.item_bytes
         if self.storages.setdefault(str(key), size) != size:
             raise pickle.UnpicklingError(f"two sizes of the record {key}")
         return _Inert()

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_file
 from lrc_cli.errors import InputError
-from lrc_cli.reading import file_size, open_regular, parse_json
+from lrc_cli.reading import check_regular, open_regular, parse_json
 
 FORMAT_VERSION = 1
 """The on-disk format that this version writes, and the newest format that this version reads."""
@@ -66,7 +66,7 @@ def open_tensors(file: str | Path) -> Any:
     Raises:
         InputError: the file is missing, truncated or not safetensors.
     """
-    file_size(Path(file))
+    check_regular(Path(file))
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:

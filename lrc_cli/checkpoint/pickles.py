@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrc_cli.checkpoint.archives import check_archive, check_storages, record_names
+from lrc_cli.checkpoint.archives import check_archive, check_old, check_storages, record_names
 from lrc_cli.checkpoint.choice import check_index
 from lrc_cli.checkpoint.foreign import explain_file
 from lrc_cli.checkpoint.headers import TensorInfo, check_name, differ, has_same_bytes
@@ -128,6 +128,8 @@ def load_pickle(file: Path) -> Any:
             raise known from error
         cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
         raise InputError(cause, "copy it again, it may be truncated") from error
+    if names is None:
+        check_old(file)
     return found
 
 

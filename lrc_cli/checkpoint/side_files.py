@@ -27,6 +27,7 @@ from lrc_cli.checkpoint.headers import file_headers
 from lrc_cli.checkpoint.pickles import load_pickle
 from lrc_cli.checkpoint.wrapped import bare
 from lrc_cli.errors import InputError
+from lrc_cli.reading import files_below
 
 Shapes = Mapping[str, tuple[int, ...]]
 NO_SHAPES: Shapes = {}
@@ -56,6 +57,8 @@ TRAINING_KEYS = frozenset(
 )  # fmt: skip
 """Keys that tell a training state among the files of torch.save."""
 
+MOST_SIDE_FILES = 100_000
+"""The most files in a checkpoint's directory and below."""
 LARGE = 1 << 28
 """Bytes from which on a file that cannot be mapped is not looked into."""
 
@@ -157,8 +160,13 @@ class SideFiles:
 
 
 def _files_below(path: Path, used: Collection[Path]) -> dict[Path, Path]:
-    """Returns the other files in a directory and the folders in it, sorted, with their names."""
-    files = (file for file in sorted(path.rglob("*")) if file not in used and file.is_file())
+    """Returns the other files in a directory and the folders in it, sorted, with their names.
+
+    Raises:
+        InputError: there are more than `MOST_SIDE_FILES`.
+    """
+    below = sorted(files_below(path, MOST_SIDE_FILES))
+    files = (file for file in below if file not in used and file.is_file())
     return {file: file.relative_to(path) for file in files}
 
 

@@ -1,6 +1,7 @@
 """The config of a job: strict YAML with positions in, frozen dataclasses out."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from lrc_cli.config.canonical import config_hash, to_dict, to_yaml, yaml_text
@@ -29,6 +30,7 @@ from lrc_cli.config.tree import (
     plain_values,
     set_value,
 )
+from lrc_cli.errors import InputError
 from lrc_cli.reading import read_utf8
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Output",
     "Recover",
     "Runtime",
+    "check_written",
     "config_hash",
     "json_schema",
     "load_config",
@@ -70,6 +73,34 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     text = read_utf8(path, CONFIG_BYTES, "utf-8-sig")
     return parse_config(text, str(path), overrides)
+
+
+def check_written(config: Config) -> None:
+    """Raises InputError for a config that lrc could not read again where it has written it out.
+
+    Every override has all of its keys there, so the written config is longer than the given one.
+    """
+    text = to_yaml(config)
+    problem = _reading_problem(text)
+    if problem is not None:
+        entries = len(config.compression.layers)
+        raise InputError(
+            f"the config takes {len(text.encode()):,} bytes with all keys of its {entries:,}"
+            f" entries in compression.layers written out, and {problem}",
+            "give fewer entries: one pattern can stand for many layers",
+        )
+
+
+@lru_cache(maxsize=16)  # a long config takes seconds, and is checked several times
+def _reading_problem(text: str) -> str | None:
+    """Returns why lrc does not read a text as a config; None: it does."""
+    if len(text.encode()) > CONFIG_BYTES:
+        return f"at most {CONFIG_BYTES:,} are read"
+    try:
+        parse_config(text, "lrc.yaml")
+    except InputError as error:
+        return error.message.partition("\n")[0]
+    return None
 
 
 def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:

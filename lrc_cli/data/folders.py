@@ -4,8 +4,10 @@ The checkpoint's processor prepares the file. A text beside a file (dog.txt for 
 caption or transcript, for networks that take a text.
 """
 
+import os
+import warnings
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,25 @@ from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.data.special_tokens import token_ids
 from lrc_cli.errors import InputError
-from lrc_cli.reading import check_file_name
+from lrc_cli.reading import check_file_name, file_size, open_regular
 from lrc_cli.runtime.strangers import blaming_input
 from lrc_cli.text import named
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 
+SUFFIXES = IMAGES | AUDIO | {".txt"}
+
+DECODERS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""The kinds of images that are decoded, whatever a file is called. Pillow runs other programs on
+some kinds."""
+MOST_PIXELS = 89_478_485
+"""The most pixels of an image, from which on Pillow speaks of a bomb."""
+MOST_SAMPLES = 1 << 28
+"""The most samples of a recording, of all channels together: four hours of 16,000 a second."""
+MOST_OTHERS, OTHERS_TIMES = 100_000, 10
+"""A folder has more files of other kinds than the first number, and than the second number times
+its images and recordings, only if it is the wrong one."""
 UNKNOWN_LENGTH = 0x7FFF0000
 """From so many bytes on, a header states that nobody knows how many there are."""
 REPLACE = "remove or replace it"
@@ -74,14 +88,15 @@ def read_folder(path: Path, processors: Processors) -> Files:
     Raises:
         InputError: there are neither, or both; or the checkpoint has no processor for them.
     """
-    inside = [(file, file.relative_to(path)) for file in path.rglob("*")]
-    visible = [f for f, name in inside if not any(part.startswith(".") for part in name.parts)]
+    visible = list(visible_files(path))
     for file in visible:
         check_file_name(file)
     images, audio = (
-        sorted(file for file in visible if file.suffix.lower() in kind and file.is_file())
+        sorted(file for file in visible if file.suffix.lower() in kind and not file.is_dir())
         for kind in (IMAGES, AUDIO)
     )
+    for file in (*images, *audio):
+        file_size(file)
     if images and audio:
         cause = f"{path}: holds images ({images[0].name}) and recordings ({audio[0].name})"
         raise InputError(cause, "give folders of one kind")
@@ -91,6 +106,26 @@ def read_folder(path: Path, processors: Processors) -> Files:
         return Files(paths=audio, prepare=_recordings(processors), processors=processors)
     known = ", ".join(sorted(IMAGES | AUDIO))
     raise InputError(f"{path}: the folder has no image and no recording", f"use {known}")
+
+
+def visible_files(path: Path) -> Iterator[Path]:
+    """Yields the files in a folder and below of which no part of the name begins with a dot.
+
+    Raises:
+        InputError: far more of them are of other kinds than images and recordings.
+    """
+    kept = others = 0
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                continue
+            is_kept = os.path.splitext(name)[1].lower() in SUFFIXES
+            kept, others = kept + is_kept, others + (not is_kept)
+            yield Path(folder, name)
+        if others > MOST_OTHERS and others > OTHERS_TIMES * kept:
+            cause = f"{path}: holds more than {MOST_OTHERS:,} files that are no data"
+            raise InputError(cause, "give the folder that holds the images or the recordings alone")
 
 
 def _taken(inputs: Batch, processors: Processors) -> Batch:
@@ -126,11 +161,17 @@ def _open_image(path: Path) -> Any:
             f"{path}: Pillow is needed to read images", "pip install 'lrc-cli[images]'"
         ) from error
     try:
-        with Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            open_regular(path) as file,
+            Image.open(file, formats=DECODERS) as image,
+        ):
             _check_pixels(path, image)
             return image.convert("RGB")
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(path) from error
     # Decoders of damaged files raise many kinds of errors beside OSError.
     except Exception as error:
         cause = f"{path}: cannot be read as an image ({named(error)})"
@@ -140,6 +181,8 @@ def _open_image(path: Path) -> Any:
 def _check_pixels(path: Path, image: Any) -> None:
     """Raises InputError for an image that shows nothing, or that 8 bits a colour cannot hold."""
     width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _too_many_pixels(path)
     if min(width, height) < 2:
         raise InputError(f"{path}: has {width} x {height} pixels", REPLACE)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -150,6 +193,10 @@ def _check_pixels(path: Path, image: Any) -> None:
                 " with 8 bits a colour",
                 "scale it to 0 ... 255 and write it again, or give model inputs as .npz",
             )
+
+
+def _too_many_pixels(path: Path) -> InputError:
+    return InputError(f"{path}: has more than {MOST_PIXELS:,} pixels", "make it smaller")
 
 
 # ---------------------------------------------------------------- recordings
@@ -199,11 +246,21 @@ def read_audio(path: Path) -> tuple[np.ndarray, int]:
             f"{path}: soundfile is needed to read it", "pip install 'lrc-cli[audio]'"
         ) from error
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with open_regular(path), soundfile.SoundFile(path) as file:
+            _check_length(path, file.frames * file.channels)
+            samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    except InputError:
+        raise
     except (soundfile.LibsndfileError, OSError) as error:
         cause = f"{path}: cannot be read as a recording ({named(error)})"
         raise InputError(cause, REPLACE) from error
     return samples.mean(axis=1), int(rate)
+
+
+def _check_length(path: Path, samples: int) -> None:
+    if samples > MOST_SAMPLES:
+        cause = f"{path}: has {samples:,} samples, and at most {MOST_SAMPLES:,} are read"
+        raise InputError(cause, "cut the recording into shorter ones")
 
 
 def _check_whole(path: Path) -> None:
@@ -211,8 +268,8 @@ def _check_whole(path: Path) -> None:
 
     A program that writes into a pipe states the largest number, because it knows none.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = file_size(path)
+    with open_regular(path) as file:
         if file.read(4) != b"RIFF":
             return
         file.seek(12)
@@ -243,7 +300,10 @@ def _read_wave(path: Path) -> tuple[np.ndarray, int] | None:
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
+            # Some headers state more than there is, because their writers did not know.
+            frames = min(file.getnframes(), file_size(path) // (width * channels))
+            _check_length(path, frames * channels)
+            data = np.frombuffer(file.readframes(frames), dtype=np.uint8)
     except (wave.Error, EOFError):
         return None
     whole = data[: len(data) // (width * channels) * width * channels].reshape(-1, width)

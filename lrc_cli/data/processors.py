@@ -1,5 +1,6 @@
 """The tokenizer and the image and audio processors of a checkpoint are opened here."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,19 +10,25 @@ from typing import Any
 from torch import nn
 
 from lrc_cli.checkpoint.foreign import explain_file
+from lrc_cli.checkpoint.read_by_others import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    check_read_by_others,
+)
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import Decoder, find_decoder, takes
-from lrc_cli.errors import InputError
+from lrc_cli.errors import InputError, LrcError
 from lrc_cli.runtime.strangers import contained
 from lrc_cli.text import named
 
-TOKENIZER_FILES = (
+SIGNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
     "tokenizer.model",
     "vocab.json",
 )
+"""Files of which one at least is there if there is a tokenizer."""
 
 
 PACKAGES = re.compile(
@@ -62,16 +69,19 @@ class Processors:
 
     def _open(self, what: str, open_: Callable[..., Any]) -> Any:
         names = ("preprocessor_config.json", "processor_config.json")
-        if self.path is None or not any((self.path / name).exists() for name in names):
+        if self.path is None or not any(os.path.lexists(self.path / name) for name in names):
             raise InputError(
                 f"{self.path or 'the checkpoint'}: has no processor for {what}",
                 f"put its {names[0]} beside the weights, or give model inputs as .npz",
             )
         try:
+            check_read_by_others(self.path, PROCESSOR_FILES)
             with contained():
                 return open_(
                     self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
+        except LrcError:
+            raise
         except Exception as error:  # whatever a processor's own code raises
             raise InputError(
                 f"{self.path}: the processor for {what} cannot be opened ({named(error)[:150]})",
@@ -85,7 +95,7 @@ def open_processors(
     """The processors of a checkpoint, for its module.
 
     Raises:
-        InputError: the tokenizer cannot be opened.
+        InputError: the tokenizer cannot be opened, or one of its files is not read.
     """
     return Processors(
         tokenizer=open_tokenizer(source, trust_remote_code=trust_remote_code),
@@ -100,17 +110,18 @@ def open_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's own tokenizer, or None where the checkpoint has none."""
     if source.config is None:
         return None
-    if not any((source.path / name).exists() for name in TOKENIZER_FILES):
+    if not any(os.path.lexists(source.path / name) for name in SIGNS):
         return None
     from transformers import AutoTokenizer
 
+    check_read_by_others(source.path, TOKENIZER_FILES)
     try:
         with contained():
             return AutoTokenizer.from_pretrained(
                 source.path, trust_remote_code=trust_remote_code, local_files_only=True
             )
     except Exception as error:  # the package tokenizers raises bare exceptions
-        pointers = (explain_file(source.path / name) for name in TOKENIZER_FILES)
+        pointers = (explain_file(source.path / name) for name in SIGNS)
         known = next((pointer for pointer in pointers if pointer is not None), None)
         if known is not None:
             raise known from error

@@ -9,19 +9,21 @@ import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from lrc_cli.data.parquet import column_names, values_of
 from lrc_cli.errors import InputError
-from lrc_cli.reading import parse_json
+from lrc_cli.reading import check_size, open_regular, parse_json
 
 Record = tuple[str, Any]
 """The place of a record, as "FILE:LINE", and the value of the field."""
 CHUNK = 1 << 18
 """Characters of a text, or bytes of a file, that are read at once."""
-ROWS = 256
-"""Rows of a .parquet that are read at once."""
-
+MOST_IN_RECORD = 64_000_000
+"""The most characters of a record, which is held in memory whole."""
+SPLIT = "write it as several records"
 
 ONE_A_LINE = "jq -c '.[]' OLD.json > NEW.jsonl"
 """The command that writes the records of a JSON array one a line."""
@@ -39,14 +41,15 @@ def stream_text(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, whole. Raises InputError as `stream_text` does."""
+    """The text of a UTF-8 file, whole. Raises InputError as `stream_text` does, or for its size."""
+    check_size(path, MOST_IN_RECORD)
     return "".join(stream_text(path))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with open_regular(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -62,7 +65,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 def _first_invalid_line(path: Path) -> int:
     """The number of the first line that is not UTF-8; a decoder knows only the place in a chunk."""
     decoder, line = getincrementaldecoder("utf-8")(), 1
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             try:
                 decoder.decode(chunk)
@@ -82,13 +85,52 @@ def read_records(path: Path, field: str) -> Iterator[Record]:
     return _READERS[path.suffix](path, field)
 
 
+class _Lines:
+    """The lines of a file, which counts the characters of the record that is being read.
+
+    Only "\\n" ends a line: `splitlines` would also cut at U+2028, which JSON may contain.
+    """
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._number = self._length = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(MOST_IN_RECORD + 1)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        self._length += len(line)
+        if self._length > MOST_IN_RECORD:
+            raise _too_long(self.place)
+        return line
+
+    @property
+    def place(self) -> str:
+        """The file with the number of the last line."""
+        return f"{self._path}:{self._number}"
+
+    def begin_record(self) -> None:
+        """The next line begins another record."""
+        self._length = 0
+
+
+def _too_long(place: str) -> InputError:
+    cause = f"{place}: a record of more than {MOST_IN_RECORD:,} characters"
+    return InputError(cause, f"{SPLIT}, or give the text as a .txt, which has no limit")
+
+
 def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
     with _opened(path) as file:
-        # Only "\n" ends a record: `splitlines` would also cut at U+2028, which JSON may contain.
-        for number, line in enumerate(file, start=1):
+        lines = _Lines(path, file)
+        for line in lines:
+            lines.begin_record()
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            place = lines.place
             try:
                 row = parse_json(line, place)
             except InputError as error:
@@ -102,13 +144,15 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default cuts off at 128 KiB
     with _opened(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        lines = _Lines(path, file)
+        reader = csv.DictReader(lines, strict=True)
         try:
             if (reader.fieldnames or []).count(field) > 1:
                 cause = f"{path}:1: two columns are called {field!r}"
                 raise InputError(cause, "rename one of them, or leave one out")
             for row in reader:
-                place = f"{path}:{reader.line_num}"
+                lines.begin_record()
+                place = lines.place
                 yield place, _value(place, row, field)
         except csv.Error as error:
             # A DictReader counts the lines of whole records only.
@@ -117,25 +161,12 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(
-            f"{path}: pyarrow is needed to read .parquet", "pip install 'lrc-cli[parquet]'"
-        ) from error
-    try:
-        # Without a buffer of its own size, pyarrow reads a row group of the column at once.
-        with parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
-            if field not in file.schema_arrow.names:
-                raise _lacks(str(path), field, dict.fromkeys(file.schema_arrow.names))
-            batches = file.iter_batches(ROWS, columns=[field], use_threads=False)
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            for number, value in enumerate(values, start=1):
-                place = f"{path}: record {number}"
-                yield place, _value(place, {field: value}, field)
-    except (ArrowException, OSError) as error:
-        cause = f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})"
-        raise InputError(cause, "write it again") from error
+    names = column_names(path)
+    if field not in names:
+        raise _lacks(str(path), field, dict.fromkeys(names))
+    for number, value in enumerate(values_of(path, field, MOST_IN_RECORD), start=1):
+        place = f"{path}: record {number}"
+        yield place, _value(place, {field: value}, field)
 
 
 def _value(place: str, row: Any, field: str) -> Any:

@@ -12,7 +12,7 @@ from lrc_cli.checkpoint.headers import DTYPES
 from lrc_cli.data.kinds import NO_FINDINGS, Batch, Findings
 from lrc_cli.data.npz import read_npz
 from lrc_cli.errors import InputError
-from lrc_cli.reading import file_size
+from lrc_cli.reading import check_regular
 from lrc_cli.text import named
 
 
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _read_safetensors(path: Path) -> Batch:
-    file_size(path)
+    check_regular(path)
     try:
         tensors = load_file(path)
     except Exception as error:  # of dtypes that torch lacks, load_file raises others

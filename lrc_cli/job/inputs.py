@@ -7,16 +7,19 @@ every unit that is stored and before an output is published.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from lrc_cli.checkpoint.side_files import MOST_SIDE_FILES
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config
+from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
 from lrc_cli.errors import RunError
 from lrc_cli.network.factories import source_file
+from lrc_cli.reading import files_below
 from lrc_cli.runtime.processes import Processes
 
 CACHE = "__pycache__"
@@ -65,9 +68,13 @@ def _state(file: Path) -> State | None:
 
 
 def states_before(config: Config) -> States:
-    """Returns the states of all files that a config may read, before any of them is read."""
+    """Returns the states of all files that a config may read, before any of them is read.
+
+    Raises:
+        InputError: a folder holds so many other files that it must be the wrong one.
+    """
     path = Path(config.model.path)
-    below = path.rglob("*") if os.path.isdir(path) else [path]
+    below = files_below(path, MOST_SIDE_FILES) if os.path.isdir(path) else [path]
     return states_of([*below, *_data_files(config)])
 
 
@@ -150,16 +157,10 @@ def _data_files(config: Config) -> list[Path]:
     for path in dict.fromkeys(purpose.path for purpose in purposes_of(config)):
         # Unlike Path.is_dir, this says no where a name is too long for the system.
         if os.path.isdir(path):
-            found |= dict.fromkeys(filter(Path.is_file, _visible(path)))
+            found |= dict.fromkeys(filter(Path.is_file, visible_files(path)))
         else:
             found[path] = None
     return list(found)
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*"):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            yield file
 
 
 def _check(file: Path, before: State | None, now: State | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lrc_cli.checkpoint.output_directory import check_names_beside, names_beside, resolve_output
-from lrc_cli.config import Config
+from lrc_cli.config import Config, check_written
 from lrc_cli.errors import InputError
 from lrc_cli.job.work import FACTORS, FINGERPRINT, LOCK, LOG, PASSING, RECOVERED, SHARED
 from lrc_cli.reading import read_json
@@ -45,8 +45,11 @@ def check_places(
         junit: the JUnit file to write; None: none is written.
 
     Raises:
-        InputError: a place lies in another place, or something that lrc did not make has the name.
+        InputError: a place lies in another place, something that lrc did not make has the name, or
+            lrc could not read the config again.
     """
+    for config in configs:
+        check_written(config)
     read = _places_to_read(configs[0], config_file)
     outputs = _checked_outputs(configs, read)
     work = _checked_work_root(configs[0], [*read, *outputs])

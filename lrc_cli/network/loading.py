@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrc_cli.checkpoint.foreign import adapter_keys, unmerged
 from lrc_cli.checkpoint.headers import FLOAT_DTYPES
+from lrc_cli.checkpoint.read_by_others import MODEL_FILES, check_read_by_others
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import bare, unwrapped_names
 from lrc_cli.errors import InputError, LrcError
@@ -43,7 +44,7 @@ from lrc_cli.network.missing import (
     takes_no_pooler,
 )
 from lrc_cli.network.recurrent import unroll
-from lrc_cli.network.size_guard import bounded_building, check_counts, check_lists
+from lrc_cli.network.size_guard import bounded_building, check_counts, check_lists, check_widths
 from lrc_cli.network.tensor_checks import check_copies, check_keys
 from lrc_cli.runtime.places import check_name
 from lrc_cli.runtime.strangers import answering_with, contained
@@ -240,6 +241,8 @@ def _from_pretrained(
     path, config = source.path, source.config or {}
     model: nn.Module
     check_counts(source)
+    check_widths(source)
+    check_read_by_others(path, MODEL_FILES)
     try:
         with contained(), bounded_building(source):
             model_class = _model_class(path, config, trust_remote_code)

@@ -24,6 +24,17 @@ MOST_LAYERS = 10_000
 """So many layers may share the tensors of one."""
 LABELS, MOST_LABELS = "num_labels", 1_000_000
 """The key of which transformers makes names of classes, and the most that it may be."""
+WIDTHS = frozenset(
+    {"hidden_size", "d_model", "n_embd", "intermediate_size", "ffn_dim", "d_ff", "n_inner",
+     "encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "num_attention_heads",
+     "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
+     "num_key_value_heads", "num_kv_heads", "head_dim", "d_kv", "vocab_size", "embedding_size",
+     "max_position_embeddings", "n_positions", "type_vocab_size", "num_experts",
+     "num_local_experts", "n_routed_experts", "num_channels", "image_size", "patch_size"}
+)  # fmt: skip
+"""Keys that say a size of tensors or a number of heads, which is never below zero."""
+NEVER_ZERO = frozenset({"hidden_size", "d_model", "n_embd", "num_attention_heads", "n_head"})
+"""Keys of which a network has one at least."""
 SPARE_TENSORS, SPARE_TIMES, SPARE_NUMBERS = 20_000, 4, 200_000_000
 """The network may have so many more tensors than the files, so many times as many, and so many more
 numbers: parts may share tensors, and buffers are not stored."""
@@ -47,6 +58,19 @@ def check_counts(source: Source) -> None:
         # Some keys have -1 for "none" or "all"; a number of layers is no such key.
         if value > most or (value < 0 and name.startswith(("num_", "n_"))):
             raise InputError(f"{source.path}/config.json: {key} is {value}, and {held}", REMEDY)
+
+
+def check_widths(source: Source) -> None:
+    """Raises InputError where config.json has a width or a number of heads that no network has.
+
+    Model classes fail on such numbers without the key: by a negative dimension, by a division.
+    """
+    for key, value in _numbers(source.config or {}):
+        name = key.rpartition(".")[2]
+        least = 1 if name in NEVER_ZERO else 0
+        if name in WIDTHS and value < least:
+            cause = f"{source.path}/config.json: {key} is {value}, and must be at least {least}"
+            raise InputError(cause, REMEDY)
 
 
 def check_lists(source: Source, model: nn.Module, strays: Collection[str]) -> None:

@@ -1,6 +1,7 @@
 """A written directory is scored beside its original: quality, speed and memory."""
 
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Calibration, load_config
 from lrc_cli.data.draw import Purpose, Sequences, draw
+from lrc_cli.data.named_by_others import why_not_opened
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
@@ -76,7 +78,9 @@ def score_directory(
         wanted = _purposes(data, part, num_sequences, length, config.calibration)
         texts = draw(wanted, processors=processors, seed=config.calibration.seed)
     else:
-        drawn = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
+        wanted = purposes_of(config)
+        _check_named(directory, wanted)
+        drawn = draw(wanted, processors=processors, seed=config.calibration.seed)
         texts = {
             name: s
             for name, s in drawn.items()
@@ -110,6 +114,17 @@ def score_directory(
         "memory": peak_memory(device),
         "quality": rows,
     }
+
+
+def _check_named(directory: Path, purposes: Sequence[Purpose]) -> None:
+    """Raises InputError for data that may not be opened because only the output names them."""
+    for purpose in purposes:
+        problem = why_not_opened(purpose.path)
+        if problem is not None:
+            raise InputError(
+                f"{directory}/lrc.yaml: the data of {purpose.name}, {purpose.path}: {problem}",
+                "give data to score on with --data",
+            )
 
 
 def _purposes(

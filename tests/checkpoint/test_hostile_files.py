@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from lrc_cli.checkpoint.headers import check_table_form, parse_record
 from lrc_cli.checkpoint.source import open_source
@@ -60,7 +61,7 @@ case("name with a null", "pt", "tensor name '\\x00.weight'")(saved(**{"\0.weight
 case("name with an escape", "pt", "tensor name")(saved(**{"\x1b[2J": torch.ones(2)}))
 case("name of half a character", "pt", "tensor name '\\ud800'")(saved(**{"\ud800": torch.ones(2)}))
 case("long name", "pt", "1,000,000 characters")(saved(**{"x" * 10**6: torch.ones(2)}))
-case("nothing", "pt", "cannot be read")(lambda file: file.touch())
+case("nothing", "pt", "is empty")(lambda file: file.touch())
 case("text", "bin", "cannot be read")(lambda file: file.write_text("hello"))
 case("pipe", "pt", "is a pipe")(lambda file: os.mkfifo(file))
 case("device", "pt", "is a device")(lambda file: file.symlink_to("/dev/zero"))
@@ -74,6 +75,13 @@ class _Rebuilt:
 
     def __reduce__(self) -> Any:
         return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class _OldPickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, tuple) and value and value[0] == "storage of":
+            return ("storage", torch.FloatStorage, value[1], "cpu", value[2], None)
+        return None
 
 
 class _Pickler(pickle.Pickler):
@@ -152,6 +160,42 @@ def _(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 40)
 
 
+def old(
+    count: int, held: int, shape: Any = (6, 8), *, listed: tuple[str, ...] = ("0",), more: int = 0
+) -> Write:
+    """Returns a writer of an old file with a storage of `count` numbers, of which `held` lie in it.
+
+    Args:
+        listed: the storages that the list behind the pickle names.
+        more: the bytes behind the storage.
+    """
+
+    def write(file: Path) -> None:
+        with file.open("wb") as handle:
+            for value in (MAGIC_NUMBER, PROTOCOL_VERSION, {"little_endian": True}):
+                pickle.dump(value, handle, 2)
+            _OldPickler(handle, 2).dump({"0.weight": _Rebuilt(shape, (8, 1), count, 0, "0")})
+            pickle.dump(list(listed), handle, 2)
+            handle.write(struct.pack("<q", held) + b"\1" * 4 * held + b"\1" * more)
+
+    return write
+
+
+case("old, storage not listed", "pt", "data/0 is missing")(old(48, 48, listed=()))
+case("old, shape a row beyond its storage", "pt", "cannot be read")(old(48, 48, (7, 8)))
+case("old, shape a row beyond, and more held", "pt", "224 bytes long, and 192 bytes")(
+    old(48, 56, (7, 8))
+)
+case("old, shape beyond and nothing listed", "pt", "data/0 is missing")(
+    old(48, 48, (7, 8), listed=(), more=5000)
+)
+case("old, fewer held", "pt", "cannot be read")(old(48, 40))
+case("old, more held", "pt", "cannot be read")(old(48, 50))
+case("old, another storage listed", "pt", "cannot be read")(old(48, 48, listed=("1",)))
+case("old, 10^13 numbers", "pt", "cannot be read")(old(10**13, 48))
+case("old, less than none", "pt", "cannot be read")(old(-48, -48))
+
+
 # ---------------------------------------------------------------- safetensors
 
 
@@ -170,8 +214,17 @@ def tensors(*entries: tuple[str, str, list[int], list[int]], more: str = "") -> 
 
 
 SOUND = ("a", "F32", [2], [0, 8])
+
+
+def terabytes(file: Path) -> None:
+    """Writes a header of one tensor of 4 TB, and a hole."""
+    header(tensors(("a", "F32", [10**12], [0, 4 * 10**12])))(file)
+    os.truncate(file, file.stat().st_size + 4 * 10**12)
+
+
 SAFE: dict[str, tuple[Write, str]] = {
-    "nothing": (lambda file: file.touch(), "not a readable safetensors"),
+    "terabytes of nothing": (terabytes, "are holes"),
+    "nothing": (lambda file: file.touch(), "is empty"),
     "length of 2^63": (header("{}", length=2**63), "not a readable"),
     "length of 2^64 - 1": (header("{}", length=2**64 - 1), "not a readable"),
     "length beyond the file": (header("{}", length=1000), "not a readable"),
@@ -237,6 +290,11 @@ SOUND_FILES: dict[str, Write] = {
     ),
     "whole numbers": saved(a=torch.ones(2, dtype=torch.int8), b=torch.ones(3, dtype=torch.bool)),
     "a parameter": saved(x=torch.nn.Parameter(torch.ones(2, 2))),
+    "old format with views": lambda file: torch.save(
+        {"a": (x := torch.arange(9.0))[:6].view(2, 3), "b": x, "c": torch.ones(2).half()},
+        file,
+        _use_new_zipfile_serialization=False,
+    ),
     "old format": lambda file: torch.save(STATE, file, _use_new_zipfile_serialization=False),
 }
 

@@ -10,8 +10,8 @@ import pico
 import pytest
 from verify_helpers import Made
 
-from lrc_cli.verify.again import data
-from lrc_cli.verify.again.data import why_not_opened
+from lrc_cli.data import named_by_others as data
+from lrc_cli.data.named_by_others import why_not_opened
 
 Change = Callable[[Path], object]
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from lrc_cli.data.draw import Purpose, Sequences, draw
-from lrc_cli.data.kinds import TENSOR_SUFFIXES, TEXT_SUFFIXES
+from lrc_cli.data.folders import visible_files
+from lrc_cli.data.named_by_others import why_not_opened
 from lrc_cli.data.processors import Processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
@@ -14,9 +16,6 @@ from lrc_cli.reading import file_size
 from lrc_cli.verify.files.manifest import data_sha256
 from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
-
-MOST_BYTES, MOST_FILES = 10_000_000_000, 20_000
-"""The most bytes and files of data that the output names and the user does not."""
 
 
 def draw_again(
@@ -35,8 +34,9 @@ def draw_again(
     assert written.report is not None and written.config is not None
     if data is not None and not os.path.exists(data):
         raise InputError(f"--data {data}: there is no such file", "check the path")
-    if data is not None and not data.is_dir():
-        file_size(data)
+    if data is not None:
+        # A folder that cannot be data is refused before all of it is hashed.
+        file_size(data) if not data.is_dir() else deque(visible_files(data), maxlen=0)
     recorded = written.report["provenance"]["data_files_sha256"]
     wanted = purposes_of(written.config)
     paths = {str(purpose.path): purpose.path for purpose in wanted}
@@ -85,35 +85,6 @@ def _place(
     if data_sha256(path) == sha256:
         return path, ""
     return None, "the file has another hash"
-
-
-def why_not_opened(path: Path) -> str | None:
-    """Returns why `lrc verify` does not open data that only the output names; None: it does.
-
-    The output may be a stranger's, and name any path. Nothing is opened to find out.
-    """
-    if not os.path.exists(path):
-        return "the file is not there"
-    if path.suffix in TEXT_SUFFIXES | TENSOR_SUFFIXES:
-        try:
-            size = file_size(path)
-        except InputError as error:
-            return error.message
-        return None if size <= MOST_BYTES else _too_much(path)
-    if not path.is_dir():
-        return f"{path} is no kind of data that lrc reads"
-    files = total = 0
-    for folder, _, names in os.walk(path):
-        files += len(names)
-        if files <= MOST_FILES:
-            total += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
-        if files > MOST_FILES or total > MOST_BYTES:
-            return _too_much(path)
-    return None
-
-
-def _too_much(path: Path) -> str:
-    return f"{path} has more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes"
 
 
 def _same(
