@@ -31,6 +31,9 @@ Gram matrices are kept in float32. Smaller errors, exact zeros included, read "b
 floor" in reports.
 """
 
+LOST = 2.0**-40
+"""The share of a bias below which what is added to the bias has few digits left in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
@@ -179,9 +182,13 @@ def _measured(
         return errors, None
     shift = problem.shift(dense(stored.packed))
     assert shift is not None
-    exact = shift if request.bias is None else request.bias.to(shift) + shift
+    old = torch.zeros_like(shift) if request.bias is None else request.bias.to(shift)
+    exact = old + shift
     bias = exact.to(request.dtype)
-    return problem.offset(errors, bias.to(exact) - exact), bias
+    new = bias.to(exact)
+    # A shift that is lost beside the bias even in float64 must not be lost in the difference.
+    is_lost = shift.abs() < LOST * old.abs()
+    return problem.offset(errors, torch.where(is_lost, new - old - shift, new - exact)), bias
 
 
 def errors_of(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:

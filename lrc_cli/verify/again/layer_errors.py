@@ -20,6 +20,9 @@ TOLERANCE = 2e-3
 """The relative tolerance of what is measured again; squared errors have twice as much."""
 CURVATURE_TOLERANCE = 1e-2
 """The relative tolerance of squared errors in a metric of gradients, which are rounded coarsely."""
+ROUNDING = 2.0**-40
+"""What the rounding of products to float32 may add to squared errors, as a share of squared outputs:
+a few dozen times 2^-48."""
 FLOORS = 64.0
 """The slack in numerical floors of a figure.
 
@@ -43,6 +46,13 @@ class Measured(NamedTuple):
     """(m,) float64 W mean(x) - Z mean(x~), which a free bias adds; None: it is not free."""
     behind: Behind | None = None
     """The errors behind a ReLU, where they are the layer's metric."""
+    weight: float = 1.0
+    """The most that a unit of squared output error may count in the metric."""
+
+    @property
+    def rounding(self) -> float:
+        """What the rounding of outputs to float32 may add to a squared error in the metric."""
+        return ROUNDING * self.weight * self.energy
 
 
 @dataclass(frozen=True)
@@ -298,10 +308,14 @@ def compare_output(
 
 
 def compare_metric(
-    stated: Mapping[str, Any], found: Mapping[str, float], tolerance: float
+    stated: Mapping[str, Any], found: Mapping[str, float], tolerance: float, rounding: float
 ) -> str | None:
-    """Compares as `compare_output` does, in the metric's own unit."""
-    slack = FLOORS * stated["floor"]
+    """Compares as `compare_output` does, in the metric's own unit.
+
+    Args:
+        rounding: what the rounding of outputs may add, which counts where nothing else is left.
+    """
+    slack = FLOORS * stated["floor"] + rounding
     for key, error in found.items():
         if stated.get(key) is None:
             continue

@@ -264,7 +264,7 @@ def _group_errors(
                 shift = (weight - checked.fitted().to(weight.device)) @ moments.mean
             found, name = _plain_errors(run, checked, plain, moments, passed), checked.layer.name
             energy, behind = passed.sums[name].mean_energy, passed.behind.get(name)
-            results.append(Measured(found, energy, shift, behind))
+            results.append(Measured(found, energy, shift, behind, _weight(passed, name)))
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             results.append(error)
     return results
@@ -325,4 +325,11 @@ def _paired(run: OpenedRun, passed: Passed, checked: Checked) -> Measured:
         ridge=compression.ridge,
         correction=stated,
     )
-    return Measured(found, sums.mean_energy, shift)
+    weight = _weight(passed, checked.layer.name)
+    return Measured(found, sums.mean_energy, shift, weight=weight)
+
+
+def _weight(passed: Passed, name: str) -> float:
+    """Returns the most that a unit of squared output error counts in a layer's metric."""
+    fisher = passed.fishers.get(name)
+    return 1.0 if fisher is None else fisher.diagonal().sum().item()

@@ -49,7 +49,8 @@ def judge_errors(findings: Findings, row: Mapping[str, Any], measured: Measured)
     findings.judge("c1.output", what, problem)
     what = f"the errors of {name} in the metric of {row['method']} are what they are"
     tolerance = CURVATURE_TOLERANCE if row["method"] == "curvature" else 2 * TOLERANCE
-    findings.judge("c1.metric", what, compare_metric(errors["metric"], found["metric"], tolerance))
+    problem = compare_metric(errors["metric"], found["metric"], tolerance, measured.rounding)
+    findings.judge("c1.metric", what, problem)
 
 
 def judge_bias(
