@@ -26,12 +26,11 @@ def column_scales(rows: Tensor) -> Tensor | None:
     """
     if not rows.numel():
         return None
-    largest = rows.abs().amax(dim=0)
-    fits = (largest == 0) | ((largest >= SMALLEST) & (largest <= LARGEST))
-    if bool(fits.all()):
+    sizes = rows.abs().amax(dim=0)
+    if bool(((sizes == 0) | ((sizes >= SMALLEST) & (sizes <= LARGEST))).all()):
         return None
     # Apple's GPUs have no float64, so the CPU holds their scales.
-    wide = largest.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)
+    wide = sizes.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)
     _, exponents = torch.frexp(wide)
     scales = torch.ldexp(torch.ones_like(wide), exponents)
     return torch.where(wide.isfinite() & (wide > 0), scales, 1.0)
@@ -50,7 +49,20 @@ def norms(rows: Tensor) -> Tensor:
     """
     found = torch.linalg.vector_norm(rows.float(), dim=-1).double()
     # A norm of 0 may come of squares that vanished.
-    fits = (found >= SMALLEST) & (found <= LARGEST)
-    if bool(fits.all()):
+    holds = (found >= SMALLEST) & (found <= LARGEST)
+    if bool(holds.all()):
         return found
-    return torch.where(fits, found, torch.linalg.vector_norm(rows.double(), dim=-1))
+    return torch.where(holds, found, torch.linalg.vector_norm(rows.double(), dim=-1))
+
+
+def largest(matrix: Tensor) -> float:
+    """Returns the largest size of an entry, without a copy of the matrix; 0 where there is none."""
+    if not matrix.numel():
+        return 0.0
+    low, high = torch.aminmax(matrix)
+    return max(-float(low), float(high))
+
+
+def fits(size: float) -> bool:
+    """Returns whether squares of numbers of this size keep their digits in float32."""
+    return size == 0 or SMALLEST <= size <= LARGEST

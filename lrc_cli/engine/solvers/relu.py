@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.engine.linalg import balanced, eigenpairs, is_wide
+from lrc_cli.engine.magnitudes import LARGEST, fits, largest
 from lrc_cli.engine.problem import Errors, Factors, Metric, Solution, Statistics, Survey, required
 from lrc_cli.engine.solver import Given, Solver
 from lrc_cli.engine.solvers.approximation import Approximation
@@ -235,6 +236,15 @@ class Unpolished(Approximation):
         return self._judge.facts
 
 
+def _resolved(inputs: Tensor, given: Given) -> Tensor:
+    """Returns inputs (T, n) in float64 where squares of them or of outputs leave float32."""
+    size, weights = largest(inputs), largest(given.weight)
+    biases = 0.0 if given.bias is None else largest(given.bias)
+    # A small bias beside large outputs is no trouble.
+    able = fits(size) and fits(size * weights) and biases <= LARGEST
+    return inputs if able else inputs.double()
+
+
 def _problems(given: Given) -> list[Approximation]:
     """Returns the problems of the polished solution and of `frobenius`'s.
 
@@ -245,7 +255,7 @@ def _problems(given: Given) -> list[Approximation]:
         given.weight,
         given.bias,
         given.statistics,
-        given.inputs,
+        _resolved(given.inputs, given),
         given.survey,
         dtype=given.dtype,
         ridge=given.ridge,

@@ -21,8 +21,7 @@ TOLERANCE = 2e-3
 CURVATURE_TOLERANCE = 1e-2
 """The relative tolerance of squared errors in a metric of gradients, which are rounded coarsely."""
 ROUNDING = 2.0**-40
-"""What the rounding of products to float32 may add to squared errors, as a share of squared outputs:
-a few dozen times 2^-48."""
+"""What the rounding of products to float32 may add to a squared error, over the squared outputs."""
 FLOORS = 64.0
 """The slack in numerical floors of a figure.
 
