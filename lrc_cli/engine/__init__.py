@@ -41,7 +41,7 @@ from lrc_cli.engine.problem import (
     Survey,
 )
 from lrc_cli.engine.solver import Given, Solver
-from lrc_cli.engine.solvers.approximation import Approximation
+from lrc_cli.engine.solvers.approximation import Approximation, rounded_bias
 from lrc_cli.engine.solvers.curvature import CURVATURE
 from lrc_cli.engine.solvers.frobenius import FROBENIUS
 from lrc_cli.engine.solvers.nuclear import NUCLEAR, Shrunk, rank_of
@@ -106,6 +106,7 @@ __all__ = [
     "quantile_bound",
     "quantile_order",
     "rank_of",
+    "rounded_bias",
     "sequences_needed",
     "survey",
     "tail_sums",

@@ -17,6 +17,9 @@ from lrc_cli.engine.problem import Errors, Metric, Solution, Statistics
 from lrc_cli.engine.storage.storage import Stored
 from lrc_cli.forms import dense
 
+LOST = 2.0**-40
+"""The share of a bias below which what is added to the bias has few digits left in float64."""
+
 
 class Approximation(ABC):
     """Offers what fit_layer needs to know. All tensors are float64 on one device."""
@@ -130,3 +133,22 @@ class OnDenseInputs(Approximation):
 def tail(spectrum: Tensor, rank: int) -> float:
     """Returns the sum of a spectrum (k,) from a rank on."""
     return tail_sums(spectrum)[min(rank, len(spectrum))].item()
+
+
+def rounded_bias(old: Tensor | None, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the bias (m,) in `dtype` that is `shift` more than the old bias.
+
+    Args:
+        old: (m,), any floating dtype; None for a layer without a bias.
+        shift: (m,) float64.
+
+    Returns:
+        The bias, and by how much it is off (m,) float64.
+    """
+    before = torch.zeros_like(shift) if old is None else old.to(shift)
+    exact = shift if old is None else before + shift
+    bias = exact.to(dtype)
+    new = bias.to(exact)
+    # A shift that is lost beside the bias even in float64 must not be lost in the difference.
+    is_lost = shift.abs() < LOST * before.abs()
+    return bias, torch.where(is_lost, new - before - shift, new - exact)

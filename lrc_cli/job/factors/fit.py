@@ -17,6 +17,7 @@ from lrc_cli.engine import (
     Errors,
     SolveError,
     Stored,
+    rounded_bias,
 )
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.forms import DENSE, FORMS, WEIGHT, Packed, dense
@@ -30,9 +31,6 @@ RESOLUTION = 2.0**-24
 Gram matrices are kept in float32. Smaller errors, exact zeros included, read "below the numerical
 floor" in reports.
 """
-
-LOST = 2.0**-40
-"""The share of a bias below which what is added to the bias has few digits left in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +180,8 @@ def _measured(
         return errors, None
     shift = problem.shift(dense(stored.packed))
     assert shift is not None
-    old = torch.zeros_like(shift) if request.bias is None else request.bias.to(shift)
-    exact = old + shift
-    bias = exact.to(request.dtype)
-    new = bias.to(exact)
-    # A shift that is lost beside the bias even in float64 must not be lost in the difference.
-    is_lost = shift.abs() < LOST * old.abs()
-    return problem.offset(errors, torch.where(is_lost, new - old - shift, new - exact)), bias
+    bias, off = rounded_bias(request.bias, shift, request.dtype)
+    return problem.offset(errors, off), bias
 
 
 def errors_of(problem: Approximation, packed: Packed, stored: Errors) -> LayerErrors:
