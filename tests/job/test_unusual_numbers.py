@@ -63,7 +63,7 @@ def times(*factors: float, bias: float | None = None) -> Weights:
 
 
 def mixed(axis: int) -> Weights:
-    """Puts rows, or columns, of 1e-20 beside those of 1e20."""
+    """Puts rows, or columns, of 1e-20 beside others of 1e20."""
 
     def change(layers: list[nn.Linear]) -> None:
         for layer in layers:
