@@ -69,14 +69,19 @@ class DistributedFiles:
 
     The first read of a tensor puts the shards together in a mapped temporary file. Private memory
     holds one shard of one tensor at a time.
+
+    Args:
+        path: the directory.
+        state_dict: the keys that lead to the state dict, as `find_state` takes them; None: the only
+            state dict.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, state_dict: str | None = None) -> None:
         self.place = path / METADATA_NAME
         self._reader = _Reader(path)
         metadata = self._reader.read_metadata()
         self.files = _files(path, metadata)
-        state = find_state(_tree(path, metadata), _Entry, path)
+        state = find_state(_tree(path, metadata), _Entry, path, chosen=state_dict)
         self.tensors = {key: entry.info for key, entry in state.items()}
         self._fqns = {key: entry.fqn for key, entry in state.items()}
         self._spool = Spool()

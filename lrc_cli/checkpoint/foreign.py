@@ -16,6 +16,8 @@ from lrc_cli.reading import open_regular, read_json
 
 DEQUANTISE = "dequantise it first, or run lrc on the checkpoint it came from"
 """The remedy for quantised weights."""
+COMPLEX = "store its real and its imaginary part as two real tensors, and let the module join them"
+"""The remedy for complex weights."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_KEY = re.compile(
     r"(^|[._])(lora_(A|B|E|down|up|mid|embedding_[AB]|magnitude_vector)|hada_[wt][12](_[ab])?"

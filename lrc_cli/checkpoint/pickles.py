@@ -28,14 +28,21 @@ class PickledFiles:
     Args:
         place: the file that readers look for: the only file, or the index.
         weight_map: the file name of each key, as an index states it; None without an index.
+        state_dict: the keys that lead to the state dict, as `find_state` takes them; None: the only
+            state dict.
 
     Raises:
-        InputError: a file cannot be read, two files hold other numbers for one key, or the index
-            disagrees with the files.
+        InputError: a file cannot be read or has no such state dict, two files hold other numbers
+            for one key, or the index disagrees with the files.
     """
 
     def __init__(
-        self, files: Sequence[Path], *, place: Path, weight_map: Mapping[str, str] | None = None
+        self,
+        files: Sequence[Path],
+        *,
+        place: Path,
+        weight_map: Mapping[str, str] | None = None,
+        state_dict: str | None = None,
     ) -> None:
         self.files, self.place = list(files), place
         self.tensors: dict[str, TensorInfo] = {}
@@ -44,7 +51,7 @@ class PickledFiles:
         keys: dict[Path, Collection[str]] = {}
         for file in self.files:
             seen = set()
-            state = _state(file)
+            state = _state(file, state_dict)
             infos = {key: _describe(file, key, tensor) for key, tensor in state.items()}
             check_storages(file, state)
             keys[file] = state.keys()
@@ -65,9 +72,16 @@ class PickledFiles:
         return self._stored[key]
 
 
-def _state(file: Path) -> dict[str, torch.Tensor]:
+def _state(file: Path, chosen: str | None) -> dict[str, torch.Tensor]:
+    def is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+        if not _is_plain(first) or not _is_plain(second):
+            return False
+        check_storages(file, {"": first})
+        check_storages(file, {"": second})
+        return has_same_bytes(first, second)
+
     try:
-        return find_state(_load(file), torch.Tensor, file)
+        return find_state(_load(file), torch.Tensor, file, chosen=chosen, is_same=is_same)
     except RuntimeError as error:
         cause = f"{file}: holds a nested tensor, which has no shape"
         raise InputError(cause, "save it as plain tensors") from error
@@ -80,14 +94,20 @@ def _describe(file: Path, key: str, tensor: torch.Tensor) -> TensorInfo:
             f"{file}: {key} is a meta tensor, which has no numbers",
             "save the checkpoint again, after its offloaded weights are back in memory",
         )
-    is_view = tensor.is_nested or tensor.is_conj() or tensor.is_neg()
-    if is_view or tensor.layout != torch.strided or type(tensor.detach()) is not torch.Tensor:
+    if not _is_plain(tensor):
         kind = f"{type(tensor).__name__}, {tensor.layout}"
         raise InputError(
             f"{file}: {key} is not a plain dense tensor ({kind})",
             "save it as one with .to_dense()",
         )
     return TensorInfo(file=file, shape=tuple(tensor.shape), dtype=tensor.dtype)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is dense, with its own numbers in its own memory."""
+    is_view = tensor.is_nested or tensor.is_conj() or tensor.is_neg()
+    is_dense = tensor.layout == torch.strided and type(tensor.detach()) is torch.Tensor
+    return is_dense and not is_view and not tensor.is_meta
 
 
 def _load(file: Path) -> Mapping[Any, Any]:

@@ -254,11 +254,13 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 
-def open_source(path: Path, *, factorised: bool = False) -> Source:
+def open_source(path: Path, *, state_dict: str | None = None, factorised: bool = False) -> Source:
     """Opens a transformers directory, a weight file, a directory of weight files or of shards.
 
     Args:
         path: the file or the directory.
+        state_dict: the keys that lead to the state dict in a file that holds several, with dots
+            between; None: the only state dict.
         factorised: accept a checkpoint that lrc wrote.
 
     Raises:
@@ -272,7 +274,8 @@ def open_source(path: Path, *, factorised: bool = False) -> Source:
     else:
         file_size(path)
     config = _read_config(path, factorised=factorised) if path.is_dir() else None
-    source = Source(path=path, config=config, weights=open_weights(path, (config or {}).get(NAMED)))
+    weights = open_weights(path, (config or {}).get(NAMED), state_dict)
+    source = Source(path=path, config=config, weights=weights)
     _check_no_bare_adapter(source)
     # Some of lrc's forms are whole numbers. What others wrote is dense, whatever its metadata says.
     if not (factorised and (source.record or (config or {}).get("quantization_config"))):

@@ -22,7 +22,7 @@ from lrc_cli.checkpoint.headers import (
     read_headers,
 )
 from lrc_cli.checkpoint.pickles import PickledFiles
-from lrc_cli.checkpoint.wrapped import bare
+from lrc_cli.checkpoint.wrapped import KEY, bare
 from lrc_cli.errors import InputError
 
 PROGRAM = ".pt2"
@@ -128,7 +128,7 @@ class RenamedWeights:
         return self._weights.read(self._stored[key])
 
 
-def open_weights(path: Path, named: object = None) -> Weights:
+def open_weights(path: Path, named: object = None, state_dict: str | None = None) -> Weights:
     """Opens a file or a directory of safetensors, of torch.distributed.checkpoint or of torch.save.
 
     Other forms of the checkpoint in the directory must hold the same tensors.
@@ -136,11 +136,23 @@ def open_weights(path: Path, named: object = None) -> Weights:
     Args:
         path: the file or the directory.
         named: what config.json has for `transformers_weights`.
+        state_dict: the keys that lead to the state dict in files of torch.save and of
+            torch.distributed.checkpoint; None: the only state dict.
 
     Raises:
-        InputError: there are no tensors that this version reads, or two forms differ.
+        InputError: there are no tensors that this version reads, two forms differ, or a state dict
+            is chosen in safetensors, which hold none.
     """
-    weights = _open_file(path) if path.is_file() else _open_directory(path, named)
+    if path.is_file():
+        weights = _open_file(path, state_dict)
+    else:
+        weights = _open_directory(path, named, state_dict)
+    if state_dict is not None and isinstance(weights, SafetensorsFiles):
+        raise InputError(
+            f"{weights.place}: is safetensors, which hold no state dicts to choose from, and {KEY}"
+            f" is {state_dict!r}",
+            f"leave {KEY} out",
+        )
     if not weights.tensors:
         raise InputError(f"{path}: the weight files hold no tensor", "save the checkpoint again")
     return weights
@@ -152,34 +164,36 @@ def check_dense(weights: Weights) -> None:
         _check_dense(key, info)
 
 
-def _open_file(file: Path) -> Weights:
+def _open_file(file: Path, state_dict: str | None = None) -> Weights:
     if file.suffix not in (".safetensors", *PICKLED, PROGRAM) and not file.name.endswith(ARCHIVED):
         raise explain_suffix(file, READ)
-    return _open_form(Form(place=file, files=[file]))
+    return _open_form(Form(place=file, files=[file]), state_dict)
 
 
-def _open_directory(path: Path, named: object) -> Weights:
+def _open_directory(path: Path, named: object, state_dict: str | None) -> Weights:
     forms = forms_of(path, named)
     if not forms:
         _refuse_directory(path)
-    weights = _open_form(forms[0])
+    weights = _open_form(forms[0], state_dict)
     for form in forms[1:]:
-        _check_equal(weights, form)
+        _check_equal(weights, form, state_dict)
     return weights
 
 
-def _open_form(form: Form) -> Weights:
+def _open_form(form: Form, state_dict: str | None) -> Weights:
     if form.is_safetensors:
         return SafetensorsFiles(form.files, place=form.place, weight_map=form.weight_map)
     if form.files:
-        return PickledFiles(form.files, place=form.place, weight_map=form.weight_map)
+        return PickledFiles(
+            form.files, place=form.place, weight_map=form.weight_map, state_dict=state_dict
+        )
     # This import takes a while, and most checkpoints do not need the module.
     from lrc_cli.checkpoint.distributed import DistributedFiles
 
-    return DistributedFiles(form.place.parent)
+    return DistributedFiles(form.place.parent, state_dict)
 
 
-def _check_equal(weights: Weights, form: Form) -> None:
+def _check_equal(weights: Weights, form: Form, state_dict: str | None) -> None:
     """Raises InputError where another form of the checkpoint holds another network.
 
     The tensors that both have must be equal, byte by byte. A weight that only one form has must be
@@ -188,7 +202,7 @@ def _check_equal(weights: Weights, form: Form) -> None:
     both = f"{weights.place} and {form.place} are two forms of one checkpoint"
     remedy = "move the wrong one out of the directory"
     try:
-        other = _open_form(form)
+        other = _open_form(form, state_dict)
     except InputError as error:
         if form.is_optional:
             return

@@ -1,9 +1,10 @@
-"""This module finds the model's state dict in what a training loop saved, if there is only one."""
+"""This module finds the model's state dict in what a training loop saved."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,48 +28,144 @@ AVERAGED = "n_averaged"
 MOST_PARTS = 8
 """A name with more wrappers than this loses all of them or none."""
 
-T = TypeVar("T")
+TOP = "."
+"""The name of the state dict that the tensors at the top of a file make."""
+KEY = "model.state_dict"
+CHOOSE = (
+    f"choose one with {KEY} (--state-dict of inspect, eval and verify, state_dict of lrc_cli.load)"
+)
+SHOWN = 6
+"""The most state dicts that a message lists."""
+
+
+class Shaped(Protocol):
+    """A tensor, or what describes a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of entries in each dimension."""
+
+
+T = TypeVar("T", bound=Shaped)
+State = Mapping[str, T]
+Named = tuple[str, State[T]]
+"""A state dict with the keys that lead to it, with dots between."""
 Targets = Callable[[Iterable[str]], Mapping[str, str]]
 """A function that returns the place in a module of each key that has a place there."""
 
 
-def find_state(tree: Mapping[Any, Any], leaf: type[T], where: Path) -> dict[str, T]:
-    """Returns the only state dict in a tree of mappings.
+def find_state(
+    tree: Mapping[Any, Any],
+    leaf: type[T],
+    where: Path,
+    *,
+    chosen: str | None = None,
+    is_same: Callable[[T, T], bool] = lambda first, second: first is second,
+) -> dict[str, T]:
+    """Returns the chosen state dict in a tree of mappings, or the only one.
 
     A state dict is the tensors at the top, or a mapping of nothing but tensors, such as
-    "state_dict" or "model". Mappings one step deeper count only where there is no other.
+    "state_dict" or "model". Mappings one step deeper count only where there is no other, unless
+    they are chosen. Copies with equal tensors count as one.
 
     Args:
         tree: what a training loop saved; its leaves may be anything.
         leaf: the type of a tensor in this tree; has a `shape`.
         where: the file or directory that messages name.
+        chosen: the keys that lead to the state dict, with dots between; TOP: the tensors at the
+            top; None: the only state dict.
+        is_same: whether two tensors are equal.
 
     Raises:
-        InputError: there is no state dict, or several.
+        InputError: there is no such state dict, or there are several.
     """
-    top = {key: value for key, value in tree.items() if isinstance(value, leaf)}
-    found: dict[str, Mapping[Any, Any]] = {"": top} if _is_state(top, leaf) else {}
-    found |= {name: state for name, state in _mappings(tree) if _is_state(state, leaf)}
-    if not found:
-        found = {
-            f"{outer}.{name}": state
-            for outer, mapping in _mappings(tree)
-            for name, state in _mappings(mapping)
-            if _is_state(state, leaf)
-        }
-    # Class weights and running statistics beside a network are vectors.
-    with_matrices = {name: state for name, state in found.items() if _has_matrix(state)}
-    found = with_matrices or found
-    if len(found) != 1:
-        names = ", ".join(repr(name) if name else "the top" for name in list(found)[:4])
+    found = _unasked(tree, leaf) if chosen is None else _asked(tree, leaf, chosen)
+    states = [state for _, state in found]
+    if states and all(_is_copy(states[0], other, is_same) for other in states[1:]):
+        return dict(states[0])
+    listed = found if chosen is None and found else _all_states(tree, leaf)
+    if not listed:
         kinds = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in tree.items())
         raise InputError(
-            f"{where}: holds several state dicts ({names})"
-            if found
-            else f"{where}: holds no state dict, only {kinds[:200] or 'nothing'}",
+            f"{where}: holds no state dict, only {kinds[:200] or 'nothing'}",
             "save only the state dict to compress: torch.save(model.state_dict(), FILE)",
         )
-    return dict(next(iter(found.values())))
+    if chosen is None:
+        cause = f"holds {'several state dicts' if found else 'state dicts only deep inside'}"
+    else:
+        cause = f"{chosen!r} ({KEY}) names {'several state dicts' if found else 'no state dict'}"
+        cause += " of those there" if found else ", and there are"
+    raise InputError(f"{where}: {cause}: {_totals(listed)}", CHOOSE)
+
+
+def _is_copy(first: State[T], second: State[T], is_same: Callable[[T, T], bool]) -> bool:
+    return first.keys() == second.keys() and all(
+        is_same(tensor, second[name]) for name, tensor in first.items()
+    )
+
+
+def _totals(states: Sequence[Named[T]]) -> str:
+    """Returns the names of state dicts with their numbers of tensors and entries, largest first."""
+    sizes = [
+        (sum(math.prod(x.shape) for x in state.values()), len(state), name)
+        for name, state in states
+    ]
+    sizes.sort(key=lambda row: -row[0])
+    texts = [
+        f"{name!r}{' (the top)' * (name == TOP)} of {count:,} tensor{'s' * (count > 1)} with"
+        f" {total:,} numbers"
+        for total, count, name in sizes[:SHOWN]
+    ]
+    more = len(sizes) - len(texts)
+    return "; ".join([*texts, *([f"{more:,} more"] if more else [])])
+
+
+def _unasked(tree: Mapping[Any, Any], leaf: type[T]) -> list[Named[T]]:
+    """Returns the state dicts of which the only one is taken where none is chosen."""
+    found = _tensors_of(TOP, tree, leaf)
+    found += [(name, state) for name, state in _mappings(tree) if _is_state(state, leaf)]
+    found = found or [
+        (f"{outer}.{name}", state)
+        for outer, mapping in _mappings(tree)
+        for name, state in _mappings(mapping)
+        if _is_state(state, leaf)
+    ]
+    # Class weights and running statistics beside a network are vectors.
+    return [(name, state) for name, state in found if _has_matrix(state)] or found
+
+
+def _asked(tree: Mapping[Any, Any], leaf: type[T], chosen: str) -> list[Named[T]]:
+    """Returns the state dicts that keys with dots between lead to; a key may hold dots."""
+    if chosen == TOP:
+        return _tensors_of(TOP, tree, leaf)
+    found: list[Named[T]] = []
+    for key, inner in _mappings(tree):
+        if key == chosen:
+            found += _tensors_of(chosen, inner, leaf)
+        elif chosen.startswith(f"{key}."):
+            deeper = _asked(inner, leaf, chosen[len(key) + 1 :])
+            found += [(chosen, state) for _, state in deeper]
+    return found
+
+
+def _tensors_of(name: str, tree: Mapping[Any, Any], leaf: type[T]) -> list[Named[T]]:
+    """Returns the tensors of a mapping if they make a state dict; other entries do not count."""
+    state = {key: value for key, value in tree.items() if isinstance(value, leaf)}
+    return [(name, state)] if _is_state(state, leaf) else []
+
+
+def _all_states(tree: Mapping[Any, Any], leaf: type[T]) -> list[Named[T]]:
+    """Returns every state dict that can be chosen; mappings that hold themselves count once."""
+    found: list[Named[T]] = []
+    waiting: list[tuple[str, Mapping[Any, Any]]] = [(TOP, tree)]
+    seen = {id(tree)}
+    for name, mapping in waiting:  # the list grows while it is read
+        found += _tensors_of(name, mapping, leaf)
+        for key, inner in _mappings(mapping):
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append((key if name == TOP else f"{name}.{key}", inner))
+    return found
 
 
 def _mappings(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:

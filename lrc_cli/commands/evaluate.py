@@ -13,6 +13,7 @@ from lrc_cli.commands.options import (
     factory_option,
     json_option,
     quiet_option,
+    state_dict_option,
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
@@ -43,6 +44,7 @@ from lrc_cli.text import visible_lines
 )
 @factory_option
 @trust_option
+@state_dict_option
 @json_option
 @quiet_option
 def evaluate(directory: Path, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -11,6 +11,7 @@ from lrc_cli.commands.options import (
     examples,
     factory_option,
     json_option,
+    state_dict_option,
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
@@ -24,13 +25,14 @@ from lrc_cli.text import visible_lines
 @click.argument("checkpoint", type=PATH)
 @factory_option
 @trust_option
+@state_dict_option
 @json_option
-def inspect(checkpoint: Path, factory: str | None, trust_remote_code: bool, as_json: bool) -> None:
+def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Show what of CHECKPOINT would be compressed, and what not and why."""
     calm_transformers()
     from lrc_cli.network.inventory import inspect_checkpoint
 
-    found = inspect_checkpoint(checkpoint, factory=factory, trust_remote_code=trust_remote_code)
+    found = inspect_checkpoint(checkpoint, **options)
     if as_json:
         deliver_json(found)
     else:

@@ -48,6 +48,12 @@ factory_option = click.option(
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Let code that comes with the checkpoint run."
 )
+state_dict_option = click.option(
+    "--state-dict",
+    metavar="KEYS",
+    help="Keys that lead to the state dict in a file with several, e.g. state_dict.ema;"
+    " default: the only one, or what the output's lrc.yaml says.",
+)
 overrides_option = click.option(
     "--set",
     "overrides",

@@ -13,6 +13,7 @@ from lrc_cli.commands.options import (
     factory_option,
     json_option,
     quiet_option,
+    state_dict_option,
     trust_option,
 )
 from lrc_cli.commands.setup import calm_transformers
@@ -44,6 +45,7 @@ from lrc_cli.runtime.streams import deliver, deliver_json
 )
 @factory_option
 @trust_option
+@state_dict_option
 @json_option
 @quiet_option
 def verify(directory: Path, strict: bool, as_json: bool, quiet: bool, **options: Any) -> None:

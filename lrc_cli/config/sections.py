@@ -41,6 +41,9 @@ class Model:
     """"package.module:function" that returns the torch.nn.Module; null: a transformers model."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
+    state_dict: Text | None = None
+    """Keys that lead to the state dict in a file with several, such as state_dict.ema; ".": the
+    tensors at the top; null: the only state dict."""
 
 
 @dataclass(frozen=True, kw_only=True)

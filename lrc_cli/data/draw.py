@@ -8,9 +8,11 @@ and skip everything that was taken before.
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -39,6 +41,8 @@ __all__ = ["Batch", "Purpose", "Sequences", "draw"]
 
 SPARE = 4
 """All purposes take one in so many of the tokens that are read of a long text, at the most."""
+PERMUTED = 5_000_000
+"""Up to so many sequences are permuted; more are drawn from one by one."""
 GROWTH = 8
 """So many times as much is read where no sequence lies in a purpose's part."""
 
@@ -111,8 +115,16 @@ class _File:
     chat_template: bool
     taken: list[tuple[int, int]] = field(default_factory=list)
 
-    def is_free(self, start: int, stop: int) -> bool:
-        return all(stop <= first or last <= start for first, last in self.taken)
+    def without_taken(self, starts: range) -> Iterator[range]:
+        """The positions of `starts`, a step apart, at which so long a stretch holds nothing taken.
+
+        Millions of rows stay a few ranges.
+        """
+        width, passed = starts.step, 0
+        for first, last in sorted(self.taken):
+            yield starts[passed : max(passed, (first - starts.start) // width)]
+            passed = max(passed, -((starts.start - last) // width))
+        yield starts[passed:]
 
 
 def draw(purposes: Sequence[Purpose], *, processors: Processors, seed: int) -> dict[str, Sequences]:
@@ -220,13 +232,16 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
             f"{purpose.name}: sequence_length {purpose.sequence_length} leaves no room for text",
             "ask for more than the special tokens",
         )
-    starts = [s for s in _starts(purpose, file.data, width) if file.is_free(s, s + width)]
-    order = torch.randperm(len(starts), generator=_generator(purpose, seed)).tolist()
-    chosen = [starts[i] for i in order[: purpose.num_sequences]]
+    spans = _spans(purpose, file.data, width)
+    free = [part for span in spans for part in file.without_taken(span)]
+    ends = list(accumulate(len(part) for part in free))
+    population = ends[-1] if ends else 0
+    order = _order(population, purpose.num_sequences, _generator(purpose, seed))
+    chosen = [_entry(free, ends, i) for i in order]
     if len(chosen) < purpose.num_sequences and purpose.required:
         unit = members(purpose.path, purpose.sequence_length)
         raise InputError(
-            f"{purpose.name}: {purpose.path} has {len(starts)} free {unit} in its part,"
+            f"{purpose.name}: {purpose.path} has {population} free {unit} in its part,"
             f" {purpose.num_sequences} were asked for",
             "ask for fewer or shorter sequences, widen the part, or give more data",
         )
@@ -237,18 +252,41 @@ def _take(purpose: Purpose, file: _File, seed: int) -> Sequences | None:
     return Sequences(
         name=purpose.name,
         inputs=inputs,
-        population=len(starts),
+        population=population,
         sha256=_hash(inputs),
         findings=file.data.findings,
         one_in=file.data.one_in,
     )
 
 
-def _starts(purpose: Purpose, data: Data, width: int) -> Iterator[int]:
+def _spans(purpose: Purpose, data: Data, width: int) -> Iterator[range]:
     """The positions at which sequences begin, end to end in every stretch of the purpose's part."""
     first, last = (int(share * data.length) for share in purpose.part)
     for begin, end in data.stretches:
-        yield from range(max(first, begin), min(last, end) - width + 1, width)
+        yield range(max(first, begin), min(last, end) - width + 1, width)
+
+
+def _order(population: int, count: int, generator: torch.Generator) -> list[int]:
+    """At most `count` different numbers below `population`, in random order.
+
+    A permutation of far more numbers than are needed would take most of the time.
+    """
+    if population <= PERMUTED or SPARE * count > population:
+        return torch.randperm(population, generator=generator)[:count].tolist()
+    found: dict[int, None] = {}
+    while len(found) < count:
+        found |= dict.fromkeys(torch.randint(population, (count,), generator=generator).tolist())
+    return list(found)[:count]
+
+
+def _entry(ranges: Sequence[range], ends: Sequence[int], index: int) -> int:
+    """An entry of ranges that stand end to end.
+
+    Args:
+        ends: how many entries each range and all before it have together.
+    """
+    which = bisect_right(ends, index)
+    return ranges[which][index - ends[which]]
 
 
 def _lacking(purposes: Sequence[Purpose], data: Data) -> int:
@@ -262,7 +300,7 @@ def _lacking(purposes: Sequence[Purpose], data: Data) -> int:
         return 1
     pairs = list(zip(purposes, widths, strict=True))
     needed = SPARE * sum(purpose.num_sequences * width for purpose, width in pairs)
-    rooms = [width * sum(1 for _ in _starts(purpose, data, width)) for purpose, width in pairs]
+    rooms = [width * sum(map(len, _spans(purpose, data, width))) for purpose, width in pairs]
     if not min(rooms):
         return GROWTH
     times = -(-needed // min(rooms))

@@ -74,6 +74,7 @@ def statistics_fingerprint(
         "device": network.device.type,
         "factory": factory_hashes(config),
         "trust_remote_code": config.model.trust_remote_code,
+        "state dict": config.model.state_dict,
         "lrc version": __version__,
         "lrc code": code_hash(),
         "torch version": version("torch"),
@@ -157,9 +158,10 @@ def already_done(config: Config) -> bool:
     if any(provenance.get(key) != value for key, value in wanted.items()):
         return False
     # Hashing comes last: it reads every file.
+    source = open_source(Path(config.model.path), state_dict=config.model.state_dict)
     return (
         provenance.get("data_files_sha256") == data_hashes(config)
-        and provenance.get("checkpoint_sha256") == open_source(Path(config.model.path)).hashes
+        and provenance.get("checkpoint_sha256") == source.hashes
         and matches_manifest(output)
     )
 

@@ -130,7 +130,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     output = resolve_output(config.output.path)
     processes.from_first(lambda: check_places([config]))
     before = states_before(config)
-    source = open_source(Path(config.model.path))
+    source = open_source(Path(config.model.path), state_dict=config.model.state_dict)
     processes.from_first(lambda: check_output(output, force=force))
     # The checkpoint becomes a module, and its layers are found.
     source.check_finite()

@@ -11,7 +11,11 @@ from lrc_cli.network.opening import open_module
 
 
 def inspect_checkpoint(
-    path: Path, *, factory: str | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    factory: str | None = None,
+    trust_remote_code: bool = False,
+    state_dict: str | None = None,
 ) -> dict[str, Any]:
     """Lists the layers that the default config would compress, and all other tensors with a reason.
 
@@ -19,11 +23,12 @@ def inspect_checkpoint(
         path: a dense checkpoint.
         factory: the function that builds the module of a checkpoint that is not transformers'.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        state_dict: the state dict in a file with several, see `open_source`.
 
     Raises:
         InputError: the checkpoint cannot be opened.
     """
-    source = open_source(path)
+    source = open_source(path, state_dict=state_dict)
     if factory is None and source.config is None:
         raise ask_for_factory(path)
     module, source = open_module(source, factory=factory, trust_remote_code=trust_remote_code)

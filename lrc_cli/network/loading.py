@@ -59,6 +59,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     factory: Factory | str | None = None,
     trust_remote_code: bool = False,
+    state_dict: str | None = None,
 ) -> nn.Module:
     """Loads a checkpoint and returns the module, ready to run (in eval mode).
 
@@ -76,12 +77,14 @@ def load(
             run unasked. The factory runs under torch's meta device first, and again on the CPU for
             a module that needs real tensors.
         trust_remote_code: let transformers run model code that comes with the checkpoint.
+        state_dict: the keys that lead to the state dict in a file of torch.save that holds several,
+            with dots between; ".": the tensors at the top; None: the only state dict.
 
     Raises:
         InputError: the path or the factory is missing, or tensors do not fit the module.
     """
     place, dtype = _device(device), _dtype(dtype)
-    source = open_source(_path(path), factorised=True)
+    source = open_source(_path(path), state_dict=state_dict, factorised=True)
     model = load_source(source, dtype=dtype, factory=factory, trust_remote_code=trust_remote_code)
     # With a dtype, `Module.to` leaves integers alone. Without a dtype and with the same device, it
     # copies nothing.

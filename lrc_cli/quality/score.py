@@ -39,6 +39,7 @@ def score_directory(
     sequence_length: int | None,
     factory: str | None,
     trust_remote_code: bool,
+    state_dict: str | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Runs both checkpoints over the same sequences.
@@ -54,6 +55,7 @@ def score_directory(
         sequence_length: tokens of a sequence of `data`; None: as in the output's calibration.
         factory: builds the module of checkpoints that are not transformers'.
         trust_remote_code: whether code that comes with the checkpoints may run.
+        state_dict: the original's state dict in a file with several; None: as lrc.yaml says.
 
     Raises:
         InputError: something cannot be opened, or there is nothing to score on.
@@ -61,7 +63,8 @@ def score_directory(
     # The output and its original are opened.
     written = open_source(directory, factorised=True)
     config = load_config(directory / "lrc.yaml")
-    original = open_source(against or Path(config.model.path))
+    chosen = config.model.state_dict if state_dict is None else state_dict
+    original = open_source(against or Path(config.model.path), state_dict=chosen)
     if factory is None and original.config is None:
         raise ask_for_factory(original.path, config.model.factory)
     device = resolve_device(config.runtime.device)

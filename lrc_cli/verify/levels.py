@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrc_cli.errors import InputError
 from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.measure import check_against, not_measured
 from lrc_cli.verify.files.certificate import check_certificate
@@ -40,6 +41,7 @@ def verify_directory(
     manifest_sha256: str | None = None,
     factory: str | None = None,
     trust_remote_code: bool = False,
+    state_dict: str | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Checks every statement that can be checked with what is given.
@@ -51,6 +53,7 @@ def verify_directory(
         manifest_sha256: what sha256 of manifest.json should be, in hexadecimal.
         factory: builds the module of checkpoints that are not transformers'.
         trust_remote_code: whether code that comes with the checkpoints may run.
+        state_dict: the original's state dict in a file with several; None: as lrc.yaml says.
 
     Raises:
         InputError: the directory is no finished output, or an argument cannot be used.
@@ -58,6 +61,9 @@ def verify_directory(
     progress = progress or Progress(quiet=True)
     findings = Findings()
     check_hex(manifest_sha256)
+    if state_dict is not None and against is None:
+        cause = "--state-dict names a part of the original, and no --against is given"
+        raise InputError(cause, "give the original with --against")
     manifest = open_manifest(directory)
     with progress.phase("files", 1):
         pin = check_pin(directory, manifest_sha256, findings)
@@ -76,6 +82,7 @@ def verify_directory(
             data=data,
             factory=factory,
             trust_remote_code=trust_remote_code,
+            state_dict=state_dict,
             findings=findings,
             progress=progress,
         )

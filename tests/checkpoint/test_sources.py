@@ -225,8 +225,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (saved({}), "holds no state dict, only nothing"),
     "numbers": (saved({"epoch": 3}), r"holds no state dict, only 'epoch' \(int\)"),
     "two": (
-        saved({"model": STATE, "ema": STATE}),
-        r"several state dicts \('model', 'ema'\); save only the state dict to compress",
+        saved({"model": STATE, "ema": {name: x + 1 for name, x in STATE.items()}}),
+        r"several state dicts: 'model' of 2 tensors.*'ema' of 2.*; choose one with model.state_d",
     ),
     "sparse": (saved({"weight": torch.eye(4).to_sparse()}), "weight is not a plain dense tensor"),
     "float8": (saved({"weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}), "float8.*dequantise"),

@@ -1,6 +1,7 @@
 """Sequences of text and rows of tensors are drawn, and no two purposes share a token."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from pico import Models
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from lrc_cli.data import draw as draw_module
 from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.processors import Processors
+from lrc_cli.data.rows import Rows
 from lrc_cli.errors import InputError
 
 
@@ -288,3 +291,35 @@ def test_text_needs_a_tokenizer_and_room_for_text(numbers: Path) -> None:
 def test_the_words_of_the_pico_text_are_all_known(checkpoint: Models, text: Path) -> None:
     ids = AutoTokenizer.from_pretrained(checkpoint("llama"))(text.read_text())["input_ids"]
     assert len(ids) == 6000 and pico.SPECIAL.index("[UNK]") not in ids
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_few_of_many_millions_of_rows_are_drawn_without_a_permutation(count: int) -> None:
+    def drawn(population: int) -> list[int]:
+        return draw_module._order(population, count, torch.Generator().manual_seed(3))
+
+    population = 10**12  # a permutation of so many numbers would take 8 TB
+    order = drawn(population)
+    assert len(order) == len(set(order)) == count
+    assert all(0 <= number < population for number in order) and order == drawn(population)
+    permuted = torch.randperm(1000, generator=torch.Generator().manual_seed(3))
+    assert drawn(1000) == permuted[:count].tolist()
+
+
+def test_ranges_without_what_is_taken_are_the_free_starts_one_by_one() -> None:
+    numbers = random.Random(0)
+    for _ in range(300):
+        width, begin = numbers.randint(1, 7), numbers.randint(0, 10)
+        starts, taken, at = range(begin, 60, width), [], 0
+        while at < 60:
+            at += numbers.randint(0, 9)
+            taken.append((at, at + numbers.randint(1, 9)))
+            at = taken[-1][1]
+        numbers.shuffle(taken)
+        file = draw_module._File(
+            data=Rows(tensors={}), text_field="", chat_template=False, taken=taken
+        )
+        free = [start for part in file.without_taken(starts) for start in part]
+        assert free == [
+            s for s in starts if all(s + width <= first or last <= s for first, last in taken)
+        ]

@@ -9,7 +9,12 @@ from lrc_cli.verify.again.networks import open_run
 from lrc_cli.verify.again.quality import check_certificate_values, check_quality
 from lrc_cli.verify.again.worst_case import check_worst_case
 from lrc_cli.verify.files.written import Written
-from lrc_cli.verify.original.unchanged import check_factory, check_original, open_original
+from lrc_cli.verify.original.unchanged import (
+    check_factory,
+    check_original,
+    check_state_dict,
+    open_original,
+)
 from lrc_cli.verify.statements import Findings
 
 MEASURED = {
@@ -44,6 +49,7 @@ def check_against(
     data: Path | None,
     factory: str | None,
     trust_remote_code: bool,
+    state_dict: str | None,
     findings: Findings,
     progress: Progress,
 ) -> None:
@@ -55,13 +61,14 @@ def check_against(
     if written.report is None or written.config is None:
         not_measured(written, findings, "report.json or lrc.yaml cannot be read")
         return
-    original = open_original(against, factory, written.config.model.factory)
+    original = open_original(against, factory, written.config.model, state_dict)
     run = None
     what = "the output can be compared with the original"
     with (
         progress.phase("original", 1),
         findings.guard("original", what, passing=(InputError,)),
     ):
+        check_state_dict(written, state_dict, findings)
         if not check_original(written, original, findings):
             _not_run(written, findings, "--against is not the checkpoint that was compressed")
             return

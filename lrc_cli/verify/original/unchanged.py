@@ -11,6 +11,7 @@ from lrc_cli.checkpoint.choice import NAMED
 from lrc_cli.checkpoint.headers import TensorInfo
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.checkpoint.wrapped import unwrapped_names
+from lrc_cli.config import Model
 from lrc_cli.errors import InputError
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.candidates.find import find_layers
@@ -29,16 +30,32 @@ from lrc_cli.verify.methods import KNOWN
 from lrc_cli.verify.statements import Findings
 
 
-def open_original(against: Path, factory: str | None, recorded: str | None) -> Source:
+def open_original(
+    against: Path, factory: str | None, recorded: Model, state_dict: str | None
+) -> Source:
     """Opens the dense checkpoint.
+
+    Args:
+        against: the path.
+        factory: the factory that was given.
+        recorded: what the output's lrc.yaml says of the checkpoint.
+        state_dict: the state dict that was given; None: as recorded.
 
     Raises:
         InputError: the checkpoint is missing, not dense, or needs a factory that was not given.
     """
-    source = open_source(against)
+    chosen = recorded.state_dict if state_dict is None else state_dict
+    source = open_source(against, state_dict=chosen)
     if source.config is None and factory is None:
-        raise ask_for_factory(source.path, recorded)
+        raise ask_for_factory(source.path, recorded.factory)
     return source
+
+
+def check_state_dict(written: Written, given: str | None, findings: Findings) -> None:
+    """The run must have compressed the state dict that --state-dict names."""
+    if given is not None and written.config is not None:
+        what = "--state-dict is the state dict that was compressed"
+        findings.equal("original.state_dict", what, written.config.model.state_dict, given)
 
 
 def check_original(written: Written, original: Source, findings: Findings) -> bool:
