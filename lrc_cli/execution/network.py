@@ -58,6 +58,42 @@ def blaming(module: nn.Module) -> Iterator[None]:
         raise NetworkError(error, _place_of(error, module)) from error
 
 
+class OutputsDiffer(RunError):
+    """What a network returned cannot be read, or not together with what it returned before.
+
+    Args:
+        cause: the error of the first operation that failed on the outputs.
+        network: the network.
+    """
+
+    has_trace = True
+
+    def __init__(self, cause: Exception, network: nn.Module) -> None:
+        why = cause.message if isinstance(cause, LrcError) else named(cause)
+        super().__init__(
+            f"the outputs of the network {type(network).__name__} cannot be compared with earlier"
+            f" ones: {why}",
+            "its forward must return the same kind of tensors in every pass",
+        )
+
+
+@contextmanager
+def reading_outputs(network: "Network") -> Iterator[None]:
+    """A context in which outputs of a network are read, whose code may return anything.
+
+    Raises:
+        OutputsDiffer: an operation on the outputs failed.
+    """
+    try:
+        yield
+    except (RunError, OSError):
+        raise
+    except Exception as error:  # also an InputError, because the first pass has been long ago
+        if is_out_of_memory(error):
+            raise
+        raise OutputsDiffer(error, network.module) from error
+
+
 def _place_of(error: BaseException, network: nn.Module) -> str:
     """Returns the name of the innermost module in an error's trace; the network has its class's."""
     whole = type(network).__name__

@@ -13,7 +13,7 @@ from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.chain import Segment, find_chain
 from lrc_cli.execution.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, reading_outputs
 from lrc_cli.execution.walk import Keep, Pair
 from lrc_cli.quality.records import Scores
 from lrc_cli.runtime.processes import ALONE, Processes
@@ -90,7 +90,8 @@ def compare(
             inputs, labels = prepared[index]
             outputs = pair.run(segment, index)
             if outputs is not None:
-                _add(sums, *outputs, labels, masks_of(inputs))
+                with reading_outputs(after):
+                    _add(sums, *outputs, labels, masks_of(inputs))
             advance(len(sequences) / len(own) / len(names))
     parts = map(astuple, processes.gather(sums))
     total = _Sums(*map(sum, zip(*parts, strict=True)))

@@ -13,6 +13,7 @@ from lrc_cli.config import load_config
 from lrc_cli.engine.training import Training
 from lrc_cli.job.recover import stage as stage_module
 from lrc_cli.job.run import compress
+from lrc_cli.job.work import WorkDirectory
 
 TRAINED = {"recover.scope": "model", "recover.tokens": 8000}
 
@@ -200,3 +201,116 @@ def test_evaluation_is_drawn_as_without_training(
     assert plain["quality"][0]["sha256"] == trained["quality"][0]["sha256"]
     assert trained["recovery"]["num_sequences"] + trained["recovery"]["num_held_out"] == 30
     assert json.loads((output / "report.json").read_text())["recovery"] == trained["recovery"]
+
+
+SOURCE = """
+import itertools, os, pico_factories
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    in_training = 0
+
+    def __init__(self):
+        super().__init__()
+        for name, part in pico_factories.mlp().named_children():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            Net.in_training += 1
+            if Net.in_training == AT:
+                RAISE
+        return x
+"""
+
+FAILURES: dict[str, tuple[str, str]] = {
+    "ValueError": ("raise ValueError('worn out')", "ValueError: worn out, in module Net"),
+    "SystemExit": ("raise SystemExit(0)", "SystemExit: 0, in module Net"),
+    "RecursionError": ("raise RecursionError", "in module Net"),
+    "MemoryError": ("raise MemoryError", "out of memory"),
+    "OSError": ("raise OSError(28, 'No space left on device')", "No space left on device"),
+    "None": ("return None", "returns NoneType"),
+    "fewer columns": ("return x[:, :3]", "outputs of the network Net cannot be compared"),
+    "fewer rows": ("return x[:2]", "outputs of the network Net cannot be compared"),
+    "no tensor": ("return ()", "outputs of the network Net cannot be compared"),
+    "no gradient": ("return x.detach()", "outputs of the network Net cannot be compared"),
+}
+
+
+@pytest.mark.parametrize("at", [1, 30])
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_network_that_fails_in_training_ends_in_a_sentence_and_the_job_goes_on(
+    kind: str, at: int, tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, said = FAILURES[kind]
+    monkeypatch.syspath_prepend(plain_folder.path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(stage_module, "STORE_SECONDS", 0.0)
+    name = f"trained_{kind.replace(' ', '_')}_{at}"
+    (tmp_path / f"{name}.py").write_text(SOURCE.replace("AT", str(at)).replace("RAISE", error))
+    changes = plain_folder.model("mlp") | TRAINED | {"compression.method": "svd"}
+    job = pico.job(tmp_path, changes | {"model.factory": f"{name}:Net"})
+    ended = pico.call("compress", job, "-q")
+    assert ended.code == 1 and ended.err.count("error: ") == 1, ended.err
+    assert said in ended.err and "Traceback" not in ended.err and "raised in" not in ended.err
+    assert not (tmp_path / "out").exists()
+    # The failure has passed: the same command goes on, and ends as a calm run does.
+    assert pico.call("compress", job, "-q").code == 0
+    found = pico.read_state(tmp_path / "out")
+    other = pico.job(
+        tmp_path,
+        changes
+        | {
+            "model.factory": f"{name}:Net",
+            "output.path": str(tmp_path / "calm"),
+            "runtime.work_dir": str(tmp_path / "w"),
+        },
+    )
+    assert pico.call("compress", other, "-q").code == 0
+    calm = pico.read_state(tmp_path / "calm")
+    assert all(torch.equal(tensor, calm[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("at", [1, 30])
+def test_a_step_that_is_not_finite_ends_the_training_with_the_best(
+    at: int, value: str, tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plain_folder.path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"trained_{value}_{at}"
+    text = SOURCE.replace("== AT", f">= {at}").replace("RAISE", f"return x * float('{value}')")
+    (tmp_path / f"{name}.py").write_text(text)
+    changes = plain_folder.model("mlp") | TRAINED | {"compression.method": "svd"}
+    job = pico.job(tmp_path, changes | {"model.factory": f"{name}:Net"})
+    ended = pico.call("compress", job, "-q")
+    assert ended.code == 0, ended.err
+    recovery = json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]
+    assert recovery["after"] <= recovery["before"]
+    assert all(x.isfinite().all() for x in pico.read_state(tmp_path / "out").values())
+
+
+def test_a_state_that_cannot_be_stored_ends_the_run_as_any_unit_does(
+    tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    monkeypatch.setattr(stage_module, "STORE_SECONDS", 0.0)
+    put, failed = WorkDirectory.put, []
+
+    def full(work: WorkDirectory, stage: str, unit: str, *rest: Any) -> None:
+        if unit == stage_module.STATE and not failed:
+            failed.append(stage)
+            raise OSError(28, "No space left on device", str(work.root))
+        put(work, stage, unit, *rest)
+
+    monkeypatch.setattr(WorkDirectory, "put", full)
+    changes = plain_folder.model("mlp") | TRAINED | {"compression.method": "svd"}
+    job = pico.job(tmp_path, changes)
+    ended = pico.call("compress", job, "-q")
+    assert ended.code == 1 and "No space left on device; make room on the disk" in ended.err
+    assert not (tmp_path / "out").exists()
+    assert pico.call("compress", job, "-q").code == 0

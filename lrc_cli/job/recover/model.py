@@ -10,7 +10,7 @@ from lrc_cli.data.padding import masks_of
 from lrc_cli.execution.chain import Chain
 from lrc_cli.execution.divergence import divergence
 from lrc_cli.execution.losses import Loss, count_tokens, drawing, prepare
-from lrc_cli.execution.network import Network
+from lrc_cli.execution.network import Network, reading_outputs
 from lrc_cli.execution.recomputing import recomputing
 from lrc_cli.runtime.processes import Processes
 
@@ -107,7 +107,10 @@ class OutputDivergence:
             wanted = self.dense(inputs)
         with torch.set_grad_enabled(gradients):
             outputs = self.compressed(inputs)
-            found = divergence(self.loss, wanted, outputs, labels, masks_of(inputs))
+            with reading_outputs(self.compressed):
+                found = divergence(self.loss, wanted, outputs, labels, masks_of(inputs))
+                if gradients and not found.requires_grad:
+                    raise ValueError("they have no gradient")
         self.advance(count_tokens(batch) * self.processes.size)
         return found
 
