@@ -255,9 +255,33 @@ class Table(Layout):
         """Returns the dense module's attributes that a model may read, apart from its tensors."""
         return {"num_embeddings": m}
 
+    def inner_part(self, rank: int, n: int, **place: Any) -> nn.Module:
+        """Returns an uninitialised module that applies the inner factor."""
+        return Product(n, rank, **place)
+
+    def outer_part(self, rows: int, rank: int, **place: Any) -> nn.Module:
+        """Returns an uninitialised module that applies the outer factor."""
+        return Product(rank, rows, **place)
+
     def dense(self, m: int, n: int, *, bias: bool, **place: Any) -> nn.Module:
         """Returns an uninitialised embedding."""
         return new_embedding(m, n, self.scale, **place)
+
+
+class Product(nn.Module):
+    """A module that maps inputs (..., n) to (..., m) by its weight (m, n), and is no `nn.Linear`.
+
+    An embedding reads rows of the weight without a call. An adapter that another library puts
+    around every `nn.Linear` would reach the head alone.
+    """
+
+    def __init__(self, n: int, m: int, **place: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(m, n, **place))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies by the weight."""
+        return F.linear(x, self.weight)
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -28,6 +28,7 @@ from lrc_cli.network.constructed import (
 )
 from lrc_cli.network.disk_names import module_names, places
 from lrc_cli.network.factories import Factory, resolve_factory
+from lrc_cli.network.low_rank.adapters import register_lora
 from lrc_cli.network.low_rank.slots import (
     check_table,
     find_stored,
@@ -393,6 +394,7 @@ def _load_plain(source: Source, factory: Factory | str | None) -> tuple[nn.Modul
         take_constructed(model, build, made)
     check_second_names(model, before)
     finish_slots(model)
+    register_lora()
     return model, source
 
 

@@ -27,6 +27,7 @@ from lrc_cli.errors import InputError
 from lrc_cli.network.disk_names import converted, module_names
 from lrc_cli.network.experts import has_experts, unfuse, without_merging
 from lrc_cli.network.fused_experts import put_together, take_apart
+from lrc_cli.network.low_rank.adapters import register_lora
 from lrc_cli.network.low_rank.modules import LowRankLayer, LowRankSlot
 from lrc_cli.network.low_rank.shapes import damaged
 from lrc_cli.network.low_rank.slots import (
@@ -39,6 +40,7 @@ from lrc_cli.network.low_rank.slots import (
 from lrc_cli.network.low_rank.stored import (
     FormLayer,
     StoredLayer,
+    dense_module,
     dense_weight,
     replace_modules,
     stored_layers,
@@ -145,6 +147,7 @@ class LrcQuantizer(HfQuantizer):
             if isinstance(layer, LowRankSlot | FormLayer):
                 _check_loaded(name, layer)
         finish_slots(model)
+        register_lora()
         for name, module in model.named_modules():
             if type(module) is nn.Linear:
                 _check_dense(name, module)
@@ -165,8 +168,25 @@ class LrcQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Writes the layers' disk names into config.json; the tensors need no change."""
+        """Writes the layers' disk names into config.json; the tensors need no change.
+
+        A model whose layers have all become dense, as merged adapters may make them, is saved as a
+        dense model.
+
+        Raises:
+            InputError: adapters are around layers, whose names on disk would be unknown.
+        """
+        adapted = any(name.endswith(".base_layer") for name, _ in model.named_modules())
+        if adapted and not getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"{type(model).__name__} has adapters of PEFT around its layers",
+                "call save_pretrained on the PeftModel, or merge_and_unload() first",
+            )
         layers = {f"{name}.weight": layer for name, layer in stored_layers(model)}
+        if not layers:
+            put_together(model)
+            self.remove_quantization_config(model)
+            return None, {}
         keys = {key: torch.empty(0, device="meta") for key in layers}
         disk = {id(tensor): key for key, tensor in revert_weight_conversion(model, keys).items()}
         self.quantization_config.layers = {
@@ -221,12 +241,8 @@ def _own_dtype(layer: StoredLayer, model: PreTrainedModel) -> torch.dtype:
 def _dense(layer: StoredLayer, dtype: torch.dtype) -> nn.Module:
     """Returns a dense module of the kind that was replaced."""
     weight = dense_weight(layer).to(dtype)
-    m, n = layer.shape
-    dense = layer.layout.dense(m, n, bias=layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(layer.layout.weight(weight))
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-    return dense.train(layer.training)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return dense_module(layer.layout, weight, bias, training=layer.training)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -61,6 +61,11 @@ class LowRankLayer(StoredLayer):
         assert isinstance(inner, Tensor) and isinstance(outer, Tensor)
         return inner.flatten(1), outer.flatten(1)
 
+    def outer(self) -> Tensor:
+        """Returns the outer factor (m, r) of the whole weight, whose inner factor is (r, n)."""
+        inner, outer = self.factors()
+        return self.assemble(torch.eye(self.rank).to(inner), outer.T).T
+
     def table_entry(self) -> dict[str, Any]:
         """Returns the entry in a checkpoint's layer table; `block` is None for two factors."""
         return {"storage": self.storage, "rank": self.rank, "block": self.block or None}
@@ -165,6 +170,7 @@ class LowRankModule(LowRankLayer):
     """A factorised layer at run time: `down` and `up` are plain modules.
 
     They are `nn.Linear`, which PEFT and torchao recognise, or for a convolution plain convolutions.
+    A tied embedding has parts that other libraries do not recognise (layouts.py).
     The module shares its tensors with the slot. State dicts keep the disk names.
 
     Args:

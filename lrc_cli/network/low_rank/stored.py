@@ -232,6 +232,25 @@ def dense_weight(module: nn.Module) -> Tensor:
     return layout.matrix(module.get_parameter("weight").detach())
 
 
+def dense_module(
+    layout: Layout, weight: Tensor, bias: Tensor | None, *, training: bool
+) -> nn.Module:
+    """Returns a dense module of the kind that a layout belongs to.
+
+    Args:
+        layout: the layout.
+        weight: W (m, n).
+        bias: (m,), or None for a layer without a bias.
+        training: whether the module is in training mode.
+    """
+    m, n = weight.shape
+    dense = layout.dense(m, n, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(layout.weight(weight))
+    if bias is not None:
+        dense.bias = nn.Parameter(bias)
+    return dense.train(training)
+
+
 def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns the matrix (m, n) and the bias (m,) that a linear layer applies, in float64."""
     if isinstance(module, StoredLayer):
