@@ -76,6 +76,34 @@ def find_added(directory: Path) -> Path | None:
     return next(added, None)
 
 
+def find_changed(directory: Path) -> Path | None:
+    """Returns the first file of an output of lrc's that has other bytes than lrc wrote; else None.
+
+    The manifest is written last, so only files with a later time are read.
+
+    Raises:
+        ValueError: the directory is no output of lrc's.
+    """
+    files = _own_files(directory)
+    if files is None:
+        raise ValueError(f"{directory} is no output of lrc's")
+    written = _last_change(directory / MANIFEST_NAME)
+    later = (
+        directory / name
+        for name in sorted(files)
+        if (directory / name).is_file() and _last_change(directory / name) > written
+    )
+    return next(
+        (x for x in later if hash_file(x) != files[x.relative_to(directory).as_posix()]), None
+    )
+
+
+def _last_change(file: Path) -> int:
+    """The time of the last change of a file's bytes or, as where a file is moved, of its names."""
+    found = file.stat()
+    return max(found.st_mtime_ns, found.st_ctime_ns)
+
+
 def _own_files(directory: Path) -> dict[str, str] | None:
     """The files that the manifest of an output of lrc's names; None for any other directory."""
     file = directory / MANIFEST_NAME

@@ -18,6 +18,7 @@ from lrc_cli.checkpoint.manifest import (
     MANIFEST_NAME,
     PARTIAL_MARK,
     find_added,
+    find_changed,
     is_own_output,
 )
 from lrc_cli.errors import InputError, RunError
@@ -108,7 +109,7 @@ def check_names_beside(output: Path) -> None:
     # An empty directory holds nothing to lose.
     if not os.path.isfile(partial / PARTIAL_MARK) and _has_content(partial):
         raise _in_the_way(partial)
-    if not is_own_output(old) and _has_content(old):
+    if _has_content(old) and (not is_own_output(old) or find_added(old) or find_changed(old)):
         raise _in_the_way(old)
     check_plain("output.path", lock)
     # A lock of lrc's is empty.
@@ -159,6 +160,13 @@ def check_output(output: Path, *, force: bool) -> None:
         raise InputError(
             f"{output}: --force would delete {added.relative_to(output)}, which lrc did not write",
             "move it out of the output, or choose another output.path",
+        )
+    changed = find_changed(output)
+    if changed is not None:
+        raise InputError(
+            f"{output}: --force would delete {changed.relative_to(output)}, which was changed after"
+            " lrc wrote it",
+            "delete it or move it out of the output, or choose another output.path",
         )
 
 
@@ -240,7 +248,7 @@ def _publish(output: Path, *, force: bool) -> None:
             raise RunError(
                 f"{output}: appeared while the run went on", "give --force to replace it"
             )
-        if not is_own_output(output) or find_added(output) is not None:
+        if not is_own_output(output) or find_added(output) or find_changed(output):
             raise RunError(
                 f"{output}: something that lrc did not write appeared while the run went on",
                 "move it away",

@@ -61,9 +61,22 @@ def _places_to_read(config: Config, config_file: Path | None) -> list[Place]:
     for name, path in _read_by(config):
         check_name("model.path" if name == CHECKPOINT else name, path)
     places = [place_to_read(name, path) for name, path in _read_by(config)]
+    places += [place for name, path in _read_by(config) for place in _linked(name, path)]
     if config_file is not None:
         places.append(place_to_read(CONFIG, config_file))
     return [place for place in places if place is not None]
+
+
+def _linked(name: str, path: str) -> list[Place]:
+    """The files elsewhere that links in a folder lead to, one for each folder that holds some.
+
+    A place to write that holds one of them would take a part of what is read with it.
+    """
+    if not os.path.isdir(path):
+        return []
+    links = (file for file in sorted(Path(path).rglob("*")) if file.is_symlink() and file.is_file())
+    found = {file.parent: file for file in (Path(os.path.realpath(link)) for link in links)}
+    return [Place(name=name, path=file) for file in found.values()]
 
 
 def _checked_outputs(configs: Sequence[Config], read: Sequence[Place]) -> list[Place]:

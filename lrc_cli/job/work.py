@@ -18,12 +18,11 @@ what may be used again: *statistics* names the directory, *factors* a folder ins
 
 import json
 import os
-import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -41,7 +40,7 @@ from lrc_cli.runtime.processes import ALONE, LostProcess, Processes
 from lrc_cli.runtime.progress import Progress, failure_logged
 
 Tensors = dict[str, torch.Tensor]
-WHOLE, UNIT, SUFFIX = "network", "unit", ".safetensors"
+WHOLE, UNIT, SUFFIX, PARTIAL = "network", "unit", ".safetensors", ".partial"
 STATISTICS, SPECTRA, MEASURED = "statistics", "spectra", "measured"
 PASSING = INPUTS, GRADIENTS, PARTS = "inputs", "gradients", "parts"
 """Stages on the way to the statistics (sweep.py, collect.py), deleted as soon as they are used."""
@@ -200,7 +199,7 @@ class WorkDirectory:
         self.check_inputs()
         file = self._file(stage, unit)
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".partial")
+        aside = file.with_suffix(PARTIAL)
         data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(data, aside, metadata=_metadata(self._name(file), data, facts))
@@ -309,14 +308,26 @@ class WorkDirectory:
         self._file(stage, unit).unlink(missing_ok=True)
 
     def drop(self, stages: Iterable[str]) -> None:
-        """Deletes whole stages, once no process uses them any more."""
+        """Deletes the units of stages, once no process uses them any more; other files stay."""
         self.processes.wait()
         self.processes.from_first(lambda: self._drop(stages))
 
     def _drop(self, stages: Iterable[str]) -> None:
         for stage in stages:
-            if (self.root / stage).exists():
-                shutil.rmtree(self.root / stage)
+            _drop_units(self.root / stage)
+
+
+def _drop_units(stage: Path) -> None:
+    """Deletes the files of a stage's units, and the folders that are empty then."""
+    if not stage.exists():
+        return
+    below = sorted(stage.rglob("*"), reverse=True)
+    for path in below:
+        if path.suffix in (SUFFIX, PARTIAL) and not path.is_dir():
+            path.unlink()
+    for folder in (*(path for path in below if path.is_dir() and not path.is_symlink()), stage):
+        with suppress(OSError):  # it holds something that lrc did not make
+            folder.rmdir()
 
 
 class _Mismatch(Exception):

@@ -29,6 +29,11 @@ FINGERPRINT = json.dumps({"checkpoint": {}, "calibration data": "", "lrc version
 HASHES = {"lrc.yaml": "0" * 64, "report.json": "0" * 64}
 OWN_MANIFEST = json.dumps({"manifest_version": 1, "files": HASHES, "tensors": {}})
 """What shows that an output is lrc's."""
+OWN_OUTPUT: Mapping[str, str | Maker] = {
+    "mine/manifest.json": OWN_MANIFEST,
+    "mine/lrc.yaml": "",
+    "mine/report.json": "",
+}
 PYTEST_XML = '<?xml version="1.0" encoding="utf-8"?>\n<testsuites><testsuite name="pytest"/>'
 
 
@@ -38,6 +43,17 @@ def link(target: str) -> Maker:
 
 def hard_link(target: str) -> Maker:
     return lambda path: path.hardlink_to(path.parents[1] / target)
+
+
+def moved_with_a_link(target: str) -> Maker:
+    """Moves a file of the checkpoint elsewhere in the job's folder, and leaves a link."""
+
+    def move(path: Path) -> None:
+        place = path.parents[1] / target
+        path.rename(place)
+        path.symlink_to(place)
+
+    return move
 
 
 def pipe(path: Path) -> None:
@@ -172,6 +188,22 @@ OUTPUTS = {
     "a link to nothing": Case(output="gone", made={"gone": link("nowhere")}, said="to nothing"),
     "a link to itself": Case(output="loop", made={"loop": link("loop")}, said="loop"),
     "below a link to itself": Case(output="loop/out", made={"loop": link("loop")}, said="loop/out"),
+    "around the file of a link of the checkpoint": Case(
+        output="mine",
+        made={**OWN_OUTPUT, "mine/LICENSE": "mine", "model/TERMS": link("../mine/LICENSE")},
+        said="mine and the checkpoint",
+    ),
+    "around the only weights, to which the checkpoint has a link": Case(
+        output="mine",
+        made={**OWN_OUTPUT, "model/model.safetensors": moved_with_a_link("mine/weights")},
+        said="mine and the checkpoint",
+    ),
+    "around the file of a link in the data": Case(
+        output="mine",
+        made={**OWN_OUTPUT, "mine/a.png": "x", "pictures/b.png": link("../mine/a.png")},
+        changes={"calibration.path": "pictures"},
+        said="mine and the data of calibration.path",
+    ),
     "a name that is too long": Case(output=LONG, said="output.path: nnn"),
     "a name too long with an ending": Case(output=NEARLY_LONG, said="File name too long"),
     "a path that is too long": Case(output="d/" * 2500 + "out", said="File name too long"),
@@ -535,6 +567,75 @@ def test_what_lies_beside_the_places_of_a_job_stays(place: Path) -> None:
     assert {x.name for x in (place / "work").iterdir()} >= {"out", "thesis.txt", "run.log"}
     assert not list((place / "work").glob(".lrc-*"))
     assert stat.S_IMODE((place / "lrc.xml").stat().st_mode) == 0o666 & ~os.umask(os.umask(0o22))
+
+
+def edit(file: Path) -> None:
+    with file.open("ab") as handle:
+        handle.write(b"years of notes")
+
+
+def retrain(file: Path) -> None:
+    """What `save_pretrained` into the output leaves; the old time is what `cp -p` keeps."""
+    times = file.stat()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def touch_and_copy(file: Path) -> None:
+    """The bytes stay."""
+    file.touch()
+    file.chmod(0o600)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "code"),
+    [
+        ("README.md", edit, 2),
+        ("lrc.yaml", edit, 2),
+        ("LICENSE", edit, 2),
+        ("config.json", edit, 2),
+        ("model.safetensors", retrain, 2),
+        ("model.safetensors", Path.unlink, 0),
+        ("README.md", touch_and_copy, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_force_spares_files_that_the_user_changed(
+    name: str, change: Maker, code: int, place: Path
+) -> None:
+    arguments = [*arrange(place, Case(said="")), "--set", "evaluation=[]"]
+    assert pico.call("compress", *arguments).code == 0
+    change(place / "out" / name)
+    smaller = ["compress", *arguments, "--set", "compression.size=0.5", "--force"]
+    if code:
+        said = f"--force would delete {name}, which was changed after lrc wrote it"
+        assert_refused(place, said, *smaller)
+    else:
+        assert pico.call(*smaller).code == 0
+
+
+def test_an_old_output_that_a_crash_left_is_kept_with_what_the_user_put_there(place: Path) -> None:
+    arguments = [*arrange(place, Case(said="")), "--set", "evaluation=[]"]
+    assert pico.call("compress", *arguments).code == 0
+    shutil.copytree(place / "out", place / "out.lrc-old")
+    (place / "out.lrc-old" / "thesis.txt").write_text("mine")
+    assert_refused(place, "out.lrc-old, and what lies there", "compress", *arguments, "--force")
+
+
+def test_restart_deletes_units_and_nothing_else(place: Path) -> None:
+    arguments = [*arrange(place, Case(said="", work="work")), "--set", "evaluation=[]"]
+    assert pico.call("compress", *arguments).code == 0
+    (place / "work" / "statistics" / "figures").mkdir()
+    (factors,) = (place / "work" / "factors").iterdir()
+    mine = [place / "work" / "statistics" / x for x in ("thesis.txt", "figures/one.png")]
+    mine += [place / "work" / "spectra" / "notes.md", factors / "notes.md"]
+    for file in mine:
+        file.write_text("mine")
+    old = {x: x.stat().st_ino for x in (place / "work").rglob("*.safetensors")}
+    ended = pico.call("compress", *arguments, "--force", "--restart", "--set", "output.path=new")
+    assert ended.code == 0, ended.err
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+    assert old and all(x.exists() for x in old)
 
 
 def test_an_output_is_made_again_from_its_own_config(place: Path) -> None:
