@@ -77,6 +77,21 @@ _KINDS = {
 }
 
 
+def not_dense(file: Path, key: str, dtype: str) -> InputError:
+    """Returns the refusal of a tensor whose numbers are no dense weight's.
+
+    Args:
+        file: the tensor's file.
+        key: the tensor's name.
+        dtype: the data type, as torch or safetensors call it.
+    """
+    if dtype in ("C64", "C128") or dtype.startswith("complex"):
+        cause = f"{file}: tensor {key} is complex ({dtype}), and lrc takes real weights"
+        return InputError(cause, COMPLEX)
+    cause = f"{file}: tensor {key} has dtype {dtype}, which is not a dense weight's"
+    return InputError(cause, DEQUANTISE)
+
+
 def explain_file(file: Path) -> InputError | None:
     """Returns the refusal of a file that is no weight file, by its beginning; None: not known."""
     try:

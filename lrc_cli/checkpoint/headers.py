@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_file
+from lrc_cli.checkpoint.foreign import explain_file, not_dense
 from lrc_cli.errors import InputError
 from lrc_cli.reading import check_regular, open_regular, parse_json
 
@@ -109,8 +109,7 @@ def file_headers(file: str | Path) -> dict[str, TensorInfo]:
             entry = handle.get_slice(key)
             name = entry.get_dtype()
             if name not in DTYPES:
-                cause = f"{file}: tensor {key} has dtype {name}, which is not a dense weight's"
-                raise InputError(cause, DEQUANTISE)
+                raise not_dense(Path(file), key, name)
             headers[key] = TensorInfo(
                 file=Path(file), shape=tuple(entry.get_shape()), dtype=DTYPES[name]
             )

@@ -10,7 +10,7 @@ import torch
 
 from lrc_cli.checkpoint.archives import check_archive, check_old, check_storages, record_names
 from lrc_cli.checkpoint.choice import check_index
-from lrc_cli.checkpoint.foreign import explain_file
+from lrc_cli.checkpoint.foreign import explain_file, not_dense
 from lrc_cli.checkpoint.headers import TensorInfo, check_name, differ, has_same_bytes
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
@@ -94,6 +94,8 @@ def _describe(file: Path, key: str, tensor: torch.Tensor) -> TensorInfo:
             f"{file}: {key} is a meta tensor, which has no numbers",
             "save the checkpoint again, after its offloaded weights are back in memory",
         )
+    if tensor.is_complex():
+        raise not_dense(file, key, str(tensor.dtype).removeprefix("torch."))
     if not _is_plain(tensor):
         kind = f"{type(tensor).__name__}, {tensor.layout}"
         raise InputError(

@@ -22,7 +22,7 @@ from lrc_cli.checkpoint.foreign import (
     unmerged,
 )
 from lrc_cli.checkpoint.fused import MARK_DTYPE, Fused
-from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_table_form
+from lrc_cli.checkpoint.headers import FLOAT_DTYPES, TensorInfo, check_table_form, check_version
 from lrc_cli.checkpoint.side_files import SideFiles
 from lrc_cli.checkpoint.weights import (
     RenamedWeights,
@@ -129,6 +129,12 @@ class Source:
         named = (self.config or {}).get(NAMED)
         theirs = transformers_place(self.path, named)
         return isinstance(self.weights, SafetensorsFiles) and self.weights.place == theirs
+
+    @property
+    def layer_table(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """The layer table of a checkpoint that lrc wrote; None for any other checkpoint."""
+        stated = self.record if self.config is None else self.config.get("quantization_config")
+        return None if not stated else stated.get("layers", {})
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -306,7 +312,9 @@ def _read_config(path: Path, *, factorised: bool) -> dict[str, Any] | None:
     if quantization:
         method = quantization.get("quant_method", "an unknown method")
         if method == "lrc" and factorised:
-            check_table_form(quantization.get("layers") or {}, f"{file}: quantization_config")
+            where = f"{file}: quantization_config"
+            check_version(quantization.get("format_version"), where)
+            check_table_form(quantization.get("layers", {}), where)
             return config
         remedy = "run lrc on the dense checkpoint it came from" if method == "lrc" else DEQUANTISE
         raise InputError(

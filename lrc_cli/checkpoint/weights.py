@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from lrc_cli.checkpoint.choice import PICKLED, Form, check_index, forms_of
-from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_directory, explain_suffix
+from lrc_cli.checkpoint.foreign import DEQUANTISE, explain_directory, explain_suffix, not_dense
 from lrc_cli.checkpoint.headers import (
     DTYPES,
     TensorInfo,
@@ -258,8 +258,7 @@ def _check_dense(key: str, info: TensorInfo) -> None:
     """Raises InputError for numbers of which a quantised weight is made."""
     name = str(info.dtype).removeprefix("torch.")
     if info.dtype not in DTYPES.values():
-        cause = f"{info.file}: tensor {key} has dtype {name}, which is not a dense weight's"
-        raise InputError(cause, DEQUANTISE)
+        raise not_dense(info.file, key, name)
     # Masks and tables of positions are whole numbers too; a dense matrix of weights never is.
     # Packed weights have names such as `weight_packed` (compressed-tensors) or `qweight` (GPTQ).
     if _is_weight(key, info) and not info.dtype.is_floating_point:

@@ -2,7 +2,10 @@
 
 import errno
 import io
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
@@ -76,9 +79,18 @@ class Group(click.Group):
             raise Failed(error) from error
 
 
+@contextmanager
+def _calm_warnings() -> Iterator[None]:
+    """A context in which warnings of libraries are shown only where the user asks for traces."""
+    with warnings.catch_warnings():
+        if not is_trace_asked() and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
 def run_command(command: Callable[..., Any]) -> int:
     """Runs a click command and returns its exit code."""
-    with lenient_streams(), ending_on_signals():
+    with lenient_streams(), ending_on_signals(), _calm_warnings():
         try:
             code = command(standalone_mode=False)
             if isinstance(code, int):  # click has printed its help or its version

@@ -42,8 +42,7 @@ class Model:
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
     state_dict: Text | None = None
-    """Keys that lead to the state dict in a file with several, such as state_dict.ema; ".": the
-    tensors at the top; null: the only state dict."""
+    """Keys that lead to one of several state dicts: state_dict.ema, or . (top); null: the only one."""
 
 
 @dataclass(frozen=True, kw_only=True)

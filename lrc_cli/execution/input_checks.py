@@ -41,6 +41,7 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
     """Raises InputError if the module cannot take the sequences of a purpose."""
     known = vocabulary_of(module)
     for name, drawn in sequences.items():
+        _check_masks(name, drawn.inputs)
         check_inputs(module, name, drawn.inputs)
         _check_main_input(module, name, drawn.inputs)
         longest = (source.config or {}).get("max_position_embeddings")
@@ -65,6 +66,23 @@ def _check_mask(name: str, mask: torch.Tensor) -> None:
             f"{name} has negative entries or NaN, so that it does not tell which tokens are real",
             f"{told} name",
         )
+
+
+def _check_masks(name: str, inputs: Batch) -> None:
+    """Raises InputError if a mask of tokens holds another number than 0 and 1.
+
+    Layers are measured on the tokens with a 1, and what a network makes of a share is its own.
+    """
+    for key in ("attention_mask", DECODER_MASK):
+        mask = inputs.get(key)
+        if mask is None or mask.ndim != 2 or mask.dtype == torch.bool:
+            continue
+        others = mask[(mask != 0) & (mask != 1)]
+        if len(others):
+            raise InputError(
+                f"{name}: {key} holds {others[0].item():g}, and a mask of tokens has 0 and 1 only",
+                "give 1 for every token that counts, and 0 for padding",
+            )
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
@@ -189,6 +207,30 @@ def _is_same(first: list[torch.Tensor], second: list[torch.Tensor] | None) -> bo
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@torch.no_grad()
+def ignored_inputs(network: Network, sequences: Mapping[str, Sequences]) -> list[str]:
+    """Returns a sentence for every input that a forward takes only by **kwargs and does not use.
+
+    The outputs on a sequence are the same numbers without such an input.
+    """
+    named = inspect.signature(network.module.forward).parameters
+    notes = []
+    for name, batch in _kinds(sequences).values():
+        extra = [key for key in batch if key not in named] if len(batch) > 1 else []
+        for key in extra:
+            rest = {other: tensor for other, tensor in batch.items() if other != key}
+            try:
+                both = [floating_outputs(network(inputs)) for inputs in (batch, rest)]
+            except NetworkError:  # the code looks for the input
+                continue
+            if _is_same(*both):
+                notes.append(
+                    f"{name}: the network takes the input {key!r} and does not use it: its"
+                    " outputs are the same without"
+                )
+    return notes
+
+
 def probe(
     network: Network, sequences: dict[str, Sequences], layers: Sequence[Layer] = ()
 ) -> list[Use]:
@@ -223,6 +265,13 @@ def probe(
         if not found:
             raise InputError(
                 f"{name}: the network returns no floating-point tensor on {shapes}",
+                "give a model.factory whose forward returns what it computes",
+            )
+        if not any(tensor.numel() for tensor in found):
+            returned = ", ".join(str(tuple(tensor.shape)) for tensor in found[:4])
+            raise InputError(
+                f"{name}: the network {type(network.module).__name__} returns nothing but tensors"
+                f" without entries ({returned}) on {shapes}",
                 "give a model.factory whose forward returns what it computes",
             )
         if not all_finite(found):

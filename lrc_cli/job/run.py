@@ -14,6 +14,7 @@ from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.engine import Solver
+from lrc_cli.execution.input_checks import ignored_inputs
 from lrc_cli.job.data_found import data_found
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
@@ -202,12 +203,11 @@ def _write(
 
 
 def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) -> None:
-    compression = plan.config.compression
-    if compression.sequential is not False:
+    if plan.config.compression.sequential is not False:
         used = "on" if decision.used else "off"
         progress.note(f"compression.sequential: {used}: {decision.reason}")
     if not decision.used and not any(solver.uses_ridge for solver in plan.solvers):
-        _say_unused_key(compression, "ridge", "no layer is fitted with one", progress)
+        _say_unused_key(plan.config.compression, "ridge", "no layer is fitted with one", progress)
 
 
 def _say_what_failed(record: Record, progress: Progress) -> None:
@@ -221,7 +221,8 @@ def _say_what_failed(record: Record, progress: Progress) -> None:
 
 def say_shortfalls(plan: Plan, progress: Progress) -> None:
     """Says what of checkpoint and data is not used, and which numbers are lower than asked."""
-    for note in [*plan.source.notes, *data_shortfalls(data_found(plan))]:
+    shortfalls = data_shortfalls(data_found(plan)) + ignored_inputs(plan.network, plan.sequences)
+    for note in [*plan.source.notes, *shortfalls]:
         progress.note(note)
 
 

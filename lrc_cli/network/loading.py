@@ -30,6 +30,7 @@ from lrc_cli.network.disk_names import module_names, places
 from lrc_cli.network.factories import Factory, resolve_factory
 from lrc_cli.network.low_rank.adapters import register_lora
 from lrc_cli.network.low_rank.slots import (
+    check_stated,
     check_table,
     find_stored,
     finish_slots,
@@ -124,6 +125,8 @@ def load_unwrapped(
     Raises:
         InputError: for a missing factory, or tensors that do not fit the module.
     """
+    if source.layer_table is not None:
+        check_stated(source.tensors, source.layer_table)
     if factory is None and source.config is not None:
         model, source = _load_transformers(source, dtype, trust_remote_code)
     else:

@@ -75,7 +75,7 @@ def allocate(
         raise InputError(
             f"compression.{name}: {value} cannot be reached: the layers that compression.layers"
             f" fixes, or that cannot be compressed, already miss it{idle}",
-            "ask for less compression",
+            _remedy(name, _reached(plan, choices, picks)),
         )
     return {
         layer.name: choice.each[pick]
@@ -92,18 +92,43 @@ def _unreachable(plan: Plan, error: Infeasible, idle: str) -> InputError:
     compression = plan.config.compression
     name, value = compression.target
     if error.unit == "bytes":
-        whole, rest = plan.compressible_bytes, 0
-        if compression.size_of != "compressible":
-            whole, rest = plan.source.num_bytes, rest_bytes(plan)
-        least = _up((error.smallest + rest) / whole)
+        least = _share(plan, error.smallest)
     else:
         least = _up(error.smallest**0.5 if name == "max_layer_error" else error.smallest)
-    remedy = f"ask for {name}: {least} or more"
+    remedy = _remedy(name, least)
     if UNREACHED in idle:
         remedy += ", or give calibration data for these layers"
     return InputError(
         f"compression.{name}: {value} cannot be reached, and {least} can{idle}", remedy
     )
+
+
+def _share(plan: Plan, num_bytes: float) -> float:
+    """Returns the least `size` that allows all compressible weights so many bytes together."""
+    if plan.config.compression.size_of == "compressible":
+        return _up(num_bytes / plan.compressible_bytes)
+    return _up((num_bytes + rest_bytes(plan)) / plan.source.num_bytes)
+
+
+def _reached(plan: Plan, choices: Sequence[Choices], picks: Sequence[int]) -> float:
+    """Returns what the layers' choices come to, in the target's terms."""
+    chosen = [choice.each[i] for choice, i in zip(choices, picks, strict=True)]
+    compression = plan.config.compression
+    if compression.size is not None:
+        return _share(plan, sum(choice.num_bytes for choice in chosen))
+    if compression.max_layer_error is not None:
+        return _up(max(choice.error for choice in chosen) ** 0.5)
+    return _up(sum(choice.error for choice in chosen))
+
+
+def _remedy(name: str, least: float) -> str:
+    """Returns the next step where a target cannot be reached, and `least` is what can."""
+    if name == "size" and least > 1:
+        return (
+            f"no size is reached, because the output would have {least} times the bytes: compress"
+            " more layers, or lower output.dtype"
+        )
+    return f"ask for {name}: {least} or more"
 
 
 def _up(least: float) -> float:

@@ -39,6 +39,23 @@ def stored_weights(headers: Mapping[str, TensorInfo], table: Entries) -> list[st
     return [Keys.of(layer, headers).weight for layer in dict.fromkeys([*ups, *others])]
 
 
+def check_stated(headers: Mapping[str, TensorInfo], table: Entries) -> None:
+    """Checks that a layer table and the tensors of its checkpoint speak of the same layers.
+
+    Raises:
+        InputError: a layer of the table has no tensor, or there are factors and the table is empty.
+    """
+    below = {key.rpartition(".")[0] for key in headers} | set(headers)
+    below |= {key.removesuffix(f".{UP}") for key in headers}
+    ghost = next((layer for layer in table if layer not in below), None)
+    if ghost is not None:
+        raise damaged(f"layer {ghost}: the layer table names it, and no tensor is its")
+    factors = (key.removesuffix(f".{UP}") for key in headers if key.endswith(f".{UP}"))
+    hidden = next((x for x in factors if Keys.of(x, headers).weight in headers), None)
+    if hidden is not None and not table:
+        raise damaged(f"layer {hidden} is factorised, and the layer table is empty")
+
+
 def _is_low_rank(layer: str, entry: Mapping[str, Any]) -> bool:
     """Returns whether an entry of the layer table has a rank.
 
