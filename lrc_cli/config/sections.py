@@ -42,7 +42,7 @@ class Model:
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run."""
     state_dict: Text | None = None
-    """Keys that lead to one of several state dicts: state_dict.ema, or . (top); null: the only one."""
+    """Keys to one of several state dicts: state_dict.ema, or . (the top); null: the only one."""
 
 
 @dataclass(frozen=True, kw_only=True)

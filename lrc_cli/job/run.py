@@ -211,18 +211,19 @@ def _say_how_it_is_fitted(plan: Plan, decision: Decision, progress: Progress) ->
 
 
 def _say_what_failed(record: Record, progress: Progress) -> None:
-    target = record.target
-    if not target.met:
-        missed = f"compression.{target.name}: {target.value} is missed"
-        progress.note(f"{missed}: see the layers that fell back")
+    goal = record.target
+    if not goal.met:
+        progress.note(
+            f"compression.{goal.name}: {goal.value} is missed: see the layers that fell back"
+        )
     if not record.factorised:
         progress.note("no layer was factorised: see the reasons in the report")
 
 
 def say_shortfalls(plan: Plan, progress: Progress) -> None:
     """Says what of checkpoint and data is not used, and which numbers are lower than asked."""
-    shortfalls = data_shortfalls(data_found(plan)) + ignored_inputs(plan.network, plan.sequences)
-    for note in [*plan.source.notes, *shortfalls]:
+    unused = ignored_inputs(plan.network, plan.sequences)
+    for note in [*plan.source.notes, *data_shortfalls(data_found(plan)), *unused]:
         progress.note(note)
 
 
