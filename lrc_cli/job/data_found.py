@@ -2,6 +2,7 @@
 
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.purposes import purposes_of
+from lrc_cli.execution.input_checks import ignored_inputs
 from lrc_cli.job.plan import Plan
 from lrc_cli.report.record import DataFound
 
@@ -28,3 +29,8 @@ def _found(asked: int, drawn: Sequences | None) -> DataFound:
         shortened_turns=findings.turns.shortened,
         empty_records=findings.empty_records,
     )
+
+
+def unused_inputs(plan: Plan) -> list[str]:
+    """Returns a sentence for every input of the data that the network takes and does not use."""
+    return ignored_inputs(plan.network, plan.sequences)
