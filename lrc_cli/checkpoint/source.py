@@ -132,9 +132,9 @@ class Source:
 
     @property
     def layer_table(self) -> Mapping[str, Mapping[str, Any]] | None:
-        """The layer table of a checkpoint that lrc wrote; None for any other checkpoint."""
+        """The layer table of a checkpoint that lrc wrote; None where there is none."""
         stated = self.record if self.config is None else self.config.get("quantization_config")
-        return None if not stated else stated.get("layers", {})
+        return stated.get("layers") if stated else None
 
     @cached_property
     def record(self) -> dict[str, Any]:
