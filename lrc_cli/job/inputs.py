@@ -2,13 +2,15 @@
 
 A run takes hours, and on a CPU the network's weights are views of mapped files. A file that changes
 meanwhile would give an output of two checkpoints, or a report with the hash of other data. So size,
-time of change and inode of every file are noted before the file is read. They are compared before
-every unit that is stored and before an output is published.
+times and inode of every file are noted before the file is read. They are compared before every unit
+that is stored and before an output is published. A file of which only the time of its inode is new
+has another mode or name, or was written to and had its time set back: its hash tells, once, before
+an output is published.
 """
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from lrc_cli.data.purposes import purposes_of
 from lrc_cli.errors import RunError
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
+from lrc_cli.runtime.files import hash_file
 from lrc_cli.runtime.processes import Processes
 
 CACHE = "__pycache__"
@@ -33,6 +36,8 @@ class State(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+    inode_ns: int
+    """The time of the last change of bytes, mode or names, which no program can set."""
 
 
 States = Mapping[Path, State | None]
@@ -64,7 +69,7 @@ def _state(file: Path) -> State | None:
         found = file.stat()
     except OSError:
         return None
-    return State(found.st_size, found.st_mtime_ns, found.st_ino)
+    return State(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
 
 def states_before(config: Config) -> States:
@@ -91,6 +96,8 @@ class Inputs:
     """The files of the checkpoint that are read or carried over."""
     data: States
     """The data files, every file of data folders, and the factory's file."""
+    data_hashes: Mapping[str, str] = field(default_factory=dict)
+    """The sha256 of data files, by path, as they were read."""
 
     def check_checkpoint(self) -> None:
         """Raises ChangedInput if a file of the checkpoint is not what it was: a few `stat` calls.
@@ -106,7 +113,13 @@ class Inputs:
         now = {*_checkpoint_files(replace(self.source)), *_data_files(self.config)}
         seen = {**self.checkpoint, **self.data}
         for file in sorted(now | set(seen)):
-            _check(file, seen.get(file), _state(file))
+            _check(file, seen.get(file), _state(file), self._sha256(file))
+
+    def _sha256(self, file: Path) -> str | None:
+        """Returns the hash of a file as it was read; None: nobody took it."""
+        if file in self.checkpoint:
+            return self.source.hashes.get(self.source.name_of(file))
+        return self.data_hashes.get(str(file))
 
     def check(self, processes: Processes) -> None:
         """Raises ChangedInput in all processes if one of them sees a change."""
@@ -163,7 +176,12 @@ def _data_files(config: Config) -> list[Path]:
     return list(found)
 
 
-def _check(file: Path, before: State | None, now: State | None) -> None:
+def _check(file: Path, before: State | None, now: State | None, sha256: str | None = None) -> None:
+    """Raises ChangedInput if a file is not what it was.
+
+    Args:
+        sha256: the hash that tells where the states leave it open; None: the file passes then.
+    """
     if before == now:
         return
     if before is None:
@@ -174,6 +192,10 @@ def _check(file: Path, before: State | None, now: State | None) -> None:
         what = "was replaced"
     elif before.size != now.size:
         what = f"was changed from {before.size} to {now.size} bytes"
-    else:
+    elif before.mtime_ns != now.mtime_ns:
         what = "was written to"
+    elif sha256 is None or hash_file(file) == sha256:
+        return
+    else:
+        what = "was written to, and its time was set back,"
     raise ChangedInput(f"{file} {what}")

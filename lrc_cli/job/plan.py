@@ -188,6 +188,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
             "the processes do not have the same config, checkpoint and data",
             "give all machines the same files",
         )
+    hashes = data_hashes(config)
     return Plan(
         config=config,
         source=source,
@@ -197,8 +198,8 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         skipped=skipped,
         planned=plan_layers(config, layers, source, solvers, stand_in_reasons),
         sequences=sequences,
-        inputs=inputs,
-        data_hashes=data_hashes(config),
+        inputs=replace(inputs, data_hashes=hashes),
+        data_hashes=hashes,
         statistics_fingerprint=statistics,
         factors_fingerprint=factors_fingerprint(config, identity),
         work_dir=work_dir,

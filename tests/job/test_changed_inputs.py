@@ -67,6 +67,13 @@ def write_the_same_bytes(file: Path) -> None:
     file.write_bytes(file.read_bytes())
 
 
+def change_a_byte_and_the_time_back(file: Path) -> None:
+    """Size, inode and time of change stay."""
+    times = file.stat()
+    change_a_byte(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def touch(file: Path) -> None:
     file.touch()
 
@@ -88,6 +95,7 @@ WORDS: dict[Change, str] = {
     replace_by_an_equal_copy: "was replaced",
     write_the_same_bytes: "was written to",
     touch: "was written to",
+    change_a_byte_and_the_time_back: "was written to, and its time was set back",
     delete: "was deleted",
     add: "appeared",
 }
@@ -203,6 +211,12 @@ TABLE: list[tuple[str, Change, str]] = [
         for file in ("model/config.json", "model/LICENSE", "fit.txt", "judge.txt")
         for change in (change_a_byte, touch, delete)
     ),
+    *(
+        (file, change_a_byte_and_the_time_back, moment)
+        for file in ("model/config.json", "model/LICENSE", "fit.txt", "judge.txt")
+        for moment in ("before the factors", "before publishing")
+    ),
+    (SHARD, change_a_byte_and_the_time_back, "before the statistics"),
     ("model/model.safetensors.index.json", grow, "before factors"),
     ("model/tokenizer.json", grow, "before the statistics"),
     ("model/notes/use.txt", replace, "before writing"),
@@ -226,6 +240,25 @@ def test_a_change_is_named_and_nothing_is_published(
     MOMENTS[moment](lambda: change(folder / name), monkeypatch)
     ended = pico.call("compress", job, "-q")
     assert_refused(ended, folder, folder / name, change)
+
+
+def other_mode(file: Path) -> None:
+    file.chmod(0o600)
+
+
+def second_name(file: Path) -> None:
+    """A backup of hard links does this."""
+    (file.parents[1] / f"backup-{file.name}").hardlink_to(file)
+
+
+@pytest.mark.parametrize("change", [other_mode, second_name])
+def test_another_mode_or_name_is_no_change(
+    change: Change, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (SHARD, "model/LICENSE", "model/config.json"):
+        after_everything(lambda name=name: change(job.parent / name), monkeypatch)  # type: ignore[misc]
+    ended = pico.call("compress", job, "-q")
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("stage", ["statistics", "spectra", "factors"])
