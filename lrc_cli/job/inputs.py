@@ -10,7 +10,7 @@ an output is published.
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from lrc_cli.config import Config
 from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
 from lrc_cli.errors import RunError
+from lrc_cli.job.fingerprints import data_hashes
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
 from lrc_cli.runtime.files import hash_file
@@ -96,8 +97,8 @@ class Inputs:
     """The files of the checkpoint that are read or carried over."""
     data: States
     """The data files, every file of data folders, and the factory's file."""
-    data_hashes: Mapping[str, str] = field(default_factory=dict)
-    """The sha256 of data files, by path, as they were read."""
+    data_hashes: Mapping[str, str]
+    """The sha256 of every data file or folder and of the factory's code, as they were read."""
 
     def check_checkpoint(self) -> None:
         """Raises ChangedInput if a file of the checkpoint is not what it was: a few `stat` calls.
@@ -151,6 +152,7 @@ def look_at_inputs(config: Config, source: Source, before: States) -> Inputs:
         checkpoint={file: before.get(file) for file in _checkpoint_files(source)},
         data={file: before.get(file) for file in _data_files(config)}
         | states_of([] if factory is None else [factory]),
+        data_hashes=data_hashes(config),
     )
 
 

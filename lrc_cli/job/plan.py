@@ -21,7 +21,6 @@ from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import reasons_of
 from lrc_cli.job.fingerprints import (
-    data_hashes,
     digest,
     factors_fingerprint,
     statistics_fingerprint,
@@ -188,7 +187,6 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
             "the processes do not have the same config, checkpoint and data",
             "give all machines the same files",
         )
-    hashes = data_hashes(config)
     return Plan(
         config=config,
         source=source,
@@ -198,8 +196,8 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         skipped=skipped,
         planned=plan_layers(config, layers, source, solvers, stand_in_reasons),
         sequences=sequences,
-        inputs=replace(inputs, data_hashes=hashes),
-        data_hashes=hashes,
+        inputs=inputs,
+        data_hashes=inputs.data_hashes,
         statistics_fingerprint=statistics,
         factors_fingerprint=factors_fingerprint(config, identity),
         work_dir=work_dir,
