@@ -349,13 +349,18 @@ def draw(seed: int, models: list[str] | None = None) -> Case:
     forms = list(PLAIN_FORMS if model.factory else FORMS)
     # A distributed save takes two processes and some seconds: it comes up less often.
     weights = [1 if form == "distributed" else 4 for form in forms]
+    form = chance.choices(forms, weights)[0]
+    changes = _draw_changes(chance, model, data, dtype)
+    if form == "distributed" and "masked" in name:
+        # Such a directory has no tokenizer, and so no mask token for the default loss.
+        changes["compression.loss"] = "sampled"
     return Case(
         seed=seed,
         model=name,
         dtype=dtype,
-        form=chance.choices(forms, weights)[0],
+        form=form,
         data=data,
-        changes=_draw_changes(chance, model, data, dtype),
+        changes=changes,
         processes=2 if chance.random() < 0.1 else 1,
         by_transformers=model.factory is None and chance.random() < 0.5,
         replaces=chance.random() < 0.5,
