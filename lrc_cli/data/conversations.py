@@ -36,6 +36,8 @@ ROLES = {
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 SPEAKER_KEYS = ("role", "from", "speaker", "author", "sender", "name")
 TEXT_KEYS = ("content", "value", "text", "message", "utterance", "parts", "body")
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Texts that stand beside a turn's text, which many templates leave out."""
 CALL_KEYS = ("tool_calls", "function_call")
 
 
@@ -252,7 +254,7 @@ def _check_fates(
 
 def _texts(turn: Mapping[str, Any]) -> list[str]:
     """Returns the texts of a turn: under the common keys, or else under all but the speaker's."""
-    keys = [key for key in TEXT_KEYS if key in turn]
+    keys = [key for key in (*TEXT_KEYS, *THOUGHT_KEYS) if key in turn]
     if not keys:
         keys = [key for key in turn if key not in (*SPEAKER_KEYS, *CALL_KEYS)]
     return [text for key in keys for text in _strings(turn[key]) if text.strip()]

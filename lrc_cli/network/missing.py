@@ -54,6 +54,14 @@ def lacks(
         lacking: the names of the module's parameters and buffers that no file holds.
         why: what else is known.
     """
+    prefixes = _prefixes(source, lacking)
+    if prefixes:
+        names = " or ".join(repr(prefix) for prefix in prefixes)
+        return InputError(
+            f"{source.path}: the files have tensors of {type(model).__name__} under names that"
+            f" begin with {names}, such as {prefixes[0]}{next(iter(lacking))}{why}",
+            f"save the network's own state dict, or rename the tensors that begin with {names}",
+        )
     if not hasattr(model, "base_model_prefix"):
         cause = f"{source.path}: the files lack {some_of(lacking)} of {type(model).__name__}{why}"
         return InputError(
@@ -72,6 +80,17 @@ def lacks(
         remedy += '; or "tie_word_embeddings": true, if the head is the embedding\'s table'
     cause = f"{source.path} lacks {some_of(lacking)} of {type(model).__name__}{why}"
     return InputError(cause, remedy)
+
+
+def _prefixes(source: Source, lacking: Collection[str]) -> list[str]:
+    """Returns the beginnings of names under which the files have most of what is lacking."""
+    wanted = next(iter(lacking))
+    ends = (key.removesuffix(wanted) for key in source.tensors if key.endswith(f".{wanted}"))
+    return [
+        begin
+        for begin in dict.fromkeys(ends)
+        if 2 * sum(begin + name in source.tensors for name in lacking) > len(lacking)
+    ]
 
 
 def fill_with_nan(model: nn.Module, lacking: Collection[str]) -> None:

@@ -431,6 +431,14 @@ LLAMA: dict[str, tuple[Callable[[Path, State], Any], tuple[str, ...] | None]] = 
         ),
         None,
     ),
+    "a merged adapter's prefix": (
+        lambda path, state: moved(path, state, SINGLE, "base_model.model.{}".format),
+        ("begin with 'base_model.model.'",),
+    ),
+    "an average": (
+        lambda path, state: moved(path, state, SINGLE, "ema_model.{}".format),
+        ("begin with 'ema_model.'", "rename"),
+    ),
     "another file's name": (lambda path, state: moved(path, state, "net.safetensors"), None),
     "a named file": (
         lambda path, state: (

@@ -71,6 +71,10 @@ KEPT: dict[str, tuple[str, list[Any], Turns]] = {
     "an image beside a text": (
         PARTS, chat([{"type": "image"}, {"type": "text", "text": HI}]), Turns(total=2),
     ),
+    "thinking beside the text is left out": (
+        PLAIN, [{**turn, "reasoning_content": "w60 w50 w60"} for turn in chat()],
+        Turns(total=2, shortened=2),
+    ),
     "thinking is cut": (THINKING, chat(HI, LONG), Turns(total=2, shortened=1)),
     "json": (JSON, chat('w1 "w2"\nw3', "w\u00e9\u00e9"), Turns(total=2)),
     "upper": (UPPER, chat("  w7\n w8 ", YO), Turns(total=2)),
