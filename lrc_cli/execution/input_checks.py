@@ -41,7 +41,6 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
     """Raises InputError if the module cannot take the sequences of a purpose."""
     known = vocabulary_of(module)
     for name, drawn in sequences.items():
-        _check_masks(name, drawn.inputs)
         check_inputs(module, name, drawn.inputs)
         _check_main_input(module, name, drawn.inputs)
         longest = (source.config or {}).get("max_position_embeddings")
@@ -54,35 +53,21 @@ def check_sequences(sequences: dict[str, Sequences], module: nn.Module, source: 
 
 
 def _check_mask(name: str, mask: torch.Tensor) -> None:
-    """Raises InputError unless a mask (sequences, tokens) tells real tokens from padding.
+    """Raises InputError unless a mask (sequences, tokens) has 1 for real tokens and 0 for padding.
 
-    A mask that is added to scores has 0 for real tokens, which would be taken for padding.
-    """
-    told = "give 1 for real tokens and 0 for padding, or give masks that are something else another"
-    if not bool(mask.bool().any()):
-        raise InputError(f"{name} is 0 everywhere: there is no real token in it", f"{told} name")
-    if mask.is_floating_point() and not bool((mask >= 0).all()):
-        raise InputError(
-            f"{name} has negative entries or NaN, so that it does not tell which tokens are real",
-            f"{told} name",
-        )
-
-
-def _check_masks(name: str, inputs: Batch) -> None:
-    """Raises InputError if a mask of tokens holds another number than 0 and 1.
-
+    A mask that is added to scores has 0 for real tokens, and would be taken the wrong way round.
     Layers are measured on the tokens with a 1, and what a network makes of a share is its own.
     """
-    for key in ("attention_mask", DECODER_MASK):
-        mask = inputs.get(key)
-        if mask is None or mask.ndim != 2 or mask.dtype == torch.bool:
-            continue
-        others = mask[(mask != 0) & (mask != 1)]
-        if len(others):
-            raise InputError(
-                f"{name}: {key} holds {others[0].item():g}, and a mask of tokens has 0 and 1 only",
-                "give 1 for every token that counts, and 0 for padding",
-            )
+    remedy = (
+        "give 1 for real tokens and 0 for padding, or give masks that are something else another"
+        " name"
+    )
+    if not bool(mask.bool().any()):
+        raise InputError(f"{name} is 0 everywhere: there is no real token in it", remedy)
+    others = mask[(mask != 0) & (mask != 1)]
+    if len(others):
+        what = f"{name} holds {others[0].item():g}, and a mask of tokens has 0 and 1 only"
+        raise InputError(what, remedy)
 
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:

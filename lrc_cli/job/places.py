@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lrc_cli.checkpoint.output_directory import check_names_beside, names_beside, resolve_output
+from lrc_cli.checkpoint.side_files import MOST_SIDE_FILES
 from lrc_cli.config import Config, check_written
 from lrc_cli.errors import InputError
 from lrc_cli.job.work import FACTORS, FINGERPRINT, LOCK, LOG, PASSING, RECOVERED, SHARED
-from lrc_cli.reading import read_json
+from lrc_cli.reading import files_below, read_json
 from lrc_cli.report.junit import check_junit_path
 from lrc_cli.runtime.files import check_writable
 from lrc_cli.runtime.places import (
@@ -48,11 +49,11 @@ def check_places(
         InputError: a place lies in another place, something that lrc did not make has the name, or
             lrc could not read the config again.
     """
-    for config in configs:
-        check_written(config)
     read = _places_to_read(configs[0], config_file)
     outputs = _checked_outputs(configs, read)
     work = _checked_work_root(configs[0], [*read, *outputs])
+    for config in configs:
+        check_written(config)
     if junit is not None:
         _check_junit(junit, [*read, *outputs, work], outputs)
 
@@ -74,7 +75,9 @@ def _linked(name: str, path: str) -> list[Place]:
     """
     if not os.path.isdir(path):
         return []
-    links = (file for file in sorted(Path(path).rglob("*")) if file.is_symlink() and file.is_file())
+    files = files_below(Path(path), MOST_SIDE_FILES)
+    # Unlike Path.is_file, this says no where a link may not be followed.
+    links = sorted(file for file in files if os.path.islink(file) and os.path.isfile(file))
     found = {file.parent: file for file in (Path(os.path.realpath(link)) for link in links)}
     return [Place(name=name, path=file) for file in found.values()]
 

@@ -55,7 +55,7 @@ case("nested tensor", "pt", "x is not a plain dense tensor")(saved(x=nested()))
 case("nested tensor first", "pt", "holds a nested tensor")(
     lambda file: torch.save({"x": nested(), **STATE}, file)
 )
-case("complex tensor", "pt", "x has dtype complex64")(saved(x=torch.ones(2, 2) * 1j))
+case("complex tensor", "pt", "tensor x is complex (complex64)")(saved(x=torch.ones(2, 2) * 1j))
 case("float8 tensor", "pt", "x has dtype float8")(saved(x=torch.ones(2).to(torch.float8_e5m2)))
 case("name with a null", "pt", "tensor name '\\x00.weight'")(saved(**{"\0.weight": torch.ones(2)}))
 case("name with an escape", "pt", "tensor name")(saved(**{"\x1b[2J": torch.ones(2)}))

@@ -27,18 +27,21 @@ def test_commands_and_options_are_frozen() -> None:
         "plan": sorted(
             [*("config", "--set", "--output", "--sizes"), *("--json", "--quiet", "--verbose")]
         ),
-        "inspect": sorted(["checkpoint", "--factory", "--trust-remote-code", "--json"]),
+        "inspect": sorted(
+            ["checkpoint", "--state-dict", "--factory", "--trust-remote-code", "--json"]
+        ),
         "eval": sorted(
             [
                 *("directory", "--against", "--data", "--part", "--num-sequences"),
                 *("--sequence-length", "--factory", "--trust-remote-code", "--json", "--quiet"),
+                "--state-dict",
             ]
         ),
         "schema": [],
         "verify": sorted(
             [
                 *("directory", "--against", "--data", "--manifest-sha256", "--strict"),
-                *("--factory", "--trust-remote-code", "--json", "--quiet"),
+                *("--factory", "--trust-remote-code", "--json", "--quiet", "--state-dict"),
             ]
         ),
     }

@@ -50,7 +50,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no-tokenizer": (remove_tokenizer, ["no tokenizer", "beside the weights"]),
     "broken-tokenizer": (
         lambda path: (path / "tokenizer.json").write_text("{"),
-        ["tokenizer", "restore its files"],
+        ["tokenizer", "restore the file"],
     ),
     "no-weights": (lambda path: (path / "model.safetensors").unlink(), ["has no weight file"]),
     "config-not-json": (lambda path: (path / "config.json").write_text("{"), ["config.json"]),
@@ -72,7 +72,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         edit_config(architectures="LlamaForCausalLM"),
         ["architectures", '["LlamaForCausalLM"]'],
     ),
-    "no-heads": (edit_config(num_attention_heads=0, num_key_value_heads=0), ["cannot be loaded"]),
+    "no-heads": (
+        edit_config(num_attention_heads=0, num_key_value_heads=0),
+        ["num_attention_heads is 0"],
+    ),
     "text-for-number": (edit_config(hidden_size="wide"), ["cannot be loaded", "hidden_size"]),
     "quantisation-no-object": (
         edit_config(quantization_config="gptq"),

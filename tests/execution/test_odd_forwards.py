@@ -167,8 +167,9 @@ class Masked(nn.Module):
 ONES = torch.ones(12, 5)
 MASKS: dict[str, tuple[torch.Tensor, str | None]] = {
     "zeros": (0 * ONES.long(), "no real token"), "zeros-float": (0 * ONES, "no real token"),
-    "zeros-bool": (ONES != 1, "no real token"), "added": (-1e9 * ONES.triu(3), "negative entries"),
-    "ones": (ONES, None), "bool": (ONES.tril(2).bool(), None), "halves": (ONES.tril(2) / 2, None),
+    "zeros-bool": (ONES != 1, "no real token"), "added": (-1e9 * ONES.triu(3), "0 and 1 only"),
+    "ones": (ONES, None), "bool": (ONES.tril(2).bool(), None),
+    "halves": (ONES.tril(2) / 2, "0 and 1 only"),
     "pairs": (torch.zeros(12, 1, 5, 5), None), "by-sequence": (torch.zeros(12), None),
 }  # fmt: skip
 

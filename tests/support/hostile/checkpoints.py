@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -75,8 +76,10 @@ def pipe(path: Path) -> None:
 
 def bound_socket(path: Path) -> None:
     """Makes a socket."""
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(os.path.relpath(path))
+    # The system takes about a hundred characters for a socket's path.
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{short}/socket")
+        Path(short, "socket").rename(path)
 
 
 def link(target: str) -> Callable[[Path], None]:
@@ -616,7 +619,7 @@ PICKLES: Table = {
     "has a list for a tensor": (pickled(changed(lambda t: [1, 2])), (UP,)),
     "has a missing tensor": (pickled(lambda s: {k: t for k, t in s.items() if k != UP}), (UP,)),
     "is two states": (
-        pickled(lambda s: {"generator": dict(s), "critic": dict(s)}),
+        pickled(lambda s: {"generator": dict(s), "critic": {k: -t for k, t in s.items()}}),
         (BIN, "state dict"),
     ),
     "is a pipe": (both(remove(WEIGHTS), instead(PICKLE, pipe)), ("model",)),
