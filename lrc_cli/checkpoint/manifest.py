@@ -79,7 +79,8 @@ def find_added(directory: Path) -> Path | None:
 def find_changed(directory: Path) -> Path | None:
     """Returns the first file of an output of lrc's that has other bytes than lrc wrote; else None.
 
-    The manifest is written last, so only files with a later time are read.
+    The manifest is written last, so files with an earlier time are not read. Two changes within a
+    tick of the system's clock have one time.
 
     Raises:
         ValueError: the directory is no output of lrc's.
@@ -91,7 +92,7 @@ def find_changed(directory: Path) -> Path | None:
     later = (
         directory / name
         for name in sorted(files)
-        if (directory / name).is_file() and _last_change(directory / name) > written
+        if (directory / name).is_file() and _last_change(directory / name) >= written
     )
     return next(
         (x for x in later if hash_file(x) != files[x.relative_to(directory).as_posix()]), None
