@@ -1,8 +1,8 @@
 """A stranger's code runs in lrc's process: it may raise anything, and must not end the process."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager
 
 from lrc_cli.errors import InputError, Interrupted, LrcError, Stray, is_out_of_memory
 from lrc_cli.text import named
@@ -38,42 +38,32 @@ def contained() -> Iterator[None]:
         raise Stray(error) from error
 
 
-@contextmanager
-def blaming_input(cause: str, remedy: str) -> Iterator[None]:
-    """A context in which every failure of a stranger's code is an InputError with this cause.
+def blaming_input(cause: str, remedy: str) -> AbstractContextManager[None]:
+    """Returns a context in which every failure of a stranger's code is an InputError with a cause.
 
     Errors of lrc's own, signals and the end of memory stay what they are.
 
     Args:
         cause: what fails, and on what; the error's type and text follow.
         remedy: the user's next step.
-
-    Raises:
-        InputError: the code raised anything else.
     """
-    try:
-        with contained():
-            yield
-    except LrcError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(f"{cause}: {named(error)}", remedy) from error
+    return _turned(lambda error: InputError(f"{cause}: {named(error)}", remedy))
 
 
-@contextmanager
-def answering_with(kind: type[LrcError]) -> Iterator[None]:
-    """A context, and a decorator, for what programs call: all failures are errors of lrc's own.
+def answering_with(kind: type[LrcError]) -> _GeneratorContextManager[None]:
+    """Returns a context, and a decorator, in which all failures are errors of lrc's own.
 
-    Signals and the end of memory stay what they are.
+    Programs call what it decorates. Signals and the end of memory stay what they are.
 
     Args:
         kind: the error that whatever nobody has foreseen becomes.
-
-    Raises:
-        LrcError: the code raised anything else.
     """
+    return _turned(lambda error: kind(named(error), "see the trace of its cause"))
+
+
+@contextmanager
+def _turned(into: Callable[[Exception], LrcError]) -> Iterator[None]:
+    """A context in which an error of a stranger's code is turned into one of lrc's own."""
     try:
         with contained():
             yield
@@ -82,4 +72,4 @@ def answering_with(kind: type[LrcError]) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise kind(named(error), "see the trace of its cause") from error
+        raise into(error) from error

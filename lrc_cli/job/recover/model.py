@@ -1,6 +1,7 @@
 """The whole compressed network is trained to give the original's outputs."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 
@@ -131,6 +132,7 @@ def step_tokens(trained: Sequences) -> float:
     return step_size(trained) * trained.num_tokens / len(trained)
 
 
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, number: int) -> list[int]:
     """Returns the order of the sequences in an epoch."""
     order: list[int] = torch.randperm(number, generator=drawing(seed, -1 - epoch)).tolist()
