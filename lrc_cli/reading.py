@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ lies on the disk: the rest are holes, which would be read for hours as zeros."""
 DIGITS = 100
 """The most digits of a whole number. Python's float holds any number of so many digits."""
 RESTORE = "restore the file"
+SYSTEM = ("/proc", "/sys", "/dev")
+"""The folders in which the system shows itself: what they hold comes, goes and blocks."""
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -96,6 +99,37 @@ def check_regular(path: Path) -> None:
     open_regular(path).close()
 
 
+def walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, which passes over a folder that it cannot list. Hidden folders may be such.
+
+    Raises:
+        InputError: a folder cannot be listed, has vanished, or is the system's own.
+    """
+    hidden = f"{os.sep}."
+
+    def refuse(error: OSError) -> None:
+        if hidden not in str(error.filename).removeprefix(str(path)):
+            raise _unreadable(Path(error.filename), error) from error
+
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        check_on_disk(Path(folder))
+        yield folder, folders, names
+
+
+def check_on_disk(path: Path) -> None:
+    """Raises InputError for data that the system shows of itself, or that are not there.
+
+    The system's file systems are known by their devices, also where they are mounted elsewhere.
+    """
+    try:
+        root = _system_devices().get(os.stat(path).st_dev)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if root is not None:
+        cause = f"{path}: is no data on a disk, but what the system shows of itself in {root}"
+        raise InputError(cause, "give a file or a folder on a disk")
+
+
 def files_below(path: Path, most: int) -> Iterator[Path]:
     """Yields all but the directories in a directory and below; links to directories do not count.
 
@@ -103,10 +137,10 @@ def files_below(path: Path, most: int) -> Iterator[Path]:
         most: the most files that there may be.
 
     Raises:
-        InputError: there are more.
+        InputError: there are more, or as `walk`.
     """
     seen = 0
-    for folder, _, names in os.walk(path):
+    for folder, _, names in walk(path):
         seen += len(names)
         if seen > most:
             cause = f"{path}: more than {most:,} files lie in it and in its folders"
@@ -247,6 +281,21 @@ def _checked(path: Path, found: os.stat_result) -> int:
     if kind is not None:
         raise InputError(f"{path}: is {kind}", "give the file itself, a regular file")
     return found.st_size
+
+
+@cache
+def _system_devices() -> dict[int, str]:
+    """Returns the roots of the file systems that hold no user's files, by their device numbers.
+
+    A root that is no file system of its own has its parent's number, and counts as a disk. So does
+    /dev/shm, which is memory for users.
+    """
+
+    def numbers(roots: tuple[str, ...]) -> dict[int, str]:
+        return {os.stat(root).st_dev: root for root in roots if os.path.isdir(root)}
+
+    disks = numbers(("/", "/dev/shm"))
+    return {number: root for number, root in numbers(SYSTEM).items() if number not in disks}
 
 
 def _held(descriptor: int, size: int) -> int:

@@ -35,6 +35,7 @@ from lrc_cli.data.records import ONE_A_LINE
 from lrc_cli.data.rows import read_rows
 from lrc_cli.data.tokens import read_tokens
 from lrc_cli.errors import InputError
+from lrc_cli.reading import check_on_disk
 from lrc_cli.runtime.files import tensor_bytes
 
 __all__ = ["Batch", "Purpose", "Sequences", "draw"]
@@ -203,6 +204,7 @@ def _read(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) 
         raise InputError(
             f"{path}: no such file", "check the path (relative to the working directory)"
         )
+    check_on_disk(path)
     if path.is_file() and path.suffix in TEXT_SUFFIXES:
         return read_tokens(
             path,

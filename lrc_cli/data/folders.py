@@ -21,7 +21,7 @@ from lrc_cli.data.processors import Processors
 from lrc_cli.data.records import read_text
 from lrc_cli.data.special_tokens import token_ids
 from lrc_cli.errors import InputError
-from lrc_cli.reading import check_file_name, file_size, open_regular
+from lrc_cli.reading import check_file_name, file_size, open_regular, walk
 from lrc_cli.runtime.strangers import blaming_input
 from lrc_cli.text import named
 
@@ -112,10 +112,10 @@ def visible_files(path: Path) -> Iterator[Path]:
     """Yields the files in a folder and below of which no part of the name begins with a dot.
 
     Raises:
-        InputError: far more of them are of other kinds than images and recordings.
+        InputError: far more of them are of other kinds than images and recordings, or as `walk`.
     """
     kept = others = 0
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.startswith("."):

@@ -60,9 +60,11 @@ def score_directory(
     Raises:
         InputError: something cannot be opened, or there is nothing to score on.
     """
+    config = load_config(directory / "lrc.yaml")
+    if not (data or part):
+        _check_named(directory, purposes_of(config))
     # The output and its original are opened.
     written = open_source(directory, factorised=True)
-    config = load_config(directory / "lrc.yaml")
     chosen = config.model.state_dict if state_dict is None else state_dict
     original = open_source(against or Path(config.model.path), state_dict=chosen)
     if factory is None and original.config is None:
@@ -81,9 +83,7 @@ def score_directory(
         wanted = _purposes(data, part, num_sequences, length, config.calibration)
         texts = draw(wanted, processors=processors, seed=config.calibration.seed)
     else:
-        wanted = purposes_of(config)
-        _check_named(directory, wanted)
-        drawn = draw(wanted, processors=processors, seed=config.calibration.seed)
+        drawn = draw(purposes_of(config), processors=processors, seed=config.calibration.seed)
         texts = {
             name: s
             for name, s in drawn.items()

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lrc_cli.errors import InputError
-from lrc_cli.reading import check_file_name, open_regular
+from lrc_cli.reading import check_file_name, check_on_disk, open_regular, walk
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -83,17 +83,21 @@ def hash_path(path: Path) -> str:
 
     The hash of a folder is taken of the list that `sha256sum` makes of its files. Hidden files do
     not count, and the list is sorted by name.
+
+    Raises:
+        InputError: a name is not UTF-8, a file cannot be read, or as `walk`.
     """
+    check_on_disk(path)
     if not path.is_dir():
         return hash_file(path)
-    for file in path.rglob("*"):
-        check_file_name(file)
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    lines = [
-        f"{hash_file(names[name])}  {name}\n"
-        for name in sorted(names)
-        if not any(part.startswith(".") for part in name.split("/"))
-    ]
+    names: dict[str, Path] = {}
+    for folder, folders, inside in walk(path):
+        for name in (*folders, *inside):
+            check_file_name(Path(folder, name))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder, name) for name in inside if not name.startswith("."))
+        names |= {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
+    lines = [f"{hash_file(names[name])}  {name}\n" for name in sorted(names)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

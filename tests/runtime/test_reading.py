@@ -3,10 +3,15 @@
 import json
 import os
 import re
+import shutil
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lrc_cli.data.folders import visible_files
+from lrc_cli.data.named_by_others import why_not_opened
 from lrc_cli.errors import InputError
 from lrc_cli.reading import (
     JSON_BYTES,
@@ -16,7 +21,10 @@ from lrc_cli.reading import (
     read_bytes,
     read_json,
     read_utf8,
+    walk,
 )
+from lrc_cli.runtime.files import hash_path
+from lrc_cli.verify.files.manifest import data_sha256
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lrc_cli"
 
@@ -153,3 +161,123 @@ def test_a_bounded_report_is_read_whole(tmp_path: Path) -> None:
     value = {str(i): [i, {"a": "b"}] for i in range(5_000)}
     (tmp_path / "a.json").write_text(json.dumps(value))
     assert read_json(tmp_path / "a.json") == value
+
+
+# ---------------------------------------------------------------- listings
+
+LISTINGS: dict[str, Callable[[Path], object]] = {
+    "walk": lambda path: deque(walk(path), maxlen=0),
+    "visible files": lambda path: deque(visible_files(path), maxlen=0),
+    "the hash": hash_path,
+    "verify's hash": data_sha256,
+}
+FIRST, LATER = "a.png", "later"
+
+
+def vanish(monkeypatch: pytest.MonkeyPatch, folder: Path, change: Callable[[], object]) -> None:
+    """Lets a change happen as soon as a folder has been listed."""
+    plain = os.scandir
+
+    def scandir(path: str | int) -> object:
+        found = plain(path)
+        if isinstance(path, int) or Path(path) != folder:
+            return found
+        with found:
+            entries = list(found)
+        change()
+        return _Listed(entries)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+class _Listed(list):  # type: ignore[type-arg]
+    """What os.scandir returns, listed already."""
+
+    def __init__(self, entries: list[os.DirEntry[str]]) -> None:
+        super().__init__(entries)
+        self._rest = iter(entries)
+
+    def __enter__(self) -> "_Listed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def __next__(self) -> os.DirEntry[str]:
+        return next(self._rest)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Returns a folder with a file, a folder with a file, and a hidden folder."""
+    for name in (FIRST, f"{LATER}/b.png", ".hidden/c.png"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(b"x")
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_a_folder_that_vanishes_while_it_is_listed_is_a_sentence(
+    listing: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vanish(monkeypatch, folder, lambda: shutil.rmtree(folder / LATER))
+    with pytest.raises(InputError, match=rf"{LATER}: "):
+        LISTINGS[listing](folder)
+
+
+def test_a_file_that_vanishes_from_a_strangers_folder_is_a_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vanish(monkeypatch, folder, (folder / FIRST).unlink)
+    assert f"{FIRST}: No such file" in str(why_not_opened(folder))
+
+
+def test_a_folder_that_vanishes_from_a_strangers_folder_is_a_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vanish(monkeypatch, folder, lambda: shutil.rmtree(folder / LATER))
+    assert f"{LATER}: " in str(why_not_opened(folder))
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+@pytest.mark.parametrize("name", [LATER, ".hidden"])
+def test_a_folder_that_may_not_be_listed_is_refused_unless_it_is_hidden(
+    listing: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    if name == LATER:
+        with pytest.raises(InputError, match=rf"{LATER}: cannot be read \(Permission denied\)"):
+            LISTINGS[listing](folder)
+    else:
+        LISTINGS[listing](folder)
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+@pytest.mark.parametrize(
+    "place", ["/proc", "/proc/self", "/proc/self/fdinfo", "/sys", "/sys/class", "/dev", "/dev/"]
+)
+def test_what_the_system_shows_of_itself_is_no_data(listing: str, place: str) -> None:
+    with pytest.raises(InputError, match="what the system shows of itself in /"):
+        LISTINGS[listing](Path(place))
+    assert "what the system shows" in str(why_not_opened(Path(place)))
+
+
+@pytest.mark.parametrize("file", ["/proc/version", "/proc/kmsg", "/proc/self/maps"])
+def test_a_link_into_the_system_is_no_data(file: str, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").symlink_to(file)
+    for listing in (hash_path, data_sha256):
+        with pytest.raises(InputError, match=r"t\.txt: .*what the system shows of itself in /proc"):
+            listing(tmp_path / "t.txt")
+    assert "what the system shows" in str(why_not_opened(tmp_path / "t.txt"))
+
+
+def test_the_memory_for_users_is_a_disk() -> None:
+    if Path("/dev/shm").is_dir():
+        deque(walk(Path("/dev/shm")), maxlen=0)

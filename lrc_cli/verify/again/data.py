@@ -82,9 +82,11 @@ def _place(
     problem = why_not_opened(path)
     if problem is not None:
         return None, f"{problem}: give it with --data"
-    if data_sha256(path) == sha256:
-        return path, ""
-    return None, "the file has another hash"
+    try:
+        is_same = data_sha256(path) == sha256
+    except InputError as error:  # it has changed since then
+        return None, error.message
+    return (path, "") if is_same else (None, "the file has another hash")
 
 
 def _same(

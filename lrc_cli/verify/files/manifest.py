@@ -9,7 +9,7 @@ import torch
 
 from lrc_cli.checkpoint.headers import INDEX_NAME, open_tensors
 from lrc_cli.errors import InputError
-from lrc_cli.reading import open_regular, read_json
+from lrc_cli.reading import check_on_disk, open_regular, read_json, walk
 from lrc_cli.verify.statements import Findings
 
 MANIFEST = "manifest.json"
@@ -48,10 +48,16 @@ def sha256_of(file: Path) -> str:
 
 
 def data_sha256(path: Path) -> str:
-    """Returns a data file's sha256; a folder's is over the list that `sha256sum` makes of it."""
+    """Returns a data file's sha256; a folder's is over the list that `sha256sum` makes of it.
+
+    Raises:
+        InputError: a file cannot be read, or as `walk`.
+    """
+    check_on_disk(path)
     if not path.is_dir():
         return sha256_of(path)
-    names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    files = (Path(folder, name) for folder, _, names in walk(path) for name in names)
+    names = {file.relative_to(path): file for file in files if file.is_file()}
     visible = {
         name.as_posix(): file
         for name, file in names.items()
