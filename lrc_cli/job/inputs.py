@@ -19,7 +19,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config
 from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
-from lrc_cli.errors import InputError, RunError
+from lrc_cli.errors import RunError
 from lrc_cli.job.fingerprints import data_hashes
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
@@ -134,8 +134,6 @@ class Inputs:
             self.check_own()
         except ChangedInput as error:
             return error.what
-        except InputError as error:  # a folder cannot be listed any more
-            return error.message
         return None
 
 
