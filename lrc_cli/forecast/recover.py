@@ -14,7 +14,9 @@ from lrc_cli.forecast.probe import Probe
 from lrc_cli.forms import DENSE, FORMS, PERM, UP, WEIGHT, Packed
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.recover.model import HELD_OUT, split, step_size
-from lrc_cli.job.recover.stage import JUDGEMENTS, RecoverStage, steps_asked, training_data
+from lrc_cli.job.recover.scope import JUDGEMENTS, steps_asked, training_data
+from lrc_cli.job.recover.stage import RecoverStage
+from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
 from lrc_cli.report.record import LayerFacts
@@ -84,7 +86,8 @@ def run_recover(
     """
     stage = _MadeUp(_on_few(plan), probe.work, granted)
     with PrivateMemory(plan.device) as memory:
-        training, objective = stage.prepare(lambda _: None)
+        scope = WholeNetwork(stage.start)
+        training, objective = scope.training, scope.objective
         clock = Clock(plan.device)
         for step in range(NUM_STEPS):
             training.take(step, 0.0)

@@ -11,7 +11,7 @@ from pico import Models, PlainFolder
 
 from lrc_cli.config import load_config
 from lrc_cli.engine.training import Training
-from lrc_cli.job.recover import stage as stage_module
+from lrc_cli.job.recover import scope as scope_module
 from lrc_cli.job.run import compress
 from lrc_cli.job.work import WorkDirectory
 
@@ -124,7 +124,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
 ) -> None:
     changes = {"model.path": str(checkpoint("llama")), "calibration.path": str(text), **TRAINED}
     whole, _ = pico.compressed(tmp_path, changes | {"output.path": str(tmp_path / "whole")})
-    monkeypatch.setattr(stage_module, "STORE_SECONDS", 0.0)
+    monkeypatch.setattr(scope_module, "STORE_SECONDS", 0.0)
     steps = []
     run = Training.run
 
@@ -142,7 +142,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     )
     with pytest.raises(KeyboardInterrupt):
         compress(load_config(job))
-    states = list((tmp_path / "w").rglob("state/state.safetensors"))
+    states = list((tmp_path / "w").rglob("unfinished/state.safetensors"))
     assert len(states) == 1
     compress(load_config(job))
     assert len(steps) > killed_after
@@ -249,7 +249,7 @@ def test_a_network_that_fails_in_training_ends_in_a_sentence_and_the_job_goes_on
     error, said = FAILURES[kind]
     monkeypatch.syspath_prepend(plain_folder.path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(stage_module, "STORE_SECONDS", 0.0)
+    monkeypatch.setattr(scope_module, "STORE_SECONDS", 0.0)
     name = f"trained_{kind.replace(' ', '_')}_{at}"
     (tmp_path / f"{name}.py").write_text(SOURCE.replace("AT", str(at)).replace("RAISE", error))
     changes = plain_folder.model("mlp") | TRAINED | {"compression.method": "svd"}
@@ -298,11 +298,11 @@ def test_a_state_that_cannot_be_stored_ends_the_run_as_any_unit_does(
     tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(plain_folder.path)
-    monkeypatch.setattr(stage_module, "STORE_SECONDS", 0.0)
+    monkeypatch.setattr(scope_module, "STORE_SECONDS", 0.0)
     put, failed = WorkDirectory.put, []
 
     def full(work: WorkDirectory, stage: str, unit: str, *rest: Any) -> None:
-        if unit == stage_module.STATE and not failed:
+        if unit == scope_module.STATE and not failed:
             failed.append(stage)
             raise OSError(28, "No space left on device", str(work.root))
         put(work, stage, unit, *rest)
