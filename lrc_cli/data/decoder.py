@@ -14,6 +14,11 @@ INPUT, MASK = "decoder_input_ids", "decoder_attention_mask"
 ENCODER_MASK = "attention_mask"
 
 
+def scored(batch: Batch) -> tuple[str, str]:
+    """The names of two inputs: the tokens that logits are about, and the tokens' mask."""
+    return (INPUT, MASK) if INPUT in batch else ("input_ids", ENCODER_MASK)
+
+
 def takes(module: nn.Module) -> frozenset[str]:
     """The names of the inputs of the module's forward."""
     return frozenset(inspect.signature(module.forward).parameters)

@@ -7,20 +7,24 @@ without a chain is a single segment, which runs whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrc_cli.data.decoder import scored
 from lrc_cli.data.draw import Batch
 from lrc_cli.execution.hooks import around_calls, watched
 from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.placement import block_names
+from lrc_cli.execution.tail import MOST_POSITIONS, WHOLE_TAIL, Part, Tail
 from lrc_cli.network.layer import Layer
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
+SAME_OUTPUTS = 1e-5
+"""The relative difference of outputs up to which it is rounding, where a dtype rounds no more."""
 
 Forward = Callable[..., Any]
 
@@ -108,6 +112,8 @@ class Chain:
     shape: Any = None
     """An output of the last block, as a pattern for others: a tensor, or a tuple that begins with
     a tensor."""
+    tail: Tail = WHOLE_TAIL
+    """How what comes after the last block may be cut."""
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -166,7 +172,64 @@ def find_chain(
     )
     if not same_inputs or not _equal(floating_outputs(outputs), floating_outputs(again)):
         return Chain()
-    return chain
+    return replace(chain, tail=_find_tail(network, chain, batch, hidden[-1], outputs))
+
+
+def _find_tail(
+    network: Network, chain: Chain, batch: Batch, hidden: torch.Tensor, outputs: Any
+) -> Tail:
+    """Returns how the tail may be cut, by comparing it on parts with the whole.
+
+    Args:
+        hidden: the hidden states that the last block returned.
+        outputs: what the network made of them.
+    """
+    found, ids = floating_outputs(outputs), batch.get(scored(batch)[0])
+    shapes = [x.shape[:2] for x in (hidden, *found)]
+    if ids is None or any(shape != ids.shape for shape in shapes) or ids.shape[1] < 2:
+        return WHOLE_TAIL
+    tail = Tail(position_bytes=4 * sum(x[0, 0].numel() for x in found))
+    if len(tail.parts({"input_ids": ids.new_empty(1, MOST_POSITIONS)})) == 1:
+        return WHOLE_TAIL  # no micro-batch is cut
+    for tried in (tail, replace(tail, cuts_inputs=False)):
+        if all(_is_alike(network, replace(chain, tail=tried), batch, hidden, found)):
+            return tried
+    return WHOLE_TAIL
+
+
+def _is_alike(
+    network: Network, chain: Chain, batch: Batch, hidden: torch.Tensor, wanted: list[torch.Tensor]
+) -> Iterator[bool]:
+    """Yields whether the tail's outputs on parts of one sequence are these parts of the whole."""
+    tolerance = max(SAME_OUTPUTS, 4 * torch.finfo(network.dtype).eps)
+    length, (first, *_) = hidden.shape[1], chain.tail.parts(batch)
+    size = min(first.tokens.stop or length, length // 2)
+    for tokens in (slice(0, size), slice(length - size, length)):
+        part = Part(rows=slice(0, 1), tokens=tokens)
+        try:
+            with torch.no_grad():
+                outputs = run_tail(network, chain, batch, part, part.of(hidden).clone())
+        except NetworkError:
+            yield False
+            return
+        parts = floating_outputs(outputs)
+        yield len(parts) == len(wanted)
+        for own, whole in zip(parts, map(part.of, wanted), strict=True):
+            yield own.shape == whole.shape
+            off, norm = ((x).float().flatten(2).norm(dim=-1) for x in (own - whole, whole))
+            yield bool((off <= tolerance * norm).all())  # NaN is unlike everything
+
+
+def run_tail(network: Network, chain: Chain, batch: Batch, part: Part, hidden: torch.Tensor) -> Any:
+    """Runs what comes after the last block, and returns the network's outputs for a part.
+
+    Args:
+        batch: the micro-batch.
+        part: what to run of the micro-batch.
+        hidden: this part of the last block's hidden states; the network may change it in place.
+    """
+    with patched(network.module, passing(chain, {}, hidden)):
+        return network(chain.tail.inputs(batch, part))
 
 
 def _run(network: Network, batch: Batch) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from lrc_cli.data.decoder import INPUT, MASK
+from lrc_cli.data.decoder import scored
 from lrc_cli.data.kinds import Batch
 from lrc_cli.data.padding import Masks, unpadded
 from lrc_cli.errors import InputError
@@ -104,7 +104,7 @@ def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) 
 
 
 def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Network) -> bool:
-    ids = batch.get(_scored(batch)[0])
+    ids = batch.get(scored(batch)[0])
     if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         return False
     if ids.shape[1] < 2:  # there is no next token
@@ -112,17 +112,12 @@ def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Netwo
     return bool(logits.shape[-1] == network.vocabulary)
 
 
-def _scored(batch: Batch) -> tuple[str, str]:
-    """Returns the names of two inputs: the tokens that logits are about, and the tokens' mask."""
-    return (INPUT, MASK) if INPUT in batch else ("input_ids", "attention_mask")
-
-
 def count_tokens(batch: Batch) -> int:
     """Returns the number of tokens that the loss is about, by which the loss is divided.
 
     Padding does not count. Without tokens, sequences count (images, recordings, rows).
     """
-    ids_name, mask_name = _scored(batch)
+    ids_name, mask_name = scored(batch)
     if ids_name not in batch:
         return len(next(iter(batch.values())))
     mask = batch.get(mask_name)
@@ -137,7 +132,7 @@ def _is_causal(network: Network, batch: Batch) -> bool:
     """
     row = {name: tensor[:1].clone() for name, tensor in batch.items()}
     other = {name: tensor.clone() for name, tensor in row.items()}
-    ids_name, mask_name = _scored(batch)
+    ids_name, mask_name = scored(batch)
     ids, mask = other[ids_name], row.get(mask_name)
     last = ids.shape[1] - 1 if mask is None else int(mask[0].nonzero().max())
     ids[0, last] = (ids[0, last] + 1) % network.vocabulary
@@ -173,7 +168,7 @@ def prepare(
         generator: a generator on the CPU that draws which tokens are masked.
     """
     if loss.kind == "next_token":
-        ids_name, mask_name = _scored(batch)
+        ids_name, mask_name = scored(batch)
         labels = batch[ids_name].roll(-1, dims=1)
         labels[:, -1] = UNSCORED
         if mask_name in batch:

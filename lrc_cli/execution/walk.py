@@ -20,9 +20,11 @@ from lrc_cli.execution.chain import (
     hidden_output,
     passing,
     patched,
+    run_tail,
 )
 from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.readahead import read_ahead
+from lrc_cli.execution.tail import EVERYTHING, Part
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """A function that stores a tensor between two segments: `HostMemory.keep` or `Tensor.detach`."""
@@ -57,12 +59,19 @@ class Walk:
     _at: str | None = None
     """The segment that was run last."""
 
+    def parts(self, segment: Segment, index: int) -> list[Part]:
+        """Returns the parts in which a segment runs on one micro-batch: several for a tail only."""
+        if segment.name != TAIL:
+            return [EVERYTHING]
+        return self.chain.tail.parts(self.batches[index])
+
     def run(
         self,
         segment: Segment,
         index: int,
         hidden: torch.Tensor | None = None,
         *,
+        part: Part = EVERYTHING,
         gradients: bool = False,
     ) -> Any:
         """Runs a segment on one micro-batch.
@@ -70,7 +79,8 @@ class Walk:
         Args:
             segment: the segment.
             index: the number of the micro-batch.
-            hidden: the segment's input; None: the hidden states that the walk holds.
+            hidden: the segment's input, this part of it; None: what the walk holds.
+            part: which part of the micro-batch to run, one of `parts`.
             gradients: whether autograd records the run.
 
         Returns:
@@ -85,7 +95,7 @@ class Walk:
             self._read_neighbours(segment)
         with torch.set_grad_enabled(gradients):
             try:
-                return self._run(segment, index, hidden)
+                return self._run(segment, index, hidden, part)
             except StopForward:
                 return None
             except NetworkError as error:
@@ -93,7 +103,7 @@ class Walk:
                     raise compressed_failure(error) from error
                 raise
 
-    def _run(self, segment: Segment, index: int, hidden: torch.Tensor | None) -> Any:
+    def _run(self, segment: Segment, index: int, hidden: torch.Tensor | None, part: Part) -> Any:
         batch = self.batches[index]
         if segment.name == WHOLE:
             return self.network(batch)
@@ -103,10 +113,9 @@ class Walk:
             # The block gets a copy, because a block may change its input in place. Also, how a
             # matrix product rounds may depend on where in memory a tensor begins, and a tensor in a
             # file begins elsewhere.
-            hidden = self.hidden[index].to(self.network.device, copy=True)
+            hidden = part.of(self.hidden[index]).to(self.network.device, copy=True)
         if segment.name == TAIL:
-            with patched(self.network.module, passing(self.chain, {}, hidden)):
-                return self.network(batch)
+            return run_tail(self.network, self.chain, batch, part, hidden)
         args, kwargs = self._calls[index][segment.name].with_hidden(hidden)
         return hidden_output(self.network.run_block(segment.name, batch, args, kwargs))
 
@@ -167,6 +176,8 @@ class Walk:
 
     def advance(self, segment: Segment) -> None:
         """Passes a segment: the segment's outputs become the inputs of the next segment."""
+        if segment.name in (TAIL, WHOLE):
+            return  # nothing comes after it
         for index in range(len(self.batches)):
             self.pass_on(segment, index, self.run(segment, index))
 
@@ -198,17 +209,24 @@ class Pair:
         self.dense = Walk(dense, chain, batches, keep)
         self.compressed = Walk(compressed, chain, batches, keep, is_compressed=True)
 
+    def parts(self, segment: Segment, index: int) -> list[Part]:
+        """See Walk."""
+        return self.dense.parts(segment, index)
+
     def run(
         self,
         segment: Segment,
         index: int,
         watching: Sequence[AbstractContextManager[None]] = (nullcontext(), nullcontext()),
+        *,
+        part: Part = EVERYTHING,
     ) -> tuple[Any, Any] | None:
         """Leads both networks through a segment with one micro-batch.
 
         Args:
             segment: the segment.
             index: the number of the micro-batch.
+            part: which part of the micro-batch to run, one of `parts`.
             watching: the contexts to enter around the dense and around the compressed run.
 
         Returns:
@@ -217,7 +235,7 @@ class Pair:
         outputs = []
         for walk, watch in zip((self.dense, self.compressed), watching, strict=True):
             with watch:
-                outputs.append(walk.run(segment, index))
+                outputs.append(walk.run(segment, index, part=part))
             walk.pass_on(segment, index, outputs[-1])
         return (outputs[0], outputs[1]) if segment.name in (TAIL, WHOLE) else None
 

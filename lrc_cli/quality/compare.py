@@ -88,10 +88,12 @@ def compare(
     for segment in (Segment(name=name, layers=[]) for name in names):
         for index in own:
             inputs, labels = prepared[index]
-            outputs = pair.run(segment, index)
-            if outputs is not None:
-                with reading_outputs(after):
-                    _add(sums, *outputs, labels, masks_of(inputs))
+            for part in pair.parts(segment, index):
+                outputs = pair.run(segment, index, part=part)
+                if outputs is not None:
+                    wanted, masks = None if labels is None else part.of(labels), part.cut(inputs)
+                    with reading_outputs(after):
+                        _add(sums, *outputs, wanted, masks_of(masks))
             advance(len(sequences) / len(own) / len(names))
     parts = map(astuple, processes.gather(sums))
     total = _Sums(*map(sum, zip(*parts, strict=True)))

@@ -24,7 +24,7 @@ from lrc_cli.execution.segments import find_segments
 from lrc_cli.execution.walk import Keep, Pair
 from lrc_cli.network.experts import is_expert
 from lrc_cli.network.layer import Layer
-from lrc_cli.quality.per_sequence import by_sequence, ratio, values_of
+from lrc_cli.quality.per_sequence import SequenceValues, by_sequence, ratio
 from lrc_cli.runtime.processes import ALONE, Processes
 
 MICRO_BATCH_TOKENS = 512
@@ -128,13 +128,18 @@ def measure(
     segments = [s for s in segmentation.segments if only is None or s.name in only]
     for segment in segments:
         for index in own:
-            batch = batches[index]
-            watching = comparison.watching(segment, batch, index * size)
-            outputs = pair.run(segment, index, watching)
-            comparison.end()
-            if outputs is not None:
-                for name, found in values_of(*outputs, batch, labels, index * size).items():
-                    values.setdefault(name, []).extend(found)
+            batch, start = batches[index], index * size
+            each = SequenceValues(len(next(iter(batch.values()))))
+            for part in pair.parts(segment, index):
+                own_batch = part.cut(batch)
+                watching = comparison.watching(segment, own_batch, start + part.start)
+                outputs = pair.run(segment, index, watching, part=part)
+                comparison.end()
+                if outputs is not None:
+                    wanted = None if labels is None else part.of(labels[start : start + size])
+                    each.add(*outputs, own_batch, wanted, part.start)
+            for name, found in each.values().items():
+                values.setdefault(name, []).extend(found)
             advance(len(sequences) / len(own) / len(segments))
     comparison.unite(processes)
     return Measured(values=_united(values, processes), layers=comparison.layers())

@@ -36,6 +36,7 @@ from lrc_cli.execution.losses import (
 )
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.precision import recast_in_backward
+from lrc_cli.execution.tail import Part
 from lrc_cli.execution.walk import Keep, Walk
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
@@ -262,11 +263,11 @@ class Sweep:
         stores = returns or (number + 1 in self.remaining.forward and self._is_due())
         moments = self._moments(segment)
         for index in self.own:
-            masks = masks_of(self.walk.batches[index])
-            with moments.watching(
-                self.measurement.network, segment.layers if measures else [], masks
-            ):
-                output = self.walk.run(segment, index)
+            batch, layers = self.walk.batches[index], segment.layers if measures else []
+            for part in self.walk.parts(segment, index):
+                masks = masks_of(part.cut(batch))
+                with moments.watching(self.measurement.network, layers, masks):
+                    output = self.walk.run(segment, index, part=part)
             if following:
                 _check_output(segment, output, masks)
             self.walk.pass_on(segment, index, output)
@@ -330,34 +331,45 @@ class Sweep:
         layers = segment.layers if number in self.remaining.unfinished else []
         below: Tensors = {}
         assert loss is not None
-        masks = masks_of(self.walk.batches[index])
-        with (
-            torch.enable_grad(),  # the caller may have turned gradients off
-            recast_in_backward(network.casts),
-            moments.watching(network, layers, masks),
-        ):
-            # The network may change its input in place, which a leaf does not allow: hence a clone.
-            given = None if hidden is None else hidden.clone()
-            output = self.walk.run(segment, index, given, gradients=True)
-            num_probes = num_scalars(loss)
-            for probe, (root, gradient) in enumerate(self._roots(segment, index, output, above)):
-                # Where one of the two is missing, the loss depends on no measured layer.
-                if root.requires_grad and gradient is not None:
-                    root.backward(gradient, retain_graph=probe + 1 < num_probes)
-                if hidden is not None and hidden.grad is not None:
-                    below[str(probe)] = hidden.grad
-                    hidden.grad = None
-        moments.num_tokens += num_scalars(loss) * count_tokens(self.walk.batches[index])
+        batch, generator = self.walk.batches[index], drawing(self.measurement.seed, index)
+        for part in self.walk.parts(segment, index):
+            with (
+                torch.enable_grad(),  # the caller may have turned gradients off
+                recast_in_backward(network.casts),
+                moments.watching(network, layers, masks_of(part.cut(batch))),
+            ):
+                # The network may change its input in place, and a leaf may not be: hence a clone.
+                given = None if hidden is None else part.of(hidden).clone()
+                output = self.walk.run(segment, index, given, part=part, gradients=True)
+                roots = self._roots(segment, index, part, output, above, generator)
+                for probe, (root, gradient) in enumerate(roots):
+                    # Where one of the two is missing, the loss depends on no measured layer.
+                    if root.requires_grad and gradient is not None:
+                        root.backward(gradient, retain_graph=probe + 1 < num_scalars(loss))
+                    if hidden is not None and hidden.grad is not None:
+                        # Every part leaves zeros for the others.
+                        earlier = below.get(str(probe))
+                        below[str(probe)] = (
+                            hidden.grad if earlier is None else earlier + hidden.grad
+                        )
+                        hidden.grad = None
+        moments.num_tokens += num_scalars(loss) * count_tokens(batch)
         return below
 
     def _roots(
-        self, segment: Segment, index: int, output: Any, above: Tensors
+        self,
+        segment: Segment,
+        index: int,
+        part: Part,
+        output: Any,
+        above: Tensors,
+        generator: torch.Generator,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yields where each probe's backward pass begins, with the gradient there."""
         assert self.measurement.loss is not None
         if segment.name in (TAIL, WHOLE):
-            masks, labels = masks_of(self.walk.batches[index]), self.labels[index]
-            generator = drawing(self.measurement.seed, index)
+            masks, labels = masks_of(part.cut(self.walk.batches[index])), self.labels[index]
+            labels = None if labels is None else part.of(labels)
             for scalar in backward_scalars(self.measurement.loss, output, labels, generator, masks):
                 yield scalar, torch.ones_like(scalar)
             return
