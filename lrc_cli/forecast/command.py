@@ -29,7 +29,7 @@ from lrc_cli.job.factors.decide_sequential import decide, kept_fraction
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.run import make_plans, run_shared_stages, say_shortfalls
 from lrc_cli.job.spectra.allocate import Granted, allocate, nothing_known, rest_bytes
-from lrc_cli.job.spectra.survey import read_predicted, vectors_bytes
+from lrc_cli.job.spectra.survey import dense_reasons, read_predicted, vectors_bytes
 from lrc_cli.job.work import LOG, SPECTRA, WorkDirectory
 from lrc_cli.runtime.memory import available_bytes
 from lrc_cli.runtime.progress import Progress
@@ -68,8 +68,8 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         with progress.phase("probe", 1), _refusing_small_gpus(configs[0]):
             probe = Probe(first, job_work, probe_directory(first, stack), progress)
             found = _estimates(plans, probe, checks.seconds)
-        predicted = read_predicted(first, job_work) if known and job_work is not None else None
-    if predicted is None and collect:
+        surveyed = _surveyed(first, job_work) if known and job_work is not None else None
+    if surveyed is None and collect:
         with (
             WorkDirectory(
                 first.work_dir,
@@ -79,14 +79,20 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
             progress.logged(work.root / LOG),
         ):
             run_shared_stages(first, work, progress)
-            predicted = read_predicted(first, work)
-    found["spectra"] = "reused" if known else "collected" if predicted is not None else None
-    if predicted is not None:
+            surveyed = _surveyed(first, work)
+    found["spectra"] = "reused" if known else "collected" if surveyed is not None else None
+    if surveyed is not None:
+        predicted, reasons = surveyed
         found["curve"] = curve_of(first, predicted)
         for plan, job in zip(plans, found["jobs"], strict=True):
-            granted = allocate(plan, predicted)
+            granted = allocate(plan, predicted, reasons)
             job |= {**point_of(plan, granted, predicted), "ranks": _ranks(granted)}
     return found
+
+
+def _surveyed(plan: Plan, work: WorkDirectory) -> tuple[Mapping[str, Predicted], Mapping[str, str]]:
+    """Returns the predicted errors of layers, and why layers without errors stay dense, by name."""
+    return read_predicted(plan, work), dense_reasons(plan, work)
 
 
 @contextmanager
@@ -223,9 +229,9 @@ def _check_memory(probe: Probe) -> None:
 def _likely_granted(plan: Plan, predicted: Mapping[str, Predicted]) -> Granted:
     """Returns what the errors of a few layers grant, or the shapes where errors rule it out."""
     try:
-        return allocate(plan, predicted)
+        return allocate(plan, predicted, {})
     except InputError:
-        return allocate(plan, nothing_known(plan))
+        return allocate(plan, nothing_known(plan), {})
 
 
 def _ranks(granted: Granted) -> dict[str, int | None]:

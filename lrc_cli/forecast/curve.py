@@ -58,7 +58,7 @@ def curve_of(plan: Plan, predicted: Mapping[str, Predicted]) -> list[dict[str, A
     for size in SIZES:
         sized = with_target(plan, _of_size(plan.config, size))
         try:
-            granted = allocate(sized, predicted)
+            granted = allocate(sized, predicted, {})
         except InputError:  # the config's target is checked elsewhere, and may be within reach
             continue
         points.append({"size": size, **point_of(sized, granted, predicted)})

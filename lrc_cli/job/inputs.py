@@ -19,7 +19,7 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config
 from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
-from lrc_cli.errors import RunError
+from lrc_cli.errors import InputError, RunError
 from lrc_cli.job.fingerprints import data_hashes
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
@@ -134,6 +134,8 @@ class Inputs:
             self.check_own()
         except ChangedInput as error:
             return error.what
+        except InputError as error:  # a folder cannot be listed any more
+            return error.message
         return None
 
 
@@ -158,7 +160,7 @@ def look_at_inputs(config: Config, source: Source, before: States) -> Inputs:
 
 def _checkpoint_files(source: Source) -> list[Path]:
     """Returns the files of a checkpoint that are there now and are read or carried over."""
-    if source.path.is_file():
+    if not source.path.is_dir():
         return [source.path]
     config = [] if source.config is None else [source.path / "config.json"]
     indices = sorted(source.path.glob(f"*{INDEX_SUFFIX}"))

@@ -160,7 +160,8 @@ def test_conversations_that_would_come_out_wrong_are_refused(
     kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template, messages, cause = REFUSED[kind]
-    monkeypatch.setattr(conversations, "SECONDS", 0.2)
+    if template == LOOP:  # under load, other templates may take as long
+        monkeypatch.setattr(conversations, "SECONDS", 0.2)
     with pytest.raises(InputError, match=cause) as caught:
         said(tokenizer, template, messages)
     assert str(caught.value).startswith("chats.jsonl:3") and caught.value.remedy

@@ -372,6 +372,8 @@ def test_weights_that_float64_cannot_compare_stay_dense(
 ) -> None:
     """Columns of 1e-20 read inputs of 1e20: they matter, and no product of W knows them."""
     case = Case(net=net, weights=mixed(1), rows=beside(1e20), method=method)
-    ended = pico.call("compress", pico.job(tmp_path, job_of(case, network(case), tmp_path)))
-    assert ended.code == 2 and ended.err.count("error: ") == 1
-    assert "0: could not be solved: the sizes of its weights differ by more" in ended.err
+    file = pico.job(tmp_path, job_of(case, network(case), tmp_path))
+    for command in (("compress", file), ("plan", file)):
+        ended = pico.call(*command)
+        assert ended.code == 2 and ended.err.count("error: ") == 1
+        assert "0: could not be solved: the sizes of its weights differ by more" in ended.err

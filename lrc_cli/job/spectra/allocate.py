@@ -40,9 +40,7 @@ Granted = dict[str, Choice]
 """The choice of every layer, by name."""
 
 
-def allocate(
-    plan: Plan, predicted: Mapping[str, Predicted], reasons: Mapping[str, str] | None = None
-) -> Granted:
+def allocate(plan: Plan, predicted: Mapping[str, Predicted], reasons: Mapping[str, str]) -> Granted:
     """Returns the choice that every layer is granted.
 
     Args:
@@ -53,7 +51,7 @@ def allocate(
     Raises:
         InputError: the target or an override cannot be reached.
     """
-    compression, idle = plan.config.compression, _idle(plan, predicted, reasons or {})
+    compression, idle = plan.config.compression, _idle(plan, predicted, reasons)
 
     def choices_of(*, relative: bool) -> list[Choices]:
         return [
@@ -153,7 +151,7 @@ def _idle(plan: Plan, predicted: Mapping[str, Predicted], reasons: Mapping[str, 
 
 def check_reachable(plan: Plan) -> None:
     """Raises InputError for an override or a size that shapes alone rule out, before any pass."""
-    allocate(plan, nothing_known(plan))
+    allocate(plan, nothing_known(plan), {})
 
 
 def nothing_known(plan: Plan) -> dict[str, Predicted]:
