@@ -4,6 +4,7 @@
     .venv/bin/python scripts/bench_quality.py --seeds 0  one seed only
     .venv/bin/python scripts/bench_quality.py --rows "0.6 frob" --sequential
                                                          the baseline with sequential: auto
+    .venv/bin/python scripts/bench_quality.py --curve    quality over size, see scripts/curve.py
 
 Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one
@@ -64,6 +65,13 @@ def main() -> None:
     parser.add_argument(
         "--sequential", action="store_true", help="sequential: auto, the default, in every row"
     )
+    parser.add_argument(
+        "--curve", action="store_true", help="another benchmark: --curve --help says more"
+    )
+    if "--curve" in sys.argv:
+        from curve import main as draw_curve
+
+        sys.exit(draw_curve([word for word in sys.argv[1:] if word != "--curve"]))
     arguments = parser.parse_args()
     results: dict[int, Losses] = {}
     for seed in arguments.seeds:

@@ -18,15 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS, DATA = ROOT / ".cache" / "models", ROOT / ".cache" / "data"
 
 DENSE, SVD, FROBENIUS, OURS = "dense", "svd", "frobenius", "ours"
-_BASELINE = (
+UNIFORM = (
     "compression.allocation=uniform",
     "compression.storage=factors",
-    "compression.sequential=false",
     "compression.rank_multiple=1",  # nothing of the size is left unused
 )
 ROWS: Mapping[str, tuple[str, ...]] = {
-    SVD: ("compression.method=svd", *_BASELINE),
-    FROBENIUS: ("compression.method=frobenius", *_BASELINE),
+    SVD: ("compression.method=svd", *UNIFORM, "compression.sequential=false"),
+    FROBENIUS: ("compression.method=frobenius", *UNIFORM, "compression.sequential=false"),
     OURS: (),
 }
 """The settings of each row, beside the task's config, whose settings are ours."""
@@ -98,24 +97,47 @@ def compressed(config: str, size: float, output: Path, overrides: Sequence[str])
     return compress(parsed, force=True, progress=Progress(quiet=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a task compresses, and how a network is scored.
+
+    Attributes:
+        config: the name of a file of configs/.
+        overrides: settings beside the config, for every row.
+        score: the scores of a network, the dense one first.
+        model: the checkpoint.
+        factory: the config's key `model.factory`.
+        dtype: the dtype in which a network is scored; None: as stored.
+    """
+
+    config: str
+    overrides: Sequence[str]
+    score: Callable[[nn.Module], Scores]
+    model: Path
+    factory: str | None = None
+    dtype: str | None = "float32"
+
+    @property
+    def settings(self) -> list[str]:
+        """All overrides of the config that the rows share."""
+        factory = [f"model.factory={self.factory}"] if self.factory else []
+        return [f"model.path={self.model}", *factory, *self.overrides]
+
+    def score_written(self, path: Path) -> Scores:
+        """The scores of the checkpoint at `path`."""
+        return self.score(load(path, factory=self.factory, dtype=self.dtype))
+
+
 def compare(
-    config: str,
-    folder: Path,
-    size: float,
-    overrides: Sequence[str],
-    score: Callable[[nn.Module], Scores],
-    *,
-    model: Path,
-    factory: str | None = None,
-    rows: Mapping[str, tuple[str, ...]] = ROWS,
+    setting: Setting, folder: Path, size: float, rows: Mapping[str, tuple[str, ...]] = ROWS
 ) -> Results:
     """Score the dense network, compress it by every row, and score what was written."""
-    results = Results(scores={DENSE: score(load(model, factory=factory, dtype="float32"))})
-    own = [f"model.path={model}", *([f"model.factory={factory}"] if factory else ()), *overrides]
+    results = Results(scores={DENSE: setting.score_written(setting.model)})
     for row, settings in rows.items():
         output = folder / row.replace(", ", "-").replace(" ", "-")
-        results.reports[row] = compressed(config, size, output, [*own, *settings])
-        results.scores[row] = score(load(output, factory=factory, dtype="float32"))
+        overrides = [*setting.settings, *settings]
+        results.reports[row] = compressed(setting.config, size, output, overrides)
+        results.scores[row] = setting.score_written(output)
     return results
 
 

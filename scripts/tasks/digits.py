@@ -9,7 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tasks.common import DENSE, OURS, Check, Results, Scores, Task, beats, compare, needed, sparing
+from tasks.common import (
+    DENSE,
+    OURS,
+    Check,
+    Results,
+    Scores,
+    Setting,
+    Task,
+    beats,
+    compare,
+    needed,
+    sparing,
+)
 
 FOLDS = 5
 DROP = 0.005
@@ -40,16 +52,14 @@ def run(folder: Path, size: float, *, name: str, epochs: int, last: str) -> Resu
             return {ACCURACY: found}
 
         overrides = [f"calibration.path={calibration}", f"calibration.num_sequences={len(trained)}"]
-        own = compare(
-            "plain.yaml",
-            place,
-            size,
-            overrides,
-            score,
+        setting = Setting(
+            config="plain.yaml",
+            overrides=overrides,
+            score=score,
             model=model,
             factory=f"mnist:{name}",
-            rows=sparing(last),
         )
+        own = compare(setting, place, size, sparing(last))
         for row, scores in own.scores.items():
             mean = results.scores.setdefault(row, {ACCURACY: 0.0})
             mean[ACCURACY] += scores[ACCURACY] / FOLDS

@@ -17,6 +17,7 @@ from tasks.common import (
     Check,
     Results,
     Scores,
+    Setting,
     Task,
     beats,
     compare,
@@ -34,6 +35,11 @@ RATIO = 0.70
 
 
 def run(folder: Path, size: float) -> Results:
+    """Compare the rows at one size."""
+    return compare(prepare(folder), folder, size)
+
+
+def prepare(folder: Path) -> Setting:
     """Calibrated on Wikipedia's first articles, scored on its last ones and on news."""
     model = needed(MODELS / "minilm")
     first, last = split_articles(needed(DATA / "wikipedia.txt").read_text("utf-8"), SHARE)
@@ -58,7 +64,7 @@ def run(folder: Path, size: float) -> Results:
         return scores
 
     overrides = [f"calibration.path={calibration}", "calibration.part=null"]
-    return compare("encoder.yaml", folder, size, overrides, score, model=model)
+    return Setting(config="encoder.yaml", overrides=overrides, score=score, model=model)
 
 
 def pairs(paragraphs: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ from tasks.common import (
     ErrorRate,
     Results,
     Scores,
+    Setting,
     Task,
     beats,
     compare,
@@ -63,9 +64,10 @@ def run(folder: Path, size: float) -> Results:
         f"calibration.num_sequences={CALIBRATED}",
         f"compression.loss={LOSS}",
     ]
-    results = compare(
-        "plain.yaml", folder, size, overrides, score, model=model, factory="crnn:english"
+    setting = Setting(
+        config="plain.yaml", overrides=overrides, score=score, model=model, factory="crnn:english"
     )
+    results = compare(setting, folder, size)
     results.notes.append(
         f"{TESTED} lines of {rate.total} characters; standard error of our rise"
         f" {rate.standard_error():.4f}."

@@ -21,6 +21,7 @@ from tasks.common import (
     ErrorRate,
     Results,
     Scores,
+    Setting,
     Task,
     beats,
     compare,
@@ -40,9 +41,21 @@ RATE_NAME = "word error rate"
 
 
 def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
+    """Compare the rows at one size; `num_sentences` as in `prepare`."""
+    setting, rate = prepare(folder, num_sentences)
+    results = compare(setting, folder, size)
+    results.notes.append(
+        f"{len(rate.wanted)} sentences of {rate.total} words; standard error of our rise"
+        f" {rate.standard_error():.4f}."
+    )
+    return results
+
+
+def prepare(folder: Path, num_sentences: int | None = None) -> tuple[Setting, ErrorRate]:
     """Recordings of Wikipedia's first articles to calibrate on, of its last ones to score on.
 
     Args:
+        folder: where the recordings to calibrate on are written.
         num_sentences: to score on, evenly spread; None: all.
     """
     model = needed(MODELS / "whisper-tiny.en")
@@ -57,8 +70,7 @@ def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
         kind.from_pretrained(model) for kind in (AutoFeatureExtractor, AutoTokenizer)
     )
     features = extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-    wanted = [words(text) for text in found]
-    rate = ErrorRate(wanted)
+    rate = ErrorRate([words(text) for text in found])
 
     @torch.no_grad()
     def score(module: nn.Module) -> Scores:
@@ -73,12 +85,8 @@ def run(folder: Path, size: float, num_sentences: int | None = None) -> Results:
         "calibration.part=null",
         f"calibration.num_sequences={RECORDINGS}",
     ]
-    results = compare("speech.yaml", folder, size, overrides, score, model=model)
-    results.notes.append(
-        f"{len(found)} sentences of {rate.total} words; standard error of our rise"
-        f" {rate.standard_error():.4f}."
-    )
-    return results
+    setting = Setting(config="speech.yaml", overrides=overrides, score=score, model=model)
+    return setting, rate
 
 
 def spoken_sentences(articles: Sequence[str]) -> list[str]:
