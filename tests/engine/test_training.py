@@ -134,12 +134,12 @@ def test_a_training_that_gains_nothing_more_ends_early() -> None:
 @pytest.mark.parametrize(
     ("values", "tried", "chosen"),
     [
-        ([7, 6, 5, 4, 3, 4, 5], {4, 5, 3}, 4),
-        ([9, 8, 7, 6, 5, 4, 3], {4, 5, 6}, 6),
-        ([1, 2, 3, 4, 5, 6, 7], {4, 5, 3, 2, 1, 0}, 0),
-        ([7, 6, 5, 4, 3, 2, 7], {4, 5, 6}, 5),
-        ([5, 4, 3, 2, math.inf, math.inf, math.inf], {4, 5, 3, 2}, 3),
-        ([math.inf] * 7, {4, 5, 3, 2, 1, 0}, 0),
+        ([7, 6, 5, 4, 3, 4, 5], {2, 3, 4, 5}, 4),
+        ([9, 8, 7, 6, 5, 4, 3], {2, 3, 4, 5, 6}, 6),
+        ([1, 2, 3, 4, 5, 6, 7], {2, 3, 1, 0}, 0),
+        ([7, 6, 5, 4, 3, 2, 7], {2, 3, 4, 5, 6}, 5),
+        ([5, 4, math.inf, math.inf, math.inf, math.inf, math.inf], {2, 3, 1, 0}, 1),
+        ([math.inf] * 7, {2, 3, 1, 0}, 0),
     ],
     ids=["middle", "highest", "lowest", "second", "high rates fail", "all fail"],
 )
