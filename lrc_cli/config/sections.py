@@ -117,6 +117,11 @@ class Recover:
     """The part of the network that is trained at a time; none: nothing is trained."""
     tokens: Literal["auto"] | Count = "auto"
     """Number of training tokens, repeated ones included; auto: four times the data."""
+    minutes: Positive | None = None
+    """Time for the whole stage, in place of tokens: the speed is measured first, and sets their
+    number; null: tokens sets it."""
+    norms: bool = False
+    """Whether the norms' vectors are trained too; every other tensor stays as it is."""
     path: Text | None = None
     """Data to train on, read in the same way as calibration data; null: the calibration data."""
     part: FilePart | None = None
@@ -128,6 +133,8 @@ class Recover:
     def __post_init__(self) -> None:
         if self.part is not None and self.path is None and self.num_sequences is None:
             raise FieldError("part", "has no meaning without path or num_sequences; set one")
+        if self.minutes is not None and self.tokens != "auto":
+            raise FieldError("minutes", "and tokens exclude each other; leave one out")
 
     @property
     def is_used(self) -> bool:

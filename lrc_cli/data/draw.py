@@ -9,7 +9,7 @@ and skip everything that was taken before.
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -100,6 +100,15 @@ class Sequences:
         first = {name: tensor[:count] for name, tensor in self.inputs.items()}
         rest = {name: tensor[count:] for name, tensor in self.inputs.items()}
         return replace(self, inputs=first), replace(self, inputs=rest)
+
+    def apart_from(self, others: "Iterable[Sequences]") -> "Sequences":
+        """The sequences that equal none of the others; the very same object where all do so."""
+        taken = {row for other in others for row in _row_hashes(other.inputs)}
+        kept = [i for i, row in enumerate(_row_hashes(self.inputs)) if row not in taken]
+        if len(kept) == len(self):
+            return self
+        inputs = {name: tensor[kept] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, sha256=_hash(inputs))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Micro-batches of at most `size` sequences, in order."""
@@ -318,12 +327,15 @@ def _generator(purpose: Purpose, seed: int) -> torch.Generator:
 
 def _count_repeated(inputs: Batch, seen: set[bytes]) -> int:
     """The number of sequences whose inputs were there before; `seen` gains the others' hashes."""
-    before = len(seen)
-    rows = list(zip(*(inputs[name] for name in sorted(inputs)), strict=True))
-    seen.update(
-        hashlib.sha256(b"".join(bytes(tensor_bytes(x)) for x in row)).digest() for row in rows
-    )
+    before, rows = len(seen), _row_hashes(inputs)
+    seen.update(rows)
     return before + len(rows) - len(seen)
+
+
+def _row_hashes(inputs: Batch) -> list[bytes]:
+    """The sha256 of every sequence's inputs."""
+    rows = zip(*(inputs[name] for name in sorted(inputs)), strict=True)
+    return [hashlib.sha256(b"".join(bytes(tensor_bytes(x)) for x in row)).digest() for row in rows]
 
 
 def _hash(inputs: Batch) -> str:

@@ -7,6 +7,7 @@ there than the start.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ LOOKS = 10
 """How often the training is judged on its way."""
 PATIENCE = 3
 """After this many judgements without a gain the training ends."""
+JUDGEMENTS = LOOKS + USUAL_TRIALS + 1
+"""How often held-out data is looked at in a usual training, at the start included."""
 BETAS = (0.9, 0.99)
 """Adam's averages. The second one is shorter than usual, because trainings are short."""
 
@@ -45,6 +48,8 @@ class Trainee:
     """The numbers in float32 that are trained; they begin at the stored numbers."""
     dtype: torch.dtype
     """The dtype in which the tensor is stored."""
+    like: Tensor | None = None
+    """The tensor by whose size the steps of a tensor of zeros go; None: their size is 1."""
 
     def rounded(self) -> Tensor:
         """Returns the numbers as they would be stored."""
@@ -74,6 +79,22 @@ def trial_steps(num_steps: int) -> int:
     return max(1, min(TRIAL_STEPS, round(TRIAL_SHARE * num_steps)))
 
 
+def steps_within(seconds: float, *, step: float, look: float) -> int:
+    """Returns the most steps, at least one, with which a usual training takes no longer.
+
+    Args:
+        seconds: the time for the training.
+        step: the seconds of a step.
+        look: the seconds of a judgement on held-out data.
+    """
+
+    def needed(steps: int) -> float:
+        return (steps + USUAL_TRIALS * trial_steps(steps)) * step + (JUDGEMENTS - 1) * look
+
+    most = max(1, math.ceil(seconds / max(step, 1e-9)))
+    return max(1, bisect_right(range(1, most + 1), seconds, key=needed))
+
+
 class Training:
     """A training that goes on step by step.
 
@@ -87,15 +108,19 @@ class Training:
         self, objective: Objective, trainees: Sequence[Trainee], *, num_steps: int
     ) -> None:
         self.objective, self.trainees, self.num_steps = objective, list(trainees), num_steps
-        self.trial_steps = trial_steps(num_steps)
         self.start = self.lowest = math.nan
         """The objective on held-out data at the start, and the lowest value so far."""
         self.trials: dict[int, float] = {}
         """The objective on held-out data after a trial, by the place of its rate in RATES."""
         self.step, self.stale, self.lowest_look = 0, 0, math.inf
         self.best = self._first = self._rounded()
-        self._scales = [_scale(trainee.parameter) for trainee in self.trainees]
+        self._scales = [_scale(trainee) for trainee in self.trainees]
         self._adam = self._new_adam()
+
+    @property
+    def trial_steps(self) -> int:
+        """The steps of a trial."""
+        return trial_steps(self.num_steps)
 
     @property
     def rate(self) -> float:
@@ -112,10 +137,19 @@ class Training:
         """Whether no step is left, or further steps do not pay."""
         return self.step >= self.num_steps or self.stale >= PATIENCE
 
-    def run(self) -> Iterator[int]:
-        """Trains to the end. Yields the number of steps just done, whenever the state is whole."""
+    def begin(self) -> None:
+        """Judges the tensors at the start, unless that has been done."""
         if math.isnan(self.start):
             self.start = self.lowest = self.judged()
+
+    def rehearse(self) -> None:
+        """Takes a step and undoes it, to see how long a step takes."""
+        self.take(0, 0.0)
+        self._begin_again()
+
+    def run(self) -> Iterator[int]:
+        """Trains to the end. Yields the number of steps just done, whenever the state is whole."""
+        self.begin()
         for place in self._places():
             self.trials[place] = self._trial(RATES[place])
             yield self.trial_steps
@@ -219,13 +253,14 @@ class Training:
                 tensors[f"square/{trainee.name}"] = kept["exp_avg_sq"]
         trials = {str(place): value for place, value in self.trials.items()}
         facts = {"start": self.start, "lowest": self.lowest, "trials": trials, "step": self.step}
-        return tensors, {**facts, "stale": self.stale, "lowest_look": self.lowest_look}
+        facts |= {"stale": self.stale, "lowest_look": self.lowest_look}
+        return tensors, {**facts, "num_steps": self.num_steps}
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Goes on from what `state` returned."""
         self.start, self.lowest = facts["start"], facts["lowest"]
         self.trials = {int(place): value for place, value in facts["trials"].items()}
-        self.step, self.stale = facts["step"], facts["stale"]
+        self.step, self.stale, self.num_steps = facts["step"], facts["stale"], facts["num_steps"]
         self.lowest_look = facts["lowest_look"]
         self.best = {}
         for trainee in self.trainees:
@@ -240,7 +275,14 @@ class Training:
                 }
 
 
-def _scale(parameter: Tensor) -> float:
-    """Returns the root mean square of a tensor's numbers; 1 where all are zero."""
-    scale = parameter.detach().double().square().mean().sqrt().item()
-    return scale if scale > 0 else 1.0
+def _scale(trainee: Trainee) -> float:
+    """Returns the root mean square of a tensor's numbers, or of `like` where all are zero."""
+    for tensor in (trainee.parameter, trainee.like):
+        scale = 0.0 if tensor is None else _root_mean_square(tensor)
+        if scale > 0:
+            return scale
+    return 1.0
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return tensor.detach().double().square().mean().sqrt().item()

@@ -155,7 +155,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         granted_bytes = int(kept_fraction(plan, granted) * plan.compressible_bytes)
         size = granted_bytes + rest_bytes(plan)
         recover, trained, training = (
-            run_recover(probe, plan, granted)
+            run_recover(probe, plan, granted, kinds)
             if plan.config.recover.is_used and any(not x.is_dense for x in granted.values())
             else ([], 0, 0)
         )

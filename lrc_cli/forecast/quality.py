@@ -51,7 +51,7 @@ def run_quality(
         if CERTIFICATION in plan.sequences:
             measure = partial(held_out.measure, layers=both.factorised, loss=loss, seed=seed)
             for phase, sequences in (
-                ("selection", selection_of(plan.sequences)),
+                ("selection", selection_of(plan, trained=plan.config.recover.is_used)),
                 (CERTIFICATION, plan.sequences[CERTIFICATION]),
             ):
                 run = partial(measure, decompose=phase == CERTIFICATION)

@@ -1,20 +1,20 @@
 """The probe measures training with the job's own stage, on made-up factors of the granted ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from lrc_cli.data.purposes import RECOVER
 from lrc_cli.engine import Choice, pivot_block
-from lrc_cli.engine.training import USUAL_TRIALS, trial_steps
+from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, trial_steps
 from lrc_cli.forecast.clocks import Clock, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.forms import DENSE, FORMS, PERM, UP, WEIGHT, Packed
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.recover.model import HELD_OUT, split, step_size
-from lrc_cli.job.recover.scope import JUDGEMENTS, steps_asked, training_data
+from lrc_cli.job.recover.scope import steps_asked, training_data
 from lrc_cli.job.recover.stage import RecoverStage
 from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.work import Tensors, WorkDirectory
@@ -23,6 +23,8 @@ from lrc_cli.report.record import LayerFacts
 from lrc_cli.runtime.memory import PrivateMemory
 
 PHASE = RecoverStage.name
+STATE_BYTES = 3 * 4
+"""The bytes in an unfinished training for each number: the number and Adam's two, in float32."""
 NUM_STEPS = 2
 """The steps that are measured. The first step warms up."""
 
@@ -68,20 +70,28 @@ def _zeros(layer: Layer, choice: Choice, dtype: torch.dtype) -> Packed | None:
 
 
 def _on_few(plan: Plan) -> Plan:
-    """Returns a plan with as few sequences as fill one step, and some that are held out."""
+    """Returns a plan with as few sequences as fill one step, and some that are held out.
+
+    Its training has a number of tokens: the probe measures the speed in its own way.
+    """
     whole = training_data(plan)
     number = min(len(whole), step_size(split(whole)[0]) + HELD_OUT)
     few, _ = whole.split(number)
-    return replace(plan, sequences={**plan.sequences, RECOVER: few})
+    recover = replace(plan.config.recover, minutes=None)
+    config = replace(plan.config, recover=recover)
+    return replace(plan, config=config, sequences={**plan.sequences, RECOVER: few})
 
 
 def run_recover(
-    probe: Probe, plan: Plan, granted: Mapping[str, Choice]
+    probe: Probe, plan: Plan, granted: Mapping[str, Choice], kinds: Mapping[str, Sequence[str]]
 ) -> tuple[list[Piece], int, int]:
     """Returns the pieces of training at one size, and the bytes that it stores in the end.
 
+    Args:
+        kinds: {unit whose statistics and spectra the probe has: all units like it}.
+
     Returns:
-        The pieces; the bytes of the trained factors; and the bytes of an unfinished training, which
+        The pieces; the bytes of the trained tensors; and the bytes of an unfinished training, which
         are deleted again.
     """
     stage = _MadeUp(_on_few(plan), probe.work, granted)
@@ -94,15 +104,28 @@ def run_recover(
             clock.tick()
         training.judged()
         clock.tick()
-    *steps, judging = clock.steps
-    probe.memory.append(Memory(phase=PHASE, measured=memory.peak, gpu=memory.gpu))
+        *steps, judging = clock.steps
+        clock = Clock(plan.device)
+        for unit in kinds:
+            stage.measured(unit, training.best)
+            clock.tick()
+    stored = sum(x.nbytes for x in training.best.values())
+    numbers = sum(x.numel() for x in training.best.values())
+    # The best tensors are others than the first ones as soon as something was gained.
+    probe.memory.append(Memory(phase=PHASE, measured=memory.peak + stored, gpu=memory.gpu))
+    measuring = (
+        Piece(phase=PHASE, seconds=seconds, times=len(units))
+        for seconds, units in zip(clock.steps, kinds.values(), strict=True)
+    )
     whole, kept_out = split(training_data(plan))
     num_steps = steps_asked(plan, whole)
     times = num_steps + USUAL_TRIALS * trial_steps(num_steps)
     tokens = JUDGEMENTS * kept_out.num_tokens
-    state = sum(x.nbytes for x in training.state()[0].values())
     pieces = [
         Piece(phase=PHASE, seconds=typical(steps), times=times),
         Piece(phase=PHASE, seconds=judging / objective.kept_out.num_tokens, times=tokens),
+        *measuring,
     ]
-    return pieces, sum(x.nbytes for x in training.best.values()), state
+    if plan.config.recover.minutes is not None:
+        pieces = [Piece(phase=PHASE, seconds=60 * plan.config.recover.minutes)]
+    return pieces, stored, stored + STATE_BYTES * numbers

@@ -245,6 +245,15 @@ class WorkDirectory:
                 raise DamagedUnit(file, f"tensor {name} is not what was stored")
         return tensors, facts
 
+    def names(self, stage: str, unit: str) -> list[str]:
+        """Returns the names of a unit's tensors. Raises as `get` does."""
+        file = self._file(stage, unit)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return list(handle.keys())
+        except (SafetensorError, FileNotFoundError) as error:
+            raise DamagedUnit(file, error) from error
+
     def damaged(self, stage: str, unit: str, why: object) -> DamagedUnit:
         """Returns the error for a unit that does not hold what its stage stores."""
         return DamagedUnit(self._file(stage, unit), why)

@@ -100,8 +100,9 @@ def _trained(record: Record) -> str:
     if not any(layer.facts.trained for layer in record.factorised):
         return ""
     return (
-        " The factors were trained together to lower the error of the whole network, so a layer's"
-        " own error may lie further above the best of its rank than before."
+        " The factors of all these layers were trained together, to lower the error of the whole"
+        " network. A layer's own error may lie far above the best of its rank, which is no fault:"
+        " the layers make up for one another. Changes of biases are no part of these errors."
     )
 
 
@@ -113,13 +114,17 @@ def recovery_note(record: Record) -> str:
     data = f"{count(found.num_sequences)} sequences ({count(found.tokens)} tokens, repeated ones"
     data += f" included, in {count(found.steps)} of {count(found.planned_steps)} steps)"
     judged = f"{count(found.num_held_out)} other sequences"
+    if found.num_left_out:
+        data += f"; {count(found.num_left_out)} more equal one that is held out, certified or"
+        data += " evaluated on, and were left out"
+    norms = " and all norms" if found.norms else ""
     if not found.gained:
         return (
             f"Training the factors on {data} did not lower the {found.objective}, on {judged}:"
             " the factors are written as they were fitted."
         )
     return (
-        f"The factors were trained on {data}. The {found.objective}, fell from"
+        f"The factors{norms} were trained on {data}. The {found.objective}, fell from"
         f" {found.before:.4g} to {found.after:.4g} on {judged}."
     )
 

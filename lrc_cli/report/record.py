@@ -80,10 +80,16 @@ class Recovery(JsonRecord):
     """The steps that were asked for; training ends early where it gains nothing more."""
     tokens: int
     """The tokens that the steps trained on, repeated ones included."""
+    planned_tokens: int
+    """The tokens that were asked for; as `recover.tokens` they give the same training again."""
     num_sequences: int
     """The sequences that were trained on."""
     num_held_out: int
     """The sequences that were held out to judge the training."""
+    num_left_out: int
+    """The drawn sequences that equal one of certification or evaluation, or one held out."""
+    norms: tuple[str, ...] | None = field(default=None, metadata=ABSENT)
+    """The norms' tensors that are written as they were trained; absent where none are."""
 
     @property
     def gained(self) -> bool:

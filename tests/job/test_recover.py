@@ -30,6 +30,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "classes": ("bert-classifier", {}),
     "outputs": ("bert", {}),
     "own data": ("llama", {"recover.num_sequences": 20}),
+    "norms": ("llama", {"recover.norms": True, "output.dtype": "float32"}),
+    "norms with biases": ("bert-mlm", {"recover.norms": True}),
+    "biases in bfloat16": ("opt", {"recover.norms": True}),
 }
 
 
@@ -64,7 +67,9 @@ def test_training_gains_on_sequences_that_it_has_not_seen(
     assert recovery["num_held_out"] >= 1
 
 
-def test_only_factors_move(pair: tuple[Path, Any, Path, Any]) -> None:
+def test_factors_biases_and_named_norms_move_and_nothing_else(
+    pair: tuple[Path, Any, Path, Any],
+) -> None:
     plain, before, trained, after = pair
     first, second = pico.read_state(plain), pico.read_state(trained)
     assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
@@ -72,11 +77,17 @@ def test_only_factors_move(pair: tuple[Path, Any, Path, Any]) -> None:
     }
     moved = {key for key in first if not torch.equal(first[key], second[key])}
     factors = {
-        key
+        f"{layer}.{name}"
         for layer in pico.factorised_keys(first)
-        for key in (f"{layer}.weight", f"{layer}.up.weight")
+        for name in ("weight", "up.weight")
     }
-    assert moved and moved <= factors
+    biases = {f"{layer}.bias" for layer in pico.factorised_keys(first)} & first.keys()
+    norms = set(after["recovery"].get("norms", ()))
+    assert moved & factors and moved <= factors | biases | norms
+    assert not biases or moved & biases
+    asked = load_config(trained / "lrc.yaml").recover.norms
+    assert norms == ({key for key in first if "norm" in key.lower()} if asked else set())
+    assert not norms or moved & norms
     assert [x["rank"] for x in _layers(before)] == [x["rank"] for x in _layers(after)]
     assert before["size"] == after["size"]
 

@@ -124,6 +124,16 @@ PREPARE: dict[str, Callable[[Path, Path], tuple[Path, Job]]] = {
     ),
     "experts": _experts,
     "worst": _plain("mlp", {"certification.num_sequences": 12}),
+    "recovered": _pico(
+        "bert-mlm",
+        CERTIFIED
+        | {
+            "compression.method": "frobenius",
+            "recover.scope": "model",
+            "recover.tokens": 4000,
+            "recover.norms": True,
+        },
+    ),
     "idle": _plain("with_idle", {"compression.size": 0.9}),
 }
 """The kinds of outputs that are attacked."""

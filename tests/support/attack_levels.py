@@ -23,6 +23,14 @@ BEYOND: dict[str, tuple[str, str]] = {
     r"provenance\.left_out": (AGAINST, "which files of the original were left out"),
     r"provenance\.checkpoint_sha256": (AGAINST, "hashes of the original's files"),
     r"certificate\.(tolerances|values|clips)": (AGAINST, "a certificate's values and tolerances"),
+    r"recovery\.(before|rate|trials|steps)": (
+        NOTHING,
+        "how training came to its end: the objective before it, the trials of rates, the steps",
+    ),
+    r"recovery\.": (
+        AGAINST,
+        "what training gave: the objective after it, its data and length, the norms that moved",
+    ),
     r"copies|fused": (AGAINST, "how tensors are tied and taken apart"),
     r"layers: turned round|skipped: turned round": (AGAINST, "the order of layers and tensors"),
     r"layers\.\[\]\.shape|layers\.\[\]\.bytes|layers\.\[\]\.dtype|layers\.\[\]\.block": (

@@ -29,6 +29,7 @@ from lrc_cli.network.layouts import table_layout
 from lrc_cli.network.low_rank.slots import stored_module
 from lrc_cli.network.low_rank.stored import replace_modules
 from lrc_cli.network.low_rank.tied import TiedHead
+from lrc_cli.network.norms import norms_by_key
 from lrc_cli.network.opening import open_module
 from lrc_cli.report.record import LayerFacts
 from lrc_cli.runtime.processes import Processes
@@ -109,7 +110,8 @@ class TwoNetworks(Pair):
         keep: Keep = torch.Tensor.detach,
         hold: Hold = _cloned,
     ) -> None:
-        super().__init__(plan.network, _open_again(plan), chain, batches, keep)
+        network, self.norms = _open_again(plan)
+        super().__init__(plan.network, network, chain, batches, keep)
         self.plan, self.batches, self.hold = plan, batches, hold
         self.num_fitted = len(batches) - num_held_back
 
@@ -225,9 +227,13 @@ def input_of(walk: Walk, segment: Segment, index: int, layer: Layer) -> torch.Te
     return layer.layout.inputs(seen[0]) if seen else None
 
 
-def _open_again(plan: Plan) -> Network:
-    """Opens the checkpoint as a second network and rounds its tensors as they will be written."""
-    model = plan.config.model
+def _open_again(plan: Plan) -> tuple[Network, dict[str, str]]:
+    """Opens the checkpoint as a second network and rounds its tensors as they will be written.
+
+    Returns:
+        The network; and {disk key: name of the parameter} of its norms, if they are trained.
+    """
+    model, recover = plan.config.model, plan.config.recover
     module, _ = open_module(
         plan.source, factory=model.factory, trust_remote_code=model.trust_remote_code
     )
@@ -235,4 +241,6 @@ def _open_again(plan: Plan) -> Network:
     for tensor in module.state_dict(keep_vars=True).values():
         if written is not None and tensor.is_floating_point():
             tensor.data = tensor.data.to(written)
-    return make_network(module, device=plan.device, dtype=plan.network.dtype)
+    trained = recover.is_used and recover.norms
+    norms = norms_by_key(module, plan.source.tensors) if trained else {}
+    return make_network(module, device=plan.device, dtype=plan.network.dtype), norms

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from lrc_cli.data.draw import Purpose, Sequences
 from lrc_cli.data.kinds import member, members
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.walk import Keep
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.recover.model import split
+from lrc_cli.job.recover.scope import training_data
 from lrc_cli.network.layer import Layer
 from lrc_cli.quality.certificate import (
     NO_SEQUENCES,
@@ -77,7 +79,7 @@ def certify(
     if CERTIFICATION not in plan.sequences:
         return Certified(certificate=NoCertificate(note=NO_SEQUENCES))
     loss = scoring(plan.network, next(plan.sequences[CALIBRATION].batches(1)), plan.tokenizer)
-    chosen = selection_of(plan.sequences)
+    chosen = selection_of(plan, trained=any(x.trained for x in facts.values()))
     selection, took = _measure(plan, network, facts, chosen, loss, keep, progress, "selection")
     drawn = plan.sequences[CERTIFICATION]
     found, more = _measure(plan, network, facts, drawn, loss, keep, progress, CERTIFICATION)
@@ -120,12 +122,19 @@ def held_out(errors: LayerErrors, tolerance: float, worst: float) -> HeldOutErro
     )
 
 
-def selection_of(sequences: Mapping[str, Sequences]) -> Sequences:
+def selection_of(plan: Plan, *, trained: bool) -> Sequences:
     """Returns the first calibration sequences, with texts as long as in certification.
 
-    Limits are for one certification sequence, and values of longer sequences vary less.
+    Limits are for one certification sequence, and values of longer sequences vary less. On
+    sequences that were trained on, values would be too low to be a scale, so the sequences held
+    out from the training take their place.
+
+    Args:
+        trained: whether factors were trained.
     """
-    drawn, whole = sequences[CERTIFICATION], sequences[CALIBRATION]
+    drawn, whole = plan.sequences[CERTIFICATION], plan.sequences[CALIBRATION]
+    if trained and RECOVER not in plan.sequences:
+        _, whole = split(training_data(plan))
     inputs = {name: tensor[:NUM_SELECTION] for name, tensor in whole.inputs.items()}
     if set(inputs) == set(drawn.inputs) == {"input_ids"}:
         inputs["input_ids"] = inputs["input_ids"][:, : drawn.inputs["input_ids"].shape[1]]

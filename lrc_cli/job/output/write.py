@@ -18,7 +18,7 @@ from lrc_cli.forms import FORMS
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.output.fused import ExpertsApart
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.work import Tensors, WorkDirectory
+from lrc_cli.job.work import WorkDirectory
 from lrc_cli.network.keys import WEIGHT
 from lrc_cli.network.missing import UNUSED
 from lrc_cli.runtime.files import copy_file, write_json, write_text
@@ -85,7 +85,7 @@ def _model_config(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
 def _entries(plan: Plan, work: WorkDirectory, folder: str) -> Iterator[Entry]:
     """Yields every tensor of the output. Factors take the place of their weight in the order."""
     owners = {layer.keys.weight: layer for layer in plan.layers}
-    owners |= {layer.keys.bias: layer for layer in plan.layers}
+    stored = {key: unit for unit in plan.units for key in work.names(folder, unit)}
     cast = DTYPES.get(plan.config.output.dtype)
     apart = ExpertsApart(plan, work, folder)
     for key, info in plan.source.tensors.items():
@@ -94,22 +94,22 @@ def _entries(plan: Plan, work: WorkDirectory, folder: str) -> Iterator[Entry]:
             yield from apart.whole_before(key)
             if not apart.is_apart(key):
                 continue
-        layer = owners.get(key)
-        stored: Tensors = {} if layer is None else work.get(folder, layer.unit)[0]
-        if layer is None or key not in stored:
+        if key not in stored:
             dtype = cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
             read = partial(_converted, plan.source, key, dtype)
             yield Entry(key=key, shape=info.shape, dtype=dtype, read=read)
             continue
-        names = [key]
-        keys = layer.keys
-        if key == keys.weight:
+        # A bias or a norm takes its own place.
+        names, layer = [key], owners.get(key)
+        if layer is not None:
+            keys = layer.keys
             gained = [] if keys.bias in plan.source.tensors else [keys.bias]
             form = FORMS[read_facts(work, folder, layer.unit)[layer.name].storage]
             names += [keys.key(x) for x in form.tensors if x != WEIGHT] + gained
         for name in names:
             if name in stored:
-                tensor, read = stored[name], partial(_stored, work, folder, layer.unit, name)
+                read = partial(_stored, work, folder, stored[name], name)
+                tensor = read()
                 yield Entry(key=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=read)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.purposes import CALIBRATION, RECOVER
-from lrc_cli.engine.training import LOOKS, USUAL_TRIALS, Training
+from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, Training, steps_within
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.recover.model import step_tokens
+from lrc_cli.job.recover.model import JUDGING, step_tokens
 from lrc_cli.job.stage import Advance
 from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
@@ -19,8 +19,6 @@ STORE_SECONDS = 60.0
 """The time after which the state of the training is stored again."""
 EPOCHS = 4
 """How often the data is seen where the config gives no number of tokens."""
-JUDGEMENTS = LOOKS + USUAL_TRIALS + 1
-"""How often held-out data is looked at, in a usual training."""
 STATE = "state"
 """The unit that holds an unfinished training."""
 
@@ -37,6 +35,8 @@ class Start:
     folder: str
     """The stage of the work directory for what only an unfinished training needs."""
     fitted: Fitted
+    measure: Callable[[str, Tensors], object]
+    """Measures a unit again, with trained tensors: what comes after the training."""
 
     @property
     def sequences(self) -> Sequences:
@@ -66,6 +66,10 @@ class Scope(ABC):
         The result is empty for a layer that stays as it was fitted.
         """
 
+    def others(self, unit: str) -> Tensors:
+        """Returns trained tensors of no layer that are stored with a unit, by disk name: norms."""
+        return {}
+
 
 class Tokens:
     """Hands on how many tokens were run, once the display is there."""
@@ -78,9 +82,18 @@ class Tokens:
             self.advance(tokens)
 
 
-def training_data(plan: Plan) -> Sequences:
-    """Returns the sequences to train on, some of which, at the end, will be held out."""
+def drawn_for(plan: Plan) -> Sequences:
+    """Returns the sequences that were drawn for training, or the calibration sequences."""
     return plan.sequences.get(RECOVER, plan.sequences[CALIBRATION])
+
+
+def training_data(plan: Plan) -> Sequences:
+    """Returns the sequences to train on, some of which, at the end, will be held out.
+
+    None equals a sequence of certification or evaluation, also where a text has passages twice.
+    """
+    others = (x for name, x in plan.sequences.items() if name not in (CALIBRATION, RECOVER))
+    return drawn_for(plan).apart_from(others)
 
 
 def steps_asked(plan: Plan, trained: Sequences) -> int:
@@ -90,17 +103,68 @@ def steps_asked(plan: Plan, trained: Sequences) -> int:
     return max(1, round(tokens / step_tokens(trained)))
 
 
-def load_training(training: Training, start: Start) -> None:
-    """Brings a training to where an earlier run has stored it."""
+def load_training(training: Training, start: Start, began: float) -> None:
+    """Brings a training to where an earlier run has stored it, or sets the length of a new one.
+
+    Where the config gives minutes, the length follows from how fast a step is now. It is stored at
+    once, so a killed training goes on with the same length.
+
+    Args:
+        began: the time at which the stage began.
+    """
+    minutes = start.plan.config.recover.minutes
     if not start.work.missing(start.folder, [STATE]):
         training.load(*start.work.get(start.folder, STATE))
+    elif minutes is not None:
+        steps = _steps_until(began + 60 * minutes, training, start)
+        training.num_steps = min(start.plan.processes.gather(steps))
+        _store(training, start)
 
 
-def run_training(training: Training, start: Start) -> None:
-    """Trains to the end, and stores the state every minute."""
-    stored = time.monotonic()
+def _steps_until(ends: float, training: Training, start: Start) -> int:
+    """Returns the steps that can be taken until a time, as fast as this process is now."""
+    look = _seconds(training.begin)
+    training.rehearse()  # the first step warms up
+    step = _seconds(training.rehearse)
+    own = [unit for unit in start.plan.units if start.plan.owns(unit)]
+    closing = _seconds(lambda: start.measure(own[0], training.best)) if own else 0.0
+    left = ends - time.monotonic() - len(own) * closing
+    return steps_within(left, step=step, look=look)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def cost_of(training: Training, trained: Sequences, kept_out: Sequences) -> float:
+    """Returns the tokens that a usual training has left to run; a judged token counts less."""
+    steps = training.num_steps - training.step + _trials_left(training) * training.trial_steps
+    return steps * step_tokens(trained) + JUDGEMENTS * JUDGING * kept_out.num_tokens
+
+
+def _trials_left(training: Training) -> int:
+    """Returns how many trials a usual search would still take."""
+    return 0 if training.step else max(0, USUAL_TRIALS - len(training.trials))
+
+
+def run_training(training: Training, start: Start, advance: Callable[[int], None]) -> None:
+    """Trains to the end, and stores the state every minute.
+
+    Args:
+        advance: called once the search is over, with the steps that it took less than a usual one.
+    """
+    stored, usual = time.monotonic(), _trials_left(training) + len(training.trials)
     for _ in training.run():
-        # All processes hold the same state, so the first one stores it.
-        if start.plan.processes.is_first and time.monotonic() - stored > STORE_SECONDS:
-            start.work.put(start.folder, STATE, *training.state())
+        if training.step == 1:
+            advance((usual - len(training.trials)) * training.trial_steps)
+        if time.monotonic() - stored > STORE_SECONDS:
+            _store(training, start)
             stored = time.monotonic()
+
+
+def _store(training: Training, start: Start) -> None:
+    # All processes hold the same state, so the first one stores it.
+    if start.plan.processes.is_first:
+        start.work.put(start.folder, STATE, *training.state())

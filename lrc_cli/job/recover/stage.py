@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc_cli.config import to_dict
+from lrc_cli.data.purposes import RECOVER
 from lrc_cli.engine import problems_of
 from lrc_cli.errors import InputError
 from lrc_cli.job.factors.fit import read_facts
@@ -12,7 +13,9 @@ from lrc_cli.job.factors.plain import GivenLayer
 from lrc_cli.job.fingerprints import digest
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.recover.measured import measured_again
+from lrc_cli.job.recover.model import split
 from lrc_cli.job.recover.scope import Scope, Start, training_data
+from lrc_cli.job.recover.trainees import keys_of
 from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.work import RECOVERED, Tensors, WorkDirectory
@@ -20,6 +23,8 @@ from lrc_cli.report.record import LayerFacts, Recovery
 
 SUMMARY = "the training"
 """The unit that says what the training gave; no module has a name with a space."""
+WHERE = ("path", "part", "num_sequences")
+"""The keys that say which data to train on: what counts is the data."""
 UNFINISHED = "unfinished"
 """The stage, below the recovered factors, for what only an unfinished training needs."""
 
@@ -85,7 +90,13 @@ class RecoverStage(Stage[Recovered]):
     @property
     def start(self) -> Start:
         """What the training begins with."""
-        return Start(plan=self.plan, work=self.work, folder=self.unfinished, fitted=self.fitted)
+        return Start(
+            plan=self.plan,
+            work=self.work,
+            folder=self.unfinished,
+            fitted=self.fitted,
+            measure=self.measured,
+        )
 
     def store(self, unit: str, outcome: Recovered) -> None:
         """See Stage."""
@@ -102,12 +113,19 @@ class RecoverStage(Stage[Recovered]):
 
     def _recovered(self, unit: str, scope: Scope) -> Recovered:
         """Returns the unit with the trained tensors, and their errors."""
+        trained = [scope.trained(layer) for layer in self.plan.units[unit]]
+        found = self.measured(unit, {key: x for own in trained for key, x in own.items()})
+        return Recovered(found.tensors | scope.others(unit), found.facts)
+
+    def measured(self, unit: str, trained: Tensors) -> Recovered:
+        """Returns the unit with trained tensors in the place of its own, and their errors."""
         tensors, facts = self.fitted(unit)
         found = {}
         for layer in self.plan.units[unit]:
-            fact, trained = facts[layer.name], scope.trained(layer)
-            if trained:
-                given, tensors = GivenLayer(self.plan, self.work, layer), tensors | trained
+            fact = facts[layer.name]
+            if layer.keys.weight in trained:
+                own = {key: trained[key].cpu() for key in keys_of(layer) if key in trained}
+                given, tensors = GivenLayer(self.plan, self.work, layer), tensors | own
                 fact = measured_again(
                     problems_of(self.plan.of(layer).solver, given), layer, tensors, fact, given.bias
                 )
@@ -135,10 +153,12 @@ def check_recover(plan: Plan) -> None:
             f"recover.scope: {reason}",
             "set recover.scope: none, or another method and center: false",
         )
-    if len(training_data(plan)) < 2:
+    trained, _ = split(training_data(plan))
+    if not trained or (plan.config.recover.path is not None and RECOVER not in plan.sequences):
         raise InputError(
-            "recover.scope: there is one sequence to train on, and one is held out to judge by",
-            "give more sequences, or set recover.scope: none",
+            "recover.scope: there is no sequence to train on, beside one that is held out to judge"
+            " by and all that are certified or evaluated on",
+            "give more sequences that differ, or set recover.scope: none",
         )
 
 
@@ -162,5 +182,6 @@ def own_stages(plan: Plan) -> tuple[str, str]:
 def _recovered_folder(plan: Plan) -> str:
     """Returns the stage of the work directory for all that a training depends on."""
     asked = to_dict(plan.config)["recover"]
+    how = {key: value for key, value in asked.items() if key not in WHERE}
     sha256 = training_data(plan).sha256
-    return f"{RECOVERED}/{digest([plan.factors_fingerprint, asked, sha256])[:16]}"
+    return f"{RECOVERED}/{digest([plan.factors_fingerprint, how, sha256])[:16]}"

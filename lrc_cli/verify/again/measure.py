@@ -7,6 +7,7 @@ from lrc_cli.runtime.progress import Progress
 from lrc_cli.verify.again.layers import measure_layers
 from lrc_cli.verify.again.networks import open_run
 from lrc_cli.verify.again.quality import check_certificate_values, check_quality
+from lrc_cli.verify.again.recovery import check_recovery
 from lrc_cli.verify.again.worst_case import check_worst_case
 from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.original.unchanged import (
@@ -20,6 +21,7 @@ from lrc_cli.verify.statements import Findings
 MEASURED = {
     "c1": "the layers' errors on the calibration data",
     "quality": "the quality on the evaluation data",
+    "recovery": "what training the factors gave on the sequences held out",
     "c2": "the certificate's values on the certification data",
 }
 """The statements that need both networks, by the first part of their ids."""
@@ -35,8 +37,10 @@ def not_measured(
 
 
 def _not_run(written: Written, findings: Findings, reason: str, *, by_design: bool = False) -> None:
+    trained = written.report is not None and written.report.get("recovery") is not None
     for id, what in MEASURED.items():
-        findings.not_checked(id, what, reason, by_design=by_design)
+        if id != "recovery" or trained:
+            findings.not_checked(id, what, reason, by_design=by_design)
     if written.report is not None and written.report.get("worst_case") is not None:
         what = "the worst-case bound"
         findings.not_checked("c3.worst_case", what, reason, by_design=by_design)
@@ -82,5 +86,7 @@ def check_against(
     check_worst_case(run)
     with findings.guard("quality", "the quality can be measured"):
         check_quality(run)
+    with findings.guard("recovery", "what training gave can be measured"):
+        check_recovery(run)
     with findings.guard("c2", "the certificate can be measured"):
         check_certificate_values(run)

@@ -22,7 +22,12 @@ from lrc_cli.verify.again.data import draw_again
 from lrc_cli.verify.again.moments import HELD_BYTES, Checked
 from lrc_cli.verify.files.forms import is_read, reader_of, unread
 from lrc_cli.verify.files.written import Written, layer_tensors
-from lrc_cli.verify.original.unchanged import check_all_layers, open_layers, open_networks
+from lrc_cli.verify.original.unchanged import (
+    check_all_layers,
+    check_norms,
+    open_layers,
+    open_networks,
+)
 from lrc_cli.verify.statements import Findings
 
 
@@ -75,6 +80,7 @@ def open_run(
     )
     with findings.guard("original.layers", "the report's layers are all that there are"):
         check_all_layers(dense, written, original, findings)
+        check_norms(dense, written, original, findings)
     layers = open_layers(dense, written, original, findings)
     processors = open_processors(original, dense, trust_remote_code=trust_remote_code)
     sequences = draw_again(written, processors, data, findings)
@@ -126,7 +132,9 @@ def _checked(
     tensors, key = layer_tensors(source, layer.keys), layer.keys.bias
     bias = layer.bias(original)
     offset = None
-    if key in source.tensors:
+    trained = any(row.get("trained") is True for row in written.layers if row["name"] == layer.name)
+    # A trained bias is no part of C1, which compares W x with Z x and with the best Z of the rank.
+    if key in source.tensors and not trained:
         new = source.read(key).double()
         old = torch.zeros_like(new) if bias is None else bias.double()
         offset = None if torch.equal(old.to(source.read(key).dtype).double(), new) else old - new

@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 from lrc_cli.data.draw import Sequences
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER
 from lrc_cli.errors import InputError
 from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.verify.again.held_out import HeldOut, measure_held_out, measure_quality
 from lrc_cli.verify.again.networks import OpenedRun
+from lrc_cli.verify.again.recovery import split, training_data
 from lrc_cli.verify.again.tolerances import judge_certificate, judge_quality
 from lrc_cli.verify.files.certificate import SELECTED
+from lrc_cli.verify.original.unchanged import is_trained
 
 PREDICTIONS = {
     "next_token": "next-token predictions",
@@ -56,7 +58,10 @@ def check_certificate_values(run: OpenedRun) -> None:
     if missing:
         run.findings.not_checked("c2", what, f"the {missing[0]} data is not there")
         return
-    whole = run.sequences[CALIBRATION]
+    whole = _selected_from(run)
+    if isinstance(whole, str):
+        run.findings.not_checked("c2", what, whole)
+        return
     loss = _scoring(run, whole)
     first = {name: tensor[:SELECTED] for name, tensor in whole.inputs.items()}
     drawn = run.sequences[CERTIFICATION].inputs
@@ -70,6 +75,17 @@ def check_certificate_values(run: OpenedRun) -> None:
     selection = _held_out(run, chosen, loss, "selection")
     found = _held_out(run, run.sequences[CERTIFICATION], loss, CERTIFICATION)
     judge_certificate(run.findings, run.written, selection, found, run.before.dtype)
+
+
+def _selected_from(run: OpenedRun) -> Sequences | str:
+    """Returns the calibration sequences that limits come from, or why they cannot be had.
+
+    They are sequences that nothing was trained on.
+    """
+    if not is_trained(run.written) or RECOVER in run.sequences:
+        return run.sequences[CALIBRATION]
+    data = training_data(run)
+    return data if isinstance(data, str) else split(data)[1]
 
 
 def _check_none_possible(run: OpenedRun) -> None:

@@ -108,6 +108,15 @@ def judge_quality(
     findings.judge("quality.measured", what, problem)
 
 
+def objective_problem(stated: float, found: float, dtype: torch.dtype) -> str | None:
+    """Returns what is wrong with a distance of two networks' outputs; None: nothing.
+
+    It is a difference of logarithms in the activations' dtype, as a divergence of a text is.
+    """
+    slack = QUALITY_TOLERANCE * abs(found) + _absolute("kl", {}, dtype)
+    return None if abs(stated - found) <= slack else f"stated {stated}, found {found}"
+
+
 def _absolute(key: str, row: Mapping[str, Any], dtype: torch.dtype) -> float:
     """Returns a figure's absolute tolerance.
 

@@ -86,13 +86,25 @@ def _training_problem(report: Mapping[str, Any], config: Config) -> str | None:
     number = found["num_sequences"] + found["num_held_out"]
     if found["scope"] != asked.scope:
         return f"stated for {found['scope']}, asked for was {asked.scope}"
-    if number != data["num_sequences"]:
+    if number + found["num_left_out"] != data["num_sequences"]:
         return f"{number} sequences, drawn were {data['num_sequences']}"
+    if not found["num_left_out"] and found["num_held_out"] != max(1, min(number // 8, 16)):
+        return f"{found['num_held_out']} of {number} sequences are held out"
     if not found["after"] <= found["before"] or not found["steps"] <= found["planned_steps"]:
         return "it ends higher than it began, or with more steps than were asked for"
-    tried = [value for value in found["trials"].values() if value is not None]
-    if found["after"] > min([found["before"], *tried]):
+    if not found["tokens"] <= found["planned_tokens"]:
+        return "it takes more tokens than were asked for"
+    if found.get("norms") is not None and not (found["after"] < found["before"] and asked.norms):
+        return "norms were trained, and none were to be, or nothing was gained"
+    tried = {rate: value for rate, value in found["trials"].items() if value is not None}
+    if found["after"] > min([found["before"], *tried.values()]):
         return "a trial is better than what was kept"
+    if (found["rate"] is None) is not (found["steps"] == 0):
+        return "a rate belongs to steps that were taken"
+    if found["rate"] is not None and tried:
+        best = min(tried, key=lambda rate: (tried[rate], float(rate)))
+        if f"{found['rate']:.2g}" != best:
+            return f"the rate is {found['rate']}, and {best} had the best trial"
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc_cli.data.kinds import member
-from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, purposes_of
+from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.quality.certificate_record import Certificate, Statement
 from lrc_cli.quality.sentences import assumptions, statement_text
 from lrc_cli.report.record import REPORT
@@ -91,13 +91,22 @@ def _check_header(written: Written, certificate: Mapping[str, Any], findings: Fi
         "num_sequences": data["num_sequences"],
         "population": data["population"],
         "data": data["sha256"],
-        "selection": [CALIBRATION, min(SELECTED, chosen["num_sequences"]), chosen["sha256"]],
+        "selection": [CALIBRATION, min(SELECTED, _held_back(written)), chosen["sha256"]],
         "not_covered": [name for name in factorised if name not in certificate["tolerances"]],
         "note": None,
     }
     what = "the certificate's header agrees with the config and the provenance"
     findings.equal("certificate.header", what, stated, found)
     _check_population(written, certificate, findings)
+
+
+def _held_back(written: Written) -> int:
+    """Returns the number of calibration sequences that nothing was trained on."""
+    assert written.report is not None
+    drawn, recovery = written.report["provenance"]["sequences"], written.report.get("recovery")
+    if recovery is None or RECOVER in drawn or not recovery["after"] < recovery["before"]:
+        return int(drawn[CALIBRATION]["num_sequences"])
+    return int(recovery["num_held_out"])
 
 
 def _check_population(written: Written, certificate: Mapping[str, Any], findings: Findings) -> None:

@@ -133,6 +133,7 @@ PRESENT: dict[str, Condition] = {
     "recovery": _elsewhere,  # compared with the config
     "recovery.rate": _elsewhere,
     "recovery.trials.*": _elsewhere,
+    "recovery.norms": _elsewhere,
     "target.of": lambda c: bool(c.report["target"]["name"] == "size"),
     "worst_case": _elsewhere,  # --against tells whether the network has such a bound
     "provenance.device_name": lambda c: c.report["provenance"]["device"].startswith("cuda"),

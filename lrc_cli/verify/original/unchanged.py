@@ -1,6 +1,6 @@
 """The original must be the recorded checkpoint, and its unchanged parts must be in the output."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lrc_cli.network.factories import ask_for_factory, source_file
 from lrc_cli.network.keys import Keys
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import layout_of, linear_shape
+from lrc_cli.network.norms import norms_by_key
 from lrc_cli.network.opening import Opened, open_module
 from lrc_cli.reading import read_json
 from lrc_cli.verify.files.forms import UP, unread
@@ -171,12 +172,39 @@ def _checked_copies(copies: dict[str, str], original: Source, findings: Findings
 
 
 def _may_change(written: Written, key: str) -> bool:
-    """Returns whether a tensor is the bias of a factorised layer whose method may change it."""
+    """Returns whether a tensor may differ from the original's: a bias, or a norm that was trained.
+
+    A bias is one of a factorised layer whose method or whose training may change it.
+    """
+    if key in norms_of(written):
+        return True
     methods = _methods_of_bias(written, key)
     if written.config is None or not methods:
         return False
     own_bias = any(method == "relu" or method not in KNOWN for method in methods)
-    return written.config.compression.center or own_bias
+    return written.config.compression.center or own_bias or is_trained(written)
+
+
+def norms_of(written: Written) -> Sequence[str]:
+    """Returns the norms' tensors that the report says were trained."""
+    recovery = (written.report or {}).get("recovery") or {}
+    return recovery.get("norms") or ()
+
+
+def is_trained(written: Written) -> bool:
+    """Returns whether the report says that factors were trained, and biases with them."""
+    return any(row.get("trained") is True for row in written.layers)
+
+
+def check_norms(module: nn.Module, written: Written, original: Source, findings: Findings) -> None:
+    """The report must name all norms of the original if they were trained, and nothing else.
+
+    The function must see the module as it was built, before `make_network`.
+    """
+    asked = written.config is not None and written.config.recover.norms and is_trained(written)
+    wanted = sorted(norms_by_key(module, original.tensors)) if asked else []
+    what = "the tensors of norms that were trained are the original's norms"
+    findings.equal("original.norms", what, sorted(norms_of(written)), wanted)
 
 
 def _methods_of_bias(written: Written, key: str) -> set[str]:

@@ -41,7 +41,7 @@ LEAVES = {
         *("rank_multiple", "include", "exclude", "embeddings", "layers"),
     ),
     "compression.layers.*q_proj": ("size", "rank", "method", "storage"),
-    "recover": ("scope", "tokens"),
+    "recover": ("scope", "tokens", "minutes", "norms", "path", "part", "num_sequences"),
     "runtime": ("device", "dtype", "memory_limit", "work_dir", "seed"),
     "output": ("path", "dtype", "shard_size", "remote_code"),
     "gates": ("max_perplexity_increase", "max_layer_error"),
