@@ -32,6 +32,8 @@ FACTORIES = "pico_factories"
 TEMPLATE = (
     "{% for m in messages %}{{ 'w1' if m.role == 'user' else 'w2' }} {{ m.content }} {% endfor %}"
 )
+SCOPES = ("model",)
+"""What `recover.scope` can be, where anything is trained."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -351,6 +353,8 @@ def draw(seed: int, models: list[str] | None = None) -> Case:
     weights = [1 if form == "distributed" else 4 for form in forms]
     form = chance.choices(forms, weights)[0]
     changes = _draw_changes(chance, model, data, dtype)
+    # Training has draws of its own, so the other draws of a seed stay what they were.
+    changes |= _draw_recover(random.Random(f"recover {seed}"), data, changes)
     if form == "distributed" and "masked" in name:
         # Such a directory has no tokenizer, and so no mask token for the default loss.
         changes["compression.loss"] = "sampled"
@@ -470,6 +474,21 @@ def _draw_target(chance: random.Random, model: Model, method: str) -> Changes:
             return {"compression.max_loss_increase": round(chance.uniform(0.05, 2.0), 2)}
         case _:
             return {"compression.threshold": round(chance.uniform(0.02, 0.3), 2)}
+
+
+def _draw_recover(chance: random.Random, data: str, changes: Changes) -> Changes:
+    """Draws a short training of the factors, where method and target leave one."""
+    bounded = {"compression.max_layer_error", "compression.max_loss_increase"} & changes.keys()
+    fits_biases = changes["compression.method"] == "relu" or "compression.center" in changes
+    if bounded or fits_biases or chance.random() < 0.6:
+        return {}
+    own = chance.choice((None, None, 6)) if data in TOKENS else None
+    return {
+        "recover.scope": chance.choice(SCOPES),
+        "recover.tokens": chance.choice((64, 500, 3000)),
+        "recover.norms": chance.random() < 0.5,
+        **({} if own is None else {"recover.num_sequences": own}),
+    }
 
 
 def _draw_measures(chance: random.Random, data: str) -> Changes:

@@ -274,6 +274,18 @@ def test_a_form_that_is_not_known_is_one_sentence(
     assert "upgrade" in e.value.remedy
 
 
+def test_its_numbers_are_not_trained(
+    tmp_path: Path,
+    checkpoint: Models,
+    text: Path,
+    plain_folder: PlainFolder,
+    registered: StoreNibbles,
+) -> None:
+    asked = changes("llama", checkpoint, text, plain_folder) | {"recover.scope": "model"}
+    ended = pico.call("compress", pico.job(tmp_path, asked))
+    assert ended.code == 2 and f"compression.storage: {NAME} cannot be trained" in ended.err
+
+
 def test_a_form_of_the_dense_shape_is_refused(
     tmp_path: Path,
     checkpoint: Models,

@@ -256,6 +256,36 @@ def test_limits_come_from_selection_data() -> None:
     assert tolerances_of({"a": [0.1, 0.3], "b": [0.0]}) == {"a": 0.3, "b": LEAST_TOLERANCE}
 
 
+@pytest.mark.parametrize("tightness", [0.01, 0.1, 0.5, 1.0])
+def test_limits_that_are_too_tight_never_cost_coverage(tightness: float) -> None:
+    """Training on the selection data makes limits tight; bounds are of what they clip and scale."""
+    chance = random.Random(5)
+    layers = {name: [chance.lognormvariate(0, 1) for _ in range(300)] for name in "ab"}
+    kl = [a * b for a, b in zip(*layers.values(), strict=True)]
+    clip = tightness * max(kl)
+    tolerances = {name: tightness * max(values) for name, values in layers.items()}
+    clipped = math.fsum(min(value, clip) for value in kl) / 300
+    worst = [max(layers[x][i] / tolerances[x] for x in layers) for i in range(300)]
+    quantiles = {"kl.quantile": kl, "all_layers.quantile": worst}
+    truth = {name: sorted(x)[math.ceil(0.9 * 300) - 1] for name, x in quantiles.items()}
+    truth["kl.mean"] = clipped
+    misses = 0
+    for _ in range(100):
+        rows = chance.sample(range(300), 80)
+        certificate = make_certificate(
+            {"kl": [kl[i] for i in rows]},
+            {name: [values[i] for i in rows] for name, values in layers.items()},
+            clips={"kl": clip},
+            tolerances=tolerances,
+            confidence=0.8,
+            quantile=0.9,
+            data=drawn_data(300, text=False),
+        )
+        found = named(certificate)
+        misses += any((found[name].bound or 0.0) < true for name, true in truth.items())
+    assert misses <= 0.2 * 100 + 3 * math.sqrt(0.2 * 0.8 * 100)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -15,6 +15,7 @@ class Auto(Storage):
     """Tries the interpolative form at the granted rank, and two factors in the same bytes."""
 
     name = "auto"
+    is_trainable = True
 
     def choices(
         self,

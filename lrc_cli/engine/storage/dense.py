@@ -12,6 +12,7 @@ class StoreDense(Storage):
     """Stores W itself: one choice, at error 0."""
 
     name = DENSE
+    is_trainable = True
 
     def choices(
         self,

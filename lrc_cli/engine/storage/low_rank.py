@@ -43,6 +43,8 @@ def pivot_block(m: int, rank: int, block: int = PIVOT_BLOCK) -> int:
 class LowRankStorage(Storage):
     """Packs a layer into a form that has a rank."""
 
+    is_trainable = True
+
     @abstractmethod
     def num_bytes(self, m: int, n: int, rank: int, itemsize: int, block: int) -> int:
         """Returns the bytes of all tensors."""

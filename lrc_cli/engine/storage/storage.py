@@ -61,6 +61,8 @@ class Storage(ABC):
     """The name in configs."""
     is_measured: ClassVar[bool] = False
     """Whether the errors of its choices are measured, because no spectrum tells them."""
+    is_trainable: ClassVar[bool] = False
+    """Whether `recover` can train its tensors, which are factors of floating-point numbers."""
 
     @abstractmethod
     def choices(

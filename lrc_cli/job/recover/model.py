@@ -68,16 +68,20 @@ class OutputDivergence:
         """See Objective."""
         batches = list(self._batches_of(step))
         count = sum(count_tokens(batch) for _, batch in batches)
+        # A token's share of a mean has a gradient that float16 does not hold; a sum has no such.
+        scale = count if self.compressed.dtype == torch.float16 else 1
         value = torch.zeros((), dtype=torch.float64)
         for index in self.processes.share(len(batches)):
             place, batch = batches[index]
             with recomputing(self.compressed, self.chain):
                 mean = self._distance(place, batch, gradients=True) / count
-                mean.backward()
+                (mean * scale).backward()
             value += mean.detach().double().cpu()
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            if scale != 1:
+                parameter.grad /= scale
             self.processes.sum_to(None, parameter.grad)
         self.processes.sum_to(None, value)
         return value.item()

@@ -1,13 +1,14 @@
 """The stage `recover` trains the factors of all layers and measures them again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lrc_cli.config import to_dict
 from lrc_cli.data.purposes import RECOVER
-from lrc_cli.engine import problems_of
-from lrc_cli.errors import InputError
+from lrc_cli.engine import STORAGES, problems_of
+from lrc_cli.errors import InputError, RunError, is_out_of_memory
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.factors.plain import GivenLayer
 from lrc_cli.job.fingerprints import digest
@@ -20,6 +21,7 @@ from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.work import RECOVERED, Tensors, WorkDirectory
 from lrc_cli.report.record import LayerFacts, Recovery
+from lrc_cli.text import told
 
 SUMMARY = "the training"
 """The unit that says what the training gave; no module has a name with a space."""
@@ -71,10 +73,12 @@ class RecoverStage(Stage[Recovered]):
 
     def task(self, units: Sequence[str]) -> Task[Recovered]:
         """See Stage. Where some units are missing, the training is done again."""
-        scope = self.scope()
+        with _naming_memory():
+            scope = self.scope()
 
         def solve(advance: Advance) -> Solved[Recovered]:
-            summary = scope.train(advance)
+            with _naming_memory():
+                summary = scope.train(advance)
             for unit in self.plan.units:
                 if self.plan.owns(unit):
                     yield unit, self._recovered(unit, scope)
@@ -133,6 +137,26 @@ class RecoverStage(Stage[Recovered]):
         return Recovered(tensors, found)
 
 
+@contextmanager
+def _naming_memory() -> Iterator[None]:
+    """A context in which memory that does not suffice is said to be the training's.
+
+    Raises:
+        RunError: memory ran out. What was stored of the training stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (told(error).splitlines() or ["no more can be had"])[0]
+        raise RunError(
+            f"recover.scope: out of memory in the training ({first})",
+            "lower calibration.sequence_length, exclude the widest layers with"
+            " compression.exclude, or set recover.scope: none",
+        ) from error
+
+
 def check_recover(plan: Plan) -> None:
     """Raises InputError where training is asked for, and something else forbids it."""
     compression = plan.config.compression
@@ -152,6 +176,13 @@ def check_recover(plan: Plan) -> None:
         raise InputError(
             f"recover.scope: {reason}",
             "set recover.scope: none, or another method and center: false",
+        )
+    storages = (plan.of(layer).storage for layer in plan.layers)
+    fixed = next((name for name in storages if not STORAGES[name].is_trainable), None)
+    if fixed is not None:
+        raise InputError(
+            f"recover.scope: the numbers of compression.storage: {fixed} cannot be trained",
+            "set recover.scope: none, or another compression.storage",
         )
     trained, _ = split(training_data(plan))
     if not trained or (plan.config.recover.path is not None and RECOVER not in plan.sequences):
