@@ -154,16 +154,13 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         # The size of the output follows from the ranks, and its time from the speed of the disk.
         granted_bytes = int(kept_fraction(plan, granted) * plan.compressible_bytes)
         size = granted_bytes + rest_bytes(plan)
-        recover, trained, training = (
-            run_recover(probe, plan, granted, kinds)
-            if plan.config.recover.is_used and any(not x.is_dense for x in granted.values())
-            else ([], 0, 0)
-        )
-        own = [*factors, *recover, Piece(phase="writing", seconds=per_byte, times=size), *quality]
+        training = run_recover(probe, plan, granted, kinds)
+        writing = Piece(phase="writing", seconds=per_byte, times=size)
+        own = [*factors, *training.pieces, writing, *quality]
         pieces += own
         outputs += size
-        lasting += trained + (0 if probe.has_factors(plan) else granted_bytes)
-        probe.spilled_bytes = max(probe.spilled_bytes, training)
+        lasting += training.stored + (0 if probe.has_factors(plan) else granted_bytes)
+        probe.spilled_bytes = max(probe.spilled_bytes, training.unfinished)
         target, value = plan.config.compression.target
         jobs.append(
             {
@@ -171,6 +168,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
                 "output": str(plan.output),
                 "checkpoint_bytes": size,
                 "sequential": decision.record().to_json(),
+                "recover": training.record,
                 "seconds": seconds_by_phase(own),
             }
         )

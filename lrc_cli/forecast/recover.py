@@ -1,21 +1,21 @@
 """The probe measures training with the job's own stage, on made-up factors of the granted ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from lrc_cli.data.purposes import RECOVER
 from lrc_cli.engine import Choice, pivot_block
-from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, trial_steps
+from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, steps_within, trial_steps
 from lrc_cli.forecast.clocks import Clock, typical
 from lrc_cli.forecast.estimate import Memory, Piece
 from lrc_cli.forecast.probe import Probe
 from lrc_cli.forms import DENSE, FORMS, PERM, UP, WEIGHT, Packed
 from lrc_cli.job.plan import Plan
-from lrc_cli.job.recover.model import HELD_OUT, split, step_size
+from lrc_cli.job.recover.model import HELD_OUT, split, step_size, step_tokens
 from lrc_cli.job.recover.scope import steps_asked, training_data
-from lrc_cli.job.recover.stage import RecoverStage
+from lrc_cli.job.recover.stage import SUMMARY, RecoverStage, own_stages
 from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.work import Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
@@ -82,18 +82,30 @@ def _on_few(plan: Plan) -> Plan:
     return replace(plan, config=config, sequences={**plan.sequences, RECOVER: few})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the training of one size will take."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    stored: int = 0
+    """The bytes of the trained tensors."""
+    unfinished: int = 0
+    """The bytes of an unfinished training, which are deleted again."""
+    record: dict[str, int] | None = None
+    """The steps, tokens and sequences, for people; None where nothing is left to train."""
+
+
 def run_recover(
     probe: Probe, plan: Plan, granted: Mapping[str, Choice], kinds: Mapping[str, Sequence[str]]
-) -> tuple[list[Piece], int, int]:
-    """Returns the pieces of training at one size, and the bytes that it stores in the end.
+) -> Training:
+    """Returns what the training of one size will take; nothing where it is done, or not asked for.
 
     Args:
         kinds: {unit whose statistics and spectra the probe has: all units like it}.
-
-    Returns:
-        The pieces; the bytes of the trained tensors; and the bytes of an unfinished training, which
-        are deleted again.
     """
+    is_dense = all(choice.is_dense for choice in granted.values())
+    if not plan.config.recover.is_used or is_dense or probe.has(own_stages(plan)[1], SUMMARY):
+        return Training()
     stage = _MadeUp(_on_few(plan), probe.work, granted)
     with PrivateMemory(plan.device) as memory:
         scope = WholeNetwork(stage.start)
@@ -113,19 +125,30 @@ def run_recover(
     numbers = sum(x.numel() for x in training.best.values())
     # The best tensors are others than the first ones as soon as something was gained.
     probe.memory.append(Memory(phase=PHASE, measured=memory.peak + stored, gpu=memory.gpu))
-    measuring = (
-        Piece(phase=PHASE, seconds=seconds, times=len(units))
-        for seconds, units in zip(clock.steps, kinds.values(), strict=True)
+    trained, kept_out = split(training_data(plan))
+    each, look = typical(steps), judging * kept_out.num_tokens / objective.kept_out.num_tokens
+    closing = sum(
+        seconds * len(units) for seconds, units in zip(clock.steps, kinds.values(), strict=True)
     )
-    whole, kept_out = split(training_data(plan))
-    num_steps = steps_asked(plan, whole)
-    times = num_steps + USUAL_TRIALS * trial_steps(num_steps)
-    tokens = JUDGEMENTS * kept_out.num_tokens
-    pieces = [
-        Piece(phase=PHASE, seconds=typical(steps), times=times),
-        Piece(phase=PHASE, seconds=judging / objective.kept_out.num_tokens, times=tokens),
-        *measuring,
-    ]
-    if plan.config.recover.minutes is not None:
-        pieces = [Piece(phase=PHASE, seconds=60 * plan.config.recover.minutes)]
-    return pieces, stored, stored + STATE_BYTES * numbers
+    minutes = plan.config.recover.minutes
+    if minutes is None:
+        num_steps = steps_asked(plan, trained)
+    else:
+        num_steps = steps_within(60 * minutes - closing, step=each, look=look)
+    return Training(
+        pieces=[
+            Piece(
+                phase=PHASE, seconds=step, times=num_steps + USUAL_TRIALS * trial_steps(num_steps)
+            ),
+            Piece(phase=PHASE, seconds=look, times=JUDGEMENTS),
+            Piece(phase=PHASE, seconds=closing),
+        ],
+        stored=stored,
+        unfinished=stored + STATE_BYTES * numbers,
+        record={
+            "steps": num_steps,
+            "tokens": round(num_steps * step_tokens(trained)),
+            "num_sequences": len(trained),
+            "num_held_out": len(kept_out),
+        },
+    )

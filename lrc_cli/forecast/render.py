@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lrc_cli.text import byte_size, visible_lines
+from lrc_cli.text import byte_size, count, visible_lines
 
 Forecast = dict[str, Any]
 
@@ -49,6 +49,12 @@ def _job(job: dict[str, Any]) -> list[str]:
         f"{target['name']} {target['value']:g} -> {job['output']}:"
         f" {byte_size(job['checkpoint_bytes'])}, {_duration(seconds)} of its own"
     ]
+    if job["recover"] is not None:
+        training = {name: count(number) for name, number in job["recover"].items()}
+        lines.append(
+            f"  training: {training['steps']} steps, {training['tokens']} tokens,"
+            f" {training['num_sequences']} sequences, {training['num_held_out']} held out"
+        )
     if "ranks" in job:
         ranks = [*job["ranks"].values()]
         kept, dense = [rank for rank in ranks if rank], ranks.count(0)

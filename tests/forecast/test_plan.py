@@ -102,6 +102,28 @@ def test_the_plan_knows_whether_fitting_is_sequential(tmp_path: Path, llama_job:
     assert walked["jobs"][0]["sequential"]["used"] and not plain["jobs"][0]["sequential"]["used"]
 
 
+@pytest.mark.parametrize("asked", [{"recover.tokens": 4000}, {"recover.minutes": 0.2}], ids=str)
+def test_training_is_planned_for_until_it_is_done(
+    asked: Changes, tmp_path: Path, llama_job: Changes
+) -> None:
+    job = pico.job(tmp_path, llama_job | {"recover.scope": "model", **asked})
+    found = planned(job)
+    seconds, record = found["seconds"]["recover"], found["jobs"][0]["recover"]
+    if "recover.minutes" in asked:
+        assert seconds == pytest.approx(12.0, rel=0.25) and record["steps"] >= 1
+    else:
+        assert seconds > 0 and record["tokens"] == pytest.approx(4000, rel=0.3)
+    report = json.loads(pico.call("compress", job, "--json", "-q").out)
+    recovery = report["recovery"]
+    same = ("num_sequences", "num_held_out")
+    assert [record[name] for name in same] == [recovery[name] for name in same]
+    if "recover.tokens" in asked:
+        planned_for = recovery["planned_steps"], recovery["planned_tokens"]
+        assert (record["steps"], record["tokens"]) == planned_for
+    again = planned(job)
+    assert again["jobs"][0]["recover"] is None and "recover" not in again["seconds"]
+
+
 def test_certification_is_planned_for(tmp_path: Path, llama_job: Changes) -> None:
     changes = llama_job | {
         "certification.part": [0.6, 1.0],
