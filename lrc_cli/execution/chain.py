@@ -15,6 +15,7 @@ from torch import nn
 
 from lrc_cli.data.decoder import scored
 from lrc_cli.data.draw import Batch
+from lrc_cli.execution.constancy import Sketch, sketch, tolerance_of
 from lrc_cli.execution.hooks import around_calls, watched
 from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network, NetworkError, StopForward
@@ -126,10 +127,11 @@ def find_chain(
 ) -> Chain:
     """Returns the blocks of the module list with the most parameters, if they form a chain.
 
-    The blocks form a chain under three conditions. One pass calls each block once, in order, on
+    The blocks form a chain under four conditions. One pass calls each block once, in order, on
     exactly the hidden states that the block before returned. The blocks' other inputs do not depend
     on what blocks compute. Of all that blocks return, only the last block's hidden states reach the
-    network's output. Hidden states are a block's output, or the first item of the output.
+    network's output. A block that runs by itself does what it does in a whole pass, which is tried
+    once for a network. Hidden states are a block's output, or the first item of the output.
 
     Args:
         network: the network.
@@ -139,40 +141,34 @@ def find_chain(
     names = block_names(network.module)
     if len(names) < 2 and watching is None:
         return Chain()
-    calls: list[tuple[str, Call]] = []
-
-    def note(name: str, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((name, Call(args, kwargs, output)))
-
-    with watching or nullcontext(), around_calls(network.module, names, after=note):
+    noted = _Noted(keeps_inputs=names not in network.apart)
+    hooks = around_calls(network.module, names, before=noted.enter, after=noted.leave)
+    with watching or nullcontext(), hooks:
         outputs = _run(network, batch)
-    if len(names) < 2:
-        return Chain()
-    # Each block must get exactly what the block before has returned.
-    called = [call for _, call in calls]
-    hidden = [hidden_output(call.output) for call in called]
-    linked = all(
-        out is not None and call.hidden is out
-        for out, call in zip(hidden[:-1], called[1:], strict=True)
-    )
-    if [name for name, _ in calls] != list(names) or not linked or hidden[-1] is None:
+    last = hidden_output(noted.output)
+    if len(names) < 2 or not noted.is_linked or [name for name, _ in noted.calls] != list(names):
         return Chain()
     # A second pass computes nothing in the blocks: their other inputs and the network's outputs
     # must come out the same.
-    chain = Chain(names=names, shape=called[-1].output)
+    chain = Chain(names=names, shape=noted.output)
     entered: dict[str, Call] = {}
     try:
-        with patched(network.module, passing(chain, entered, hidden[-1])):
+        with patched(network.module, passing(chain, entered, last)):
             again = _run(network, batch)
     except NetworkError:
         return Chain()  # the network reads what blocks return beside the hidden states
     same_inputs = all(
         _equal(call.others(), entered[name].others()) if name in entered else False
-        for name, call in calls
+        for name, call in noted.calls
     )
     if not same_inputs or not _equal(floating_outputs(outputs), floating_outputs(again)):
         return Chain()
-    return replace(chain, tail=_find_tail(network, chain, batch, hidden[-1], outputs))
+    if names not in network.apart:
+        network.apart[names] = _run_apart(network, batch, noted)
+    if not network.apart[names]:
+        return Chain()
+    assert last is not None
+    return replace(chain, tail=_find_tail(network, chain, batch, last, outputs))
 
 
 def _find_tail(
@@ -230,6 +226,58 @@ def run_tail(network: Network, chain: Chain, batch: Batch, part: Part, hidden: t
     """
     with patched(network.module, passing(chain, {}, hidden)):
         return network(chain.tail.inputs(batch, part))
+
+
+class _Noted:
+    """The calls of blocks in one pass.
+
+    Args:
+        keeps_inputs: whether inputs and outputs are kept as they were when a block was called and
+            when it returned: another block may change them in place.
+    """
+
+    def __init__(self, *, keeps_inputs: bool) -> None:
+        self.keeps_inputs = keeps_inputs
+        self.calls: list[tuple[str, Call]] = []
+        self.sketches: list[Sketch] = []
+        """What is kept of the hidden states that each call returned."""
+        self.output: Any = None
+        """What the last call returned."""
+        self.is_linked = True
+        """Whether each block got exactly what the block before it has returned."""
+
+    def enter(self, name: str, args: Any, kwargs: Any) -> None:
+        """Notes a call before it is made."""
+        call = Call(args, kwargs)
+        if call.hidden is None or (self.calls and call.hidden is not hidden_output(self.output)):
+            self.is_linked = False
+        elif self.keeps_inputs:
+            call = Call(*call.with_hidden(call.hidden.clone()))
+        self.calls.append((name, call))
+
+    def leave(self, _: str, __: Any, ___: Any, output: Any) -> None:
+        """Notes what a call has returned."""
+        self.output, hidden = output, hidden_output(output)
+        if hidden is None:
+            self.is_linked = False
+        elif self.keeps_inputs:
+            self.sketches.append(sketch(hidden))
+
+
+@torch.no_grad()
+def _run_apart(network: Network, batch: Batch, noted: _Noted) -> bool:
+    """Returns whether blocks do by themselves what they have done in a whole pass.
+
+    The blocks run last to first, so none finds what the block before it may have left elsewhere.
+    """
+    for (name, call), wanted in reversed(list(zip(noted.calls, noted.sketches, strict=True))):
+        try:
+            found = hidden_output(network.run_block(name, batch, call.args, call.kwargs))
+        except NetworkError:
+            return False
+        if found is None or not wanted.distance(sketch(found)) <= tolerance_of(network):
+            return False
+    return True
 
 
 def _run(network: Network, batch: Batch) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ class Network:
     """The floating dtypes of the parameters as they are stored."""
     casts: LiveCasts
     placement: Placement
+    apart: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    """Whether blocks, by their names, do by themselves what they do in a whole pass."""
 
     @property
     def vocabulary(self) -> int:
@@ -127,9 +129,14 @@ class Network:
         return vocabulary_of(self.module)
 
     def __call__(self, batch: Batch) -> Any:
-        """Runs a micro-batch; floating-point inputs are converted to the network's dtype."""
+        """Runs a micro-batch; floating-point inputs are converted to the network's dtype.
+
+        The network gets copies, because its code may change its inputs in place.
+        """
         inputs = {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            name: tensor.to(
+                self.device, self.dtype if tensor.is_floating_point() else None, copy=True
+            )
             for name, tensor in batch.items()
         }
         with blaming(self.module), observed(self.module, batch), without_fast_paths():

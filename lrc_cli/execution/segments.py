@@ -1,7 +1,7 @@
 """This module cuts a network into segments to be measured, and assigns each layer to a segment."""
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,11 @@ class Segmentation:
 
 
 def find_segments(
-    network: Network, layers: Sequence[Layer], graded: Collection[str], batch: Batch
+    network: Network,
+    layers: Sequence[Layer],
+    graded: Collection[str],
+    batch: Batch,
+    also: AbstractContextManager[None] | None = None,
 ) -> Segmentation:
     """Cuts a network into segments, by what one batch shows.
 
@@ -54,10 +58,12 @@ def find_segments(
         layers: the layers to measure.
         graded: the names of the layers whose output gradients are wanted.
         batch: a micro-batch to try the network on.
+        also: a context to enter around a whole pass.
     """
     with ExitStack() as watching:  # one pass tells everything
         groups = watching.enter_context(grouping(network, layers))
         found = watching.enter_context(placing(network, block_names(network.module), layers))
+        watching.enter_context(also or nullcontext())
         chain = find_chain(network, batch, watching)
     reason = NO_CHAIN if not chain.names else ""
     for layer in layers:

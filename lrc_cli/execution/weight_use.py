@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_out_of_memory
+from lrc_cli.execution.constancy import DIRECTIONS, TOLERANCE, Trace, noting, state_of
 from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 
-TOLERANCE, FINE_TOLERANCE = 0.03, 2.0**-7
-"""The largest difference that counts as rounding, as a share of ||y||: several times bfloat16's
-rounding, and less in a network with more digits, whose layers may compute in bfloat16 inside."""
-DIRECTIONS = 16
-"""The number of random directions on which outputs are compared: they tell the norm of a
-difference to about a quarter."""
+FINE_TOLERANCE = 2.0**-7
+"""As TOLERANCE, in a network with more digits, whose layers may compute in bfloat16 inside."""
 HOLDERS = (dict, list, set, OrderedDict, defaultdict)
 """Kinds of attributes in which a module may keep something."""
 OTHER = "computes something else than a product with its weight"
@@ -40,7 +37,8 @@ CALLED = "it is called with more than its input, or with its input by name"
 class Use:
     """A `Use` says how a network has used its layers in one run."""
 
-    batch: Batch
+    trace: Trace
+    """What the run did, on which micro-batch."""
     wrong: Mapping[str, str]
     """The names of the layers that were no product y = W x + b, each with the reason."""
     is_suspect: bool
@@ -57,17 +55,17 @@ def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[An
         Whatever the network raises where no weight is hidden.
     """
     wrong: dict[str, str] = {}
-    judged = _with_product(layers)
-    if not judged:
-        return network(batch), Use(batch=batch, wrong=wrong, is_suspect=False)
-    outputs = _run_hidden(network, judged, batch, wrong)
-    if outputs is not None:
-        return outputs, Use(batch=batch, wrong=wrong, is_suspect=False)
-    with _kept(network.module):
-        outputs = network(batch)
-    # Outputs that are not finite without a hidden weight say nothing of the layers.
-    is_suspect = all_finite(floating_outputs(outputs))
-    return outputs, Use(batch=batch, wrong=wrong, is_suspect=is_suspect)
+    judged, is_suspect = _with_product(layers), False
+    state = state_of(network.module)
+    with noting(network, layers) as did:
+        outputs = _run_hidden(network, judged, batch, wrong) if judged else network(batch)
+        if outputs is None:
+            with _kept(network.module):
+                outputs = network(batch)
+            # Outputs that are not finite without a hidden weight say nothing of the layers.
+            is_suspect = all_finite(floating_outputs(outputs))
+    trace = Trace(batch=batch, layers=layers, did=did, state=state)
+    return outputs, Use(trace=trace, wrong=wrong, is_suspect=is_suspect)
 
 
 def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -> dict[str, str]:
@@ -89,7 +87,7 @@ def reasons_of(network: Network, layers: Sequence[Layer], uses: Sequence[Use]) -
             return _run_hidden(network, hidden, batch, wrong) is None
 
     reasons: dict[str, str] = {}
-    for batch in [use.batch for use in uses if use.is_suspect]:
+    for batch in [use.trace.batch for use in uses if use.is_suspect]:
         if not reads_past(able, batch):
             continue
         # Layers with the same place in blocks that are alike are used alike.

@@ -16,6 +16,7 @@ from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.engine import Solver
 from lrc_cli.errors import InputError, RunError
+from lrc_cli.execution.constancy import Trace, check_alone
 from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
@@ -48,6 +49,8 @@ class Plan:
     source: Source
     network: Network
     """The dense network; on the CPU its parameters are views of the files."""
+    trace: Trace
+    """What the first pass over the first calibration sequence did."""
     tokenizer: Any
     layers: list[Layer]
     skipped: list[Skipped]
@@ -173,6 +176,10 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     asked = asked_solvers(config.compression, layers)
     one = next(sequences[CALIBRATION].batches(1))
     solvers, stand_in_reasons = with_stand_ins(asked, network, layers, one)
+    # All passes must do what the first one did.
+    trace = replace(uses[0].trace, layers=layers)
+    if config.certification is not None and len(sequences[CALIBRATION]) > 1:
+        check_alone(network, trace, next(sequences[CALIBRATION].batches(2)))
     # The fingerprints tell which earlier work is used again.
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
@@ -191,6 +198,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         config=config,
         source=source,
         network=network,
+        trace=trace,
         tokenizer=processors.tokenizer,
         layers=layers,
         skipped=skipped,

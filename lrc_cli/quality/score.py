@@ -15,6 +15,7 @@ from lrc_cli.data.named_by_others import why_not_opened
 from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
+from lrc_cli.execution.constancy import check_again
 from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
@@ -95,7 +96,7 @@ def score_directory(
     check_sequences(texts, module, original)
     before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     check_unused(before, texts, original)
-    probe(before, texts)
+    trace = probe(before, texts)[0].trace
     after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
     loss = scoring(before, next(first.batches(1)), processors.tokenizer)
@@ -108,6 +109,7 @@ def score_directory(
             )
             row = QualityRow(text=name, scores=scores, sha256=sequences.sha256)
             rows.append(row.to_json())
+    check_again(before, trace)
     return {
         "directory": str(directory),
         "against": str(original.path),

@@ -198,7 +198,11 @@ def test_one_pass_looks_at_all_layers(tmp_path: Path, llama_job: dict[str, Any])
     assert calls == dict.fromkeys(blocks, 1)
     calls.clear()
     assert find_segments(network, plan.layers, (), one).chain.names == blocks
-    # Handing hidden states on, without computing anything, is the second call.
+    # Handing hidden states on, without computing anything, is the second call. The third call is
+    # each block by itself, once for a network.
+    assert calls == dict.fromkeys(blocks, 3)
+    calls.clear()
+    assert find_segments(network, plan.layers, (), one).chain.names == blocks
     assert calls == dict.fromkeys(blocks, 2)
     for handle in handles:
         handle.remove()

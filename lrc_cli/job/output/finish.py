@@ -9,6 +9,7 @@ from lrc_cli.checkpoint.manifest import MANIFEST_NAME, build_manifest
 from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import RunError
+from lrc_cli.execution.constancy import PASSES_OF_COUNTERS, check_again
 from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, NetworkError, make_network
 from lrc_cli.execution.walk import compressed_failure
@@ -59,7 +60,7 @@ def finish_output(
             trust_remote_code=plan.config.model.trust_remote_code,
         )
         network = make_network(module, device=plan.device, dtype=plan.network.dtype)
-        _check_forward(network, plan)
+        _check_forward(network, plan, progress)
     memory = HostMemory(plan.config.runtime.memory_bytes, work.root)
     seconds = seconds | phase.timing
     quality, took = _measure(plan, network, memory, progress)
@@ -112,7 +113,14 @@ def _check_written(written: Source, dtype: str) -> None:
         )
 
 
-def _check_forward(network: Network, plan: Plan) -> None:
+def _check_forward(network: Network, plan: Plan, progress: Progress) -> None:
+    """Raises RunError if the written network fails, or the dense network has changed meanwhile."""
+    counting = check_again(plan.network, plan.trace)
+    if counting:
+        progress.note(
+            f"the network's own code keeps what changes from pass to pass ({counting[0]}):"
+            f" {PASSES_OF_COUNTERS} passes over one sequence gave the same outputs"
+        )
     try:
         with torch.no_grad():
             outputs = network(next(plan.sequences[CALIBRATION].batches(1)))

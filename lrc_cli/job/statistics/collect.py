@@ -11,6 +11,7 @@ from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import Statistics
 from lrc_cli.errors import InputError
 from lrc_cli.execution.chain import Segment
+from lrc_cli.execution.constancy import repeating
 from lrc_cli.execution.losses import Loss, choose_loss
 from lrc_cli.execution.segments import Segmentation, find_segments
 from lrc_cli.job.plan import Plan
@@ -155,7 +156,9 @@ def prepare_pass(
     graded = {layer.name for layer in layers if "fisher" in plan.of(layer).solver.needs}
     loss = _loss(plan, progress) if graded else None
     sequences = plan.sequences[CALIBRATION]
-    segmentation = find_segments(plan.network, layers, graded, next(sequences.batches(1)))
+    # The checks have noted a pass over the same sequence.
+    again = repeating(plan.network, plan.trace)
+    segmentation = find_segments(plan.network, layers, graded, plan.trace.batch, again)
     if not segmentation.chain.names:
         progress.note(f"the network runs whole, not block by block: {segmentation.reason}")
     measurement = Measurement(

@@ -26,6 +26,7 @@ from lrc_cli.data.draw import Batch
 from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.errors import RunError
 from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Chain, Segment
+from lrc_cli.execution.constancy import check_graded, outputs_of
 from lrc_cli.execution.losses import (
     Loss,
     backward_scalars,
@@ -332,7 +333,13 @@ class Sweep:
         below: Tensors = {}
         assert loss is not None
         batch, generator = self.walk.batches[index], drawing(self.measurement.seed, index)
+        is_first = index == self.own[0]
         for part in self.walk.parts(segment, index):
+            plain = None
+            if is_first:  # the way back must be through the network of the way forward
+                given = None if hidden is None else part.of(hidden).detach().clone()
+                plain = outputs_of(network, self.walk.run(segment, index, given, part=part))
+                is_first = False
             with (
                 torch.enable_grad(),  # the caller may have turned gradients off
                 recast_in_backward(network.casts),
@@ -341,6 +348,8 @@ class Sweep:
                 # The network may change its input in place, and a leaf may not be: hence a clone.
                 given = None if hidden is None else part.of(hidden).clone()
                 output = self.walk.run(segment, index, given, part=part, gradients=True)
+                if plain is not None:
+                    check_graded(network, segment.name, plain, output)
                 roots = self._roots(segment, index, part, output, above, generator)
                 for probe, (root, gradient) in enumerate(roots):
                     # Where one of the two is missing, the loss depends on no measured layer.
