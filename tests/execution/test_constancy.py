@@ -75,10 +75,10 @@ CHANGING: dict[str, tuple[str, str]] = {
     "noise": (Y + "return y + 0.3 * torch.randn_like(y)", "differ by"),
     "a little noise": (Y + "return y + 0.01 * torch.randn_like(y)", "differ by"),
     "noise in one row": (Y + "y[..., 0] += torch.randn(()); return y", "differ by"),
-    "dropout that stays on": ("x = F.dropout(x, 0.1, training=True)", "differ by"),
+    "dropout that stays on": ("x = F.dropout(x, 0.5, training=True)", "differ by"),
     "random numbers of Python": ("return self.whole(x) * (1 + random.random())", "differ by"),
     "the time": ("return self.whole(x) * (1 + time.perf_counter() % 1)", "differ by"),
-    "training mode": ("self.train(); x = F.dropout(x, 0.2, self.training)", "differ by"),
+    "training mode": ("self.train(); x = F.dropout(x, 0.5, self.training)", "differ by"),
     "every other call": (
         "Net.calls += 1\n        if Net.calls % 2 == 0: return 1.5 * self.whole(x)", "differ by"),
     "every third call": (
@@ -114,7 +114,7 @@ CHANGING: dict[str, tuple[str, str]] = {
     "a bias that drifts": (
         "with torch.no_grad(): self.head.bias.add_(0.01)", "parameter head.bias"),
     "a new weight": (
-        "self.first.weight = nn.Parameter(1.1 * self.first.weight, False)", "first.weight"),
+        "self.first.weight = nn.Parameter(1.1 * self.first.weight, False)", "first"),
     "a cache that grows": (
         Y + "self.store.append(y); return y + 0.1 * len(self.store)", "differ by"),
     "what the last pass left": (
@@ -128,7 +128,7 @@ CHANGING: dict[str, tuple[str, str]] = {
 CHANGING_BLOCKS: dict[str, tuple[str, str]] = {
     # Code of the blocks, what the sentence names.
     "noise": ("x = x + 0.1 * torch.randn_like(x)", "module blocks.0"),
-    "dropout that stays on": ("x = F.dropout(x, 0.1, training=True)", "module blocks.0"),
+    "dropout that stays on": ("x = F.dropout(x, 0.5, training=True)", "module blocks.0"),
     "a counter": ("Block.calls += 1\n        if Block.calls % 2: x = 1.5 * x", "differ by"),
     "a later counter": ("self.count += 1\n        if self.count > 4: x = 1.5 * x", "differ by"),
     "a counter in a buffer": ("self.seen += 1; x = x * self.seen", "seen"),
