@@ -21,11 +21,7 @@ from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import reasons_of
-from lrc_cli.job.fingerprints import (
-    digest,
-    factors_fingerprint,
-    statistics_fingerprint,
-)
+from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.job.inputs import Inputs, look_at_inputs, states_before
 from lrc_cli.job.methods import check_methods, with_stand_ins
 from lrc_cli.job.places import check_places, check_work_directory, work_root
@@ -50,7 +46,6 @@ class Plan:
     network: Network
     """The dense network; on the CPU its parameters are views of the files."""
     trace: Trace
-    """What the first pass over the first calibration sequence did."""
     tokenizer: Any
     layers: list[Layer]
     skipped: list[Skipped]
@@ -172,14 +167,12 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         )
     layers = [layer for layer in layers if layer.name not in reasons]
     check_layers(config, layers)
+    trace = replace(uses[0].trace, layers=layers)
+    if config.certification is not None:
+        check_alone(network, trace, next(sequences[CALIBRATION].batches(2)))
     # A solver that needs an activation after its layer is replaced where the network has none.
     asked = asked_solvers(config.compression, layers)
-    one = next(sequences[CALIBRATION].batches(1))
-    solvers, stand_in_reasons = with_stand_ins(asked, network, layers, one)
-    # All passes must do what the first one did.
-    trace = replace(uses[0].trace, layers=layers)
-    if config.certification is not None and len(sequences[CALIBRATION]) > 1:
-        check_alone(network, trace, next(sequences[CALIBRATION].batches(2)))
+    solvers, stand_in_reasons = with_stand_ins(asked, network, layers, trace.batch)
     # The fingerprints tell which earlier work is used again.
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
