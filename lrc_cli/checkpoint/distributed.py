@@ -4,7 +4,6 @@ torch's own reader unpickles `.metadata` without restraint, and would run any co
 checkpoint names. Here the file may name only the classes that describe tensors.
 """
 
-import ctypes
 import io
 import pickle
 import warnings
@@ -24,6 +23,7 @@ from lrc_cli.checkpoint.headers import TensorInfo, check_name
 from lrc_cli.checkpoint.wrapped import find_state
 from lrc_cli.errors import InputError
 from lrc_cli.reading import read_bytes
+from lrc_cli.runtime.memory import give_back_freed_memory
 from lrc_cli.runtime.spill import Spool
 from lrc_cli.text import named
 
@@ -97,7 +97,8 @@ class DistributedFiles:
         if key not in self._kept:
             self._kept[key] = self._assembled(key)
             if self.tensors[key].num_bytes > LARGE:
-                _give_back_freed_memory()
+                # The holes of shards took a third of the checkpoint.
+                give_back_freed_memory()
         return self._kept[key]
 
     def _assembled(self, key: str) -> torch.Tensor:
@@ -113,13 +114,6 @@ class DistributedFiles:
                 "copy the checkpoint again, a file may be truncated",
             ) from error
         return tensor
-
-
-def _give_back_freed_memory() -> None:
-    """Gives the heap's free pages back: the holes of shards took a third of the checkpoint."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
 
 
 class _Reader(FileSystemReader):

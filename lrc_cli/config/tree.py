@@ -272,7 +272,7 @@ class _Builder:
             return self.broken(at, path, f"{text[:40]!r}... cannot be read as a value")
         try:
             value: Scalar = yaml.constructor.SafeConstructor().construct_object(node)
-        except (ValueError, KeyError):
+        except Exception:  # PyYAML raises whatever its own code stumbles over
             return self.broken(at, path, f"{text[:40]!r} cannot be read as a value")
         if isinstance(value, int) and abs(value) >= 10**DIGITS:
             return self.broken(at, path, f"{text[:40]!r}... has more than {DIGITS} digits")

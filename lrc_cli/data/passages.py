@@ -10,11 +10,13 @@ Neither a seed nor the tokenizer decides where a passage lies, nor how the strea
 """
 
 import math
+import pickle
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from lrc_cli.data.records import Record
 
@@ -53,16 +55,25 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Passages(Generic[Part]):
-    """The passages of a file that are read, each a list of pieces."""
+    """The passages of a file that are read; the pieces of each are unpacked one by one."""
 
-    kept: list[list[Part]]
+    packed: list[list[bytes]]
     one_in: int
     """One passage in so many is read; 1: the whole file."""
 
-    def some(self, most: int) -> list[Part]:
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __iter__(self) -> Iterator[Iterator[Part]]:
+        return (map(self._unpack, passage) for passage in self.packed)
+
+    def some(self, most: int) -> Iterator[Part]:
         """At most so many pieces, which lie evenly over all that are read."""
-        pieces = list(chain.from_iterable(self.kept))
-        return pieces[:: max(1, math.ceil(len(pieces) / most))]
+        pieces = list(chain.from_iterable(self.packed))
+        return map(self._unpack, pieces[:: max(1, math.ceil(len(pieces) / most))])
+
+    def _unpack(self, piece: bytes) -> Part:
+        return cast(Part, pickle.loads(zlib.decompress(piece)))
 
 
 def extent_for(tokens: int) -> Extent:
@@ -72,18 +83,25 @@ def extent_for(tokens: int) -> Extent:
 
 
 def read_passages(pieces: Iterable[Part], extent: Extent) -> Passages[Part]:
-    """The passages of a stream of pieces that are read; no more than twice their text is held."""
+    """The passages of a stream of pieces that are read; no more than twice their text is held.
+
+    It is held packed: a character of a text can take four bytes of memory, and a token id 36.
+    """
     stream = iter(pieces)
-    kept: list[list[Part]] = []
+    kept: list[list[bytes]] = []
     number, one_in = 0, 1
     while passage := list(islice(stream, extent.pieces)):
         number += 1
         if number % one_in:
             continue
-        kept.append(passage)
+        kept.append([_packed(piece) for piece in passage])
         if len(kept) > extent.passages:
             kept, one_in = kept[1::2], 2 * one_in
-    return Passages(kept=kept, one_in=one_in)
+    return Passages(packed=kept, one_in=one_in)
+
+
+def _packed(piece: Any) -> bytes:
+    return zlib.compress(pickle.dumps(piece), level=1)
 
 
 # ---------------------------------------------------------------- pieces

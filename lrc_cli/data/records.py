@@ -19,7 +19,7 @@ from lrc_cli.reading import check_size, open_regular, parse_json
 
 Record = tuple[str, Any]
 """The place of a record, as "FILE:LINE", and the value of the field."""
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Characters of a text, or bytes of a file, that are read at once."""
 MOST_IN_RECORD = 64_000_000
 """The most characters of a record, which is held in memory whole."""

@@ -29,6 +29,7 @@ from lrc_cli.data.special_tokens import (
     token_ids,
 )
 from lrc_cli.errors import InputError
+from lrc_cli.runtime.memory import give_back_freed_memory
 from lrc_cli.text import some_of
 
 MESSAGES = "messages"
@@ -48,7 +49,7 @@ class Tokens:
     """
 
     ids: torch.Tensor
-    """The stream, (tokens,) int64."""
+    """The stream, (tokens,) int32, or int64 where an id needs it."""
     stretches: Sequence[tuple[int, int]]
     """First and last position, exclusive, of what stands without a gap in the file."""
     one_in: int | None
@@ -72,7 +73,7 @@ class Tokens:
 
     def take(self, starts: Sequence[int], width: int) -> Batch:
         """The inputs `input_ids` (sequences, tokens), and `decoder_input_ids` for a decoder."""
-        pieces = torch.stack([self.ids[start : start + width] for start in starts])
+        pieces = torch.stack([self.ids[start : start + width] for start in starts]).long()
         if self.decoder is None:
             return {"input_ids": self._wrapped(pieces)}
         if not self.decoder.generates:
@@ -140,7 +141,7 @@ def _read(
     values = iter(()) if first is None else _of_one_kind(first, records, field)
     if first is not None and _kind(first, field) == TOKEN_IDS:
         passages = read_passages(pieces_of_ids(values), extent)
-        return _stream(passages, passages.kept, ([], []), processors, NO_FINDINGS)
+        return _stream(passages, passages, ([], []), processors, NO_FINDINGS)
     return _texts(path, _Counted(values, between="\n\n"), processors, extent)
 
 
@@ -195,7 +196,7 @@ def _texts(path: Path, texts: _Counted, processors: Processors, extent: Extent) 
     check_reading(reading, tokenizer, path)
     return _stream(
         passages,
-        ([token_ids(tokenizer, piece, path) for piece in passage] for passage in passages.kept),
+        ([token_ids(tokenizer, piece, path) for piece in passage] for passage in passages),
         special_tokens(tokenizer, sample, path),
         processors,
         Findings(reading=reading, empty_records=0 if path.suffix == ".txt" else texts.empty),
@@ -214,7 +215,7 @@ def _conversations(
     passages = read_passages(pieces_of_records(records), extent)
     rendered = [
         [render(tokenizer, place, messages) for piece in passage for place, messages in piece]
-        for passage in passages.kept
+        for passage in passages
     ]
     texts = [[text for text, _ in passage if text.strip()] for passage in rendered]
     whole = "\n\n".join(chain.from_iterable(texts))
@@ -256,12 +257,13 @@ def _stream(
         rows: for each passage, the token ids of its pieces.
         special: the special tokens before and behind a sequence.
     """
-    ids = [torch.zeros(0, dtype=torch.int64)]
-    ends = [0]
+    give_back_freed_memory()  # of what was read and not kept
+    ids, ends = [torch.zeros(0, dtype=torch.int32)], [0]
     for passage in rows:
-        found = [torch.tensor(piece, dtype=torch.int64) for piece in passage]
+        found = list(map(_compact, passage))
         ids += found
         ends.append(ends[-1] + sum(map(len, found)))
+    give_back_freed_memory()  # of the tokenizer
     prefix, suffix = special
     return Tokens(
         ids=torch.cat(ids),
@@ -273,3 +275,10 @@ def _stream(
         decoder=processors.decoder,
         findings=findings,
     )
+
+
+def _compact(ids: list[int]) -> torch.Tensor:
+    """Returns ids as int32 where they fit, (tokens,)."""
+    wide = torch.tensor(ids, dtype=torch.int64)
+    narrow = wide.to(torch.int32)
+    return narrow if torch.equal(narrow, wide) else wide

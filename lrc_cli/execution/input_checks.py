@@ -3,12 +3,12 @@
 import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.decoder import INPUT as DECODER_INPUT
@@ -72,9 +72,18 @@ def _check_mask(name: str, mask: torch.Tensor) -> None:
 
 def _check_main_input(module: nn.Module, name: str, inputs: Batch) -> None:
     """Raises InputError if the main input is missing: transformers would fail on its default."""
-    main = module.main_input_name if isinstance(module, PreTrainedModel) else None
+    main = _main_input(module)
     if main in takes(module) and not {main, "inputs_embeds"} & set(inputs):
         raise _lacks(name, str(main), inputs)
+
+
+def _main_input(part: nn.Module) -> str | None:
+    """Returns the name of the main input of a transformers model; None of other modules."""
+    # Who has such a model has imported its class; other networks are spared the import.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(part, modeling.PreTrainedModel):
+        return None
+    return str(part.main_input_name)
 
 
 def _lacks(name: str, needed: str, inputs: Batch) -> InputError:
@@ -102,7 +111,7 @@ def _first_not_finite(network: Network, batch: Batch) -> str | None:
 
 def _other_inputs(module: nn.Module) -> list[str]:
     """Returns the inputs that the parts of a transformers model read; some may be optional."""
-    parts = [part.main_input_name for part in module.modules() if isinstance(part, PreTrainedModel)]
+    parts = filter(None, map(_main_input, module.modules()))
     return [name for name in dict.fromkeys([*parts, DECODER_INPUT]) if name in takes(module)]
 
 

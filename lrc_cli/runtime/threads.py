@@ -1,15 +1,15 @@
 """Independent solves run side by side: on a CPU a small eigenproblem hardly uses a second core."""
 
-import ctypes
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
 
 import torch
+
+from lrc_cli.runtime.memory import give_back_freed_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,13 +84,11 @@ def _by_threads(
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, so that memory does not creep up from block to block.
+    """Gives freed memory back, so that memory does not creep up from block to block.
 
-    glibc keeps freed memory, scattered among used memory; other allocators have no such call. The
-    call is not made after every solve: getting memory back costs as much as a fifth of a solve.
+    The call is not made after every solve: getting memory back costs as much as a fifth of a solve.
     """
     global _trimmed
     if time.monotonic() - _trimmed >= TRIM_EVERY:
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed_memory()
         _trimmed = time.monotonic()

@@ -171,10 +171,11 @@ def test_every_kth_passage_is_read_and_k_is_the_least_power_of_two(
 ) -> None:
     extent = Extent(pieces=pieces, passages=most)
     found = read_passages(iter(range(count)), extent)
-    assert (found.kept, found.one_in) == reference_passages(list(range(count)), extent)
+    kept = list(map(list, found))
+    assert (kept, found.one_in) == reference_passages(list(range(count)), extent)
     # What is read of a file is also read where more is read.
-    more = read_passages(iter(range(count)), extent.times(4))
-    assert all(passage in more.kept for passage in found.kept)
+    more = list(map(list, read_passages(iter(range(count)), extent.times(4))))
+    assert all(passage in more for passage in kept)
 
 
 parts = st.tuples(st.integers(0, 20), st.integers(0, 20)).filter(lambda ab: ab[0] != ab[1])
@@ -256,8 +257,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             found = read_passages(pieces_of_text(stream_text(file)), extent_for(4))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-            assert len(found.kept) <= MOST
-    assert max(peaks) < 100_000 and peaks[1] < 1.5 * peaks[0], peaks
+            assert len(found) <= MOST
+    # zlib takes 270 kB for itself; the longer text has 2.6 MB.
+    assert max(peaks) < 400_000 and peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_more_is_read_where_a_small_part_would_lack_sequences(tmp_path: Path) -> None:
