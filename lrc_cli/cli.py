@@ -5,6 +5,7 @@ import sys
 import click
 
 from lrc_cli import __version__
+from lrc_cli.commands.certify import certify
 from lrc_cli.commands.compress import compress
 from lrc_cli.commands.evaluate import evaluate
 from lrc_cli.commands.exits import Group, run_command
@@ -41,7 +42,7 @@ def lrc(context: click.Context) -> None:
             check_alone(command, processes)
 
 
-for command in (compress, plan, inspect, evaluate, verify, schema):
+for command in (compress, plan, inspect, evaluate, certify, verify, schema):
     lrc.add_command(command)
 
 

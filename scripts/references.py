@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from lrc_cli.cli import lrc
-from lrc_cli.config import json_schema
+from lrc_cli.config import CertifyConfig, json_schema
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MADE = "Made from the program by `make docs`; do not edit."
@@ -69,17 +69,23 @@ def _help(command: click.Command, name: str) -> str:
 
 
 def config_reference() -> str:
-    """Every key of the config, with its default."""
+    """Every key of both configs, with its default."""
     lines = [
         "# Config reference",
         "",
         f"{MADE} `lrc schema` prints the same, with the values that a key takes, as JSON Schema.",
     ]
     for section, facts in json_schema()["properties"].items():
-        lines += ["", f"## `{section}`", "", _sentence(facts), ""]
-        lines += ["| key | default | meaning |", "| --- | --- | --- |"]
-        lines += [f"| {' | '.join(row)} |" for row in _rows(facts, section)]
+        lines += ["", f"## `{section}`", "", _sentence(facts), "", *_table(facts, section)]
+    whole = json_schema(CertifyConfig)
+    lines += ["", "# Config of `lrc certify`", "", _sentence(whole)]
+    lines += ["`lrc schema --certify` prints the same as JSON Schema.", "", *_table(whole, "")]
     return "\n".join(lines) + "\n"
+
+
+def _table(facts: dict[str, Any], section: str) -> list[str]:
+    rows = [f"| {' | '.join(row)} |" for row in _rows(facts, section)]
+    return ["| key | default | meaning |", "| --- | --- | --- |", *rows]
 
 
 def _rows(facts: dict[str, Any], key: str) -> Iterator[tuple[str, str, str]]:
@@ -90,7 +96,7 @@ def _rows(facts: dict[str, Any], key: str) -> Iterator[tuple[str, str, str]]:
                 yield f"`{key}`", _default(facts), _sentence(facts)
             for name, below in inner["properties"].items():
                 required = {"default": "required"} if name in inner.get("required", ()) else {}
-                yield from _rows(required | below, f"{key}{suffix}.{name}")
+                yield from _rows(required | below, f"{key}{suffix}.{name}".removeprefix("."))
             return
     yield f"`{key}`", _default(facts), _sentence(facts)
 

@@ -14,6 +14,8 @@ MANIFEST_NAME = "manifest.json"
 PARTIAL_MARK = ".lrc-partial"
 """The name of the file that marks a directory as an output of lrc's that is not finished."""
 ALWAYS_WRITTEN = frozenset({"lrc.yaml", "report.json"})
+ALWAYS_CERTIFIED = frozenset({"certify.yaml", "certificate.json"})
+"""The files that every output of `lrc certify` has; `lrc compress` always writes the ones above."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -117,7 +119,8 @@ def _own_files(directory: Path) -> dict[str, str] | None:
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not _are_hashes(files) or not _are_hashes(tensors):
         return None
-    return files if files.keys() >= ALWAYS_WRITTEN else None
+    is_own = any(files.keys() >= names for names in (ALWAYS_WRITTEN, ALWAYS_CERTIFIED))
+    return files if is_own else None
 
 
 def _are_hashes(value: Any) -> TypeGuard[dict[str, str]]:

@@ -7,9 +7,10 @@ from lrc_cli.commands.options import examples
 from lrc_cli.runtime.streams import deliver_json
 
 
-@click.command(cls=Command, epilog=examples("lrc schema"))
-def schema() -> None:
+@click.command(cls=Command, epilog=examples("lrc schema", "lrc schema --certify"))
+@click.option("--certify", is_flag=True, help="The config of `lrc certify`, in place of a job's.")
+def schema(certify: bool) -> None:
     """Print the JSON Schema of the config."""
-    from lrc_cli.config import json_schema
+    from lrc_cli.config import CertifyConfig, Config, json_schema
 
-    deliver_json(json_schema())
+    deliver_json(json_schema(CertifyConfig if certify else Config))

@@ -30,6 +30,7 @@ from lrc_cli.runtime.streams import deliver, deliver_json
     type=PATH,
     help="The original checkpoint: measures the errors and the quality once more.",
 )
+@click.option("--other", type=PATH, help="The copy that a certificate of `lrc certify` is about.")
 @click.option(
     "--data",
     type=PATH,

@@ -1,14 +1,16 @@
 """The config of a job: strict YAML with positions in, frozen dataclasses out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from lrc_cli.config.canonical import config_hash, to_dict, to_yaml, yaml_text
+from lrc_cli.config.canonical import certify_yaml, config_hash, to_dict, to_yaml, yaml_text
+from lrc_cli.config.certify import CertifyConfig, CopyGates
 from lrc_cli.config.compression import Compression, LayerOverride
 from lrc_cli.config.constraints import FieldError, parse_bytes
 from lrc_cli.config.patterns import matches
-from lrc_cli.config.reader import read
+from lrc_cli.config.reader import Whole, read
 from lrc_cli.config.schema import json_schema
 from lrc_cli.config.sections import (
     Calibration,
@@ -23,11 +25,13 @@ from lrc_cli.config.sections import (
 )
 from lrc_cli.config.tree import (
     CONFIG_BYTES,
+    Node,
     Position,
     Problem,
     fail,
     parse,
     plain_values,
+    put_value,
     set_value,
 )
 from lrc_cli.errors import InputError
@@ -37,8 +41,10 @@ __all__ = [
     "CONFIG_BYTES",
     "Calibration",
     "Certification",
+    "CertifyConfig",
     "Compression",
     "Config",
+    "CopyGates",
     "EvaluationText",
     "FieldError",
     "Gates",
@@ -47,12 +53,15 @@ __all__ = [
     "Output",
     "Recover",
     "Runtime",
+    "certify_yaml",
     "check_written",
     "config_hash",
     "json_schema",
+    "load_certify",
     "load_config",
     "matches",
     "parse_bytes",
+    "parse_certify",
     "parse_config",
     "plain_values",
     "to_dict",
@@ -114,9 +123,47 @@ def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     if root is None:
         message = "the config is empty; it needs model, calibration, compression and output"
         raise fail([Problem(Position(1, 1, name), "", message)])
+    return _read_tree(root, overrides, problems, Config)
+
+
+def _read_tree(
+    root: Node, overrides: Sequence[str], problems: list[Problem], whole: type[Whole]
+) -> Whole:
     for assignment in overrides:
         root = set_value(root, assignment, problems)
-    config = read(root, problems)
+    config = read(root, problems, whole)
     if config is None or problems:
         raise fail(problems)
     return config
+
+
+def load_certify(
+    path: Path | None, given: Mapping[str, tuple[str, Any]], overrides: Sequence[str] = ()
+) -> CertifyConfig:
+    """Read the config of `lrc certify` from a file, from options, or from both.
+
+    Args:
+        path: a YAML file in UTF-8; None: the options say everything.
+        given: the options that were given: dotted key -> (the option, the value).
+        overrides: as in `load_config`; they come last.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it or an option is wrong.
+    """
+    text = "" if path is None else read_utf8(path, CONFIG_BYTES, "utf-8-sig")
+    return parse_certify(text, "the arguments" if path is None else str(path), given, overrides)
+
+
+def parse_certify(
+    text: str,
+    name: str,
+    given: Mapping[str, tuple[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> CertifyConfig:
+    """Read the config of `lrc certify` from a text; arguments and errors as in `load_certify`."""
+    problems: list[Problem] = []
+    place = Position(0, 0, name)
+    root = parse(text, name, problems) or Node({}, place, place)
+    for key, (option, value) in (given or {}).items():
+        root = put_value(root, key, value, option)
+    return _read_tree(root, overrides, problems, CertifyConfig)

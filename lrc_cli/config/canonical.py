@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lrc_cli.config.certify import CertifyConfig
 from lrc_cli.config.sections import Config
 
 
@@ -39,6 +40,14 @@ def to_yaml(config: Config) -> str:
     for section, written in zip(sections, values, strict=True):
         if section is not None and section.num_sequences_is_default:
             del written["num_sequences"]
+    return yaml_text(resolved)
+
+
+def certify_yaml(config: CertifyConfig) -> str:
+    """The resolved config of `lrc certify` as YAML that reads back as an equal config."""
+    resolved = plain(config)
+    if config.data.num_sequences_is_default:
+        del resolved["data"]["num_sequences"]
     return yaml_text(resolved)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lrc_cli.config.patterns import PatternError, check_pattern
+from lrc_cli.errors import InputError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -144,6 +145,7 @@ Fraction = Annotated[float, Range(above=0, below=1)]
 Portion = Annotated[float, Range(minimum=0, maximum=1)]
 Positive = Annotated[float, Range(above=0)]
 Count = Annotated[int, Range(minimum=1)]
+NotNegative = Annotated[int, Range(minimum=0)]
 SequenceLength = Annotated[int, Range(minimum=2)]
 Seed = Annotated[int, Range(minimum=0, maximum=2**32 - 1)]
 FilePart = Annotated[tuple[float, float], Part()]
@@ -178,3 +180,18 @@ def parse_bytes(size: str | int) -> int:
     if found is None:
         raise ValueError(f"{size!r} is not a size such as 5GB, 500MB or 1GiB")
     return int(float(found[1]) * (_UNITS | _BINARY_UNITS)[found[2]])
+
+
+def part_of(text: str) -> tuple[float, float]:
+    """The share of a file that --part gives as "A:B".
+
+    Raises:
+        InputError: the text is no such share.
+    """
+    try:
+        first, last = (float(piece) for piece in text.split(":"))
+    except ValueError as error:
+        raise InputError(f"--part {text}: not A:B", "write for instance 0.7:1") from error
+    if not 0 <= first < last <= 1:
+        raise InputError(f"--part {text}: needs 0 <= A < B <= 1", "write for instance 0.7:1")
+    return first, last

@@ -7,12 +7,14 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lrc_cli.config.built import BUILT
 from lrc_cli.config.constraints import FieldError, LayerPattern
 from lrc_cli.config.sections import Config
 from lrc_cli.config.tree import Broken, Node, Position, Problem, Scalar, join
+
+Whole = TypeVar("Whole")
 
 _BAD: Any = object()
 _NAMES = {
@@ -83,17 +85,26 @@ def show(value: Any) -> str:
     return str(value)[:60]
 
 
-def read(root: Node, problems: list[Problem]) -> Config | None:
-    """The config of a tree, or None with at least one more entry in `problems`."""
-    config = Reader(problems).value(root, Config, "", "a mapping")
-    return config if isinstance(config, Config) else None
+def read(root: Node, problems: list[Problem], whole: type[Whole]) -> Whole | None:
+    """The config of a tree, or None with at least one more entry in `problems`.
+
+    Args:
+        whole: the dataclass of the whole config.
+    """
+    config = Reader(problems, whole).value(root, whole, "", "a mapping")
+    return config if isinstance(config, whole) else None
 
 
 class Reader:
-    """The reader of nodes by annotation, which gathers every problem."""
+    """The reader of nodes by annotation, which gathers every problem.
 
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
+    Args:
+        problems: gains an entry for each problem.
+        whole: the dataclass of the whole config, whose keys are suggested for unknown keys.
+    """
+
+    def __init__(self, problems: list[Problem], whole: type = Config) -> None:
+        self.problems, self.whole = problems, whole
 
     def report(self, at: Position, path: str, message: str) -> Any:
         """Add a problem. The result stands for a value that could not be read."""
@@ -107,7 +118,7 @@ class Reader:
             return self.report(node.at, path, f"expected a mapping, got {show(children)}")
         known = keys(section)
         for key in children.keys() - known.keys():
-            message = f"unknown key; {_nearest_key(key, known)}"
+            message = f"unknown key; {_nearest_key(key, known, self.whole)}"
             self.report(children[key].key_at, join(path, key), message)
         values = {name: self.entry(node, children, section, name, path) for name in known}
         if _BAD in values.values():
@@ -176,7 +187,7 @@ class Reader:
         if len(options) == 1:
             return self.value(node, options[0], path, expected)
         for option in options:
-            value = Reader([]).value(node, option, path, expected)
+            value = Reader([], self.whole).value(node, option, path, expected)
             if value is not _BAD:
                 return value
         return self.mismatch(node, hint, path, expected)
@@ -262,11 +273,11 @@ def _words(values: tuple[Any, ...]) -> str:
     return words if len(values) == 1 else f"one of {words}"
 
 
-def _nearest_key(key: str, known: Mapping[str, Any]) -> str:
+def _nearest_key(key: str, known: Mapping[str, Any], whole: type) -> str:
     """A likely key, of this section or another, and the keys that are allowed here."""
     allowed = f"allowed: {', '.join(known)}"
     near = difflib.get_close_matches(key, known, n=1)
-    near = near or [path for path in _paths(Config, "") if path.split(".")[-1] == key]
+    near = near or [path for path in _paths(whole, "") if path.split(".")[-1] == key]
     return f"did you mean {near[0]!r}? ({allowed})" if near else allowed
 
 

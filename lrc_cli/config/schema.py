@@ -15,12 +15,17 @@ from lrc_cli.config.sections import Config
 _TYPES = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of all configs that this version accepts."""
+def json_schema(whole: type = Config) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of all configs that this version accepts.
+
+    Args:
+        whole: the dataclass of a whole config.
+    """
+    title = "lrc config" if whole is Config else "lrc certify config"
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lrc config",
-        **_section(Config),
+        "title": title,
+        **_section(whole),
     }
 
 

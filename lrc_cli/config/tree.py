@@ -142,6 +142,17 @@ def set_value(root: Node, assignment: str, problems: list[Problem]) -> Node:
     return _put(root, _keys(path, leaf), leaf, place)
 
 
+def put_value(root: Node, path: str, value: Any, name: str) -> Node:
+    """The tree with a plain value, or a list of plain values, at a dotted path.
+
+    Args:
+        name: stands for the value's place in messages, such as the option that gave it.
+    """
+    at = Position(0, 0, name)
+    made = [Node(item, at, at) for item in value] if isinstance(value, list | tuple) else value
+    return _put(root, path.split("."), Node(made, at, at), at)
+
+
 def _keys(path: str, leaf: Node) -> list[str]:
     """The keys of a dotted path. A layer pattern has dots of its own."""
     *start, rest = path.split(".", 2)

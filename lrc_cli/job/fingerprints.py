@@ -43,7 +43,7 @@ the file of `LayerFacts`, which units of the work directory hold and which say w
 FIGURES = ("quality",)
 """The folders that can change a figure of a report, but nothing in a work directory."""
 NO_NUMBERS = (
-    *("errors.py", "text.py", "reading.py", "report", "verify", "forecast", "commands"),
+    *("errors.py", "text.py", "reading.py", "report", "certify", "verify", "forecast", "commands"),
     *("cli.py", "hf.py", "__init__.py", "__main__.py"),
 )
 """Everything else. Its code estimates, checks, prints, reads arguments or gives an address.

@@ -9,68 +9,25 @@ an output is published.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from lrc_cli.checkpoint.side_files import MOST_SIDE_FILES
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config
 from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
-from lrc_cli.errors import InputError, RunError
+from lrc_cli.errors import InputError
 from lrc_cli.job.fingerprints import data_hashes
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
-from lrc_cli.runtime.files import hash_file
+from lrc_cli.runtime.file_states import ChangedInput, States, check_state, state_of, states_of
 from lrc_cli.runtime.processes import Processes
 
 CACHE = "__pycache__"
 """The folder that Python itself may write beside the code of a factory."""
 INDEX_SUFFIX = ".index.json"
-
-
-class State(NamedTuple):
-    """What tells one version of a file from another without reading the file."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-    inode_ns: int
-    """The time of the last change of bytes, mode or names, which no program can set."""
-
-
-States = Mapping[Path, State | None]
-"""The state of each file; None: there is no such file."""
-
-
-class ChangedInput(RunError):
-    """An input is not what it was when the run began.
-
-    Args:
-        what: the file, and what became of the file.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        super().__init__(
-            f"{what} while the run went on, and no output was written",
-            "let nothing write to the checkpoint and the data, and run the same command again",
-        )
-
-
-def states_of(files: Iterable[Path]) -> dict[Path, State | None]:
-    """Returns the state of every file."""
-    return {file: _state(file) for file in files}
-
-
-def _state(file: Path) -> State | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return State(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
 
 def states_before(config: Config) -> States:
@@ -106,7 +63,7 @@ class Inputs:
         Files that appeared are not looked for.
         """
         for file, state in self.checkpoint.items():
-            _check(file, state, _state(file))
+            check_state(file, state, state_of(file))
 
     def check_own(self) -> None:
         """Raises ChangedInput if a file of this process is not what it was, appeared or is gone."""
@@ -114,7 +71,7 @@ class Inputs:
         now = {*_checkpoint_files(replace(self.source)), *_data_files(self.config)}
         seen = {**self.checkpoint, **self.data}
         for file in sorted(now | set(seen)):
-            _check(file, seen.get(file), _state(file), self._sha256(file))
+            check_state(file, seen.get(file), state_of(file), self._sha256(file))
 
     def _sha256(self, file: Path) -> str | None:
         """Returns the hash of a file as it was read; None: nobody took it."""
@@ -178,28 +135,3 @@ def _data_files(config: Config) -> list[Path]:
         else:
             found[path] = None
     return list(found)
-
-
-def _check(file: Path, before: State | None, now: State | None, sha256: str | None = None) -> None:
-    """Raises ChangedInput if a file is not what it was.
-
-    Args:
-        sha256: the hash that tells where the states leave it open; None: the file passes then.
-    """
-    if before == now:
-        return
-    if before is None:
-        what = "appeared"
-    elif now is None:
-        what = "was deleted"
-    elif before.inode != now.inode:
-        what = "was replaced"
-    elif before.size != now.size:
-        what = f"was changed from {before.size} to {now.size} bytes"
-    elif before.mtime_ns != now.mtime_ns:
-        what = "was written to"
-    elif sha256 is None or hash_file(file) == sha256:
-        return
-    else:
-        what = "was written to, and its time was set back,"
-    raise ChangedInput(f"{file} {what}")

@@ -18,7 +18,7 @@ from lrc_cli.job.data_found import data_found, unused_inputs
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.factors.sequential import SequentialStage
-from lrc_cli.job.inputs import ChangedInput, Inputs
+from lrc_cli.job.inputs import Inputs
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.output.finish import finish_output
 from lrc_cli.job.output.write import write_checkpoint
@@ -33,6 +33,7 @@ from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
 from lrc_cli.report.shortfalls import data_shortfalls
+from lrc_cli.runtime.file_states import ChangedInput
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
 from lrc_cli.runtime.signals import Interrupted

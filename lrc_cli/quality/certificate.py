@@ -19,7 +19,7 @@ from lrc_cli.quality.certificate_record import (
     SequenceValues,
     Statement,
 )
-from lrc_cli.quality.sentences import assumptions, statement_text
+from lrc_cli.quality.sentences import DIRECTION, assumptions, statement_text
 
 Values = Mapping[str, Sequence[float]]
 
@@ -67,6 +67,7 @@ def make_certificate(
     confidence: float,
     quantile: float,
     data: CertificateData,
+    direction: str = DIRECTION,
 ) -> Certificate:
     """Returns the `certificate` of report.json.
 
@@ -76,6 +77,7 @@ def make_certificate(
         clips: what `clips_of` returns.
         tolerances: what `tolerances_of` returns for the same layers.
         data: what was drawn and how.
+        direction: the words for both networks, in the order of a divergence.
 
     Returns:
         Statements with their bounds and sentences, and all that they follow from. There is one
@@ -108,7 +110,7 @@ def make_certificate(
     statements += [_quantile(certificate, LAYER_ERROR, x, delta, layer=n) for n, x in own.items()]
     if layers and not own:
         statements.append(_too_many(certificate, with_layers))
-    told = tuple(replace(x, text=statement_text(x, certificate)) for x in statements)
+    told = tuple(replace(x, text=statement_text(x, certificate, direction)) for x in statements)
     return replace(certificate, statements=told, assumptions=assumptions(certificate))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lrc_cli.data.draw import Batch, Sequences, micro_batch
 from lrc_cli.engine.magnitudes import norms
 from lrc_cli.errors import RunError
-from lrc_cli.execution.chain import Segment
+from lrc_cli.execution.chain import WHOLE, Chain, Segment
 from lrc_cli.execution.hooks import watched
 from lrc_cli.execution.losses import Loss, prepare
 from lrc_cli.execution.network import Network
@@ -30,6 +30,10 @@ from lrc_cli.runtime.processes import ALONE, Processes
 MICRO_BATCH_TOKENS = 512
 """The number of tokens for which the dense outputs of a segment's layers are held."""
 ERRORS = ("deployed", "inherited", "new", "same_input")
+
+
+class NotFinite(RunError):
+    """An output of one of both networks, or of a layer, is NaN or infinite on held-out data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,7 @@ def measure(
     advance: Callable[[float], None] = lambda _: None,
     keep: Keep = torch.Tensor.detach,
     only: Collection[str] | None = None,
+    alike: bool = True,
     processes: Processes = ALONE,
 ) -> Measured:
     """Runs both networks over the same sequences and compares outputs, the layers' too.
@@ -101,6 +106,7 @@ def measure(
         advance: called with the number of sequences done.
         keep: what becomes of hidden states between segments; see `HostMemory.keep`.
         only: names of segments to run in place of all, to see how long they take.
+        alike: whether both networks have the same blocks; other networks run whole.
         processes: the processes that share the sequences; each of them calls this function.
 
     Returns:
@@ -113,19 +119,22 @@ def measure(
         the output has no dimension for the sequences.
 
     Raises:
-        RunError: an output, or a layer's output, is NaN or infinite.
+        NotFinite: an output, or a layer's output, is NaN or infinite.
     """
     # An expert may by chance get as many tokens as there are sequences.
     layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     size = micro_batch(sequences, MICRO_BATCH_TOKENS)
     batches = list(dataclasses.replace(sequences, inputs=inputs).batches(size))
-    segmentation = find_segments(before, layers, (), next(sequences.batches(1)))
-    pair = Pair(before, after, segmentation.chain, batches, keep)
+    cut = find_segments(before, layers, (), next(sequences.batches(1)))
+    chain, all_segments = cut.chain, cut.segments
+    if not alike:
+        chain, all_segments = Chain(), [Segment(name=WHOLE, layers=list(layers))]
+    pair = Pair(before, after, chain, batches, keep)
     comparison = _Comparison(before, after, layers, len(sequences), decompose=decompose)
     values: dict[str, list[float]] = {}
     own = processes.share(len(batches))
-    segments = [s for s in segmentation.segments if only is None or s.name in only]
+    segments = [s for s in all_segments if only is None or s.name in only]
     for segment in segments:
         for index in own:
             batch, start = batches[index], index * size
@@ -206,7 +215,7 @@ class _Comparison:
         followed = [x.name for x in self.all if x.name in self.reached - self.lost]
         for name in followed:
             if not all(bool(torch.isfinite(total).all()) for total in self.sums[name].values()):
-                raise RunError(
+                raise NotFinite(
                     f"{name}: NaN or infinity in its outputs on held-out data",
                     "set runtime.dtype: float32",
                 )
@@ -249,14 +258,14 @@ def _difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _united(values: dict[str, list[float]], processes: Processes) -> dict[str, list[float]]:
-    """Returns all processes' values, in the order of the sequences. Raises RunError for NaN."""
+    """Returns all processes' values, in the order of the sequences. Raises NotFinite for NaN."""
     united: dict[str, list[float]] = {}
     for part in processes.gather(values):
         for name, found in part.items():
             united.setdefault(name, []).extend(found)
     for name, found in united.items():
         if not bool(torch.isfinite(torch.tensor(found)).all()):
-            raise RunError(
+            raise NotFinite(
                 f"certification: the networks' outputs give no finite {name}",
                 "set runtime.dtype: float32",
             )

@@ -10,6 +10,7 @@ import torch
 
 from lrc_cli.checkpoint.source import open_source
 from lrc_cli.config import Calibration, load_config
+from lrc_cli.config.constraints import part_of
 from lrc_cli.data.draw import Purpose, Sequences, draw
 from lrc_cli.data.named_by_others import why_not_opened
 from lrc_cli.data.processors import open_processors
@@ -143,7 +144,7 @@ def _purposes(
         raise InputError(
             "eval: more --part than --data", "give one --part for each --data, in order"
         )
-    shares = [_parse_part(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
+    shares = [part_of(text) for text in part] + [(0.0, 1.0)] * (len(data) - len(part))
     names = [" ".join(map(str, pair)) for pair in zip_longest(data, part, fillvalue="")]
     return [
         Purpose(
@@ -158,16 +159,6 @@ def _purposes(
         )
         for i, (name, path, share) in enumerate(zip(names, data, shares, strict=True), start=1)
     ]
-
-
-def _parse_part(text: str) -> tuple[float, float]:
-    try:
-        first, last = (float(piece) for piece in text.split(":"))
-    except ValueError as error:
-        raise InputError(f"--part {text}: not A:B", "write for instance 0.7:1") from error
-    if not 0 <= first < last <= 1:
-        raise InputError(f"--part {text}: needs 0 <= A < B <= 1", "write for instance 0.7:1")
-    return first, last
 
 
 def _time(network: Network, sequences: Sequences) -> float:

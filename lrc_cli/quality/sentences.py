@@ -24,12 +24,19 @@ def share(value: float) -> str:
     return f"{(Decimal(repr(value)) * 100).normalize():f} %"
 
 
-def statement_text(statement: Statement, certificate: Certificate) -> str:
+DIRECTION = "dense to compressed"
+"""The order of both networks in a divergence."""
+
+
+def statement_text(
+    statement: Statement, certificate: Certificate, direction: str = DIRECTION
+) -> str:
     """Returns one statement in words.
 
     Args:
         statement: the statement; its `text` is not looked at.
         certificate: the certificate; its statements are not looked at.
+        direction: the words for both networks, in the order of the divergence.
     """
     if statement.status != CERTIFIED:
         return _cannot(statement, certificate)
@@ -37,7 +44,7 @@ def statement_text(statement: Statement, certificate: Certificate) -> str:
     if certificate.num_statements == 1:
         start = f"At {share(certificate.confidence)} confidence"
     words = {"mean": _mean, "quantile": _quantile}[statement.kind]
-    return f"{start}: {words(statement, certificate)}."
+    return f"{start}: {words(statement, certificate, direction)}."
 
 
 def _cannot(statement: Statement, certificate: Certificate) -> str:
@@ -48,7 +55,7 @@ def _cannot(statement: Statement, certificate: Certificate) -> str:
     return f"cannot certify: {numbers}"
 
 
-def _mean(statement: Statement, certificate: Certificate) -> str:
+def _mean(statement: Statement, certificate: Certificate, direction: str) -> str:
     where = certificate.data.population.description
     assert statement.clip is not None
     low, high = statement.clip
@@ -58,11 +65,11 @@ def _mean(statement: Statement, certificate: Certificate) -> str:
         if low < 0:
             limits += f" and below {low:.6g} as {low:.6g}"
         evidence += f"; values {limits}, {statement.num_clipped} of them did"
-    name, value = _name(statement, certificate), _value(statement)
+    name, value = _name(statement, certificate, direction), _value(statement)
     return f"over {where}, {name} is on average at most {value} ({evidence})"
 
 
-def _quantile(statement: Statement, certificate: Certificate) -> str:
+def _quantile(statement: Statement, certificate: Certificate, direction: str) -> str:
     most = f"for at least {share(certificate.quantile)} of"
     where = certificate.data.population.description
     assert statement.order is not None
@@ -70,10 +77,10 @@ def _quantile(statement: Statement, certificate: Certificate) -> str:
     if statement.order == certificate.num_sequences:
         order = "the largest value"
     evidence = f"({_drawn(certificate)}, {order})"
-    return f"{most} {where}, {_claim(statement, certificate)} {evidence}"
+    return f"{most} {where}, {_claim(statement, certificate, direction)} {evidence}"
 
 
-def _claim(statement: Statement, certificate: Certificate) -> str:
+def _claim(statement: Statement, certificate: Certificate, direction: str) -> str:
     value = _value(statement)
     if statement.quantity == "all_layers":
         number = len(certificate.tolerances)
@@ -87,14 +94,14 @@ def _claim(statement: Statement, certificate: Certificate) -> str:
             f" on {count(chosen)} calibration sequences ({small(min(sizes))} to"
             f" {small(max(sizes))})"
         )
-    return f"{_name(statement, certificate)} is at most {value}"
+    return f"{_name(statement, certificate, direction)} is at most {value}"
 
 
-def _name(statement: Statement, certificate: Certificate) -> str:
+def _name(statement: Statement, certificate: Certificate, direction: str) -> str:
     """Returns what is measured on one sequence."""
     what, unit = certificate.data.predictions, _unit(certificate)
     return {
-        "kl": f"the KL divergence of the {what} (dense to compressed), averaged over the {unit},",
+        "kl": f"the KL divergence of the {what} ({direction}), averaged over the {unit},",
         "top1_disagreement": f"the share of the {unit}'s {what} whose most likely outcome changes",
         "loss_difference": f"the increase of the loss of the {what}, averaged over the {unit},",
         "relative_output_error": "the error of the network's output relative to its norm",
@@ -161,7 +168,7 @@ def assumptions(certificate: Certificate) -> tuple[str, ...]:
         "The population is finite and named; its members were drawn uniformly without replacement."
         " Nothing is assumed of how values are distributed, or of the tokens within a sequence.",
         "Nothing was fitted to or chosen on the certification data. Tolerances and clipping limits"
-        f" come from {count(selection.num_sequences)} calibration sequences"
+        f" come from {count(selection.num_sequences)} {selection.purpose} sequences"
         f" ({count(selection.num_tokens)} tokens or rows).",
         "Everything was measured with the weights as written, read back from the files, and with"
         f" activations in {certificate.data.activation_dtype}.",

@@ -1,6 +1,5 @@
 """The model card is README.md of an output directory."""
 
-import re
 from typing import Any
 
 import yaml
@@ -16,10 +15,10 @@ from lrc_cli.report.facts import (
     settings,
     summary,
 )
+from lrc_cli.report.markdown import escaped, fenced, markdown_table
 from lrc_cli.report.record import Record
 from lrc_cli.report.shortfalls import shortfalls
 from lrc_cli.report.tables import (
-    Table,
     gates_table,
     left_dense_table,
     provenance_table,
@@ -51,7 +50,7 @@ def render_card(record: Record) -> str:
     """
     sections = [
         _front_matter(record),
-        f"# {_escape(record.model)}, low-rank compressed\n\n{_escape(summary(record))}",
+        f"# {escaped(record.model)}, low-rank compressed\n\n{escaped(summary(record))}",
         *_gates(record),
         *_shortfalls(record),
         _size(record),
@@ -60,8 +59,8 @@ def render_card(record: Record) -> str:
         _layers(record),
         _certificate(record),
         _limits(record),
-        f"## Configuration\n\n{_fenced('yaml', record.provenance.config)}",
-        f"## Versions and hashes\n\n{VERIFYING}\n\n{_table(provenance_table(record))}",
+        f"## Configuration\n\n{fenced('yaml', record.provenance.config)}",
+        f"## Versions and hashes\n\n{VERIFYING}\n\n{markdown_table(provenance_table(record))}",
     ]
     return visible("\n\n".join(sections), keep="\n\t") + "\n"
 
@@ -75,24 +74,24 @@ def _front_matter(record: Record) -> str:
 
 
 def _gates(record: Record) -> list[str]:
-    missed = [f"**Gate missed: {_escape(text)}.**" for text in missed_gates(record)]
-    return [*missed, f"## Gates\n\n{_table(gates_table(record))}"] if record.gates else []
+    missed = [f"**Gate missed: {escaped(text)}.**" for text in missed_gates(record)]
+    return [*missed, f"## Gates\n\n{markdown_table(gates_table(record))}"] if record.gates else []
 
 
 def _shortfalls(record: Record) -> list[str]:
-    lines = [f"- {_escape(line)}" for line in shortfalls(record)]
+    lines = [f"- {escaped(line)}" for line in shortfalls(record)]
     return ["## Less than asked\n\n" + "\n".join(lines)] if lines else []
 
 
 def _size(record: Record) -> str:
     files = count(record.size.file_bytes)
     note = f"The weight files take {files} bytes, headers included."
-    return f"## Size\n\n{_table(size_table(record))}\n\n{note}"
+    return f"## Size\n\n{markdown_table(size_table(record))}\n\n{note}"
 
 
 def _quality(record: Record) -> str:
-    worst = [_escape(note)] if (note := worst_case_note(record)) else []
-    trained = [_escape(note)] if (note := recovery_note(record)) else []
+    worst = [escaped(note)] if (note := worst_case_note(record)) else []
+    trained = [escaped(note)] if (note := recovery_note(record)) else []
     if not record.quality:
         return "\n\n".join(
             [
@@ -102,7 +101,7 @@ def _quality(record: Record) -> str:
                 *trained,
             ]
         )
-    measured = [_table(quality_table(record)), _escape(measured_in(record))]
+    measured = [markdown_table(quality_table(record)), escaped(measured_in(record))]
     return "\n\n".join(["## Quality", *measured, *worst, *trained])
 
 
@@ -114,8 +113,8 @@ def _loading(record: Record) -> str:
     return "\n\n".join(
         [
             "## Loading",
-            _fenced("python", _loading_lines(record)),
-            f"This needs lrc (`lrc_cli`, written with version {_escape(version)}). Without it"
+            fenced("python", _loading_lines(record)),
+            f"This needs lrc (`lrc_cli`, written with version {escaped(version)}). Without it"
             " loading fails loudly, on purpose: a factorised layer keeps its dense key for a"
             " tensor of another shape, so a loader that does not know the format reports a shape"
             " mismatch. Do not pass `ignore_mismatched_sizes=True` to transformers: it silences"
@@ -143,9 +142,9 @@ def _layers(record: Record) -> str:
     dense = [x for x in record.layers if x.facts.is_dense and not x.facts.fallback]
     parts = ["## Layers that are not factorised", _fallbacks(record)]
     if dense:
-        parts += ["Left dense by choice:", _table(left_dense_table(dense))]
+        parts += ["Left dense by choice:", markdown_table(left_dense_table(dense))]
     if record.skipped:
-        parts += ["Not compressible:", _table(skipped_table(record.skipped))]
+        parts += ["Not compressible:", markdown_table(skipped_table(record.skipped))]
     return "\n\n".join(parts)
 
 
@@ -154,7 +153,7 @@ def _fallbacks(record: Record) -> str:
     if not fallen:
         return "No layer fell back."
     lines = [
-        f"- {_escape(x.name)}: {_escape(x.facts.reason or '')}" for x in fallen[:MAX_FALLBACKS]
+        f"- {escaped(x.name)}: {escaped(x.facts.reason or '')}" for x in fallen[:MAX_FALLBACKS]
     ]
     if len(fallen) > MAX_FALLBACKS:
         lines.append(f"- and {len(fallen) - MAX_FALLBACKS} more, see report.json")
@@ -164,41 +163,22 @@ def _fallbacks(record: Record) -> str:
 def _certificate(record: Record) -> str:
     certificate = record.certificate
     if isinstance(certificate, NoCertificate):
-        return f"## Certificate\n\nThere is none: {_escape(certificate.note or '')}."
+        return f"## Certificate\n\nThere is none: {escaped(certificate.note or '')}."
     data = f"Certification data: sha256 {certificate.data.data_sha256}."
     return "\n\n".join(
         [
             "## Certificate",
-            "\n".join(f"- {_escape(line)}" for line in main_statements(certificate)),
+            "\n".join(f"- {escaped(line)}" for line in main_statements(certificate)),
             "What this rests on:",
-            "\n".join(f"- {_escape(line)}" for line in certificate.assumptions),
-            _escape(data),
+            "\n".join(f"- {escaped(line)}" for line in certificate.assumptions),
+            escaped(data),
         ]
     )
 
 
 def _limits(record: Record) -> str:
-    lines = [f"- {_escape(line)}" for line in limits(record)]
+    lines = [f"- {escaped(line)}" for line in limits(record)]
     return "## What is not promised\n\n" + "\n".join(lines)
-
-
-def _table(table: Table) -> str:
-    rules = ["---:" if side == "r" else "---" for side in table.align]
-    rows = [[_escape(cell) for cell in row] for row in (table.head, *table.rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rules, *rows[1:]))
-
-
-def _fenced(language: str, text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _escape(text: str) -> str:
-    """Returns one line of text that Markdown shows as it is."""
-    marked = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
-    entities = re.sub(r"&(?=[#\w])", "&amp;", marked)
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities)
 
 
 def _quoted(text: str) -> str:

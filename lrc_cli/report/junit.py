@@ -1,7 +1,8 @@
 """A run is written as JUnit XML for CI systems: what was promised, and what was not kept."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,6 +25,19 @@ OWN = re.compile(
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Holds one test case."""
+
+    group: str
+    """The last part of the case's class."""
+    name: str
+    failure: str | None = None
+    """Why it failed; None: it did not."""
+    skipped: str | None = None
+    """Why nothing can be said; None: something can."""
+
+
 def render_junit(*records: Record, strict: bool = False) -> str:
     """Returns a test suite for every report.
 
@@ -43,34 +57,54 @@ def render_junit(*records: Record, strict: bool = False) -> str:
         for suite, record in zip(suites, records, strict=True):
             suite.set("name", f"{SUITE} {record.target.name} {record.target.value:g}")
             root.append(suite)
+    return _xml(root)
+
+
+def render_suite(cases: Sequence[Case]) -> str:
+    """Returns a test suite with these cases as XML text."""
+    return _xml(_suite_of(cases, {}, 0.0))
+
+
+def _xml(root: ElementTree.Element) -> str:
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
 def _suite(record: Record, *, strict: bool) -> ElementTree.Element:
-    seconds = f"{sum(record.timing.values()):.3f}"
-    suite = ElementTree.Element("testsuite", name=SUITE, time=seconds)
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in _properties(record).items():
-        ElementTree.SubElement(properties, "property", name=_clean(name), value=_clean(value))
-    for gate in record.gates:
-        failure = None if gate.met else gate_missed(gate)
-        _case(suite, "gates", f"{gate.name} <= {gate.limit:g}", failure=failure)
+    cases = [
+        Case(
+            group="gates",
+            name=f"{gate.name} <= {gate.limit:g}",
+            failure=None if gate.met else gate_missed(gate),
+        )
+        for gate in record.gates
+    ]
     if strict:
-        _case(suite, "strict", "no layer fell back", failure=_fallen(record))
+        cases.append(Case(group="strict", name="no layer fell back", failure=_fallen(record)))
     target = record.target
     name = f"{target.name} {target.value:g}"
     missed = None if target.met else f"compression.{name} is missed"
-    _case(suite, "target", name, failure=missed)
+    cases.append(Case(group="target", name=name, failure=missed))
     for statement in record.certificate.statements:
         skipped = None if statement.status == CERTIFIED else statement.text
-        _case(suite, "certificate", statement.id, skipped=skipped)
-    cases = suite.findall("testcase")
+        cases.append(Case(group="certificate", name=statement.id, skipped=skipped))
+    return _suite_of(cases, _properties(record), sum(record.timing.values()))
+
+
+def _suite_of(
+    cases: Sequence[Case], properties: Mapping[str, str], seconds: float
+) -> ElementTree.Element:
+    suite = ElementTree.Element("testsuite", name=SUITE, time=f"{seconds:.3f}")
+    facts = ElementTree.SubElement(suite, "properties")
+    for name, value in properties.items():
+        ElementTree.SubElement(facts, "property", name=_clean(name), value=_clean(value))
+    for case in cases:
+        _add(suite, case)
     suite.set("tests", str(len(cases)))
-    suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+    suite.set("failures", str(sum(case.failure is not None for case in cases)))
     suite.set("errors", "0")
-    suite.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
+    suite.set("skipped", str(sum(case.skipped is not None for case in cases)))
     return suite
 
 
@@ -100,7 +134,12 @@ def _is_own(file: Path) -> bool:
 
 
 def write_junit(path: Path, records: Sequence[Record], *, strict: bool = False) -> None:
-    """Writes `render_junit` whole or not at all.
+    """Writes `render_junit` whole or not at all; errors as in `write_junit_text`."""
+    write_junit_text(path, render_junit(*records, strict=strict))
+
+
+def write_junit_text(path: Path, text: str) -> None:
+    """Writes a JUnit file whole or not at all.
 
     Raises:
         RunError: something that lrc did not write has appeared under the name.
@@ -110,7 +149,7 @@ def write_junit(path: Path, records: Sequence[Record], *, strict: bool = False) 
     except InputError as error:
         raise RunError(error.message, error.remedy) from error
     with replacing(path) as aside:
-        write_text(aside, render_junit(*records, strict=strict))
+        write_text(aside, text)
 
 
 def _properties(record: Record) -> dict[str, str]:
@@ -127,20 +166,13 @@ def _fallen(record: Record) -> str | None:
     return f"{number} fell back: {', '.join(names)}" if names else None
 
 
-def _case(
-    suite: ElementTree.Element,
-    group: str,
-    name: str,
-    *,
-    failure: str | None = None,
-    skipped: str | None = None,
-) -> None:
-    case = ElementTree.SubElement(
-        suite, "testcase", classname=f"{SUITE}.{group}", name=_clean(name)
+def _add(suite: ElementTree.Element, case: Case) -> None:
+    added = ElementTree.SubElement(
+        suite, "testcase", classname=f"{SUITE}.{case.group}", name=_clean(case.name)
     )
-    for kind, message in (("failure", failure), ("skipped", skipped)):
+    for kind, message in (("failure", case.failure), ("skipped", case.skipped)):
         if message is not None:
-            ElementTree.SubElement(case, kind, message=_clean(message))
+            ElementTree.SubElement(added, kind, message=_clean(message))
 
 
 def _clean(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pico
 import pytest
+import yaml
 
 from lrc_cli.cli import lrc
 
@@ -53,6 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         ended = pico.call("compress", "lrc.yaml", "-q")
     assert ended.code == 0, ended.err
+    certify = {
+        "original": {"path": "models/llama"},
+        "other": {"path": "out/llama"},
+        "data": {"path": "text.txt", "sequence_length": 32},
+    }
+    (root / "certify.yaml").write_text(yaml.safe_dump(certify))
     return root
 
 

@@ -37,10 +37,17 @@ def test_commands_and_options_are_frozen() -> None:
                 "--state-dict",
             ]
         ),
-        "schema": [],
+        "certify": sorted(
+            [
+                *("other", "--against", "--data", "--part", "--num-sequences", "--output"),
+                *("--sequence-length", "--factory", "--trust-remote-code", "--set", "--force"),
+                *("--junit", "--json", "--quiet", "--verbose"),
+            ]
+        ),
+        "schema": ["--certify"],
         "verify": sorted(
             [
-                *("directory", "--against", "--data", "--manifest-sha256", "--strict"),
+                *("directory", "--against", "--other", "--data", "--manifest-sha256", "--strict"),
                 *("--factory", "--trust-remote-code", "--json", "--quiet", "--state-dict"),
             ]
         ),
@@ -70,6 +77,9 @@ sys.exit(code)
         (["--version"], 0),
         (["schema"], 0),
         (["compress", "absent.yaml"], 2),
+        (["certify", "absent.yaml"], 2),
+        (["certify", "absent"], 2),
+        (["schema", "--certify"], 0),
         (["compres"], 2),
     ],
 )

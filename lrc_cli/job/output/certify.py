@@ -8,8 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from lrc_cli.data.draw import Purpose, Sequences
-from lrc_cli.data.kinds import member, members
+from lrc_cli.data.draw import Sequences
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import Network
@@ -26,25 +25,12 @@ from lrc_cli.quality.certificate import (
     make_certificate,
     tolerances_of,
 )
-from lrc_cli.quality.certificate_record import (
-    Certificate,
-    CertificateData,
-    NoCertificate,
-    Population,
-    Selection,
-)
+from lrc_cli.quality.certificate_record import Certificate, CertificateData, NoCertificate
 from lrc_cli.quality.compare import scoring
+from lrc_cli.quality.drawn import certificate_data, first_sequences
 from lrc_cli.quality.held_out import ERRORS, LayerErrors, Measured, measure
 from lrc_cli.report.record import HeldOutErrors, LayerFacts
 from lrc_cli.runtime.progress import Progress, Seconds
-from lrc_cli.text import count
-
-NUM_SELECTION = 16
-"""The number of calibration sequences that tolerances and clipping limits are chosen on."""
-PREDICTIONS = {
-    "next_token": "next-token predictions",
-    "masked_token": "predictions of masked tokens",
-}
 
 Facts = Mapping[str, LayerFacts]
 
@@ -135,10 +121,7 @@ def selection_of(plan: Plan, *, trained: bool) -> Sequences:
     drawn, whole = plan.sequences[CERTIFICATION], plan.sequences[CALIBRATION]
     if trained and RECOVER not in plan.sequences:
         _, whole = split(training_data(plan))
-    inputs = {name: tensor[:NUM_SELECTION] for name, tensor in whole.inputs.items()}
-    if set(inputs) == set(drawn.inputs) == {"input_ids"}:
-        inputs["input_ids"] = inputs["input_ids"][:, : drawn.inputs["input_ids"].shape[1]]
-    return dataclasses.replace(whole, inputs=inputs)
+    return first_sequences(whole, drawn)
 
 
 def _measure(
@@ -183,38 +166,14 @@ def _data(
 ) -> CertificateData:
     """Returns what was drawn, from which population, and which data fixed the limits."""
     purpose = next(p for p in purposes_of(plan.config) if p.name == CERTIFICATION)
-    unit = member(purpose.path)
-    length = purpose.sequence_length if unit == "block" else None
     hashes = {Path(path): sha256 for path, sha256 in plan.data_hashes.items()}
-    return CertificateData(
-        sequence_length=length,
-        unit=unit if length is None else f"sequence of {length} tokens",
-        sampling="uniformly at random without replacement",
-        population=Population(
-            description=_population(purpose, drawn),
-            file=purpose.path.name,
-            part=purpose.part,
-            size=drawn.population,
-            file_sha256=hashes[purpose.path],
-        ),
-        data_sha256=drawn.sha256,
-        selection=Selection(
-            purpose=CALIBRATION,
-            num_sequences=len(chosen),
-            num_tokens=chosen.num_tokens,
-            sha256=plan.sequences[CALIBRATION].sha256,
-        ),
-        predictions=PREDICTIONS.get(loss.kind, "predictions"),
-        activation_dtype=str(plan.network.dtype).removeprefix("torch."),
+    return certificate_data(
+        purpose,
+        drawn,
+        dataclasses.replace(chosen, name=CALIBRATION),
+        chosen_sha256=plan.sequences[CALIBRATION].sha256,
+        file_sha256=hashes[purpose.path],
+        loss=loss,
+        dtype=plan.network.dtype,
         not_covered=tuple(not_covered),
     )
-
-
-def _population(purpose: Purpose, drawn: Sequences) -> str:
-    place, (first, last) = purpose.path.name, purpose.part
-    if drawn.one_in is not None:
-        place = f"one passage in {drawn.one_in} of {place}"
-    if (first, last) != (0.0, 1.0):
-        place += f" (part {first:g} to {last:g})"
-    many = members(purpose.path, purpose.sequence_length)
-    return f"the {count(drawn.population)} {many} of {place} that calibration left free"

@@ -150,13 +150,13 @@ def judge_certificate(
         for name, values in selection.values.items()
         if name != "top1_disagreement"
     }
-    _judge_table(findings, "c2.clips", "the clipping limit of", certificate["clips"], clips, dtype)
+    judge_table(findings, "c2.clips", "the clipping limit of", certificate["clips"], clips, dtype)
     covered = [name for name in own if name in selection.squares and name in found.squares]
     tolerances = {
         name: max(LEAST_TOLERANCE, *selection.relative(name, own[name])) for name in covered
     }
     stated = certificate["tolerances"]
-    _judge_table(findings, "c2.tolerances", "the tolerance of", stated, tolerances, dtype)
+    judge_table(findings, "c2.tolerances", "the tolerance of", stated, tolerances, dtype)
     # Certification data give the values; the layers' errors count in units of their tolerances.
     values = dict(found.values)
     errors = {name: found.relative(name, own[name]) for name in covered if name in stated}
@@ -173,7 +173,7 @@ def judge_certificate(
         if name == "all_layers":
             # Where a layer is nearly exact, error / tolerance is rounding / rounding.
             extra = (least_error(dtype) / min(stated.values())) ** 2 / 2
-        problem = _series_problem(name, listed, values.get(name), dtype, extra)
+        problem = series_problem(name, listed, values.get(name), dtype, extra)
         findings.judge("c2.values", what, problem)
     # C3: each layer's held-out errors.
     for row in written.factorised:
@@ -194,7 +194,7 @@ def judge_certificate(
             findings.judge("c2.layers", what, problem)
 
 
-def _judge_table(
+def judge_table(
     findings: Findings,
     id: str,
     what: str,
@@ -204,12 +204,12 @@ def _judge_table(
 ) -> None:
     for name in sorted({*stated, *found}):
         a, b = stated.get(name), found.get(name)
-        same = a is not None and b is not None and _is_near(a, b, dtype)
+        same = a is not None and b is not None and is_near(a, b, dtype)
         problem = None if same else f"stated {a}, found {b}"
         findings.judge(id, f"{what} {name} comes from the selection data", problem)
 
 
-def _is_near(stated: float, found: float, dtype: torch.dtype) -> bool:
+def is_near(stated: float, found: float, dtype: torch.dtype) -> bool:
     """Returns whether two relative errors agree.
 
     They add in squares, so that rounding matters little where they are large.
@@ -219,7 +219,7 @@ def _is_near(stated: float, found: float, dtype: torch.dtype) -> bool:
     return squares or abs(stated - found) <= slack
 
 
-def _series_problem(
+def series_problem(
     name: str,
     stated: Sequence[float],
     found: Sequence[float] | None,
@@ -231,7 +231,7 @@ def _series_problem(
     if name == "top1_disagreement":
         return _flips_problem(stated, found)
     for index, (a, b) in enumerate(zip(stated, found, strict=True)):
-        if not (abs(a - b) <= extra or _is_near(a, b, dtype)):
+        if not (abs(a - b) <= extra or is_near(a, b, dtype)):
             return f"sequence {index} is stated as {a}, found {b}"
     return None
 
@@ -250,6 +250,6 @@ def _held_out_problem(
     wanted = {kind: found.overall(layer, kind) for kind in KINDS}
     wanted["worst_sequence"] = max(found.relative(layer, own))
     for key, value in wanted.items():
-        if not _is_near(stated[key], value, dtype):
+        if not is_near(stated[key], value, dtype):
             return f"{key} is stated as {stated[key]}, found {value}"
     return None

@@ -40,7 +40,7 @@ def check_certificate(written: Written, findings: Findings) -> None:
         if not certificate["statements"]:  # `check_asked` says whether there should be some
             return
         _check_header(written, certificate, findings)
-        _check_listed_values(certificate, findings)
+        check_listed_values(certificate, findings)
         with findings.guard("certificate.held_out", "held-out errors agree with the certificate"):
             _check_held_out(written, certificate, findings)
         for statement in certificate["statements"]:
@@ -145,7 +145,7 @@ def _check_population(written: Written, certificate: Mapping[str, Any], findings
     findings.equal("certificate.header", what, stated, found)
 
 
-def _check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> None:
+def check_listed_values(certificate: Mapping[str, Any], findings: Findings) -> None:
     """Each quantity must have N values, and each statement must be counted and have its place."""
     values, statements = certificate["values"], certificate["statements"]
     series = {name: found for name, found in values.items() if name != "layers"}

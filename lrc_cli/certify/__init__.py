@@ -1,0 +1,1 @@
+"""Somebody's copy of a checkpoint is measured beside its original, and certified or flagged."""
