@@ -17,7 +17,7 @@ SAMPLED_ROWS = 64
 """The number of rows by which a permutation of rows is looked for."""
 ALIKE = 0.9
 """The least cosine of a row and its counterpart elsewhere."""
-SAME_ENTRIES = 1e-3
+SAME_ENTRIES = 0.015
 """The largest relative distance of two sorted vectors that have the same entries."""
 FAR = 0.3
 """The relative error from which on another order of rows or columns is looked for."""

@@ -97,8 +97,8 @@ WHOLE: dict[str, Edit] = {
     "a false flag": lambda x: x["weights"]["flags"].append(
         {"tensor": "model.norm.weight", "kind": "permuted", "text": "its entries are the others"}
     ),
-    "an error": lambda x: x["weights"]["tensors"][1].update(error=1e-9),
-    "a scale": lambda x: x["weights"]["tensors"][1].update(scale=1.1),
+    "an error": lambda x: x["weights"]["tensors"][2].update(error=1e-9),
+    "a scale": lambda x: x["weights"]["tensors"][2].update(scale=1.1),
     "an error on inputs": lambda x: [t.update(input_error=0.5) for t in x["weights"]["tensors"]],
     "a tensor less": lambda x: x["weights"]["tensors"].pop(),
     "a gate less": lambda x: x.update(gates=[]),
