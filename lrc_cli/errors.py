@@ -45,6 +45,21 @@ class RunError(LrcError):
     exit_code = 1
 
 
+class ChangedInput(RunError):
+    """An input is not what it was when the run began.
+
+    Args:
+        what: the file, and what became of the file.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what} while the run went on, and no output was written",
+            "let nothing write to the checkpoint and the data, and run the same command again",
+        )
+
+
 class GateMissed(LrcError):
     """The output is written, and misses a gate of the config."""
 

@@ -14,8 +14,9 @@ MANIFEST_NAME = "manifest.json"
 PARTIAL_MARK = ".lrc-partial"
 """The name of the file that marks a directory as an output of lrc's that is not finished."""
 ALWAYS_WRITTEN = frozenset({"lrc.yaml", "report.json"})
+"""The files that every output of `lrc compress` has."""
 ALWAYS_CERTIFIED = frozenset({"certify.yaml", "certificate.json"})
-"""The files that every output of `lrc certify` has; `lrc compress` always writes the ones above."""
+"""The files that every output of `lrc certify` has."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

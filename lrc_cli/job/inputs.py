@@ -18,11 +18,11 @@ from lrc_cli.checkpoint.source import Source
 from lrc_cli.config import Config
 from lrc_cli.data.folders import visible_files
 from lrc_cli.data.purposes import purposes_of
-from lrc_cli.errors import InputError
+from lrc_cli.errors import ChangedInput, InputError
 from lrc_cli.job.fingerprints import data_hashes
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import files_below
-from lrc_cli.runtime.file_states import ChangedInput, States, check_state, state_of, states_of
+from lrc_cli.runtime.file_states import States, check_state, state_of, states_of
 from lrc_cli.runtime.processes import Processes
 
 CACHE = "__pycache__"

@@ -14,6 +14,7 @@ from lrc_cli.checkpoint.output_directory import output_directory
 from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.engine import Solver
+from lrc_cli.errors import ChangedInput, Interrupted
 from lrc_cli.job.data_found import data_found, unused_inputs
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
@@ -33,10 +34,8 @@ from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
 from lrc_cli.report.shortfalls import data_shortfalls
-from lrc_cli.runtime.file_states import ChangedInput
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
-from lrc_cli.runtime.signals import Interrupted
 
 ATTEMPTS = 3
 """How often an output is begun before units that are damaged meanwhile end the run."""

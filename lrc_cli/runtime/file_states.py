@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lrc_cli.errors import RunError
+from lrc_cli.errors import ChangedInput
 from lrc_cli.runtime.files import hash_file
 
 
@@ -23,21 +23,6 @@ class State(NamedTuple):
 
 States = Mapping[Path, State | None]
 """The state of each file; None: there is no such file."""
-
-
-class ChangedInput(RunError):
-    """An input is not what it was when the run began.
-
-    Args:
-        what: the file, and what became of the file.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        super().__init__(
-            f"{what} while the run went on, and no output was written",
-            "let nothing write to the checkpoint and the data, and run the same command again",
-        )
 
 
 def states_of(files: Iterable[Path]) -> dict[Path, State | None]:
