@@ -35,11 +35,10 @@ def lrc(context: click.Context) -> None:
     Exit codes: 0 done; 1 failed while running; 2 bad usage, config or input; 3 a gate is missed, or
     a statement does not hold; 4 --strict and a layer fell back; 130 interrupted; 143 terminated.
     """
-    command = context.invoked_subcommand
     # Several processes may share the work of `compress`, which joins them itself.
-    if command is not None and command != "compress":
+    if context.invoked_subcommand not in (None, "compress"):
         with joined() as processes:
-            check_alone(command, processes)
+            check_alone(str(context.invoked_subcommand), processes)
 
 
 for command in (compress, plan, inspect, evaluate, certify, verify, schema):
