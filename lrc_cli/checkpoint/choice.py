@@ -45,7 +45,7 @@ class Form:
     @property
     def is_safetensors(self) -> bool:
         """Whether the files are safetensors."""
-        return bool(self.files) and self.files[0].suffix in SAFE
+        return bool(self.files) and self.files[0].suffix.lower() in SAFE
 
 
 def forms_of(path: Path, named: object = None) -> list[Form]:
@@ -136,7 +136,7 @@ def _only(path: Path, suffixes: Sequence[str]) -> list[Form]:
     Raises:
         InputError: there are several.
     """
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+    files = sorted(x for x in path.iterdir() if x.suffix.lower() in suffixes and x.is_file())
     if len(files) > 1:
         index = INDEX_NAME if suffixes is SAFE else OLD_INDEX
         raise InputError(

@@ -165,7 +165,9 @@ def check_dense(weights: Weights) -> None:
 
 
 def _open_file(file: Path, state_dict: str | None = None) -> Weights:
-    if file.suffix not in (".safetensors", *PICKLED, PROGRAM) and not file.name.endswith(ARCHIVED):
+    if file.suffix.lower() not in (".safetensors", *PICKLED, PROGRAM) and not file.name.endswith(
+        ARCHIVED
+    ):
         raise explain_suffix(file, READ)
     return _open_form(Form(place=file, files=[file]), state_dict)
 
@@ -213,14 +215,32 @@ def _check_equal(weights: Weights, form: Form, state_dict: str | None) -> None:
         return
     if not common:
         raise InputError(f"{both}, and have no tensor in common", remedy)
+    rounded = None
     for name in common:
-        if not has_same_bytes(weights.read(first[name]), other.read(second[name])):
+        one, two = weights.read(first[name]), other.read(second[name])
+        if has_same_bytes(one, two):
+            continue
+        if not _is_rounded(one, two):
             raise InputError(f"{both}, and their numbers differ in {name}", remedy)
+        kinds = [str(x.dtype).removeprefix("torch.") for x in (one, two)]
+        rounded = f"{name} is {kinds[0]} in {weights.place} and {kinds[1]} in {form.place}"
     extra = _find_extra(weights, first, other, second)
     if extra is None and not form.is_partial:
         extra = _find_extra(other, second, weights, first)
     if extra is not None:
         raise InputError(f"{both}, and only one holds {extra}", remedy)
+    if rounded is not None:
+        raise InputError(
+            f"{both}, in two precisions: {rounded}",
+            "move the precision that is not to be compressed out of the directory",
+        )
+
+
+def _is_rounded(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether rounding one tensor to the other's type of floating point gives the other."""
+    if one.dtype == other.dtype or not (one.is_floating_point() and other.is_floating_point()):
+        return False
+    return has_same_bytes(one.to(other.dtype), other) or has_same_bytes(other.to(one.dtype), one)
 
 
 def _bare_names(weights: Weights) -> dict[str, str]:

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lrc_cli.data.records import TOOLS, WithTools
 from lrc_cli.errors import InputError
+from lrc_cli.reading import parse_json
 from lrc_cli.runtime.strangers import blaming_input
 
 CONVERSATION = 'give a list of {"role": ..., "content": ...} as the template takes them'
+DESCRIBE = 'give a list of {"type": "function", "function": {"name": ..., ...}}'
 SECONDS = 20
 """The longest that a template may take for one conversation."""
 ROLES = {
@@ -71,12 +74,14 @@ def render(tokenizer: Any, place: str, messages: Any) -> tuple[str, Turns]:
     Args:
         tokenizer: a tokenizer with a chat template.
         place: the record, for messages.
-        messages: the conversation.
+        messages: the conversation, with its tools if it has some.
 
     Raises:
         InputError: it is no conversation; its keys or roles are not the template's; the template
-            fails, takes too long, or prints nothing of the conversation.
+            fails, takes too long, or prints nothing of the conversation or of its tools.
     """
+    tools = _tools(place, messages.tools) if isinstance(messages, WithTools) else None
+    messages = messages.messages if isinstance(messages, WithTools) else messages
     # Many templates make an empty text of something that is no conversation.
     if not isinstance(messages, list) or not all(isinstance(x, dict) for x in messages):
         raise InputError(f"{place}: not a conversation", CONVERSATION)
@@ -85,8 +90,9 @@ def render(tokenizer: Any, place: str, messages: Any) -> tuple[str, Turns]:
     template = _template(tokenizer)
     for number, turn in enumerate(messages, start=1):
         _check_speaker(f"{place}: turn {number}", turn, template)
-    text = _rendered(tokenizer, place, messages)
-    _check_printed(tokenizer, place, messages, text)
+    text = _rendered(tokenizer, place, messages, tools)
+    _check_printed(tokenizer, place, messages, text, tools)
+    _check_tools(place, tools or [], text)
     folded = _folded(text)
     fates = [_fate(turn, folded) for turn in messages]
     _check_fates(place, messages, fates, template)
@@ -103,7 +109,28 @@ def _template(tokenizer: Any) -> str:
     return "\n".join(map(str, found.values())) if isinstance(found, dict) else str(found)
 
 
-def _rendered(tokenizer: Any, place: str, messages: Any) -> str:
+def _tools(place: str, value: Any) -> list[dict[str, Any]]:
+    """Returns the tools of a record, which may be written as JSON, as in tables."""
+    tools = parse_json(value, f"{place}: {TOOLS}") if isinstance(value, str) else value
+    if not isinstance(tools, list) or not all(isinstance(x, dict) for x in tools):
+        raise InputError(f"{place}: {TOOLS} is no list of tools", DESCRIBE)
+    return tools
+
+
+def _check_tools(place: str, tools: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises InputError if a template prints the name of none of the tools."""
+    functions = (tool.get("function", tool) for tool in tools)
+    names = [x["name"] for x in functions if isinstance(x, dict) and isinstance(x.get("name"), str)]
+    if tools and not any(name and name in text for name in names):
+        raise InputError(
+            f"{place}: the chat template prints nothing of the record's {TOOLS}",
+            f"use a template that takes tools, or leave {TOOLS} out of the records",
+        )
+
+
+def _rendered(
+    tokenizer: Any, place: str, messages: Any, tools: list[dict[str, Any]] | None = None
+) -> str:
     too_long = InputError(
         f"{place}: the chat template does not end within {SECONDS} seconds",
         "mend the checkpoint's chat_template.jinja, or leave the record out",
@@ -111,7 +138,8 @@ def _rendered(tokenizer: Any, place: str, messages: Any) -> str:
     # The template is the checkpoint's code.
     fails = f"{place}: the chat template fails on the messages"
     with blaming_input(fails, CONVERSATION), _within(SECONDS, too_long):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        given = {} if tools is None else {TOOLS: tools}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
 
 
 @contextmanager
@@ -187,7 +215,13 @@ def _renaming(turn: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- what came out
 
 
-def _check_printed(tokenizer: Any, place: str, messages: Sequence[Any], text: str) -> None:
+def _check_printed(
+    tokenizer: Any,
+    place: str,
+    messages: Sequence[Any],
+    text: str,
+    tools: list[dict[str, Any]] | None = None,
+) -> None:
     """Raises InputError if the template prints a value as Python writes it."""
     for number, turn in enumerate(messages, start=1):
         for key in TEXT_KEYS:
@@ -200,7 +234,7 @@ def _check_printed(tokenizer: Any, place: str, messages: Sequence[Any], text: st
                 )
     empty = [_without_nulls(turn) for turn in messages]
     if empty != list(messages) and "None" in text:
-        other = _rendered(tokenizer, place, empty)
+        other = _rendered(tokenizer, place, empty, tools)
         if other.count("None") < text.count("None"):
             number = next(i for i, pair in enumerate(zip(messages, empty, strict=True), start=1)
                           if pair[0] != pair[1])  # fmt: skip

@@ -28,6 +28,7 @@ from lrc_cli.data.kinds import (
     Batch,
     Data,
     Findings,
+    ending,
     members,
 )
 from lrc_cli.data.processors import Processors
@@ -178,7 +179,7 @@ def _check_names(purposes: Sequence[Purpose]) -> None:
 
 def _check_reading(purpose: Purpose, file: _File) -> None:
     # Positions in the text of one field say nothing about positions in the text of another field.
-    if purpose.path.suffix not in RECORD_SUFFIXES:
+    if ending(purpose.path) not in RECORD_SUFFIXES:
         return
     if purpose.text_field != file.text_field:
         raise InputError(
@@ -217,7 +218,7 @@ def _read(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) 
             f"{path}: no such file", "check the path (relative to the working directory)"
         )
     check_on_disk(path)
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+    if path.is_file() and ending(path) in TEXT_SUFFIXES:
         return read_tokens(
             path,
             text_field=purpose.text_field,
@@ -226,15 +227,15 @@ def _read(purpose: Purpose, sharing: Sequence[Purpose], processors: Processors) 
             longest=max(other.sequence_length for other in sharing),
             lacking=partial(_lacking, sharing),
         )
-    if path.is_file() and path.suffix in TENSOR_SUFFIXES:
+    if path.is_file() and ending(path) in TENSOR_SUFFIXES:
         return read_rows(path)
     # The path's suffix must say what a sequence is, also where the data is absent.
-    if path.is_dir() and path.suffix not in TEXT_SUFFIXES | TENSOR_SUFFIXES:
+    if path.is_dir() and ending(path) not in TEXT_SUFFIXES | TENSOR_SUFFIXES:
         return read_folder(path, processors)
     remedy = f"use {KNOWN}"
-    if path.suffix == ".json":
+    if ending(path) == ".json":
         remedy = f"write one record a line: {ONE_A_LINE}"
-    if path.suffix in (".gz", ".zst", ".bz2", ".xz", ".zip"):
+    if ending(path) in (".gz", ".zst", ".bz2", ".xz", ".zip"):
         remedy = f"unpack it, and {remedy}"
     raise InputError(f"{path}: not a kind of data this version reads", remedy)
 

@@ -59,11 +59,16 @@ class Data(Protocol):
         """The model inputs, whose first dimension counts the sequences that begin at `starts`."""
 
 
+def ending(path: Path) -> str:
+    """The suffix of a path, which names the kind of data, in small letters."""
+    return path.suffix.lower()
+
+
 def member(path: Path) -> str:
     """The word for one sequence of this data: `block` for tokens, `row` or `file`."""
-    if path.suffix in TEXT_SUFFIXES:
+    if ending(path) in TEXT_SUFFIXES:
         return "block"
-    return "row" if path.suffix in TENSOR_SUFFIXES else "file"
+    return "row" if ending(path) in TENSOR_SUFFIXES else "file"
 
 
 def members(path: Path, sequence_length: int) -> str:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lrc_cli.data.kinds import TENSOR_SUFFIXES, TEXT_SUFFIXES
+from lrc_cli.data.kinds import TENSOR_SUFFIXES, TEXT_SUFFIXES, ending
 from lrc_cli.errors import InputError
 from lrc_cli.reading import check_on_disk, file_size, walk
 
@@ -19,7 +19,7 @@ def why_not_opened(path: Path) -> str | None:
     """
     if not os.path.exists(path):
         return "the file is not there"
-    is_file = path.suffix in TEXT_SUFFIXES | TENSOR_SUFFIXES
+    is_file = ending(path) in TEXT_SUFFIXES | TENSOR_SUFFIXES
     if not is_file and not path.is_dir():
         return f"{path} is no kind of data that lrc reads"
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar, cast
 
-from lrc_cli.data.records import Record
+from lrc_cli.data.records import Record, WithTools
 
 Part = TypeVar("Part")
 
@@ -166,5 +166,7 @@ def _characters(value: Any) -> int:
     """The characters of all strings in a value."""
     if isinstance(value, str):
         return len(value)
+    if isinstance(value, WithTools):
+        return _characters(value.messages) + _characters(value.tools)
     inner = value.values() if isinstance(value, dict) else value
     return sum(map(_characters, inner)) if isinstance(value, dict | list) else 0

@@ -9,6 +9,7 @@ import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,18 @@ from lrc_cli.reading import check_size, open_regular, parse_json
 
 Record = tuple[str, Any]
 """The place of a record, as "FILE:LINE", and the value of the field."""
+TOOLS = "tools"
+"""The field beside a conversation that describes the tools which its turns may call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithTools:
+    """A conversation, and the tools that stand beside it in the record."""
+
+    messages: Any
+    tools: Any
+
+
 CHUNK = 1 << 16
 """Characters of a text, or bytes of a file, that are read at once."""
 MOST_IN_RECORD = 64_000_000
@@ -76,13 +89,16 @@ def _first_invalid_line(path: Path) -> int:
     return line
 
 
-def read_records(path: Path, field: str) -> Iterator[Record]:
+def read_records(path: Path, field: str, *, with_tools: bool = False) -> Iterator[Record]:
     """The field's value of every record, in order, one at a time.
+
+    Args:
+        with_tools: whether the value becomes `WithTools` where a record has tools, too.
 
     Raises:
         InputError: the file cannot be read, or a record has no such field.
     """
-    return _READERS[path.suffix](path, field)
+    return _READERS[path.suffix.lower()](path, field, with_tools)
 
 
 class _Lines:
@@ -123,7 +139,7 @@ def _too_long(place: str) -> InputError:
     return InputError(cause, f"{SPLIT}, or give the text as a .txt, which has no limit")
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
+def _read_jsonl(path: Path, field: str, with_tools: bool) -> Iterator[Record]:
     with _opened(path) as file:
         lines = _Lines(path, file)
         for line in lines:
@@ -138,10 +154,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
                 is_opened = line.strip() in ("[", "{", "[{")
                 remedy = f"write one record a line: {ONE_A_LINE}" if is_opened else "mend the line"
                 raise InputError(f"{place}: not valid JSON ({why})", remedy) from error
-            yield place, _value(place, row, field)
+            yield place, _value(place, row, field, with_tools)
 
 
-def _read_csv(path: Path, field: str) -> Iterator[Record]:
+def _read_csv(path: Path, field: str, with_tools: bool) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default cuts off at 128 KiB
     with _opened(path) as file:
         lines = _Lines(path, file)
@@ -153,23 +169,26 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
             for row in reader:
                 lines.begin_record()
                 place = lines.place
-                yield place, _value(place, row, field)
+                yield place, _value(place, row, field, with_tools)
         except csv.Error as error:
             # A DictReader counts the lines of whole records only.
             cause = f"{path}:{reader.reader.line_num}: not valid CSV ({error})"
             raise InputError(cause, "mend the line") from error
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[Record]:
+def _read_parquet(path: Path, field: str, with_tools: bool) -> Iterator[Record]:
     names = column_names(path)
     if field not in names:
         raise _lacks(str(path), field, dict.fromkeys(names))
-    for number, value in enumerate(values_of(path, field, MOST_IN_RECORD), start=1):
+    fields = [field, TOOLS] if with_tools and TOOLS in names else [field]
+    columns = (values_of(path, name, MOST_IN_RECORD) for name in fields)
+    for number, values in enumerate(zip(*columns, strict=True), start=1):
         place = f"{path}: record {number}"
-        yield place, _value(place, {field: value}, field)
+        row = dict(zip(fields, values, strict=True))
+        yield place, _value(place, row, field, with_tools)
 
 
-def _value(place: str, row: Any, field: str) -> Any:
+def _value(place: str, row: Any, field: str, with_tools: bool) -> Any:
     """Returns the field's value of a record; raises InputError where there is none."""
     if isinstance(row, list):
         raise InputError(
@@ -188,6 +207,8 @@ def _value(place: str, row: Any, field: str) -> Any:
             f"{place}: no text under the key {field!r}, which is null or has no value",
             "leave the record out, or give it a text (an empty one is taken)",
         )
+    if with_tools and row.get(TOOLS):
+        return WithTools(messages=row[field], tools=row[TOOLS])
     return row[field]
 
 
@@ -206,7 +227,7 @@ def _lacks(place: str, field: str, row: Mapping[str, Any]) -> InputError:
     )
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, str, bool], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -54,7 +54,7 @@ def read_rows(path: Path) -> Rows:
         InputError: the file cannot be read, its tensors have different numbers of rows, or a number
             is not finite.
     """
-    tensors = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    tensors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
     if len(lengths) != 1 or not min(lengths):
         raise InputError(

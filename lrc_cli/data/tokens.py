@@ -115,7 +115,7 @@ def read_tokens(
     Raises:
         InputError: the file cannot be read or is empty; the tokenizer or its template is missing.
     """
-    if path.suffix == ".txt" and chat_template:
+    if _is_plain(path) and chat_template:
         raise InputError(
             f"{path}: a .txt holds no conversations", "give a .jsonl, or chat_template: false"
         )
@@ -131,10 +131,10 @@ def read_tokens(
 def _read(
     path: Path, text_field: str, chat_template: bool, processors: Processors, extent: Extent
 ) -> Tokens:
-    if path.suffix == ".txt":
+    if _is_plain(path):
         return _texts(path, _Counted(stream_text(path)), processors, extent)
     field = MESSAGES if chat_template and text_field == "text" else text_field
-    records = read_records(path, field)
+    records = read_records(path, field, with_tools=chat_template)
     if chat_template:
         return _conversations(path, records, processors, extent)
     first = next(records, None)
@@ -186,6 +186,11 @@ class _Counted:
             yield text
 
 
+def _is_plain(path: Path) -> bool:
+    """Whether a file is one text, and no records."""
+    return path.suffix.lower() == ".txt"
+
+
 def _texts(path: Path, texts: _Counted, processors: Processors, extent: Extent) -> Tokens:
     tokenizer = _tokenizer(path, processors)
     passages = read_passages(pieces_of_text(texts), extent)
@@ -199,7 +204,7 @@ def _texts(path: Path, texts: _Counted, processors: Processors, extent: Extent) 
         ([token_ids(tokenizer, piece, path) for piece in passage] for passage in passages),
         special_tokens(tokenizer, sample, path),
         processors,
-        Findings(reading=reading, empty_records=0 if path.suffix == ".txt" else texts.empty),
+        Findings(reading=reading, empty_records=0 if _is_plain(path) else texts.empty),
     )
 
 

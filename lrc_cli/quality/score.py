@@ -17,7 +17,7 @@ from lrc_cli.data.processors import open_processors
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.errors import InputError
 from lrc_cli.execution.constancy import check_again
-from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
+from lrc_cli.execution.input_checks import check_sequences, check_unused, ignored_inputs, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.network.factories import ask_for_factory
@@ -98,6 +98,8 @@ def score_directory(
     before = make_network(module, device=device, dtype=DTYPES.get(config.runtime.dtype))
     check_unused(before, texts, original)
     trace = probe(before, texts)[0].trace
+    for note in ignored_inputs(before, texts):
+        progress.note(note)
     after = make_network(compressed, device=device, dtype=before.dtype)
     first = next(iter(texts.values()))
     loss = scoring(before, next(first.batches(1)), processors.tokenizer)

@@ -45,7 +45,7 @@ MAP = {key: SHARDS[key[0] == "2"] for key in STATE}
 
 def save(file: Path, state: State) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         save_file({key: x.clone() for key, x in state.items()}, file)
     else:
         torch.save(state, file)
@@ -139,6 +139,18 @@ both(
 )
 both("one number differs", single(STATE), single(STATE | {"0.bias": STATE["0.bias"] + 1}, OLD), OLD)
 both("another dtype", single(STATE), single({k: x.double() for k, x in STATE.items()}, OLD), OLD)
+HALVES = {key: x.bfloat16() for key, x in STATE.items()}
+PRECISIONS = (SINGLE, OLD, "two precisions", "float32", "bfloat16", "move the precision")
+both("rounded", single(STATE), single(HALVES, OLD), *PRECISIONS)
+both("rounded, the other way", single(HALVES), single(STATE, OLD), *PRECISIONS)
+both(
+    "one number is not rounded",
+    single(STATE),
+    single(HALVES | {"2.bias": HALVES["2.bias"] + 1}, OLD),
+    "numbers differ in 2.bias",
+)
+case("large letters")(single(STATE, "net.SafeTensors"))
+case("large letters, torch")(single(STATE, "net.PT"))
 both("another shape", single(STATE), single(STATE | {"0.bias": torch.zeros(7)}, OLD), SINGLE, OLD)
 both("a bias more", single(STATE), single(STATE | {"position_ids": torch.arange(4)}, OLD))
 both(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from lrc_cli.data import conversations
 from lrc_cli.data.conversations import Turns, render
 from lrc_cli.data.processors import Processors
+from lrc_cli.data.records import read_records
 from lrc_cli.errors import InputError
 
 PLAIN = "{% for m in messages %}<s> {{ m.role }} {{ m['content'] }} </s> {% endfor %}"
@@ -178,6 +179,41 @@ def test_a_null_that_would_be_printed_is_refused(
     with pytest.raises(InputError, match=r'turn 2: the chat template prints a null as "None"'):
         said(tokenizer, PLAIN, chat(HI, None))
     assert said(tokenizer, PLAIN, chat("None", ""))[1] == Turns(total=1)
+
+
+TOOLED = "{% for t in tools or [] %}{{ t | tojson }} {% endfor %}" + PLAIN
+FIND: dict[str, Any] = {"type": "function", "function": {"name": "w60", "parameters": {}}}
+TOOLS: dict[str, tuple[Any, str | None]] = {
+    "a function": ([FIND], None),
+    "the function alone": ([FIND["function"]], None),
+    "as JSON": (json.dumps([FIND]), None),
+    "an empty list": ([], None),
+    "null": (None, None),
+    "a template without tools": ([FIND], "prints nothing of the record's tools"),
+    "a text": ("w60", "tools is not JSON"),
+    "an object": (FIND, "tools is no list of tools"),
+    "a list of texts": (["w60"], "tools is no list of tools"),
+    "without a name": ([{"type": "function"}], "prints nothing of the record's tools"),
+}
+
+
+@pytest.mark.parametrize("kind", TOOLS)
+def test_tools_beside_a_conversation_are_rendered_or_refused(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    tools, cause = TOOLS[kind]
+    tokenizer.chat_template = PLAIN if kind == "a template without tools" else TOOLED
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join([json.dumps({"messages": chat(), "tools": tools})] * 3))
+    records = list(read_records(file, "messages", with_tools=True))
+    if cause is not None:
+        with pytest.raises(InputError, match=cause):
+            render(tokenizer, *records[0])
+        return
+    text, turns = render(tokenizer, *records[0])
+    assert ("w60" in text) == bool(tools) and turns == Turns(total=2)
+    settings = {"chat_template": True, "sequence_length": 4, "num_sequences": 2}
+    assert len(drawn(file, Processors(tokenizer=tokenizer), **settings)) == 2
 
 
 @pytest.mark.parametrize("empty", [[], [{"role": "user", "content": ""}], [{"role": "user"}], [{}]])

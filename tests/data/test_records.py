@@ -280,3 +280,24 @@ def test_masked_inputs_in_npz(
     second, _ = pico.compressed(tmp_path, changes)
     wanted, found = pico.read_state(first), pico.read_state(second)
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".TXT", ".Txt", ".JSONL", ".Csv", ".PARQUET", ".NPZ", ".SafeTensors"]
+)
+def test_large_letters_in_a_suffix_change_nothing(
+    suffix: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    small = tmp_path / f"data{suffix.lower()}"
+    rows = torch.arange(24).reshape(6, 4)
+    if suffix == ".NPZ":
+        np.savez(small, input_ids=rows.numpy())
+    elif suffix == ".SafeTensors":
+        save_file({"input_ids": rows}, small)
+    elif suffix.lower() == ".txt":
+        small.write_text(" ".join(TEXTS))
+    else:
+        write_records(small, "text", TEXTS)
+    shutil.copyfile(small, tmp_path / f"copy{suffix}")
+    own = Processors(tokenizer=tokenizer)
+    assert drawn(tmp_path / f"copy{suffix}", own).sha256 == drawn(small, own).sha256

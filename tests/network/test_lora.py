@@ -495,3 +495,12 @@ def test_a_process_without_a_peft_that_works_loads_all_the_same(
     monkeypatch.setitem(sys.modules, "lrc_cli.network.low_rank.lora", None)  # raises ImportError
     adapters.register_lora.__wrapped__()
     assert isinstance(layer(load(llama.factorised)), LowRankModule)
+
+
+def test_a_model_of_mixed_adapters_merges(llama: Pair) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(load(llama.factorised), config, mixed=True).eval()
+    adapted = logits(model)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, LoraOnFactors) for module in merged.modules())
+    assert apart(logits(merged), adapted) < 1e-4

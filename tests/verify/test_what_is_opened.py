@@ -52,6 +52,13 @@ def noted(output: Path) -> None:
     (output / "config.json").write_text(json.dumps(config))
 
 
+def without_table(output: Path) -> None:
+    """Takes the layer table out of config.json."""
+    config = json.loads((output / "config.json").read_text())
+    del config["quantization_config"]["layers"]
+    (output / "config.json").write_text(json.dumps(config))
+
+
 def layers(output: Path) -> None:
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -108,6 +115,7 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "config.json a pipe": (replaced("config.json", os.mkfifo), 3, "is a pipe"),
     "config.json of digits": (written("config.json", DIGITS), 3, "5,000 digits"),
     "a table that is none": (noted, 3, "no layer table"),
+    "no table": (without_table, 3, "fails"),
     "an index of 100 MB": (replaced("model.safetensors.index.json", grown), 3, "at most"),
     "an index a pipe": (replaced("model.safetensors.index.json", os.mkfifo), 3, "index.json"),
     "a name that is not UTF-8": (

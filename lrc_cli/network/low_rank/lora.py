@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraModel
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import check_adapters_to_merge, check_target_module_exists
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ PARTS = 'name its parts instead, as in target_modules=["up", "down"]'
 
 _of_dense_layer = LoraModel._create_new_module
 """PEFT's own choice."""
+_of_dense_replacement = MixedModel._replace_module
+"""PEFT's own way to put a layer back whose adapters were merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +232,15 @@ def _new_module(config: Any, adapter: str, target: Any, **settings: Any) -> Any:
     return LoraOnFactors(target, adapter, config=config, target_name=name, **settings)
 
 
+def _replace_module(model: Any, parent: Any, name: str, new: Any, old: Any) -> None:
+    """Puts a layer into a model of mixed adapters, which would set the weight of dense layers."""
+    if isinstance(new, StoredLayer | Tied):
+        setattr(parent, name, new)
+    else:
+        _of_dense_replacement(model, parent, name, new, old)
+
+
 def register() -> None:
     """Lets PEFT's LoRA take factorised layers by their names. A second call changes nothing."""
     LoraModel._create_new_module = staticmethod(_new_module)
+    MixedModel._replace_module = _replace_module
