@@ -22,13 +22,13 @@ from lrc_cli.data.records import Record, WithTools
 
 Part = TypeVar("Part")
 
-PIECE = 1 << 16
+PIECE = 1 << 14
 """Characters of a piece, at the least; only the last piece of a text may be shorter."""
 AHEAD = 1 << 12
 """Characters behind the first `PIECE` in which a good place for the cut is looked for."""
-PIECE_IDS = 1 << 14
+PIECE_IDS = 1 << 12
 """Token ids of a piece, where a file holds token ids."""
-MOST_PIECES = 128
+MOST_PIECES = 512
 """Pieces that are read of a file, about, unless the sequences that are asked for need more."""
 CHARACTERS_A_TOKEN = 4
 """Characters of a token, roughly; passages of another text hold more or fewer sequences."""
