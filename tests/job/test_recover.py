@@ -12,10 +12,13 @@ from pico import Models, PlainFolder
 from process_helpers import start
 
 from lrc_cli.config import load_config
+from lrc_cli.engine import training as training_module
 from lrc_cli.engine.training import Training
 from lrc_cli.job.recover import scope as scope_module
+from lrc_cli.job.recover.model import OutputDivergence
 from lrc_cli.job.run import compress
 from lrc_cli.job.work import WorkDirectory
+from lrc_cli.runtime.progress import Phase
 
 TRAINED = {"recover.scope": "model", "recover.tokens": 8000}
 
@@ -100,7 +103,18 @@ def test_errors_are_those_of_the_trained_factors(pair: tuple[Path, Any, Path, An
     assert not any("trained" in layer for layer in before["layers"])
     ended = pico.call("verify", trained, "--against", _source(after))
     assert ended.code == 0, ended.out
-    assert "c1.metric" in ended.out
+    for id in ("c1.metric", "c2.values", "c2.tolerances", "recovery.after", "recovery.data"):
+        assert f"holds: {id}: " in ended.out, id
+
+
+def test_limits_come_from_sequences_that_nothing_was_trained_on(
+    pair: tuple[Path, Any, Path, Any],
+) -> None:
+    _, before, trained, after = pair
+    asked = load_config(trained / "lrc.yaml").recover
+    first, second = (x["certificate"]["selection"]["num_sequences"] for x in (before, after))
+    assert first == 16
+    assert second == (16 if asked.has_own_data else after["recovery"]["num_held_out"])
 
 
 def _layers(report: Any) -> list[Any]:
@@ -309,6 +323,25 @@ def test_a_step_that_is_not_finite_ends_the_training_with_the_best(
     assert all(x.isfinite().all() for x in pico.read_state(tmp_path / "out").values())
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("asked", ["tokens", "minutes"])
+def test_a_start_that_is_not_finite_is_one_sentence(
+    value: str,
+    asked: str,
+    tmp_path: Path,
+    plain_folder: PlainFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    monkeypatch.setattr(OutputDivergence, "held_out", lambda _: float(value))
+    length = {"tokens": TRAINED, "minutes": {"recover.scope": "model", "recover.minutes": 0.1}}
+    changes = plain_folder.model("mlp") | length[asked] | {"compression.method": "svd"}
+    ended = pico.call("compress", pico.job(tmp_path, changes), "-q")
+    assert ended.code == 1 and ended.err.count("error: ") == 1, ended.err
+    assert "is not finite before the training; set runtime.dtype: float32" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_state_that_cannot_be_stored_ends_the_run_as_any_unit_does(
     tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,3 +438,25 @@ def test_a_training_by_minutes_that_is_stopped_goes_on_and_is_repeated_by_tokens
     assert repeated["recovery"] == recovery
     first, second = pico.read_state(tmp_path / "out"), pico.read_state(tmp_path / "again")
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("trials", [1, 3, 6])
+def test_the_display_comes_to_its_end_whatever_the_search_takes(
+    trials: int, tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    shown: dict[str, tuple[float, float]] = {}
+    close = Phase.close
+
+    def closed(phase: Phase) -> None:
+        shown[phase.name] = phase.done, phase.cost
+        close(phase)
+
+    monkeypatch.setattr(Phase, "close", closed)
+    monkeypatch.setattr(Training, "_places", lambda _: iter(range(trials)))
+    monkeypatch.setattr(training_module, "PATIENCE", 100)
+    changes = plain_folder.model("mlp") | TRAINED | {"compression.method": "svd"}
+    report = compress(load_config(pico.job(tmp_path, changes)))
+    assert report["recovery"]["steps"] == report["recovery"]["planned_steps"]
+    done, cost = shown["recover"]
+    assert done == pytest.approx(cost, rel=0.15)

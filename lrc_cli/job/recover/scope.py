@@ -1,5 +1,6 @@
 """A scope is the part of the network that is trained at a time (`recover.scope`)."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.purposes import CALIBRATION, RECOVER
 from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, Training, steps_within
+from lrc_cli.errors import RunError
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.recover.model import JUDGING, step_tokens
 from lrc_cli.job.stage import Advance
@@ -123,7 +125,7 @@ def load_training(training: Training, start: Start, began: float) -> None:
 
 def _steps_until(ends: float, training: Training, start: Start) -> int:
     """Returns the steps that can be taken until a time, as fast as this process is now."""
-    look = _seconds(training.begin)
+    look = _seconds(lambda: _begin(training))
     training.rehearse()  # the first step warms up
     step = _seconds(training.rehearse)
     own = [unit for unit in start.plan.units if start.plan.owns(unit)]
@@ -155,6 +157,7 @@ def run_training(training: Training, start: Start, advance: Callable[[int], None
     Args:
         advance: called once the search is over, with the steps that it took less than a usual one.
     """
+    _begin(training)
     stored, usual = time.monotonic(), _trials_left(training) + len(training.trials)
     for _ in training.run():
         if training.step == 1:
@@ -162,6 +165,21 @@ def run_training(training: Training, start: Start, advance: Callable[[int], None
         if time.monotonic() - stored > STORE_SECONDS:
             _store(training, start)
             stored = time.monotonic()
+
+
+def _begin(training: Training) -> None:
+    """Judges the tensors at the start.
+
+    Raises:
+        RunError: the objective is not finite there, so nothing could be called better or worse.
+    """
+    training.begin()
+    if not math.isfinite(training.start):
+        raise RunError(
+            "recover.scope: the distance of both networks' outputs is not finite before the"
+            " training",
+            "set runtime.dtype: float32, or recover.scope: none",
+        )
 
 
 def _store(training: Training, start: Start) -> None:
