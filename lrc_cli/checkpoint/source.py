@@ -190,6 +190,10 @@ class Source:
                 )
         return replace(self, fused={**self.fused, **here})
 
+    def together(self) -> "Source":
+        """Returns a view that has fused tensors as they are stored: `apart`, undone."""
+        return replace(self, fused={})
+
     @property
     def mark_bytes(self) -> int:
         """The most bytes that the marks in the place of fused tensors take."""

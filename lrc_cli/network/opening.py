@@ -45,7 +45,7 @@ def open_module(source: Source, *, factory: str | None, trust_remote_code: bool 
     that do the same with one table become one module. The source stays as it is.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint, or a view of it from another opening.
         factory: the name of the function that builds the module; None: transformers builds it.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
@@ -57,6 +57,7 @@ def open_module(source: Source, *, factory: str | None, trust_remote_code: bool 
             f"{source.path}: not a transformers directory (it has no config.json)",
             beside(source.path) or "set model.factory to the function that builds the module",
         )
+    source = source.together()  # as the files, and a network that is not taken apart yet, have them
     module, source = load_unwrapped(source, factory=factory, trust_remote_code=trust_remote_code)
     seen = source.without_copies(copies(module, source))
     unfuse(module)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import save_file
+from source_helpers import FORMS
 from torch import Tensor, nn
 
 from lrc_cli.checkpoint.fused import Fused
@@ -104,3 +105,22 @@ def test_a_source_is_frozen(tmp_path: Path) -> None:
     source = both_weights(tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         source.copies = {"second.weight": "first.weight"}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "training save"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_view_of_a_checkpoint_opens_as_the_checkpoint_does(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    """The compressed network is opened from the view that the dense network's opening gave."""
+    folder = tmp_path / "safetensors"
+    model = FAMILIES[name].build().half()
+    model.save_pretrained(folder)
+    if form != "safetensors":
+        FORMS[form](folder, tmp_path / form)
+    first = open_module(open_source(tmp_path / form), factory=None)
+    second = open_module(first.source, factory=None)
+    wanted, found = (dict(x.module.state_dict()) for x in (first, second))
+    assert {*second.source.tensors} == {*first.source.tensors}
+    assert {*found} == {*wanted}
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
