@@ -6,7 +6,6 @@ Whoever builds a feature deletes its line, or adds its value.
 from typing import Any
 
 BUILT: dict[str, tuple[Any, ...]] = {
-    "Recover.scope": ("none", "model"),
     "Output.remote_code": (False,),
 }
 """The allowed values, by dataclass and field. A field that is not listed accepts all its values."""

@@ -123,7 +123,10 @@ class Chain:
 
 
 def find_chain(
-    network: Network, batch: Batch, watching: AbstractContextManager[Any] | None = None
+    network: Network,
+    batch: Batch,
+    watching: AbstractContextManager[Any] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Chain:
     """Returns the blocks of the module list with the most parameters, if they form a chain.
 
@@ -137,8 +140,9 @@ def find_chain(
         network: the network.
         batch: a micro-batch to try the blocks on.
         watching: a context to enter around one whole pass; the pass is then made in any case.
+        names: the blocks of another module list, to be tried in place of the largest one.
     """
-    names = block_names(network.module)
+    names = tuple(block_names(network.module) if names is None else names)
     if len(names) < 2 and watching is None:
         return Chain()
     noted = _Noted(keeps_inputs=names not in network.apart)

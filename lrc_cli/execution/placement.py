@@ -12,19 +12,22 @@ import torch
 from torch import nn
 
 
-def block_names(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names in the outermost module list with the most parameters; may be empty."""
+def block_lists(module: nn.Module) -> list[tuple[str, ...]]:
+    """Returns the names in every outermost module list, the list with the most parameters first."""
     lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
     outermost = {
         name: part
         for name, part in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists)
     }
-    if not outermost:
-        return ()
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in outermost.items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    return tuple(f"{largest}.{i}" for i in range(len(outermost[largest])))
+    by_size = sorted(sizes, key=lambda name: -sizes[name])
+    return [tuple(f"{name}.{i}" for i in range(len(outermost[name]))) for name in by_size]
+
+
+def block_names(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names in the outermost module list with the most parameters; may be empty."""
+    return next(iter(block_lists(module)), ())
 
 
 class Placement:
@@ -76,10 +79,14 @@ class Placement:
     def _occupy(self, block: nn.Module) -> None:
         own = {id(part) for part in block.modules()}
         if any(id(part) not in own for part, _, _ in self._copied):
-            for part, name, original in self._copied:
-                part._parameters[name] = original
-            self._copied.clear()
+            self.release()
         self._copy(block.modules())
+
+    def release(self) -> None:
+        """Drops the copies of the block that ran last: modules hold their own parameters again."""
+        for part, name, original in self._copied:
+            part._parameters[name] = original
+        self._copied.clear()
 
     def _copy(self, parts: Any) -> None:
         """Puts copies on the device in the place of parameters that are elsewhere."""

@@ -160,8 +160,8 @@ def make_plans(
     plans = [first, *(with_config(first, config, force=force) for config in configs[1:])]
     for plan in plans:
         check_sequential(plan)
-        check_recover(plan)
         check_reachable(plan)
+    check_recover(plans)
     return plans
 
 

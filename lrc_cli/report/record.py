@@ -59,11 +59,41 @@ class SequentialDecision(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveredWindow(JsonRecord):
+    """Says what training one window gave, on sequences that nothing was trained on."""
+
+    blocks: tuple[str, ...]
+    """The window's blocks, by module name."""
+    layers: tuple[str, ...]
+    """The window's factorised layers, which were trained together."""
+    before: float
+    """The squared error of the window's output with the factors as they were fitted.
+
+    The error is relative to the square of the original's output. All windows before were trained.
+    """
+    after: float
+    """The error with the factors that were best; never above `before`."""
+    rate: float | None
+    """The learning rate, relative to the root mean square of each tensor; null: none gained."""
+    trials: Mapping[str, float | None]
+    """The error after a short trial of each rate; null where it was not finite."""
+    steps: int
+    """The steps that were taken."""
+    planned_steps: int
+    """The steps that were asked for; training ends early where it gains nothing more."""
+
+    @property
+    def gained(self) -> bool:
+        """Whether the window's factors are better than before."""
+        return self.after < self.before
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recovery(JsonRecord):
     """Says what training the factors gave, on sequences that nothing was trained on."""
 
     scope: str
-    """The part of the network that was trained at a time: model."""
+    """The part of the network that was trained at a time: model or block."""
     objective: str
     """What was lowered, in words."""
     before: float
@@ -71,11 +101,13 @@ class Recovery(JsonRecord):
     after: float
     """The objective with the factors as they are written; never above `before`."""
     rate: float | None
-    """The learning rate, relative to the root mean square of each tensor; null: none gained."""
+    """The learning rate, relative to the root mean square of each tensor; null: none gained, or
+    every window has its own."""
     trials: Mapping[str, float | None]
-    """The objective after a short trial of each rate; null where it was not finite."""
+    """The objective after a short trial of each rate; null where it was not finite. Windows have
+    their own."""
     steps: int
-    """The steps that were taken."""
+    """The steps that were taken; where windows are trained, the most that one took."""
     planned_steps: int
     """The steps that were asked for; training ends early where it gains nothing more."""
     tokens: int
@@ -90,6 +122,8 @@ class Recovery(JsonRecord):
     """The drawn sequences that equal one of certification or evaluation, or one held out."""
     norms: tuple[str, ...] | None = field(default=None, metadata=ABSENT)
     """The norms' tensors that are written as they were trained; absent where none are."""
+    windows: tuple[RecoveredWindow, ...] | None = field(default=None, metadata=ABSENT)
+    """The windows that were trained one after the other; absent for the scope model."""
 
     @property
     def gained(self) -> bool:

@@ -17,7 +17,8 @@ from command_helpers import Changes, assert_nothing_left
         (["--set", "compression.sizes=0.5"], ["compression.sizes", "size"]),
         (["--set", "compression.size"], ["--set"]),
         (["--set", "nothing.at.all=1"], ["nothing"]),
-        (["--set", "recover.scope=block"], ["recover.scope", "not in this version"]),
+        (["--set", "recover.scope=layer"], ["recover.scope", "'layer'"]),
+        (["--set", "output.remote_code=true"], ["output.remote_code", "not in this version"]),
     ],
 )
 def test_wrong_settings_name_the_key(

@@ -272,7 +272,6 @@ def test_impossible_shard_sizes(size: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "shown"),
     [
-        ("recover.scope", "block", "'block'"),
         ("output.remote_code", "true", "true"),
     ],
 )

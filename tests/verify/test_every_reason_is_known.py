@@ -178,6 +178,7 @@ KNOWN: dict[str, tuple[Accepts, str]] = {
     "it stays dense": (plain, ""),
     "the tokens that reach it depend on the layers before it": (plain, ""),
     "its factors were trained afterwards": (plain, ""),
+    "layers before it were trained afterwards": (plain, ""),
     "compression.sequential is false": (decided, ""),
     "auto: {} is about the dense network's inputs": (
         decided, "auto: threshold is about the dense network's inputs",

@@ -19,8 +19,13 @@ def measured_again(
     tensors: Tensors,
     facts: LayerFacts,
     bias: torch.Tensor | None,
+    *,
+    trained: bool = True,
 ) -> LayerFacts:
     """Returns the facts of a layer whose factors were trained after they were fitted.
+
+    A layer that was fitted to inputs in the compressed network has others once layers before it
+    were trained, so it is measured again too.
 
     Args:
         problems: the layer's problems on its inputs in the dense network, in one unit.
@@ -28,6 +33,7 @@ def measured_again(
         tensors: the tensors as they will be written, by disk name.
         facts: the facts of the layer as it was fitted.
         bias: the dense layer's bias (m,); None for a layer without a bias.
+        trained: whether the layer's own factors were trained.
     """
     form = FORMS[facts.storage]
     found = {name: tensors[layer.keys.key(name)] for name in form.tensors}
@@ -46,13 +52,17 @@ def measured_again(
         errors = problem.offset(errors, tensors[layer.keys.bias].to(exact) - exact)
     measured = replace(
         facts,
-        trained=True,
+        trained=True if trained else None,
         errors=errors_of(problem, packed, errors),
         max_coefficient=form.largest_coefficient(packed),
     )
     if facts.sequential is None:
         return measured
-    reason = facts.sequential_reason or "its factors were trained afterwards"
+    reason = facts.sequential_reason or (
+        "its factors were trained afterwards"
+        if trained
+        else "layers before it were trained afterwards"
+    )
     return replace(
         measured,
         sequential=False,

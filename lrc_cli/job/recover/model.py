@@ -104,7 +104,7 @@ class OutputDivergence:
         """
         number = len(self.trained)
         places = range(step * self.step_size, (step + 1) * self.step_size)
-        chosen = [_order(self.seed, place // number, number)[place % number] for place in places]
+        chosen = [order_of(self.seed, place // number, number)[place % number] for place in places]
         for start in range(0, len(chosen), self.size):
             rows = torch.tensor(chosen[start : start + self.size])
             yield places[start], {name: x[rows] for name, x in self.trained.inputs.items()}
@@ -145,7 +145,7 @@ def step_tokens(trained: Sequences) -> float:
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, number: int) -> list[int]:
+def order_of(seed: int, epoch: int, number: int) -> list[int]:
     """Returns the order of the sequences in an epoch."""
     order: list[int] = torch.randperm(number, generator=drawing(seed, -1 - epoch)).tolist()
     return order

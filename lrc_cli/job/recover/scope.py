@@ -105,7 +105,7 @@ def steps_asked(plan: Plan, trained: Sequences) -> int:
     return max(1, round(tokens / step_tokens(trained)))
 
 
-def load_training(training: Training, start: Start, began: float) -> None:
+def load_training(training: Training, start: Start, began: float, share: float = 1.0) -> None:
     """Brings a training to where an earlier run has stored it, or sets the length of a new one.
 
     Where the config gives minutes, the length follows from how fast a step is now. It is stored at
@@ -113,25 +113,27 @@ def load_training(training: Training, start: Start, began: float) -> None:
 
     Args:
         began: the time at which the stage began.
+        share: the fraction of the time that is left which this training may take.
     """
     minutes = start.plan.config.recover.minutes
     if not start.work.missing(start.folder, [STATE]):
         training.load(*start.work.get(start.folder, STATE))
     elif minutes is not None:
-        steps = _steps_until(began + 60 * minutes, training, start)
+        steps = _steps_until(began + 60 * minutes, training, start, share)
         training.num_steps = min(start.plan.processes.gather(steps))
         _store(training, start)
 
 
-def _steps_until(ends: float, training: Training, start: Start) -> int:
+def _steps_until(ends: float, training: Training, start: Start, share: float) -> int:
     """Returns the steps that can be taken until a time, as fast as this process is now."""
     look = _seconds(lambda: _begin(training))
     training.rehearse()  # the first step warms up
     step = _seconds(training.rehearse)
     own = [unit for unit in start.plan.units if start.plan.owns(unit)]
-    closing = _seconds(lambda: start.measure(own[0], training.best)) if own else 0.0
+    trained = [x for x in own if any(y.keys.weight in training.best for y in start.plan.units[x])]
+    closing = _seconds(lambda: start.measure(trained[0], training.best)) if trained else 0.0
     left = ends - time.monotonic() - len(own) * closing
-    return steps_within(left, step=step, look=look)
+    return steps_within(share * left, step=step, look=look)
 
 
 def _seconds(work: Callable[[], object]) -> float:

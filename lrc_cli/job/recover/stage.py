@@ -13,11 +13,13 @@ from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.factors.plain import GivenLayer
 from lrc_cli.job.fingerprints import digest
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.recover.in_turn import InTurn
 from lrc_cli.job.recover.measured import measured_again
 from lrc_cli.job.recover.model import split
 from lrc_cli.job.recover.scope import Scope, Start, training_data
 from lrc_cli.job.recover.trainees import keys_of
 from lrc_cli.job.recover.whole import WholeNetwork
+from lrc_cli.job.recover.windows import find_windows
 from lrc_cli.job.stage import Advance, Solved, Stage, Task
 from lrc_cli.job.work import RECOVERED, Tensors, WorkDirectory
 from lrc_cli.report.record import LayerFacts, Recovery
@@ -81,7 +83,7 @@ class RecoverStage(Stage[Recovered]):
                 summary = scope.train(advance)
             for unit in self.plan.units:
                 if self.plan.owns(unit):
-                    yield unit, self._recovered(unit, scope)
+                    yield unit, self._recovered(unit, scope, gained=summary.gained)
             if self.plan.processes.is_first:
                 yield SUMMARY, Recovered({}, summary.to_json())
 
@@ -89,7 +91,8 @@ class RecoverStage(Stage[Recovered]):
 
     def scope(self) -> Scope:
         """Returns the training that the config asks for, where an earlier run has left it."""
-        return WholeNetwork(self.start)
+        kind = InTurn if self.plan.config.recover.scope == "block" else WholeNetwork
+        return kind(self.start)
 
     @property
     def start(self) -> Start:
@@ -115,24 +118,30 @@ class RecoverStage(Stage[Recovered]):
         tensors, _ = self.work.get(self.factors, unit)
         return tensors, read_facts(self.work, self.factors, unit)
 
-    def _recovered(self, unit: str, scope: Scope) -> Recovered:
+    def _recovered(self, unit: str, scope: Scope, *, gained: bool) -> Recovered:
         """Returns the unit with the trained tensors, and their errors."""
-        trained = [scope.trained(layer) for layer in self.plan.units[unit]]
-        found = self.measured(unit, {key: x for own in trained for key, x in own.items()})
+        parts = [scope.trained(layer) for layer in self.plan.units[unit]]
+        trained = {key: tensor for own in parts for key, tensor in own.items()}
+        found = self.measured(unit, trained, gained=gained)
         return Recovered(found.tensors | scope.others(unit), found.facts)
 
-    def measured(self, unit: str, trained: Tensors) -> Recovered:
-        """Returns the unit with trained tensors in the place of its own, and their errors."""
+    def measured(self, unit: str, trained: Tensors, *, gained: bool = True) -> Recovered:
+        """Returns the unit with trained tensors in the place of its own, and their errors.
+
+        Args:
+            trained: the trained tensors of the unit, by disk name.
+            gained: whether any layer of the network has trained tensors.
+        """
         tensors, facts = self.fitted(unit)
         found = {}
         for layer in self.plan.units[unit]:
             fact = facts[layer.name]
-            if layer.keys.weight in trained:
+            moved = layer.keys.weight in trained
+            if moved or (gained and fact.sequential):
                 own = {key: trained[key].cpu() for key in keys_of(layer) if key in trained}
                 given, tensors = GivenLayer(self.plan, self.work, layer), tensors | own
-                fact = measured_again(
-                    problems_of(self.plan.of(layer).solver, given), layer, tensors, fact, given.bias
-                )
+                problems = problems_of(self.plan.of(layer).solver, given)
+                fact = measured_again(problems, layer, tensors, fact, given.bias, trained=moved)
             found[layer.name] = fact.to_json()
         return Recovered(tensors, found)
 
@@ -157,11 +166,21 @@ def _naming_memory() -> Iterator[None]:
         ) from error
 
 
-def check_recover(plan: Plan) -> None:
-    """Raises InputError where training is asked for, and something else forbids it."""
+def check_recover(plans: Sequence[Plan]) -> None:
+    """Raises InputError where training is asked for, and something else forbids it.
+
+    Args:
+        plans: the plans of several sizes, which have one network and one section `recover`.
+    """
+    if plans[0].config.recover.is_used:
+        for plan in plans:
+            _check_target(plan)
+        _check_data(plans[0])
+        _check_windows(plans[0])
+
+
+def _check_target(plan: Plan) -> None:
     compression = plan.config.compression
-    if not plan.config.recover.is_used:
-        return
     target, _ = compression.target
     if target in ("max_layer_error", "max_loss_increase"):
         raise InputError(
@@ -184,12 +203,26 @@ def check_recover(plan: Plan) -> None:
             f"recover.scope: the numbers of compression.storage: {fixed} cannot be trained",
             "set recover.scope: none, or another compression.storage",
         )
+
+
+def _check_data(plan: Plan) -> None:
     trained, _ = split(training_data(plan))
     if not trained or (plan.config.recover.path is not None and RECOVER not in plan.sequences):
         raise InputError(
             "recover.scope: there is no sequence to train on, beside one that is held out to judge"
             " by and all that are certified or evaluated on",
             "give more sequences that differ, or set recover.scope: none",
+        )
+
+
+def _check_windows(plan: Plan) -> None:
+    if plan.config.recover.scope != "block":
+        return
+    if not find_windows(plan.network, plan.layers, next(training_data(plan).batches(1))):
+        raise InputError(
+            "recover.scope: block: no layer lies in blocks that form a chain, each of which reads"
+            " nothing of other blocks but the output of the one before",
+            "set recover.scope: model",
         )
 
 

@@ -78,6 +78,11 @@ def _trainee(
     return Trainee(name=key, parameter=parameter, dtype=dtype, like=like)
 
 
+def is_factorised(networks: TwoNetworks, layer: Layer) -> bool:
+    """Returns whether the compressed network has factors in the place of a layer."""
+    return bool(_parameters(networks, layer))
+
+
 def keys_of(layer: Layer) -> list[str]:
     """Returns the disk names of what may be stored of a layer."""
     return [layer.keys.key(name) for name in (WEIGHT, UP, PERM, BIAS)]

@@ -4,7 +4,7 @@ The factors before the training are not among the written files. What was reache
 trials of learning rates, is the run's own claim, and is said to be not checked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from lrc_cli.config import Recover
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.data.purposes import CALIBRATION, RECOVER
+from lrc_cli.execution.chain import hidden_output
 from lrc_cli.execution.divergence import OBJECTIVES
+from lrc_cli.execution.hooks import around_calls
 from lrc_cli.execution.losses import (
     UNSCORED,
     Loss,
@@ -25,6 +27,7 @@ from lrc_cli.execution.losses import (
     floating_outputs,
     prepare,
 )
+from lrc_cli.execution.network import Network
 from lrc_cli.runtime.files import tensor_bytes
 from lrc_cli.verify.again.moments import batch_size
 from lrc_cli.verify.again.networks import OpenedRun
@@ -69,6 +72,8 @@ def check_recovery(run: OpenedRun) -> None:
     found /= sum(count_tokens(batch) for batch in kept_out.batches(size))
     problem = objective_problem(stated["after"], found, run.before.dtype)
     run.findings.judge("recovery.after", what, problem)
+    if stated.get("windows") is not None:
+        _check_windows(run, stated, kept_out, loss, size, first=-(-len(trained) // size))
 
 
 def training_data(run: OpenedRun) -> Sequences | str:
@@ -176,6 +181,56 @@ def _distance(run: OpenedRun, loss: Loss, batch: Batch, index: int) -> float:
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
         total += (p.exp() * (p - q)).sum().item()
     return total
+
+
+def _check_windows(
+    run: OpenedRun,
+    stated: Mapping[str, Any],
+    kept_out: Sequences,
+    loss: Loss,
+    size: int,
+    *,
+    first: int,
+) -> None:
+    """Checks the error of every window's output, on the sequences that were held out.
+
+    Args:
+        size: the sequences in a batch.
+        first: the place of the first batch, from which masked tokens are drawn.
+    """
+    what = "the errors of the windows' outputs are what both networks give"
+    if not stated["after"] < stated["before"]:
+        reason = "the network was no better with these windows, so they are not what is written"
+        run.findings.not_checked("recovery.windows", what, reason, by_design=True)
+        return
+    last = [window["blocks"][-1] for window in stated["windows"]]
+    errors, squares = dict.fromkeys(last, 0.0), dict.fromkeys(last, 0.0)
+    for index, batch in enumerate(kept_out.batches(size)):
+        inputs, _ = prepare(loss, batch, drawing(run.seed, first + index))
+        masks = masks_of(inputs)
+        old, new = (_outputs_of(network, last, inputs) for network in (run.before, run.after))
+        for name in last:
+            errors[name] += _square(unpadded(new[name].double() - old[name].double(), masks))
+            squares[name] += _square(unpadded(old[name].double(), masks))
+    for window in stated["windows"]:
+        name = window["blocks"][-1]
+        found = errors[name] / (squares[name] or 1.0)
+        problem = objective_problem(window["after"], found, run.before.dtype)
+        run.findings.judge("recovery.windows", f"{what}, up to {name}", problem)
+
+
+def _outputs_of(network: Network, names: Sequence[str], inputs: Batch) -> dict[str, Tensor]:
+    """Returns the hidden states that some blocks of a network return."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, _: Any, __: Any, output: Any) -> None:
+        hidden = hidden_output(output)
+        assert hidden is not None
+        found[name] = hidden.clone()
+
+    with torch.no_grad(), around_calls(network.module, names, after=note):
+        network(inputs)
+    return found
 
 
 def _square(rows: Tensor) -> float:

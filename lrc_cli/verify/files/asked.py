@@ -13,6 +13,7 @@ from lrc_cli.data.kinds import member
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION, RECOVER, purposes_of
 from lrc_cli.report.record import SCHEMA_VERSION
 from lrc_cli.verify.files.fields import architecture_of
+from lrc_cli.verify.files.training import training_problem
 from lrc_cli.verify.files.written import Written
 from lrc_cli.verify.statements import Findings
 
@@ -57,7 +58,7 @@ def check_asked(written: Written, config: Config, findings: Findings) -> None:
     _check_draws(report, config, findings)
     _check_certificate(report, config, findings)
     findings.judge(
-        "recovery", "the factors were trained as asked", _training_problem(report, config)
+        "recovery", "the factors were trained as asked", training_problem(report, config)
     )
     with findings.guard("files.origin", "the original's side files are there"):
         _check_side_files(written, facts["checkpoint_sha256"], findings)
@@ -71,41 +72,6 @@ def _data_of(config: Config) -> set[str]:
     sections = (config.calibration, config.certification, recover, *(config.evaluation or ()))
     paths = {section.path for section in sections if section is not None}
     return {path for path in (*paths, config.model.factory) if path is not None}
-
-
-def _training_problem(report: Mapping[str, Any], config: Config) -> str | None:
-    """Returns what is wrong with what the report says of training the factors; None: nothing."""
-    found, asked = report.get("recovery"), config.recover
-    factorised = any(row["storage"] != "dense" for row in report["layers"])
-    if not asked.is_used or not factorised:
-        return None if found is None else "nothing was to be trained, and the report has an outcome"
-    if found is None:
-        return "the report has no outcome"
-    drawn = report["provenance"]["sequences"]
-    data = drawn[RECOVER if asked.has_own_data and RECOVER in drawn else CALIBRATION]
-    number = found["num_sequences"] + found["num_held_out"]
-    if found["scope"] != asked.scope:
-        return f"stated for {found['scope']}, asked for was {asked.scope}"
-    if number + found["num_left_out"] != data["num_sequences"]:
-        return f"{number} sequences, drawn were {data['num_sequences']}"
-    if not found["num_left_out"] and found["num_held_out"] != max(1, min(number // 8, 16)):
-        return f"{found['num_held_out']} of {number} sequences are held out"
-    if not found["after"] <= found["before"] or not found["steps"] <= found["planned_steps"]:
-        return "it ends higher than it began, or with more steps than were asked for"
-    if not found["tokens"] <= found["planned_tokens"]:
-        return "it takes more tokens than were asked for"
-    if found.get("norms") is not None and not (found["after"] < found["before"] and asked.norms):
-        return "norms were trained, and none were to be, or nothing was gained"
-    tried = {rate: value for rate, value in found["trials"].items() if value is not None}
-    if found["after"] > min([found["before"], *tried.values()]):
-        return "a trial is better than what was kept"
-    if (found["rate"] is None) is not (found["steps"] == 0):
-        return "a rate belongs to steps that were taken"
-    if found["rate"] is not None and tried:
-        best = min(tried, key=lambda rate: (tried[rate], float(rate)))
-        if f"{found['rate']:.2g}" != best:
-            return f"the rate is {found['rate']}, and {best} had the best trial"
-    return None
 
 
 def _check_machine(facts: Mapping[str, Any], config: Config, findings: Findings) -> None:

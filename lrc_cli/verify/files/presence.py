@@ -67,10 +67,18 @@ def _with_optimum(context: Context) -> bool | None:
 
 
 def _trained(context: Context) -> bool | None:
-    """Returns whether a layer's factors are trained ones: all are, if training gained."""
+    """Returns whether a layer's factors are trained ones, which all are if training gained.
+
+    Where windows were trained, the layers of a window are if the window gained too.
+    """
     recovery = context.report.get("recovery")
-    gained = recovery is not None and recovery["after"] < recovery["before"]
-    return _factorised(context) if gained else False
+    if recovery is None or not recovery["after"] < recovery["before"]:
+        return False
+    windows = recovery.get("windows")
+    name = context.row["name"]
+    return _factorised(context) and (
+        windows is None or any(name in x["layers"] for x in windows if x["after"] < x["before"])
+    )
 
 
 def _sequential(value: bool) -> Condition:
@@ -134,6 +142,9 @@ PRESENT: dict[str, Condition] = {
     "recovery.rate": _elsewhere,
     "recovery.trials.*": _elsewhere,
     "recovery.norms": _elsewhere,
+    "recovery.windows": lambda c: bool(c.report["recovery"]["scope"] == "block"),
+    "recovery.windows[].rate": _elsewhere,
+    "recovery.windows[].trials.*": _elsewhere,
     "target.of": lambda c: bool(c.report["target"]["name"] == "size"),
     "worst_case": _elsewhere,  # --against tells whether the network has such a bound
     "provenance.device_name": lambda c: c.report["provenance"]["device"].startswith("cuda"),

@@ -178,11 +178,12 @@ def _may_change(written: Written, key: str) -> bool:
     """
     if key in norms_of(written):
         return True
-    methods = _methods_of_bias(written, key)
-    if written.config is None or not methods:
+    rows = _rows_of_bias(written, key)
+    if written.config is None or not rows:
         return False
-    own_bias = any(method == "relu" or method not in KNOWN for method in methods)
-    return written.config.compression.center or own_bias or is_trained(written)
+    own_bias = any(x["method"] == "relu" or x["method"] not in KNOWN for x in rows)
+    trained = any(row.get("trained") is True for row in rows)
+    return written.config.compression.center or own_bias or trained
 
 
 def norms_of(written: Written) -> Sequence[str]:
@@ -199,27 +200,39 @@ def is_trained(written: Written) -> bool:
 def check_norms(module: nn.Module, written: Written, original: Source, findings: Findings) -> None:
     """The report must name all norms of the original if they were trained, and nothing else.
 
+    Where windows were trained, only norms that lie in a window that gained are named.
+
     The function must see the module as it was built, before `make_network`.
     """
     asked = written.config is not None and written.config.recover.norms and is_trained(written)
-    wanted = sorted(norms_by_key(module, original.tensors)) if asked else []
+    norms = norms_by_key(module, original.tensors) if asked else {}
+    wanted = sorted(key for key, name in norms.items() if _lies_in_a_window(written, name))
     what = "the tensors of norms that were trained are the original's norms"
     findings.equal("original.norms", what, sorted(norms_of(written)), wanted)
 
 
-def _methods_of_bias(written: Written, key: str) -> set[str]:
-    """Returns the methods of the factorised layers that a bias may belong to.
+def _lies_in_a_window(written: Written, name: str) -> bool:
+    """Returns whether a parameter was trained, as it lies in what was trained at a time."""
+    windows = ((written.report or {}).get("recovery") or {}).get("windows")
+    if windows is None:
+        return True
+    gained = [block for x in windows if x["after"] < x["before"] for block in x["blocks"]]
+    return any(f"{name}.".startswith(f"{block}.") for block in gained)
+
+
+def _rows_of_bias(written: Written, key: str) -> list[dict[str, Any]]:
+    """Returns the report's rows of the factorised layers that a bias may belong to.
 
     transformers may give a layer another name than the files do. Such a bias lies beside factors
     that no row of the report is known for; it may belong to any row whose tensors are unknown.
     """
-    rows = [(row["method"], written.keys.get(row["name"])) for row in written.factorised]
-    own = {method for method, keys in rows if keys is not None and keys.bias == key}
+    rows = [(row, written.keys.get(row["name"])) for row in written.factorised]
+    own = [row for row, keys in rows if keys is not None and keys.bias == key]
     there = written.source.tensors if written.source else {}
     is_beside_factors = any(Keys(x).bias == key and Keys(x).key(UP) in there for x in there)
     if own or not is_beside_factors:
         return own
-    return {method for method, keys in rows if keys is None}
+    return [row for row, keys in rows if keys is None]
 
 
 def _tensor_problem(written: Written, original: torch.Tensor, key: str) -> str | None:
