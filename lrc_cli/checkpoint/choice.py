@@ -23,7 +23,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = ".index.json"
 NAMED = "transformers_weights"
 """The key of config.json that tells transformers which file to read."""
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}$", re.IGNORECASE)
 RESTORE = "restore the index that was saved with the shards"
 
 
@@ -45,7 +45,7 @@ class Form:
     @property
     def is_safetensors(self) -> bool:
         """Whether the files are safetensors."""
-        return bool(self.files) and self.files[0].suffix.lower() in SAFE
+        return bool(self.files) and _has_suffix(self.files[0], SAFE)
 
 
 def forms_of(path: Path, named: object = None) -> list[Form]:
@@ -73,7 +73,7 @@ def forms_of(path: Path, named: object = None) -> list[Form]:
     forms = [*safe, *middle, *(old or ([] if safe or middle else _only(path, PICKLED)))]
     unique = {form.place: form for form in reversed(forms)}
     forms = list(reversed(unique.values()))
-    return [*forms, *_twins(forms), *_stray_shards(path, forms)]
+    return [*forms, *_twins(path, forms)]
 
 
 def transformers_place(path: Path, named: object = None) -> Path:
@@ -133,22 +133,28 @@ def _single(path: Path, name: str) -> list[Form]:
 def _only(path: Path, suffixes: Sequence[str]) -> list[Form]:
     """Returns the only file with one of the suffixes, whatever its name.
 
+    The first is returned of several whose names differ only in case and suffix.
+
     Raises:
-        InputError: there are several.
+        InputError: there are several with other names.
     """
-    files = sorted(x for x in path.iterdir() if x.suffix.lower() in suffixes and x.is_file())
-    if len(files) > 1:
+    files = sorted(x for x in path.iterdir() if _has_suffix(x, suffixes) and x.is_file())
+    if len({file.stem.casefold() for file in files}) > 1:
         index = INDEX_NAME if suffixes is SAFE else OLD_INDEX
         raise InputError(
             f"{path}: several {files[0].suffix} files and no {index}",
             "add the index, or give the one file that holds the weights",
         )
-    return [Form(place=file, files=[file]) for file in files]
+    return [Form(place=file, files=[file]) for file in files[:1]]
 
 
 def _indexes(path: Path, suffixes: Sequence[str], standard: str) -> list[Form]:
     """Returns the forms that indexes name, the standard name first; others are known by content."""
-    others = sorted(file for file in path.glob(f"*{INDEX}") if file.name not in _STANDARD)
+    others = sorted(
+        file
+        for file in path.iterdir()
+        if file.name.lower().endswith(INDEX) and file.name not in _STANDARD
+    )
     forms = []
     for index in [path / standard, *others]:
         if not index.exists() and not index.is_symlink():
@@ -157,7 +163,7 @@ def _indexes(path: Path, suffixes: Sequence[str], standard: str) -> list[Form]:
         if index.name != standard and not isinstance(content.get("weight_map"), dict):
             continue
         form = _indexed(index, _checked_map(index, content))
-        if form.files[0].suffix in suffixes or index.name == standard:
+        if _has_suffix(form.files[0], suffixes) or index.name == standard:
             forms.append(form)
     return forms
 
@@ -192,8 +198,8 @@ def _indexed(index: Path, weight_map: Mapping[str, str]) -> Form:
                 f"{index} names {index.parent / name}, which is missing", "copy all shards"
             )
     files = sorted({index.parent / name for name in names})
-    safe = {file.suffix in SAFE for file in files}
-    if len(safe) > 1 or not all(file.suffix in (*SAFE, *PICKLED) for file in files):
+    safe = {_has_suffix(file, SAFE) for file in files}
+    if len(safe) > 1 or not all(_has_suffix(file, (*SAFE, *PICKLED)) for file in files):
         kinds = " and ".join(sorted({file.suffix or "no suffix" for file in files}))
         raise InputError(f"{index} names files of several kinds ({kinds})", RESTORE)
     return Form(place=index, files=files, weight_map=weight_map)
@@ -220,30 +226,33 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _twins(forms: Sequence[Form]) -> list[Form]:
-    """Returns single files with the name of a form's only file and another suffix of weights."""
-    places = {form.place for form in forms}
-    singles = [form.place for form in forms if form.files and form.weight_map is None]
-    twins = {file.with_suffix(end) for file in singles for end in (*SAFE, *PICKLED)} - places
-    return [
-        Form(place=file, files=[file], is_optional=True) for file in sorted(twins) if _is_file(file)
-    ]
+def _twins(path: Path, forms: Sequence[Form]) -> list[Form]:
+    """Returns files that may hold another form of the checkpoint, which no reader looks for first.
 
-
-def _stray_shards(path: Path, forms: Sequence[Form]) -> list[Form]:
-    """Returns shards of a form's name that the form does not read, such as an older save's."""
+    Such a file has a suffix of weights and the name of a form, or a name that transformers gives.
+    The case of letters does not count, and neither do the numbers of a shard: an older save may
+    have left it, or a file system that takes both cases for one name.
+    """
     used = {file for form in forms for file in form.files}
     if not used:
         return []
     stems = {_stem(file) for file in used} | {_stem(Path(SINGLE_NAME)), _stem(Path(OLD_SINGLE))}
-    shards = (file for file in sorted(path.iterdir()) if SHARD.search(file.stem))
     return [
-        Form(place=file, files=[file], is_partial=True, is_optional=True)
-        for file in shards
-        if file not in used and file.suffix in (*SAFE, *PICKLED) and _stem(file) in stems
+        Form(place=file, files=[file], is_partial=_is_shard(file), is_optional=True)
+        for file in sorted(path.iterdir())
+        if file not in used and _has_suffix(file, (*SAFE, *PICKLED)) and _stem(file) in stems
         if _is_file(file)
     ]
 
 
+def _is_shard(file: Path) -> bool:
+    return bool(SHARD.search(file.stem))
+
+
 def _stem(file: Path) -> str:
-    return SHARD.sub("", file.stem)
+    """Returns a name without its suffix and the numbers of a shard, in small letters."""
+    return SHARD.sub("", file.stem).casefold()
+
+
+def _has_suffix(file: Path, suffixes: Collection[str]) -> bool:
+    return file.suffix.lower() in suffixes

@@ -102,31 +102,33 @@ class SideFiles:
                 self.left_out[name.as_posix()] = why
             else:
                 self.carried.append(file)
-                if name.name.endswith((TENSOR_SUFFIX, *PICKLE_SUFFIXES)):
+                if name.suffix.lower() in (TENSOR_SUFFIX, *PICKLE_SUFFIXES):
                     self.other_weights.append(name.as_posix())
 
     def _reason(self, file: Path, name: Path) -> str | None:
         """Returns why a file is not carried over, as far as the file itself tells; None: it is."""
         if any(EXPORT_FOLDER.fullmatch(part) for part in name.parts[:-1]):
             return EXPORT
-        if TRAINING_FILE.fullmatch(name.name):
+        folded = name.name.lower()
+        if TRAINING_FILE.fullmatch(folded):
             return TRAINING
-        if name.name.endswith(EXPORT_SUFFIXES) or EXPORT_FILE.fullmatch(name.name):
+        if folded.endswith(EXPORT_SUFFIXES) or EXPORT_FILE.fullmatch(folded):
             return EXPORT
-        is_weights = name.name.endswith((TENSOR_SUFFIX, *PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES))
+        is_weights = folded.endswith((TENSOR_SUFFIX, *PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES))
         if is_weights and any(TRAINING_FOLDER.fullmatch(part) for part in name.parts[:-1]):
             return TRAINING
         if is_weights and len(name.parts) == 1:
             return WEIGHTS
-        if name.name.endswith(".distcp"):
+        if folded.endswith(".distcp"):
             return COPY
         return self._reason_inside(file) if is_weights else None
 
     def _reason_inside(self, file: Path) -> str | None:
         """Returns why a file with weights, in a folder, is not carried over, by its tensors."""
-        if file.name.endswith(".index.json"):
+        folded = file.name.lower()
+        if folded.endswith(".index.json"):
             return self._reason_of_shards(file)
-        if file.name.endswith(TENSOR_SUFFIX):
+        if folded.endswith(TENSOR_SUFFIX):
             try:
                 headers = file_headers(file)
             except InputError:  # packed numbers, or no safetensors at all: no copy of the network
@@ -146,8 +148,9 @@ class SideFiles:
 
     def _reason_of_shards(self, index: Path) -> str | None:
         """Returns why an index is not carried over: its shards are not."""
-        suffix = f".{index.name.split('.')[-3]}"
-        shards = (x for x in sorted(index.parent.iterdir()) if x.suffix == suffix and x.is_file())
+        suffix = f".{index.name.lower().split('.')[-3]}"
+        files = (x for x in sorted(index.parent.iterdir()) if x.is_file())
+        shards = (x for x in files if x.suffix.lower() == suffix)
         return next((why for shard in shards if (why := self._reason_inside(shard))), None)
 
     def _is_copy(self, shapes: Shapes) -> bool:

@@ -89,6 +89,7 @@ def read_folder(path: Path, processors: Processors) -> Files:
         InputError: there are neither, or both; or the checkpoint has no processor for them.
     """
     visible = list(visible_files(path))
+    findings = Findings(linked_folders=_linked_folders(path))
     for file in visible:
         check_file_name(file)
     images, audio = (
@@ -101,9 +102,13 @@ def read_folder(path: Path, processors: Processors) -> Files:
         cause = f"{path}: holds images ({images[0].name}) and recordings ({audio[0].name})"
         raise InputError(cause, "give folders of one kind")
     if images:
-        return Files(paths=images, prepare=_images(processors), processors=processors)
+        return Files(
+            paths=images, prepare=_images(processors), processors=processors, findings=findings
+        )
     if audio:
-        return Files(paths=audio, prepare=_recordings(processors), processors=processors)
+        return Files(
+            paths=audio, prepare=_recordings(processors), processors=processors, findings=findings
+        )
     known = ", ".join(sorted(IMAGES | AUDIO))
     raise InputError(f"{path}: the folder has no image and no recording", f"use {known}")
 
@@ -126,6 +131,16 @@ def visible_files(path: Path) -> Iterator[Path]:
         if others > MOST_OTHERS and others > OTHERS_TIMES * kept:
             cause = f"{path}: holds more than {MOST_OTHERS:,} files that are no data"
             raise InputError(cause, "give the folder that holds the images or the recordings alone")
+
+
+def _linked_folders(path: Path) -> list[str]:
+    """Returns the names of links to folders, in a folder and below, that `visible_files` passes."""
+    linked = []
+    for folder, folders, _ in walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = (Path(folder, name) for name in folders if Path(folder, name).is_symlink())
+        linked += [str(link.relative_to(path)) for link in links]
+    return sorted(linked)
 
 
 def _taken(inputs: Batch, processors: Processors) -> Batch:

@@ -28,6 +28,8 @@ class Findings:
     """What a chat template left out of conversations."""
     empty_records: int = 0
     """The records that hold no text."""
+    linked_folders: Sequence[str] = ()
+    """The names of links to folders in a folder of data, which are not followed."""
 
 
 NO_FINDINGS = Findings()

@@ -5,6 +5,7 @@ from lrc_cli.data.purposes import purposes_of
 from lrc_cli.execution.input_checks import ignored_inputs
 from lrc_cli.job.plan import Plan
 from lrc_cli.report.record import DataFound
+from lrc_cli.text import some_of
 
 
 def data_found(plan: Plan) -> dict[str, DataFound]:
@@ -31,6 +32,16 @@ def _found(asked: int, drawn: Sequences | None) -> DataFound:
     )
 
 
-def unused_inputs(plan: Plan) -> list[str]:
-    """Returns a sentence for every input of the data that the network takes and does not use."""
-    return ignored_inputs(plan.network, plan.sequences)
+def unused_data(plan: Plan) -> list[str]:
+    """Returns a sentence for linked folders and for inputs that are there for nothing."""
+    return [*_unread_folders(plan), *ignored_inputs(plan.network, plan.sequences)]
+
+
+def _unread_folders(plan: Plan) -> list[str]:
+    """Returns a sentence for every purpose whose folder of data has links to other folders."""
+    linked = {name: drawn.findings.linked_folders for name, drawn in plan.sequences.items()}
+    return [
+        f"{name}: links to folders are not followed: {some_of(links)}; give such a folder itself"
+        for name, links in linked.items()
+        if links
+    ]

@@ -151,6 +151,56 @@ both(
 )
 case("large letters")(single(STATE, "net.SafeTensors"))
 case("large letters, torch")(single(STATE, "net.PT"))
+
+# ---------------------------------------------------------------- names that readers pass over
+
+TWINS = {
+    SINGLE: (
+        *("Model.SafeTensors", "MODEL.safetensors", "model.SAFETENSORS", "model.pt", "model.PTH"),
+        *("MODEL.BIN", "model.ckpt", "pytorch_model.BIN", "PyTorch_Model.bin", "pytorch_model.pt"),
+        *("pytorch_model.pth", "pytorch_model.ckpt", "pytorch_model.safetensors"),
+    ),
+    OLD: ("PYTORCH_MODEL.BIN", "pytorch_model.pt", "model.bin", "Model.PT"),
+    "net.safetensors": ("NET.safetensors", "net.SafeTensors", "Net.pt", "net.CKPT", "model.PT"),
+    "net.pt": ("NET.PT", "net.bin", "Net.Ckpt"),
+}
+"""Files beside the file that is read, which may hold another network."""
+for _first, _seconds in TWINS.items():
+    for _second in _seconds:
+        both(f"{_first} and {_second}, equal", single(STATE, _first), single(STATE, _second))
+        both(
+            f"{_first} and {_second}, other",
+            single(STATE, _first),
+            single(OTHER, _second),
+            _first,
+            _second,
+            "numbers differ",
+        )
+for _second in ("Model.safetensors", "pytorch_model.pt", "MODEL.bin", "model.ckpt"):
+    both(f"shards and {_second}, equal", sharded(STATE), single(STATE, _second))
+    both(f"shards and {_second}, other", sharded(STATE), single(OTHER, _second), INDEX, _second)
+LARGE_SHARDS = ("MODEL-00001-OF-00002.SAFETENSORS", "MODEL-00002-OF-00002.SAFETENSORS")
+large_shards = {"names": LARGE_SHARDS, "name": "MODEL.SAFETENSORS.INDEX.JSON"}
+case("shards in large letters")(sharded(STATE, **large_shards))
+both("shards in large letters beside", single(STATE), sharded(STATE, **large_shards))
+both(
+    "other shards in large letters beside",
+    single(STATE),
+    sharded(OTHER, **large_shards),
+    SINGLE,
+    "MODEL.SAFETENSORS.INDEX.JSON",
+)
+both(
+    "one shard in large letters beside",
+    single(STATE),
+    single(OTHER, LARGE_SHARDS[0]),
+    SINGLE,
+    LARGE_SHARDS[0],
+)
+both("no checkpoint in large letters", single(STATE), lambda p: (p / "MODEL.PT").write_text("x"))
+both("another network's suffix", single(STATE), single({"lr": torch.ones(2, 2)}, "model.PT"))
+both("two names", single(STATE, "a.safetensors"), single(STATE, "B.safetensors"), "several")
+
 both("another shape", single(STATE), single(STATE | {"0.bias": torch.zeros(7)}, OLD), SINGLE, OLD)
 both("a bias more", single(STATE), single(STATE | {"position_ids": torch.arange(4)}, OLD))
 both(

@@ -44,6 +44,13 @@ TURNED = {f"blk{i}.w": x.t().contiguous() for i, x in enumerate(STATE.values()) 
 
 LEFT: dict[str, tuple[dict[str, Callable[[Path], None]], str, str]] = {
     "pytorch_model.bin": ({"pytorch_model.bin": saved(STATE)}, "pytorch_model.bin", WEIGHTS),
+    "large letters": ({"MODEL.PT": saved(STATE)}, "MODEL.PT", WEIGHTS),
+    "an index in large letters": (
+        {"M.BIN.INDEX.JSON": words}, "M.BIN.INDEX.JSON", WEIGHTS,
+    ),
+    "an export in large letters": ({"TF_MODEL.H5": words}, "TF_MODEL.H5", EXPORT),
+    "an optimizer in large letters": ({"Optimizer.PT": saved(OPTIMIZER)}, "Optimizer.PT", TRAINING),
+    "a copy in large letters": ({"w/M.SafeTensors": tensors(STATE)}, "w/M.SafeTensors", COPY),
     "tf_model.h5": ({"tf_model.h5": words}, "tf_model.h5", EXPORT),
     "flax_model.msgpack": ({"flax_model.msgpack": words}, "flax_model.msgpack", EXPORT),
     "rust_model.ot": ({"rust_model.ot": words}, "rust_model.ot", EXPORT),

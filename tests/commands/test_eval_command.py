@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_helpers import Changes, assert_one_sentence
 from pico import Models
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -90,6 +91,18 @@ def test_eval_of_an_encoder_and_of_a_plain_module(
         (row,) = json.loads(ended.out)["quality"]
         told = report["quality"][0]["relative_output_error"]
         assert row["relative_output_error"] == pytest.approx(told, rel=1e-3) and told > 0
+
+
+def test_eval_says_which_inputs_the_network_does_not_use(
+    tmp_path: Path, llama_job: Changes
+) -> None:
+    output, _ = pico.compressed(tmp_path, llama_job | {"compression.method": "svd"})
+    ids = torch.randint(5, 40, (6, 16), generator=torch.Generator().manual_seed(0))
+    said = "the network takes the input 'speaker' and does not use it"
+    for extra, is_said in ({"speaker": torch.ones(6, 2)}, True), ({}, False):
+        save_file({"input_ids": ids, **extra}, tmp_path / "data.safetensors")
+        ended = pico.call("eval", output, "--data", tmp_path / "data.safetensors")
+        assert ended.code == 0 and (said in ended.err) == is_said, ended.err
 
 
 @pytest.mark.parametrize(

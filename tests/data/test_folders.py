@@ -324,6 +324,16 @@ def test_a_recording_written_into_a_pipe_has_no_stated_length(tmp_path: Path) ->
     assert len(read_audio(file)[0]) == 8000
 
 
+def test_links_to_folders_are_named(media_model: Models, tmp_path: Path) -> None:
+    media_helpers.write_images(tmp_path / "images", 6)
+    (tmp_path / "images/deep").mkdir()
+    media_helpers.write_images(tmp_path / "elsewhere", 3)
+    for link in ("more", "deep/up", ".hidden"):
+        (tmp_path / "images" / link).symlink_to(tmp_path / "elsewhere")
+    found = drawn(tmp_path / "images", processors_of(media_model("vit")), num_sequences=6)
+    assert found.population == 6 and found.findings.linked_folders == ["deep/up", "more"]
+
+
 def test_a_file_that_is_there_twice_is_counted(media_model: Models, tmp_path: Path) -> None:
     folder = media_helpers.write_images(tmp_path / "images", 6)
     (folder / "odd/copy.png").write_bytes((folder / "odd/000.png").read_bytes())
