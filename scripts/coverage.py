@@ -11,12 +11,14 @@ run would prove nothing.
 """
 
 import argparse
+import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -188,6 +190,53 @@ def measure(num_draws: int, seed: int = 0) -> tuple[list[Quantity], list[Row]]:
     return per_token, [*(row for row, _, _ in jobs), together]
 
 
+def measure_certificate(file: Path, num_draws: int, seed: int = 0) -> list[Row]:
+    """Draw half of the values of a certificate again and again: they are a population of their own.
+
+    The limits are the certificate's, and so is the quantile. Each statement alone has DELTA, and
+    all together share it.
+    """
+    certificate = json.loads(file.read_text(encoding="utf-8"))["certificate"]
+    values = {k: torch.tensor(x) for k, x in certificate["values"].items() if k != "layers"}
+    size, quantile = certificate["num_sequences"], certificate["quantile"]
+    jobs: list[tuple[Row, Tensor, Callable[[list[float], float], float | None]]] = []
+    for name, found in values.items():
+        limit = certificate["clips"].get(name, 1.0)
+        lower = -limit if name == "loss_difference" else 0.0
+        clipped = found.double().clamp(lower, limit)
+        bound = partial(_mean_of, lower=lower, upper=limit, population=size)
+        row = Row(quantity=name, bound="mean, betting", target=clipped.mean().item())
+        jobs.append((row, clipped, bound))
+        high = found.double().sort().values[math.ceil(quantile * size) - 1].item()
+        row = Row(quantity=name, bound=f"{quantile:g} quantile", target=high)
+        jobs.append(
+            (row, found.double(), partial(_quantile_of, quantile=quantile, population=size))
+        )
+    together = Row(quantity=f"{len(jobs)} statements", bound="all of them hold", target=0.0)
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(num_draws):
+        drawn = torch.randperm(size, generator=chance)[: size // 2]
+        margins = []
+        for row, found, bound in jobs:
+            sample = found[drawn].tolist()
+            alone, shared = bound(sample, DELTA), bound(sample, DELTA / len(jobs))
+            # Where too few were drawn for a quantile nothing is stated, and nothing is missed.
+            row.found.append(math.inf if alone is None else alone)
+            margins.append(math.inf if shared is None else shared - row.target)
+        together.found.append(min(margins))
+    return [*(row for row, _, _ in jobs), together]
+
+
+def _mean_of(sample: list[float], delta: float, **limits: float) -> float:
+    return mean_bound(sample, delta=delta, **limits)  # type: ignore[arg-type]
+
+
+def _quantile_of(
+    sample: list[float], delta: float, *, quantile: float, population: int
+) -> float | None:
+    return quantile_bound(sample, quantile=quantile, delta=delta, population=population)
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -234,7 +283,14 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=number_of_draws, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--certificate", type=Path, help="draw from the values of a certificate.json instead"
+    )
     arguments = parser.parse_args()
+    if arguments.certificate is not None:
+        rows = measure_certificate(arguments.certificate, arguments.draws, arguments.seed)
+        print(table(rows))
+        sys.exit(verdict([], rows))
     quantities, rows = measure(arguments.draws, arguments.seed)
     print(
         f"{arguments.draws} draws of {DRAWN} of {POPULATION} sequences of {TOKENS} tokens,"

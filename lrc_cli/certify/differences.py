@@ -34,7 +34,8 @@ def differences(original: Side, copy: Side, sequences: Sequences) -> tuple[str, 
     Raises:
         InputError: a token has two numbers, so that the outputs are about different things.
     """
-    return (*_of_modules(original, copy), *_of_tokenizers(original, copy, sequences))
+    tokenizers = _of_tokenizers(original, copy, sequences)
+    return (*copy.notes, *_of_modules(original, copy), *tokenizers)
 
 
 def _of_modules(original: Side, copy: Side) -> Iterator[str]:
@@ -73,7 +74,7 @@ def _of_tokenizers(original: Side, copy: Side, sequences: Sequences) -> Iterator
     if moved:
         token = min(moved)
         raise InputError(
-            f"{original.source.path} and {copy.source.path} have different tokenizers:"
+            f"{original.path} and {copy.path} have different tokenizers:"
             f" {token!r:.40} is number {first[token]} in one and {second[token]} in the other",
             "compare a copy that has the original's tokenizer: outputs of others are about other"
             " tokens",

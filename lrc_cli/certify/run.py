@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from lrc_cli import __version__
+from lrc_cli.certify.copy_side import open_copy
 from lrc_cli.certify.differences import check_outputs, differences
 from lrc_cli.certify.flags import find_flags
 from lrc_cli.certify.gates import check_gates
@@ -81,8 +82,8 @@ def certify(
     before = _states(config)
     check_output(output, force=force)
     original = open_side(config.original, factorised=False)
-    copy = open_side(config.other, factorised=True)
-    for note in (*original.source.notes, *copy.source.notes):
+    copy = open_copy(config.other, original)
+    for note in (*original.source.notes, *(() if copy.notes else copy.source.notes)):
         progress.note(note)
     layers, _ = find_layers(original.module, original.source, Compression(size=0.5))
     with output_directory(output, force=force) as directory:
@@ -312,11 +313,11 @@ def _record(
 
 def _facts(side: Side) -> CheckpointFacts:
     return CheckpointFacts(
-        name=side.source.path.name,
+        name=side.path.name,
         form=side.form,
         architecture=type(side.module).__name__,
         num_parameters=side.num_parameters,
-        num_bytes=side.source.num_bytes,
+        num_bytes=side.num_bytes,
         sha256=side.hashes(),
     )
 

@@ -35,20 +35,22 @@ class Side:
     """The checkpoint's own tokenizer, or None."""
     form: str
     """How its weights are stored, in words."""
+    path: Path
+    """The directory or the file that was given."""
+    files: tuple[Path, ...]
+    """The files that make the network and its inputs; a model card may change."""
+    num_bytes: int
+    """The bytes of all stored tensors."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the way in which it was read, in sentences."""
 
-    @property
-    def files(self) -> list[Path]:
-        """The files that make the network and its inputs; a model card may change."""
-        path = self.source.path
-        if path.is_file():
-            return [path]
-        beside = (*TOKENIZER_FILES, *PROCESSOR_FILES, "*.py")
-        found = {file for pattern in beside for file in path.glob(pattern) if file.is_file()}
-        return [*self.source.decisive, *sorted(found - {*self.source.decisive})]
+    def name_of(self, file: Path) -> str:
+        """Returns a file's name in the directory, or the name of the only file."""
+        return file.name if self.path.is_file() else file.relative_to(self.path).as_posix()
 
     def hashes(self) -> dict[str, str]:
         """Returns the sha256 of every file of `files`, by name."""
-        return {self.source.name_of(file): hash_file(file) for file in self.files}
+        return {self.name_of(file): hash_file(file) for file in self.files}
 
     @property
     def num_parameters(self) -> int:
@@ -76,7 +78,24 @@ def open_side(checkpoint: Checkpoint, *, factorised: bool) -> Side:
     )
     tokenizer = open_tokenizer(source, trust_remote_code=checkpoint.trust_remote_code)
     form = DENSE if source.layer_table is None else FACTORISED
-    return Side(module=module, source=source, tokenizer=tokenizer, form=form)
+    return Side(
+        module=module,
+        source=source,
+        tokenizer=tokenizer,
+        form=form,
+        path=source.path,
+        files=_files(source),
+        num_bytes=source.num_bytes,
+    )
+
+
+def _files(source: Source) -> tuple[Path, ...]:
+    """Returns the files that make a network and its inputs."""
+    if source.path.is_file():
+        return (source.path,)
+    beside = (*TOKENIZER_FILES, *PROCESSOR_FILES, "*.py")
+    found = {file for pattern in beside for file in source.path.glob(pattern) if file.is_file()}
+    return (*source.decisive, *sorted(found - {*source.decisive}))
 
 
 def network_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:

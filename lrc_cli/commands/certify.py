@@ -43,7 +43,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml")
 @click.option(
     "--sequence-length", type=click.IntRange(min=2), help="Tokens of a sequence of texts [512]."
 )
-@click.option("--output", metavar="DIR", help="Directory to write [certificate].")
+@click.option("--output", type=PATH, metavar="DIR", help="Directory to write [certificate].")
 @click.option(
     "--set",
     "overrides",

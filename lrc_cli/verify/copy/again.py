@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lrc_cli.certify.copy_side import open_copy
 from lrc_cli.certify.differences import differences
 from lrc_cli.certify.record import CheckpointFacts
 from lrc_cli.certify.sides import Side, network_names, open_side
@@ -60,19 +61,14 @@ def check_copy_against(
         InputError: a checkpoint or `data` cannot be opened.
     """
     record, config = written.record, written.config
-    places = (("original", against, config.original), ("other", other, config.other))
-    sides = [
-        open_side(
-            Checkpoint(
-                path=str(path),
-                factory=factory,
-                trust_remote_code=trust_remote_code,
-                state_dict=section.state_dict,
-            ),
-            factorised=name == "other",
-        )
-        for name, path, section in places
-    ]
+    built = {"factory": factory, "trust_remote_code": trust_remote_code}
+    first, second = (
+        Checkpoint(path=str(path), state_dict=section.state_dict, **built)  # type: ignore[arg-type]
+        for path, section in ((against, config.original), (other, config.other))
+    )
+    original = open_side(first, factorised=False)
+    copy = open_copy(second, original)
+    sides = (original, copy)
     same = True
     for name, side, facts in zip(
         ("original", "copy"), sides, (record.original, record.other), strict=True
@@ -82,7 +78,6 @@ def check_copy_against(
         for id, what in (("weights", "the weights' figures"), ("values", "the measured values")):
             findings.not_checked(id, what, "the checkpoints are not the recorded ones")
         return
-    original, copy = sides
     with progress.phase("weights", 1), findings.guard("weights", "the weights can be compared"):
         dense, other_dense = (Tensors(side, original.module) for side in sides)
         check_weights(record.weights, dense, other_dense, findings)
@@ -92,7 +87,7 @@ def check_copy_against(
 
 def _check_side(name: str, side: Side, facts: CheckpointFacts, findings: Findings) -> bool:
     """Every recorded file must have its hash, and no other may make the network."""
-    same, path = True, side.source.path
+    same, path = True, side.path
     for file_name, sha256 in facts.sha256.items():
         what = f"the {name}'s {file_name} has the hash in the certificate"
         file = path if path.is_file() and len(facts.sha256) == 1 else path / file_name
@@ -101,17 +96,17 @@ def _check_side(name: str, side: Side, facts: CheckpointFacts, findings: Finding
             found = sha256_of(file)
             problem = None if found == sha256 else f"stated {sha256}, found {found}"
         same &= findings.judge("checkpoints.hash", what, problem)
-    there = {side.source.name_of(file) for file in side.files}
+    there = {side.name_of(file) for file in side.files}
     strange = sorted(there - set(facts.sha256)) if not path.is_file() else []
     what = f"the certificate has the hash of every file of the {name} that makes the network"
     problem = f"not of {', '.join(strange[:3])}" if strange else None
     same &= findings.judge("checkpoints.hash", what, problem)
     stated = (facts.form, facts.architecture, facts.num_parameters, facts.num_bytes)
     found_facts = (
-        "dense" if side.source.layer_table is None else "low-rank factors of lrc",
+        side.form,
         type(side.module).__name__,
         sum(info.num_elements for info in side.source.tensors.values()),
-        side.source.num_bytes,
+        side.num_bytes,
     )
     what = f"the {name} is described by what its files hold"
     return findings.equal("checkpoints.facts", what, stated, found_facts) and same
