@@ -1,6 +1,8 @@
 """These tests run scripts/certify_table.py on a pico model, and coverage.py on its certificate."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import certify_table
@@ -9,7 +11,6 @@ from certify_table import CHANGES, certified, copies_of, line
 from copies import certified as written
 from copies import copy_of
 from pico import Models
-from test_coverage import script  # noqa: F401 - a fixture
 
 
 def test_bad_copies_have_flags_and_good_ones_have_none(
@@ -27,11 +28,15 @@ def test_bad_copies_have_flags_and_good_ones_have_none(
 
 
 def test_bounds_cover_on_the_values_of_a_certificate(
-    tmp_path: Path,
-    checkpoint: Models,
-    text: Path,
-    script,  # noqa: F811
+    tmp_path: Path, checkpoint: Models, text: Path
 ) -> None:
+    # The path is given, because `coverage` is also the name of a package.
+    file = Path(certify_table.__file__).with_name("coverage.py")
+    spec = importlib.util.spec_from_file_location("coverage_of_certificates", file)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["coverage_of_certificates"] = script
+    spec.loader.exec_module(script)
     original = checkpoint("llama")
     copy = copy_of(original, tmp_path / "copy", CHANGES["4 bits a row"][0])
     written(original, copy, text, tmp_path / "out", "--num-sequences", "200")
