@@ -14,7 +14,7 @@ from lrc_cli.forecast.probe import Probe
 from lrc_cli.forms import DENSE, FORMS, PERM, UP, WEIGHT, Packed
 from lrc_cli.job.plan import Plan
 from lrc_cli.job.recover.model import HELD_OUT, split, step_size, step_tokens
-from lrc_cli.job.recover.scope import steps_asked, training_data
+from lrc_cli.job.recover.scope import STORE_SECONDS, steps_asked, training_data
 from lrc_cli.job.recover.stage import SUMMARY, RecoverStage, own_stages
 from lrc_cli.job.recover.whole import WholeNetwork
 from lrc_cli.job.work import Tensors, WorkDirectory
@@ -111,8 +111,8 @@ def run_recover(
         scope = WholeNetwork(stage.start)
         training, objective = scope.training, scope.objective
         clock = Clock(plan.device)
-        for step in range(NUM_STEPS):
-            training.take(step, 0.0)
+        for number in range(NUM_STEPS):
+            training.take(number, 0.0)
             clock.tick()
         training.judged()
         clock.tick()
@@ -135,16 +135,18 @@ def run_recover(
         num_steps = steps_asked(plan, trained)
     else:
         num_steps = steps_within(60 * minutes - closing, step=each, look=look)
+    all_steps = num_steps + USUAL_TRIALS * trial_steps(num_steps)
+    pieces = [
+        Piece(phase=PHASE, seconds=each, times=all_steps),
+        Piece(phase=PHASE, seconds=look, times=JUDGEMENTS),
+        Piece(phase=PHASE, seconds=closing),
+    ]
+    # A state is stored every minute. The state before it is deleted once the new one is whole.
+    states = sum(x.seconds * x.times for x in pieces) / STORE_SECONDS + (minutes is not None)
     return Training(
-        pieces=[
-            Piece(
-                phase=PHASE, seconds=step, times=num_steps + USUAL_TRIALS * trial_steps(num_steps)
-            ),
-            Piece(phase=PHASE, seconds=look, times=JUDGEMENTS),
-            Piece(phase=PHASE, seconds=closing),
-        ],
+        pieces=pieces,
         stored=stored,
-        unfinished=stored + STATE_BYTES * numbers,
+        unfinished=min(2, int(states)) * (stored + STATE_BYTES * numbers),
         record={
             "steps": num_steps,
             "tokens": round(num_steps * step_tokens(trained)),

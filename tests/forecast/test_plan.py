@@ -10,8 +10,10 @@ import pytest
 import torch
 from pico import Models
 
+from lrc_cli.engine.training import JUDGEMENTS, USUAL_TRIALS, trial_steps
 from lrc_cli.errors import InputError
 from lrc_cli.forecast import command
+from lrc_cli.forecast.clocks import Clock
 from lrc_cli.forecast.estimate import Memory, check_memory
 from lrc_cli.job.statistics import sweep
 from lrc_cli.job.work import WorkDirectory
@@ -123,6 +125,19 @@ def test_training_is_planned_for_until_it_is_done(
         assert (record["steps"], record["tokens"]) == planned_for
     again = planned(job)
     assert again["jobs"][0]["recover"] is None and "recover" not in again["seconds"]
+
+
+def test_every_step_and_look_of_a_training_counts_as_long_as_it_takes(
+    tmp_path: Path, llama_job: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every piece of work takes seven seconds here."""
+    monkeypatch.setattr(Clock, "tick", lambda clock, cost=0.0: clock.steps.append(7.0))
+    changes = {"recover.scope": "model", "recover.tokens": 60_000}
+    found = planned(pico.job(tmp_path, llama_job | changes))
+    record, seconds = found["jobs"][0]["recover"], found["seconds"]["recover"]
+    steps = 7.0 * (record["steps"] + USUAL_TRIALS * trial_steps(record["steps"]))
+    looks = 7.0 * JUDGEMENTS
+    assert steps + looks < seconds <= steps + looks * record["num_held_out"] + 7.0 * found["blocks"]
 
 
 def test_certification_is_planned_for(tmp_path: Path, llama_job: Changes) -> None:
