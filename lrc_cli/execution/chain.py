@@ -22,6 +22,7 @@ from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.placement import block_names
 from lrc_cli.execution.tail import MOST_POSITIONS, WHOLE_TAIL, Part, Tail
 from lrc_cli.network.layer import Layer
+from lrc_cli.network.parts import part_of
 
 HEAD, TAIL, WHOLE = "head", "tail", "whole network"
 SAME_OUTPUTS = 1e-5
@@ -91,7 +92,7 @@ def with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
 @contextmanager
 def patched(module: nn.Module, forwards: dict[str, Forward]) -> Iterator[None]:
     """A context in which the named submodules run other forward functions."""
-    parts = {name: module.get_submodule(name) for name in forwards}
+    parts = {name: part_of(module, name) for name in forwards}
     before = {name: vars(part).get("forward") for name, part in parts.items()}
     try:
         for name, part in parts.items():

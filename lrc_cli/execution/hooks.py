@@ -9,6 +9,7 @@ from torch import nn
 
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
+from lrc_cli.network.parts import part_of
 
 Before = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
 """A function of a module's name and of the arguments of a call that is about to be made."""
@@ -38,7 +39,7 @@ def around_calls(
     """
 
     def put_on(name: str, hooks: ExitStack) -> None:
-        part = module.get_submodule(name)
+        part = part_of(module, name)
         if before is not None:
             hook = part.register_forward_pre_hook(
                 lambda _, args, kwargs: before(name, args, kwargs), with_kwargs=True

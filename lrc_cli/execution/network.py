@@ -14,6 +14,7 @@ from lrc_cli.execution.placement import Placement
 from lrc_cli.execution.precision import LiveCasts, cast_on_read, fast_dtype
 from lrc_cli.network.fast_paths import without_fast_paths
 from lrc_cli.network.opening import vocabulary_of
+from lrc_cli.network.parts import part_of
 from lrc_cli.network.recurrent import observed
 from lrc_cli.runtime.strangers import is_interrupt
 from lrc_cli.text import named, told
@@ -146,7 +147,7 @@ class Network:
 
     def run_block(self, name: str, batch: Batch, args: Any, kwargs: Any) -> Any:
         """Runs one block on the arguments that the network gives the block for a micro-batch."""
-        block = self.module.get_submodule(name)
+        block = part_of(self.module, name)
         with blaming(self.module), observed(block, batch), without_fast_paths():
             return block(*args, **kwargs)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc_cli.network.parts import part_of
+
 
 def block_lists(module: nn.Module) -> list[tuple[str, ...]]:
     """Returns the names in every outermost module list, the list with the most parameters first."""
@@ -56,7 +58,7 @@ class Placement:
             block.register_forward_pre_hook(self._before_block)
 
     def _parts(self) -> Iterator[nn.Module]:
-        return (self.module.get_submodule(name) for name in self.blocks)
+        return (part_of(self.module, name) for name in self.blocks)
 
     def _before_block(self, block: nn.Module, _: Any) -> None:
         # A block whose forward is replaced only hands on its input, and needs no parameters.
@@ -74,7 +76,7 @@ class Placement:
         """
         for block in self.blocks:
             if f"{name}.".startswith(f"{block}."):
-                self._occupy(self.module.get_submodule(block))
+                self._occupy(part_of(self.module, block))
 
     def _occupy(self, block: nn.Module) -> None:
         own = {id(part) for part in block.modules()}

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lrc_cli.execution.chain import Chain, Forward, patched
 from lrc_cli.execution.network import Network
+from lrc_cli.network.parts import part_of
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def recomputing(network: Network, chain: Chain) -> Iterator[None]:
 
 
 def _again(network: Network, name: str) -> Forward:
-    run = network.module.get_submodule(name).forward
+    run = part_of(network.module, name).forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         # The hook that puts a block's parameters on the device passes replaced forwards over.

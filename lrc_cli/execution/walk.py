@@ -25,6 +25,7 @@ from lrc_cli.execution.chain import (
 from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.readahead import read_ahead
 from lrc_cli.execution.tail import EVERYTHING, Part
+from lrc_cli.network.parts import part_of
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """A function that stores a tensor between two segments: `HostMemory.keep` or `Tensor.detach`."""
@@ -128,7 +129,7 @@ class Walk:
         if segment.name in names:
             place = names.index(segment.name)
             for name in (*names[max(place - 1, 0) : place], *names[place + 1 : place + 2]):
-                read_ahead(self.network.module.get_submodule(name))
+                read_ahead(part_of(self.network.module, name))
 
     def _run_head(self, batch: Batch, index: int) -> torch.Tensor:
         entered: dict[str, Call] = {}

@@ -22,6 +22,7 @@ from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, NetworkError
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
+from lrc_cli.network.parts import part_of
 
 FINE_TOLERANCE = 2.0**-7
 """As TOLERANCE, in a network with more digits, whose layers may compute in bfloat16 inside."""
@@ -130,7 +131,7 @@ def _hidden(module: nn.Module, layers: Sequence[Layer], wrong: dict[str, str]) -
     before = {}
     try:
         for layer in layers:
-            part = module.get_submodule(layer.name)
+            part = part_of(module, layer.name)
             before[part] = type(part)
             part.__class__ = _disguised(layer, type(part), wrong)
         yield

@@ -19,6 +19,7 @@ from lrc_cli.job.statistics import sweep
 from lrc_cli.job.statistics.collect import Parts, StatisticsStage, is_measured, prepare_pass
 from lrc_cli.job.statistics.sweep import Measurement
 from lrc_cli.job.work import GRADIENTS, INPUTS, STATISTICS
+from lrc_cli.network.parts import part_of
 from lrc_cli.runtime.memory import PrivateMemory
 
 PHASE = "statistics"
@@ -170,7 +171,7 @@ def kinds_of(plan: Plan, segments: Sequence[Segment]) -> dict[str, str]:
     for segment in segments:
         key: Any = segment.name
         if segment.name not in (HEAD, TAIL, WHOLE):
-            parameters = plan.network.module.get_submodule(segment.name).named_parameters()
+            parameters = part_of(plan.network.module, segment.name).named_parameters()
             # The layers are sorted because experts that the first sequence misses come last.
             own = sorted(layer.name.removeprefix(segment.name) for layer in segment.layers)
             key = (tuple((name, x.shape) for name, x in parameters), tuple(own))

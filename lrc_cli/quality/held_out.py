@@ -24,6 +24,7 @@ from lrc_cli.execution.segments import find_segments
 from lrc_cli.execution.walk import Keep, Pair
 from lrc_cli.network.experts import is_expert
 from lrc_cli.network.layer import Layer
+from lrc_cli.network.parts import part_of
 from lrc_cli.quality.per_sequence import SequenceValues, by_sequence, ratio
 from lrc_cli.runtime.processes import ALONE, Processes
 
@@ -250,7 +251,7 @@ class _Comparison:
 
 
 def _module(network: Network, layer: Layer) -> Any:
-    return network.module.get_submodule(layer.name)
+    return part_of(network.module, layer.name)
 
 
 def _difference(layer: Layer, first: Tensor, second: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from lrc_cli.network.low_rank.stored import replace_modules
 from lrc_cli.network.low_rank.tied import TiedHead
 from lrc_cli.network.norms import norms_by_key
 from lrc_cli.network.opening import open_module
+from lrc_cli.network.parts import part_of
 from lrc_cli.report.record import LayerFacts
 from lrc_cli.runtime.processes import Processes
 
@@ -134,12 +135,12 @@ class TwoNetworks(Pair):
         if bias is not None and BIAS not in own:
             own[BIAS] = bias.to(DTYPES.get(self.plan.config.output.dtype, bias.dtype))
         network = self.compressed.network
-        replaced = network.module.get_submodule(layer.name)
+        replaced = part_of(network.module, layer.name)
         new: dict[nn.Module, nn.Module] = {}
         if layer.tied_to is None:
             new[replaced] = stored_module(replaced, own, layer.layout, layer.shape, facts.stated)
         else:
-            bias, table = own.pop(BIAS, None), network.module.get_submodule(layer.tied_to)
+            bias, table = own.pop(BIAS, None), part_of(network.module, layer.tied_to)
             layout = table_layout(table)
             assert layout is not None, layer.tied_to
             new[table] = factors = stored_module(table, own, layout, layer.shape, facts.stated)

@@ -15,6 +15,7 @@ from lrc_cli.job.recover.scope import Start
 from lrc_cli.network.keys import BIAS
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.low_rank.modules import LowRankModule
+from lrc_cli.network.parts import part_of
 
 
 def install(networks: TwoNetworks, start: Start) -> None:
@@ -57,7 +58,7 @@ def norm_trainees(networks: TwoNetworks, plan: Plan) -> dict[str, list[Trainee]]
     network, found = networks.compressed.network, dict[str, list[Trainee]]()
     for key, name in networks.norms.items():
         place, _, leaf = name.rpartition(".")
-        part = network.module.get_submodule(place)
+        part = part_of(network.module, place)
         parameter, like = _own(part, leaf), next(part.parameters())
         inside = (x for x in plan.units if x and f"{name}.".startswith(f"{x}."))
         unit = next(inside, next(iter(plan.units)))
@@ -91,11 +92,11 @@ def keys_of(layer: Layer) -> list[str]:
 def _parameters(networks: TwoNetworks, layer: Layer) -> dict[str, nn.Parameter]:
     """Returns the parameters of a layer that are trained, by disk name: factors and bias."""
     module = networks.compressed.network.module
-    part = module.get_submodule(layer.tied_to or layer.name)
+    part = part_of(module, layer.tied_to or layer.name)
     if not isinstance(part, LowRankModule):
         return {}
     found = {WEIGHT: _own(part.down, WEIGHT), UP: _own(part.up, WEIGHT)}
-    own = module.get_submodule(layer.name)
+    own = part_of(module, layer.name)
     if getattr(own, BIAS, None) is not None:
         found[BIAS] = _own(own, BIAS)
     return {layer.keys.key(name): parameter for name, parameter in found.items()}

@@ -42,6 +42,7 @@ from lrc_cli.execution.walk import Keep, Walk
 from lrc_cli.job.statistics.moments import Moments
 from lrc_cli.job.work import GRADIENTS, INPUTS, Background, Tensors, WorkDirectory
 from lrc_cli.network.layer import Layer
+from lrc_cli.network.parts import part_of
 
 Measured = Generator[tuple[Segment, Moments], None, None]
 """Segments with the moments that one process has summed in each segment."""
@@ -213,8 +214,8 @@ class Sweep:
         """Returns the cost of a segment's forward run over all data: multiplications per token."""
         name, module = self.measurement.segments[number].name, self.measurement.network.module
         if name in self.measurement.chain.names:
-            return float(_num_parameters(module.get_submodule(name)))
-        blocks = sum(_num_parameters(module.get_submodule(x)) for x in self.measurement.chain.names)
+            return float(_num_parameters(part_of(module, name)))
+        blocks = sum(_num_parameters(part_of(module, x)) for x in self.measurement.chain.names)
         return float(_num_parameters(module) - blocks) if name != HEAD else 1.0
 
     def run(self, advance: Callable[[float], None]) -> Measured:
