@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrc_cli.errors import RunError
 from lrc_cli.execution.hooks import around_calls
 
 
@@ -70,6 +71,7 @@ def test_hooks_go_when_the_block_raises_or_a_name_is_wrong() -> None:
     with pytest.raises(StopIteration), around_calls(module, ["second"], before=stop):
         module(torch.ones(2))
     assert not hooks_of(module)
-    with pytest.raises(AttributeError), around_calls(module, ["first", "third"], before=stop):
+    gone = pytest.raises(RunError, match="Pair has no module third any more")
+    with gone, around_calls(module, ["first", "third"], before=stop):
         raise AssertionError("the block does not begin")
     assert not hooks_of(module)
