@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -121,8 +122,20 @@ def _answer(error: BaseException) -> int:
             for start, line in zip(chain(["error: "], repeat("")), lines, strict=False):
                 tell(f"{start}{line}")
         return error.exit_code
+    if isinstance(error, FileNotFoundError) and _has_no_directory():
+        tell("error: the working directory is gone; change to another one, or give whole paths")
+        return 2
     tell(f"error: {_describe(error)}")
     return 1
+
+
+def _has_no_directory() -> bool:
+    """Whether the working directory was deleted, so that no relative path can be looked up."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _tell_all(error: LrcError) -> str:
