@@ -161,8 +161,8 @@ def _naming_memory() -> Iterator[None]:
         first = (told(error).splitlines() or ["no more can be had"])[0]
         raise RunError(
             f"recover.scope: out of memory in the training ({first})",
-            "lower calibration.sequence_length, exclude the widest layers with"
-            " compression.exclude, or set recover.scope: none",
+            "set recover.scope: block or none, lower calibration.sequence_length, or exclude the"
+            " widest layers with compression.exclude",
         ) from error
 
 
