@@ -4,7 +4,8 @@
     .venv/bin/python scripts/bench_quality.py --seeds 0  one seed only
     .venv/bin/python scripts/bench_quality.py --rows "0.6 frob" --sequential
                                                          the baseline with sequential: auto
-    .venv/bin/python scripts/bench_quality.py --curve    quality over size, see scripts/curve.py
+    .venv/bin/python scripts/bench_quality.py --curve    quality over size: see scripts/curve.py,
+                                                         which also takes --estimate and --draw
 
 Every row is `lrc compress` with configs/benchmark.yaml and the overrides that the row names, so the
 figures are of the written files: weights rounded to bfloat16. All networks of a seed, the dense one

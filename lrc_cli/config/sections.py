@@ -58,7 +58,9 @@ class Calibration:
     chat_template: bool = False
     """Whether records hold conversations (in "messages"), to be rendered by the chat template."""
     num_sequences: Count = 64
-    """Number of sequences; the default is lowered if the data has fewer, a given number is not."""
+    """Number of sequences. Left out: 64, or as many as give layers with nine tenths of the weights
+    20 rows for each input; fewer if the data has fewer. A given number is neither raised nor
+    lowered."""
     sequence_length: SequenceLength = 512
     """Tokens in a sequence."""
     seed: Seed = 0

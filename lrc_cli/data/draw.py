@@ -351,13 +351,16 @@ def _hash(inputs: Batch) -> str:
     return digest.hexdigest()
 
 
-def micro_batch(sequences: Sequences, num_positions: int) -> int:
-    """The number of sequences, at least one, that have about `num_positions` positions together.
+def micro_batch(sequences: Sequences, positions: int) -> int:
+    """The number of sequences, at least one, that have about `positions` positions together."""
+    return max(1, positions // num_positions(sequences))
 
-    A position is a token, or a row of features of a floating-point input.
-    """
+
+def num_positions(sequences: Sequences) -> int:
+    """The positions of a sequence, at least one: tokens, or rows of features of floating-point
+    inputs."""
     widest = max(
         tensor[0].numel() // (tensor.shape[-1] if tensor.is_floating_point() else 1)
         for tensor in sequences.inputs.values()
     )
-    return max(1, num_positions // max(widest, 1))
+    return max(widest, 1)

@@ -4,7 +4,7 @@ Statistics, factors, scores and certificates come from different passes. A netwo
 a counter, or with weights that its own code rewrites would give each of them another network.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,6 +126,8 @@ class Pass:
     """The floating-point outputs."""
     calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     """The shapes of each layer's inputs, by layer name and call."""
+    returned: Counter[str] = field(default_factory=Counter)
+    """The numbers that each layer has returned in all its calls, by layer name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +148,23 @@ def noting(network: Network, layers: Sequence[Layer]) -> Iterator[Pass]:
 
     def begin(*_: Any) -> None:
         did.calls.clear()
+        did.returned.clear()
 
     def call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         did.calls.setdefault(name, []).append(tuple(taken[0].shape) if taken else ())
+
+    def count_numbers(name: str, _: Any, __: Any, output: Any) -> None:
+        did.returned[name] += output.numel() if isinstance(output, Tensor) else 0
 
     def end(_: str, __: Any, ___: Any, output: Any) -> None:
         did.outputs[:] = map(sketch, floating_outputs(output))
 
     with (
         around_calls(network.module, [""], before=begin, after=end),
-        around_calls(network.module, [layer.name for layer in layers], before=call),
+        around_calls(
+            network.module, [layer.name for layer in layers], before=call, after=count_numbers
+        ),
     ):
         yield did
 

@@ -21,6 +21,7 @@ from lrc_cli.forecast.estimate import (
     peak_of,
     seconds_by_phase,
 )
+from lrc_cli.forecast.more_data import judge_on_other_data
 from lrc_cli.forecast.probe import Probe, existing_parent, probe_directory
 from lrc_cli.forecast.quality import run_quality
 from lrc_cli.forecast.recover import run_recover
@@ -68,7 +69,10 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         with progress.phase("probe", 1), _refusing_small_gpus(configs[0]):
             probe = Probe(first, job_work, probe_directory(first, stack), progress)
             found = _estimates(plans, probe, checks.seconds)
-        surveyed = _surveyed(first, job_work) if known and job_work is not None else None
+        surveyed = None
+        if known and job_work is not None:
+            surveyed = _surveyed(first, job_work)
+            found["calibration"] |= _of_more_data(first, job_work, *surveyed)
     if surveyed is None and collect:
         with (
             WorkDirectory(
@@ -80,6 +84,7 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
         ):
             run_shared_stages(first, work, progress)
             surveyed = _surveyed(first, work)
+            found["calibration"] |= _of_more_data(first, work, *surveyed)
     found["spectra"] = "reused" if known else "collected" if surveyed is not None else None
     if surveyed is not None:
         predicted, reasons = surveyed
@@ -93,6 +98,20 @@ def forecast(configs: Sequence[Config], *, collect: bool, progress: Progress) ->
 def _surveyed(plan: Plan, work: WorkDirectory) -> tuple[Mapping[str, Predicted], Mapping[str, str]]:
     """Returns the predicted errors of layers, and why layers without errors stay dense, by name."""
     return read_predicted(plan, work), dense_reasons(plan, work)
+
+
+def _of_more_data(
+    plan: Plan,
+    work: WorkDirectory,
+    predicted: Mapping[str, Predicted],
+    reasons: Mapping[str, str],
+) -> dict[str, Any]:
+    """Returns what more calibration data would bring; nothing for a target out of reach."""
+    try:
+        granted = allocate(plan, predicted, reasons)
+    except InputError:  # the caller meets it too
+        return {}
+    return judge_on_other_data(plan, work, granted)
 
 
 @contextmanager
@@ -192,6 +211,7 @@ def _estimates(plans: Sequence[Plan], probe: Probe, checks: float) -> Forecast:
         "layers": len(first.layers),
         "blocks": len(first.units),
         "work_dir": str(first.work_dir),
+        "calibration": {} if first.reach is None else first.reach.to_json(),
         "seconds": {name: seconds[name] for name in PHASES if name in seconds},
         "total_seconds": sum(seconds.values()),
         "memory": {

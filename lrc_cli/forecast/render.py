@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lrc_cli.text import byte_size, count, visible_lines
+from lrc_cli.text import byte_size, count, percent, visible_lines
 
 Forecast = dict[str, Any]
 
@@ -18,6 +18,7 @@ def render(found: Forecast) -> str:
             else []
         ),
         f"work directory: {found['work_dir']}",
+        *_calibration(found["calibration"]),
         "",
         "estimated from a measured probe:",
         *(f"  {name:<16}{_duration(value):>10}" for name, value in found["seconds"].items()),
@@ -33,6 +34,26 @@ def render(found: Forecast) -> str:
     if "curve" in found:
         lines += ["", *_curve(found)]
     return visible_lines(lines)
+
+
+def _calibration(found: dict[str, Any]) -> list[str]:
+    """Returns the amount of calibration data, and what more of it would bring."""
+    if not found:
+        return []
+    each = found["rows"] / found["inputs"]
+    lines = [
+        f"calibration: {count(found['num_sequences'])} sequences; {found['layer']} gets"
+        f" {count(found['rows'])} rows, {each:.3g} for each of its {count(found['inputs'])} inputs"
+    ]
+    if found.get("left") == 0:
+        lines.append("  the data has no more sequences")
+    if "twice" in found:
+        more, less = percent(found["unseen"]), percent(found["twice"])
+        lines.append(
+            f"  on {found['others']} other sequences the error is {more} larger; twice as many"
+            f" would lower it there by about {less}"
+        )
+    return lines
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from lrc_cli.data.purposes import purposes_of
 from lrc_cli.execution.input_checks import ignored_inputs
 from lrc_cli.job.plan import Plan
 from lrc_cli.report.record import DataFound
+from lrc_cli.report.shortfalls import data_shortfalls
 from lrc_cli.text import some_of
 
 
@@ -30,6 +31,12 @@ def _found(asked: int, drawn: Sequences | None) -> DataFound:
         shortened_turns=findings.turns.shortened,
         empty_records=findings.empty_records,
     )
+
+
+def data_notes(plan: Plan) -> list[str]:
+    """Returns a sentence for everything that data lack, or have for nothing."""
+    few = [] if plan.reach is None else plan.reach.shortfalls
+    return [*data_shortfalls(data_found(plan)), *few, *unused_data(plan)]
 
 
 def unused_data(plan: Plan) -> list[str]:

@@ -14,10 +14,12 @@ from lrc_cli import __version__
 from lrc_cli.checkpoint.manifest import MANIFEST_NAME, matches_manifest
 from lrc_cli.checkpoint.output_directory import resolve_output, tidy
 from lrc_cli.checkpoint.source import Source, open_source
-from lrc_cli.config import Config, config_hash, to_dict
+from lrc_cli.config import Config, config_hash, parse_config, to_dict
 from lrc_cli.data.draw import Sequences
 from lrc_cli.engine import Solver
+from lrc_cli.errors import InputError
 from lrc_cli.execution.network import Network
+from lrc_cli.job.calibration_rows import with_number
 from lrc_cli.network.factories import source_file
 from lrc_cli.reading import read_json
 from lrc_cli.runtime.files import canonical_json, hash_file, hash_path
@@ -150,7 +152,7 @@ def already_done(config: Config) -> bool:
         return False
     provenance = read_json(report).get("provenance", {})
     wanted = {
-        "config_sha256": config_hash(config),
+        "config_sha256": config_hash(_as_drawn(config, provenance)),
         "evaluation": to_dict(config)["evaluation"],
         "lrc_version": __version__,
         "code_sha256": report_code_hash(),
@@ -164,6 +166,17 @@ def already_done(config: Config) -> bool:
         and provenance.get("checkpoint_sha256") == source.hashes
         and matches_manifest(output)
     )
+
+
+def _as_drawn(config: Config, provenance: Mapping[str, Any]) -> Config:
+    """Returns the config with the default number of sequences that an earlier run chose for it."""
+    try:
+        written = parse_config(provenance["config"], "lrc.yaml").calibration
+    except (InputError, KeyError, TypeError, AttributeError):
+        return config
+    if not config.calibration.num_sequences_is_default or written.num_sequences_is_default:
+        return config
+    return with_number(config, written.num_sequences)
 
 
 def data_hashes(config: Config) -> dict[str, str]:

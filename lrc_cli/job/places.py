@@ -129,6 +129,16 @@ def work_root(config: Config) -> Path:
     return Path(given) if given else resolve_output(config.output.path).parent / ".lrc-work"
 
 
+def work_directory(config: Config, identity: str) -> Path:
+    """The work directory: `runtime.work_dir`, or a hidden one beside the output.
+
+    Args:
+        identity: the digest of the statistics' fingerprint.
+    """
+    root = work_root(config)
+    return root if config.runtime.work_dir else root / identity[:16]
+
+
 def check_work_directory(root: Path) -> None:
     """Checks that nothing of a stranger's has a name that a work directory needs.
 

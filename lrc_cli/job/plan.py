@@ -21,10 +21,11 @@ from lrc_cli.execution.input_checks import check_sequences, check_unused, probe
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import reasons_of
+from lrc_cli.job.calibration_rows import Reach, with_enough_data
 from lrc_cli.job.fingerprints import digest, factors_fingerprint, statistics_fingerprint
 from lrc_cli.job.inputs import Inputs, look_at_inputs, states_before
 from lrc_cli.job.methods import check_methods, with_stand_ins
-from lrc_cli.job.places import check_places, check_work_directory, work_root
+from lrc_cli.job.places import check_places, check_work_directory, work_directory
 from lrc_cli.job.planned_layer import PlannedLayer, asked_solvers, plan_layers
 from lrc_cli.job.work import FACTORS
 from lrc_cli.network.candidates.find import Skipped, find_layers
@@ -53,6 +54,8 @@ class Plan:
     """What is settled for each layer, by name."""
     sequences: dict[str, Sequences]
     """The sequences for "calibration", "certification" and each evaluation text, by its name."""
+    reach: Reach | None
+    """The rows that the calibration sequences give the layers; None where no layer needs data."""
     inputs: Inputs
     """The files that the run was started on."""
     data_hashes: Mapping[str, str]
@@ -110,9 +113,8 @@ class Plan:
     @property
     def evaluation_names(self) -> list[str]:
         """Names of the texts that quality is measured on, in order."""
-        return [
-            name for name in self.sequences if name not in (CALIBRATION, CERTIFICATION, RECOVER)
-        ]
+        others = (CALIBRATION, CERTIFICATION, RECOVER)
+        return [name for name in self.sequences if name not in others]
 
 
 def make_plan(config: Config, *, force: bool = False, processes: Processes = ALONE) -> Plan:
@@ -170,15 +172,18 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
     trace = replace(uses[0].trace, layers=layers)
     if config.certification is not None:
         check_alone(network, trace, next(sequences[CALIBRATION].batches(2)))
-    # A solver that needs an activation after its layer is replaced where the network has none.
     asked = asked_solvers(config.compression, layers)
+    # Wide layers need more sequences than the default, which a config may leave open.
+    config, sequences, reach = with_enough_data(config, asked, trace, sequences, processors)
+    check_sequences(sequences, module, source)
+    # A solver that needs an activation after its layer is replaced where the network has none.
     solvers, stand_in_reasons = with_stand_ins(asked, network, layers, trace.batch)
     # The fingerprints tell which earlier work is used again.
     statistics = statistics_fingerprint(
         config, source, sequences[CALIBRATION], solvers, network, processors.tokenizer
     )
     identity = digest(statistics)
-    work_dir = _work_dir(config, identity)
+    work_dir = work_directory(config, identity)
     check_writable(work_dir, "runtime.work_dir")
     processes.from_first(lambda: check_work_directory(work_dir))
     # Processes with other files would mix two jobs into one output.
@@ -197,6 +202,7 @@ def make_plan(config: Config, *, force: bool = False, processes: Processes = ALO
         skipped=skipped,
         planned=plan_layers(config, layers, source, solvers, stand_in_reasons),
         sequences=sequences,
+        reach=reach,
         inputs=inputs,
         data_hashes=inputs.data_hashes,
         statistics_fingerprint=statistics,
@@ -214,6 +220,7 @@ def with_config(plan: Plan, config: Config, *, force: bool = False) -> Plan:
         InputError: a method cannot do what the target needs, or the output cannot be written.
         RunError: another run is writing the output.
     """
+    config = replace(config, calibration=plan.config.calibration)
     output = resolve_output(config.output.path)
     plan.processes.from_first(lambda: check_places([config]))
     plan.processes.from_first(lambda: check_output(output, force=force))
@@ -228,12 +235,6 @@ def with_target(plan: Plan, config: Config) -> Plan:
     reasons = {name: x.method_reason for name, x in plan.planned.items() if x.method_reason}
     planned = plan_layers(config, plan.layers, plan.source, solvers, reasons)
     return replace(plan, config=config, planned=planned)
-
-
-def _work_dir(config: Config, identity: str) -> Path:
-    """Returns the work directory: `runtime.work_dir`, or a hidden one beside the output."""
-    root = work_root(config)
-    return root if config.runtime.work_dir else root / identity[:16]
 
 
 def check_layers(config: Config, layers: list[Layer]) -> None:

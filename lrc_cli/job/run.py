@@ -15,7 +15,7 @@ from lrc_cli.config import Compression, Config
 from lrc_cli.config.compression import default_allocation
 from lrc_cli.engine import Solver
 from lrc_cli.errors import ChangedInput, Interrupted
-from lrc_cli.job.data_found import data_found, unused_data
+from lrc_cli.job.data_found import data_notes
 from lrc_cli.job.factors.decide_sequential import Decision, check_sequential, decide
 from lrc_cli.job.factors.plain import FactorsStage
 from lrc_cli.job.factors.sequential import SequentialStage
@@ -33,7 +33,6 @@ from lrc_cli.job.stage import run_stage
 from lrc_cli.job.statistics.collect import StatisticsStage, prepare_pass
 from lrc_cli.job.work import PASSING, SHARED, DamagedUnit, WorkDirectory
 from lrc_cli.report.record import Record
-from lrc_cli.report.shortfalls import data_shortfalls
 from lrc_cli.runtime.processes import ALONE, Processes
 from lrc_cli.runtime.progress import Progress, Seconds
 
@@ -221,7 +220,7 @@ def _say_what_failed(record: Record, progress: Progress) -> None:
 
 def say_shortfalls(plan: Plan, progress: Progress) -> None:
     """Says what of checkpoint and data is not used, and which numbers are lower than asked."""
-    for note in [*plan.source.notes, *data_shortfalls(data_found(plan)), *unused_data(plan)]:
+    for note in [*plan.source.notes, *data_notes(plan)]:
         progress.note(note)
 
 

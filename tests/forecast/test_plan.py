@@ -290,3 +290,43 @@ def test_a_network_that_runs_whole_is_said_to(
     assert ended.code == 0 and "runs whole, not block by block: " in ended.out
     ended = pico.call("compress", config, "--dry-run", "--json")
     assert json.loads(ended.out)["runs_whole"]
+
+
+def test_a_plan_says_what_more_calibration_data_would_bring(
+    tmp_path: Path, llama_job: Changes
+) -> None:
+    few, more = (
+        planned(pico.job(tmp_path, {**llama_job, "calibration.num_sequences": number}))
+        for number in (8, 64)
+    )
+    for found, number in ((few, 8), (more, 64)):
+        said = found["calibration"]
+        assert (said["num_sequences"], said["rows"]) == (number, number * pico.LENGTH)
+        assert said["left"] > 0 and said["others"] == 8
+        assert 0 < said["twice"] < said["unseen"]
+    assert more["calibration"]["unseen"] < few["calibration"]["unseen"] / 3
+    # The same question has the same answer where the spectra are there already.
+    again = planned(pico.job(tmp_path, {**llama_job, "calibration.num_sequences": 64}))
+    assert again["spectra"] == "reused" and again["calibration"] == more["calibration"]
+
+
+def test_a_plan_says_that_the_data_ends(tmp_path: Path, llama_job: Changes) -> None:
+    whole = {**llama_job, "calibration.num_sequences": 112}  # of 3600 words
+    ended = pico.call("plan", pico.job(tmp_path, whole))
+    assert "the data has no more sequences" in ended.out
+    assert "calibration: 112 sequences; model.layers." in ended.out
+
+
+@pytest.mark.parametrize("method", ["frobenius", "curvature"])
+def test_a_plan_judges_layers_around_their_mean(
+    method: str, tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    changes = {
+        "model.path": str(checkpoint("bert")),
+        "calibration.path": str(text),
+        "calibration.num_sequences": 64,
+        "compression.center": True,
+        "compression.method": method,
+    }
+    found = planned(pico.job(tmp_path, changes))
+    assert 0 < found["calibration"]["unseen"] < 1
