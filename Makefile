@@ -35,8 +35,10 @@ test: setup  ## fetch what the tests need, run them
 	$(BIN)/python scripts/fetch_demo.py --tests
 	$(BIN)/python $(PYTEST)
 
-fuzz: setup  ## try random inputs on the readers for FUZZ_SECONDS (600)
+fuzz: setup  ## try random values, then bytes, on the readers, FUZZ_SECONDS (600) each
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python scripts/fuzz.py
+	$(BIN)/python scripts/fuzz_bytes.py
 
 bench: setup  ## print the quality table of docs/benchmarks.md
 	$(BIN)/python scripts/fetch_demo.py --tests
@@ -58,7 +60,7 @@ floor: $(FLOOR)/.complete setup  ## run the tests on the oldest versions pyproje
 
 $(FLOOR)/.complete: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[dev,demo]'
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[dev,demo,fuzz]'
 	@touch $@
 
 clean:  ## remove outputs and build leavings; keeps .venv and .cache

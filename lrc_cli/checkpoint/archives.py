@@ -30,7 +30,9 @@ def record_names(file: Path) -> list[str] | None:
         InputError: the file is no regular file, or no archive that can be read.
     """
     check_regular(file)
-    if not zipfile.is_zipfile(file):
+    with _readable(file):
+        is_archive = zipfile.is_zipfile(file)
+    if not is_archive:
         return None
     with _opened(file) as archive:
         return archive.namelist()
@@ -57,23 +59,16 @@ def check_old(file: Path) -> None:
         InputError: a storage is missing, or shorter or longer than the pickle says.
     """
     size = file_size(file)
-    try:
-        with open_regular(file) as handle:
-            for _ in range(3):  # a magic number, a version and the machine
-                _StorageReader(handle).load()
-            reader = _StorageReader(handle)
-            reader.load()
-            for key in _StorageReader(handle).load():
-                count = int.from_bytes(handle.read(8), "little", signed=True)
-                _check_storage(file, key, reader.storages.pop(key), count * reader.items[key])
-                handle.seek(count * reader.items[key], 1)
-            end = handle.tell()
-    except InputError:
-        raise
-    # On a file that torch.save did not write, the unpickler fails in any way.
-    except Exception as error:
-        cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
-        raise InputError(cause, COPY_AGAIN) from error
+    with _readable(file), open_regular(file) as handle:
+        for _ in range(3):  # a magic number, a version and the machine
+            _StorageReader(handle).load()
+        reader = _StorageReader(handle)
+        reader.load()
+        for key in _StorageReader(handle).load():
+            count = int.from_bytes(handle.read(8), "little", signed=True)
+            _check_storage(file, key, reader.storages.pop(key), count * reader.items[key])
+            handle.seek(count * reader.items[key], 1)
+        end = handle.tell()
     for key, num_bytes in reader.storages.items():
         _check_storage(file, key, num_bytes, None)
     if end > size:
@@ -89,12 +84,18 @@ def _check_storage(file: Path, key: str, needed: int, found: int | None) -> None
 
 @contextmanager
 def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    with _readable(file), open_regular(file) as handle, zipfile.ZipFile(handle) as archive:
+        yield archive
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """A context in which every failure of a library on a file is a refusal of the file."""
     try:
-        with open_regular(file) as handle, zipfile.ZipFile(handle) as archive:
-            yield archive
+        yield
     except InputError:
         raise
-    # On an archive that torch.save did not write, zipfile and pickle fail in any way.
+    # On a file that torch.save did not write, zipfile and pickle fail in any way.
     except Exception as error:
         cause = f"{file}: cannot be read as a file of torch.save ({type(error).__name__})"
         raise InputError(cause, COPY_AGAIN) from error

@@ -1,8 +1,9 @@
 """The file manifest.json lists the sha256 of every file and of every tensor's bytes."""
 
 import hashlib
+import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from lrc_cli.checkpoint.headers import open_tensors
@@ -95,7 +96,7 @@ def find_changed(directory: Path) -> Path | None:
     later = (
         directory / name
         for name in sorted(files)
-        if (directory / name).is_file() and _last_change(directory / name) >= written
+        if os.path.isfile(directory / name) and _last_change(directory / name) >= written
     )
     return next(
         (x for x in later if hash_file(x) != files[x.relative_to(directory).as_posix()]), None
@@ -118,7 +119,7 @@ def _own_files(directory: Path) -> dict[str, str] | None:
     if manifest is None or not isinstance(manifest.get("manifest_version"), int):
         return None
     files, tensors = manifest.get("files"), manifest.get("tensors")
-    if not _are_hashes(files) or not _are_hashes(tensors):
+    if not _are_hashes(files) or not _are_hashes(tensors) or not all(map(_is_inside, files)):
         return None
     is_own = any(files.keys() >= names for names in (ALWAYS_WRITTEN, ALWAYS_CERTIFIED))
     return files if is_own else None
@@ -130,6 +131,12 @@ def _are_hashes(value: Any) -> TypeGuard[dict[str, str]]:
     )
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name is one that `build_manifest` gives a file: it stays in its directory."""
+    path = PurePosixPath(name)
+    return str(path) == name and not path.is_absolute() and ".." not in path.parts
+
+
 def matches_manifest(directory: Path) -> bool:
     """Returns whether every file that manifest.json names is there with the hash that it names.
 
@@ -138,6 +145,6 @@ def matches_manifest(directory: Path) -> bool:
     """
     files = read_json(directory / MANIFEST_NAME).get("files")
     return isinstance(files, dict) and all(
-        (directory / name).is_file() and hash_file(directory / name) == sha256
+        os.path.isfile(directory / name) and hash_file(directory / name) == sha256
         for name, sha256 in files.items()
     )

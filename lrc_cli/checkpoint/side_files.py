@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 
+from lrc_cli.checkpoint.archives import record_names
 from lrc_cli.checkpoint.headers import file_headers
 from lrc_cli.checkpoint.pickles import load_pickle
 from lrc_cli.checkpoint.wrapped import bare
@@ -135,7 +135,7 @@ class SideFiles:
                 return None
             return COPY if self._is_copy({key: x.shape for key, x in headers.items()}) else None
         try:
-            if file.stat().st_size > LARGE and not is_zipfile(file):
+            if file.stat().st_size > LARGE and record_names(file) is None:
                 return UNREAD  # files from before torch 1.6 are read into memory
             tree = load_pickle(file)
         except InputError:

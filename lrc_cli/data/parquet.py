@@ -37,7 +37,7 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
             pyarrow is not installed.
     """
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise InputError(
             f"{path}: pyarrow is needed to read .parquet", "pip install 'lrc-cli[parquet]'"
@@ -47,7 +47,10 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
         # Without a buffer of its own size, pyarrow reads a row group of the column at once.
         with parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, **options) as file:
             yield file
-    except (ArrowException, OSError, MemoryError) as error:
+    except InputError:
+        raise
+    # On a file that pyarrow did not write, it fails in any way: also on bytes that are no text.
+    except Exception as error:
         cause = f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})"
         raise InputError(cause, WRITE_AGAIN) from error
 

@@ -85,11 +85,12 @@ def config_texts(draw: Any) -> str:
     return text
 
 
-def read_config(text: str) -> None:
+def read_config(text: str) -> Any:
     """A text is a config, which reads back from what is written of it, or is refused by place."""
     config = refused(lambda: parse_config(text, "job.yaml"), says="job.yaml")
     if config is not None:
         assert parse_config(to_yaml(config), "again.yaml") == config
+    return config
 
 
 KEYS = [f"{section}.{key}" for section, keys in LEAVES.items() for key in keys]
@@ -174,7 +175,7 @@ def library_reads(raw: bytes) -> Mapping[str, torch.Tensor] | None:
         return None
 
 
-def read_weight_file(raw: bytes) -> None:
+def read_weight_file(raw: bytes) -> Any:
     """lrc reads no file that safetensors refuses, and sees the same names, shapes and dtypes."""
     file = scratch() / "x.safetensors"
     file.write_bytes(raw)
@@ -188,6 +189,7 @@ def read_weight_file(raw: bytes) -> None:
         known = all(t.dtype in DTYPES.values() for t in theirs.values())
         plain = all(key.isprintable() and 0 < len(key) <= 1000 for key in theirs)
         assert not (known and plain and theirs), "lrc refuses what safetensors reads"
+    return headers
 
 
 # ---------------------------------------------------------------- indexes
