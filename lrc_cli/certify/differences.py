@@ -8,8 +8,9 @@ import torch
 from lrc_cli.certify.sides import Side
 from lrc_cli.data.draw import Sequences
 from lrc_cli.errors import InputError
-from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.network import Network, NetworkError
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.text import count, some_of
 
 NOT_THE_NETWORK = frozenset(
@@ -106,7 +107,7 @@ def check_outputs(before: Network, after: Network, sequences: Sequences, name: s
     """
     batch = next(sequences.batches(1))
     try:
-        outputs = before(batch), after(batch)
+        outputs = glance(before, batch), glance(after, batch)
     except NetworkError as error:
         raise InputError(
             f"{name}: the copy fails on a sequence that the original takes: {error.reason}",

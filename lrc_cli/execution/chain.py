@@ -16,11 +16,12 @@ from torch import nn
 from lrc_cli.data.decoder import scored
 from lrc_cli.data.draw import Batch
 from lrc_cli.execution.constancy import Sketch, sketch, tolerance_of
-from lrc_cli.execution.hooks import around_calls, watched
-from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.glance import glancing, looked_at
+from lrc_cli.execution.hooks import around_calls, hidden_output, watched
 from lrc_cli.execution.network import Network, NetworkError, StopForward
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.execution.placement import block_names
-from lrc_cli.execution.tail import MOST_POSITIONS, WHOLE_TAIL, Part, Tail
+from lrc_cli.execution.tail import EVERYTHING, MOST_POSITIONS, WHOLE_TAIL, Part, Tail
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.parts import part_of
 
@@ -73,12 +74,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors(item)
-
-
-def hidden_output(output: Any) -> torch.Tensor | None:
-    """Returns the hidden states of a block's output: the output, a tuple's first item, or None."""
-    first = output[0] if isinstance(output, tuple) and output else output
-    return first if isinstance(first, torch.Tensor) else None
 
 
 def with_hidden_output(output: Any, hidden: torch.Tensor) -> Any:
@@ -146,9 +141,10 @@ def find_chain(
     names = tuple(block_names(network.module) if names is None else names)
     if len(names) < 2 and watching is None:
         return Chain()
+    tokens = looked_at(network, batch)
     noted = _Noted(keeps_inputs=names not in network.apart)
     hooks = around_calls(network.module, names, before=noted.enter, after=noted.leave)
-    with watching or nullcontext(), hooks:
+    with watching or nullcontext(), hooks, glancing(network, batch, tokens):
         outputs = _run(network, batch)
     last = hidden_output(noted.output)
     if len(names) < 2 or not noted.is_linked or [name for name, _ in noted.calls] != list(names):
@@ -157,6 +153,8 @@ def find_chain(
     # must come out the same.
     chain = Chain(names=names, shape=noted.output)
     entered: dict[str, Call] = {}
+    if tokens is not None and last is not None:
+        last = last[:, tokens]
     try:
         with patched(network.module, passing(chain, entered, last)):
             again = _run(network, batch)
@@ -173,43 +171,63 @@ def find_chain(
     if not network.apart[names]:
         return Chain()
     assert last is not None
-    return replace(chain, tail=_find_tail(network, chain, batch, last, outputs))
+    return replace(chain, tail=_find_tail(network, chain, batch, tokens, last, outputs))
 
 
 def _find_tail(
-    network: Network, chain: Chain, batch: Batch, hidden: torch.Tensor, outputs: Any
+    network: Network,
+    chain: Chain,
+    batch: Batch,
+    tokens: slice | None,
+    hidden: torch.Tensor,
+    outputs: Any,
 ) -> Tail:
     """Returns how the tail may be cut, by comparing it on parts with the whole.
 
     Args:
+        tokens: the positions that `hidden` has; None: all.
         hidden: the hidden states that the last block returned.
         outputs: what the network made of them.
     """
     found, ids = floating_outputs(outputs), batch.get(scored(batch)[0])
-    shapes = [x.shape[:2] for x in (hidden, *found)]
-    if ids is None or any(shape != ids.shape for shape in shapes) or ids.shape[1] < 2:
+    if ids is None or ids.ndim != 2:
+        return WHOLE_TAIL
+    shape = ids.shape if tokens is None else ids[:, tokens].shape
+    if any(x.shape[:2] != shape for x in (hidden, *found)) or shape[1] < 2:
         return WHOLE_TAIL
     tail = Tail(position_bytes=4 * sum(x[0, 0].numel() for x in found))
-    if len(tail.parts({"input_ids": ids.new_empty(1, MOST_POSITIONS)})) == 1:
+    longest = max(MOST_POSITIONS, ids.shape[1])
+    if tail.parts({"input_ids": ids.new_empty(1, longest)}) == [EVERYTHING]:
         return WHOLE_TAIL  # no micro-batch is cut
+    first = 0 if tokens is None else tokens.start
     for tried in (tail, replace(tail, cuts_inputs=False)):
-        if all(_is_alike(network, replace(chain, tail=tried), batch, hidden, found)):
+        if all(_is_alike(network, replace(chain, tail=tried), batch, first, hidden, found)):
             return tried
     return WHOLE_TAIL
 
 
 def _is_alike(
-    network: Network, chain: Chain, batch: Batch, hidden: torch.Tensor, wanted: list[torch.Tensor]
+    network: Network,
+    chain: Chain,
+    batch: Batch,
+    first: int,
+    hidden: torch.Tensor,
+    wanted: list[torch.Tensor],
 ) -> Iterator[bool]:
-    """Yields whether the tail's outputs on parts of one sequence are these parts of the whole."""
+    """Yields whether the tail's outputs on parts of one sequence are these parts of the whole.
+
+    Args:
+        first: the position in the batch that `hidden` begins with.
+    """
     tolerance = max(SAME_OUTPUTS, 4 * torch.finfo(network.dtype).eps)
-    length, (first, *_) = hidden.shape[1], chain.tail.parts(batch)
-    size = min(first.tokens.stop or length, length // 2)
-    for tokens in (slice(0, size), slice(length - size, length)):
-        part = Part(rows=slice(0, 1), tokens=tokens)
+    length = hidden.shape[1]
+    size = min(chain.tail.positions, length // 2)
+    for start in (0, length - size):
+        part = Part(rows=slice(0, 1), tokens=slice(start, start + size))
+        there = replace(part, tokens=slice(first + start, first + start + size))
         try:
             with torch.no_grad():
-                outputs = run_tail(network, chain, batch, part, part.of(hidden).clone())
+                outputs = run_tail(network, chain, batch, there, part.of(hidden).clone())
         except NetworkError:
             yield False
             return
@@ -330,7 +348,8 @@ def places(
     The layers stand in the order in which they first run. Layers that `batch` does not reach are
     absent.
     """
-    with placing(network, chain.names, layers) as found:
+    tokens = looked_at(network, batch)
+    with placing(network, chain.names, layers) as found, glancing(network, batch, tokens):
         _run(network, batch)
     return found
 

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import RunError
+from lrc_cli.execution.glance import glance, glancing, looked_at
 from lrc_cli.execution.hooks import around_calls
-from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network, NetworkError, reading_outputs
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.network.layer import Layer
 
 TOLERANCE = 0.03
@@ -215,7 +216,7 @@ def check_again(network: Network, trace: Trace) -> list[str]:
     before, passes, counting = counters(network.module), 0, list[str]()
     while passes < (PASSES_OF_COUNTERS if counting else PASSES):
         with torch.no_grad(), repeating(network, trace):
-            network(trace.batch)
+            glance(network, trace.batch)
         passes += 1
         now = counters(network.module)
         counting = counting or [name for name in now if now[name] != before.get(name)]
@@ -255,7 +256,8 @@ def check_alone(network: Network, trace: Trace, batch: Batch) -> None:
         trace: a pass over one sequence.
         batch: several sequences, of which the trace's sequence is the first.
     """
-    with reading_outputs(network):
+    tokens = looked_at(network, trace.batch)
+    with reading_outputs(network), glancing(network, batch, tokens):
         together = floating_outputs(network(batch))
     number = len(next(iter(batch.values())))
     most, all_rows = tolerance_of(network), FEW_ROWS
@@ -269,7 +271,7 @@ def check_alone(network: Network, trace: Trace, batch: Batch) -> None:
         middle, share = alone.distance_of_most(sketch(own))
         if not (middle <= most and share <= all_rows):
             with repeating(network, trace):  # noise is no matter of the batch
-                network(trace.batch)
+                glance(network, trace.batch)
             raise ChangingNetwork(
                 f"the network {type(network.module).__name__} gives a sequence other outputs alone"
                 f" than in a batch of {number}: they differ by {share:.2g} of their size",
@@ -324,7 +326,7 @@ def _first_that_differs(network: Network, trace: Trace) -> str | None:
         names = [name for name, _ in network.module.named_modules() if name]
         try:
             with around_calls(network.module, names, after=look):
-                network(trace.batch)
+                glance(network, trace.batch)
         except NetworkError:
             return None
         runs.append(seen)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lrc_cli.data.padding import Masks, unpadded
-from lrc_cli.execution.losses import UNSCORED, Loss, floating_outputs
+from lrc_cli.execution.losses import UNSCORED, Loss
+from lrc_cli.execution.outputs import floating_outputs
 
 OBJECTIVES = {
     "next_token": "KL divergence of the next-token predictions, nats per token",

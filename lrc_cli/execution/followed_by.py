@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lrc_cli.data.draw import Batch
 from lrc_cli.execution.hooks import watched
-from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.network.layer import Layer
 
 ACTIVATIONS = {"ReLU": (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)}

@@ -124,3 +124,9 @@ def grouping(network: Network, layers: Sequence[Layer]) -> Iterator[dict[str, st
     # A layer may be called several times: only the same inputs in every call are one group.
     first: dict[tuple[tuple[Any, ...], ...], str] = {}
     groups |= {name: first.setdefault(tuple(calls), name) for name, calls in seen.items()}
+
+
+def hidden_output(output: Any) -> torch.Tensor | None:
+    """Returns the hidden states of a block's output: the output, a tuple's first item, or None."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, torch.Tensor) else None

@@ -17,9 +17,10 @@ from lrc_cli.data.decoder import is_given, takes
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import MASKS
 from lrc_cli.errors import InputError
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.hooks import around_calls
-from lrc_cli.execution.losses import all_finite, floating_outputs
 from lrc_cli.execution.network import Network, NetworkError
+from lrc_cli.execution.outputs import all_finite, floating_outputs
 from lrc_cli.execution.precision import DTYPES
 from lrc_cli.execution.weight_use import Use, observe
 from lrc_cli.network.layer import Layer
@@ -105,7 +106,7 @@ def _first_not_finite(network: Network, batch: Batch) -> str | None:
     parts = network.module.named_modules()
     names = [name for name, part in parts if not list(part.children())]
     with around_calls(network.module, names, after=look):
-        network(batch)
+        glance(network, batch)
     return found[0] if found else None
 
 
@@ -190,7 +191,7 @@ def _outputs_with(
     for tensor in tensors:
         tensor.copy_(torch.randn(tensor.shape, generator=noise) * (math.nan if seed is None else 1))
     try:
-        return floating_outputs(network(batch))
+        return floating_outputs(glance(network, batch))
     except NetworkError:
         return None
 
@@ -214,7 +215,7 @@ def ignored_inputs(network: Network, sequences: Mapping[str, Sequences]) -> list
         for key in extra:
             rest = {other: tensor for other, tensor in batch.items() if other != key}
             try:
-                both = [floating_outputs(network(inputs)) for inputs in (batch, rest)]
+                both = [floating_outputs(glance(network, inputs)) for inputs in (batch, rest)]
             except NetworkError:  # the code looks for the input
                 continue
             if _is_same(*both):

@@ -7,19 +7,20 @@ output (Gauss-Newton, with random +-1 probes).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
 from lrc_cli.data.decoder import scored
 from lrc_cli.data.kinds import Batch
 from lrc_cli.data.padding import Masks, unpadded
 from lrc_cli.errors import InputError
+from lrc_cli.execution.glance import glance, looked_at
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.outputs import floating_outputs
 
 NUM_PROBES = 4
 MASKED_SHARE = 0.15
@@ -77,7 +78,7 @@ def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) 
         InputError: the requested loss needs logits, or a mask token, that are not there.
     """
     with torch.no_grad():
-        outputs = network(batch)
+        outputs = glance(network, batch)
     logits = getattr(outputs, "logits", None)
     is_language_model = _is_language_model(logits, batch, network)
     if requested == "auto":
@@ -105,7 +106,9 @@ def choose_loss(requested: str, network: Network, batch: Batch, tokenizer: Any) 
 
 def _is_language_model(logits: torch.Tensor | None, batch: Batch, network: Network) -> bool:
     ids = batch.get(scored(batch)[0])
-    if logits is None or ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+    if logits is None or ids is None or logits.ndim != 3 or ids.ndim != 2:
+        return False
+    if logits.shape[:2] != ids[:, looked_at(network, batch) or slice(None)].shape:
         return False
     if ids.shape[1] < 2:  # there is no next token
         return False
@@ -136,8 +139,10 @@ def _is_causal(network: Network, batch: Batch) -> bool:
     ids, mask = other[ids_name], row.get(mask_name)
     last = ids.shape[1] - 1 if mask is None else int(mask[0].nonzero().max())
     ids[0, last] = (ids[0, last] + 1) % network.vocabulary
+    tokens = looked_at(network, row)
+    last -= 0 if tokens is None else tokens.start
     with torch.no_grad():
-        change = (network(row).logits[0] - network(other).logits[0]).float().abs()
+        change = (glance(network, row).logits[0] - glance(network, other).logits[0]).float().abs()
     return bool(change[last - 1].max() <= CAUSAL_LEAK * change[last].max())
 
 
@@ -233,35 +238,3 @@ def num_scalars(loss: Loss) -> int:
 def _signs(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
     return signs.to(tensor.device, tensor.dtype)
-
-
-def floating_outputs(outputs: Any) -> list[torch.Tensor]:
-    """Returns the floating-point tensors that a model returned.
-
-    Where there are logits, only the logits count. Tensors inside of nested tuples count only where
-    there are no others.
-
-    Raises:
-        InputError: the model returned nothing that can hold tensors, such as None.
-    """
-    if isinstance(outputs, torch.Tensor):
-        return [outputs] if outputs.is_floating_point() else []
-    logits = getattr(outputs, "logits", None)
-    if logits is not None:
-        return [logits]
-    if not isinstance(outputs, Iterable):
-        raise InputError(
-            f"the network returns {type(outputs).__name__}", "its forward must return tensors"
-        )
-    values = list(outputs.values() if hasattr(outputs, "values") else outputs)
-    for found in (values, tree_leaves(values)):
-        tensors = [v for v in found if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        if tensors:
-            return tensors
-    return []
-
-
-def all_finite(tensors: Any) -> bool:
-    """Returns whether a nested structure's floating-point tensors hold no NaN and no infinity."""
-    leaves = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
-    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())

@@ -123,6 +123,9 @@ class Network:
     placement: Placement
     apart: dict[tuple[str, ...], bool] = field(default_factory=dict)
     """Whether blocks, by their names, do by themselves what they do in a whole pass."""
+    glances: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    """Whether it makes outputs for some positions only, by names and shapes of inputs: what
+    `glance` has tried out."""
 
     @property
     def vocabulary(self) -> int:

@@ -14,14 +14,14 @@ from lrc_cli.execution.chain import (
     Segment,
     arrange,
     find_chain,
-    hidden_output,
     passing,
     patched,
     placing,
 )
-from lrc_cli.execution.hooks import grouping, watched
-from lrc_cli.execution.losses import floating_outputs
+from lrc_cli.execution.glance import looked_at
+from lrc_cli.execution.hooks import grouping, hidden_output, watched
 from lrc_cli.execution.network import Network, StopForward
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.execution.placement import block_names
 from lrc_cli.network.layer import Layer
 
@@ -105,8 +105,10 @@ def _is_bypassed(
             network(batch)
         # Blocks may change the shape of hidden states: the tail takes the last block's shape.
         last = hidden_output(chain.shape)
+        tokens = looked_at(network, batch)
         assert last is not None
-        with patched(network.module, passing(chain, entered, torch.zeros_like(last))):
+        last = torch.zeros_like(last if tokens is None else last[:, tokens])
+        with patched(network.module, passing(chain, entered, last)):
             outputs = network(batch)
     others = [tensor for call in entered.values() for tensor in call.others()]
     return any(tensor.requires_grad for tensor in [*others, *floating_outputs(outputs)])

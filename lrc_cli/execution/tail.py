@@ -57,12 +57,17 @@ class Tail:
     cuts_inputs: bool = True
     """Whether the network gets the same part of its inputs, or all tokens of a part's sequences."""
 
+    @property
+    def positions(self) -> int:
+        """The number of positions that run at once, where the tail is cut."""
+        return max(OUTPUT_BYTES // self.position_bytes, 1)
+
     def parts(self, batch: Batch) -> list[Part]:
         """Returns the parts of a micro-batch, whose outputs take up to OUTPUT_BYTES each."""
         if not self.position_bytes:
             return [EVERYTHING]
         rows, tokens = batch[scored(batch)[0]].shape
-        positions = max(OUTPUT_BYTES // self.position_bytes, 1)
+        positions = self.positions
         if rows * tokens <= positions:
             return [EVERYTHING]
         if tokens <= positions:

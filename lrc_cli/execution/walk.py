@@ -17,11 +17,11 @@ from lrc_cli.execution.chain import (
     Call,
     Chain,
     Segment,
-    hidden_output,
     passing,
     patched,
     run_tail,
 )
+from lrc_cli.execution.hooks import hidden_output
 from lrc_cli.execution.network import Network, NetworkError, StopForward
 from lrc_cli.execution.readahead import read_ahead
 from lrc_cli.execution.tail import EVERYTHING, Part

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lrc_cli.data.draw import Batch
 from lrc_cli.errors import is_out_of_memory
 from lrc_cli.execution.constancy import DIRECTIONS, TOLERANCE, Trace, noting, state_of
-from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.network import Network, NetworkError
+from lrc_cli.execution.outputs import all_finite, floating_outputs
 from lrc_cli.network.layer import Layer
 from lrc_cli.network.layouts import Lookup
 from lrc_cli.network.parts import part_of
@@ -59,10 +60,10 @@ def observe(network: Network, layers: Sequence[Layer], batch: Batch) -> tuple[An
     judged, is_suspect = _with_product(layers), False
     state = state_of(network.module)
     with noting(network, layers) as did:
-        outputs = _run_hidden(network, judged, batch, wrong) if judged else network(batch)
+        outputs = _run_hidden(network, judged, batch, wrong) if judged else glance(network, batch)
         if outputs is None:
             with _kept(network.module):
-                outputs = network(batch)
+                outputs = glance(network, batch)
             # Outputs that are not finite without a hidden weight say nothing of the layers.
             is_suspect = all_finite(floating_outputs(outputs))
     trace = Trace(batch=batch, layers=layers, did=did, state=state)
@@ -119,7 +120,7 @@ def _run_hidden(
     """
     try:
         with _kept(network.module), _hidden(network.module, layers, wrong):
-            outputs = network(batch)
+            outputs = glance(network, batch)
     except NetworkError:
         return None  # the caller sees whether a run with nothing hidden fails too
     return outputs if all_finite(floating_outputs(outputs)) else None

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from lrc_cli.data.purposes import CALIBRATION
-from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain, hidden_output
+from lrc_cli.execution.chain import HEAD, TAIL, WHOLE, Segment, find_chain
+from lrc_cli.execution.hooks import hidden_output
 from lrc_cli.execution.segments import NO_CHAIN
 from lrc_cli.forecast.clocks import NUM_BATCHES, Timed, typical
 from lrc_cli.forecast.estimate import Memory, Piece

@@ -11,6 +11,7 @@ from typing import Any
 from lrc_cli.data.draw import Sequences, micro_batch
 from lrc_cli.data.purposes import CALIBRATION, CERTIFICATION
 from lrc_cli.execution.chain import find_chain, segments_of
+from lrc_cli.execution.glance import glance
 from lrc_cli.forecast.clocks import NUM_BATCHES, Clock, typical
 from lrc_cli.forecast.data_pass import counts_of
 from lrc_cli.forecast.estimate import Memory, Piece
@@ -71,7 +72,7 @@ class _Comparison:
         clock = Clock(plan.device)
         networks = TwoNetworks(plan, chain, [batch])
         self.after = networks.compressed.network
-        self.after(batch)
+        glance(self.after, batch)
         clock.tick()
         self.opening = clock.steps[0]
         """The seconds to open the checkpoint again and to run it once."""

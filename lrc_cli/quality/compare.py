@@ -12,8 +12,9 @@ from lrc_cli.data.draw import Batch, Sequences, micro_batch
 from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.errors import InputError, RunError
 from lrc_cli.execution.chain import Segment, find_chain
-from lrc_cli.execution.losses import UNSCORED, Loss, choose_loss, floating_outputs, prepare
+from lrc_cli.execution.losses import UNSCORED, Loss, choose_loss, prepare
 from lrc_cli.execution.network import Network, reading_outputs
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.execution.walk import Keep, Pair
 from lrc_cli.quality.records import Scores
 from lrc_cli.runtime.processes import ALONE, Processes

@@ -9,7 +9,8 @@ from torch.nn import functional
 from lrc_cli.data.draw import Batch
 from lrc_cli.data.padding import masks_of, unpadded
 from lrc_cli.engine.magnitudes import norms
-from lrc_cli.execution.losses import UNSCORED, floating_outputs
+from lrc_cli.execution.losses import UNSCORED
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.quality.compare import LARGEST_RATIO
 
 

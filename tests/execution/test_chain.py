@@ -25,8 +25,8 @@ from lrc_cli.execution.chain import (
     segments_of,
 )
 from lrc_cli.execution.hooks import hooked
-from lrc_cli.execution.losses import floating_outputs
 from lrc_cli.execution.network import Network, make_network
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.execution.walk import Walk
 from lrc_cli.network.candidates.find import find_layers
 from lrc_cli.network.layer import Layer

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lrc_cli.data.padding import masks_of
 from lrc_cli.execution import tail as tails
 from lrc_cli.execution.chain import TAIL, Chain, Segment, find_chain
-from lrc_cli.execution.losses import Loss, floating_outputs
+from lrc_cli.execution.losses import Loss
 from lrc_cli.execution.network import Network, make_network
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.execution.tail import EVERYTHING, WHOLE_TAIL, Part, Tail
 from lrc_cli.execution.walk import Walk
 from lrc_cli.network.keys import Keys

@@ -9,6 +9,7 @@ import torch
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.engine import Choice, Solver
 from lrc_cli.errors import InputError
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.hooks import watched
 from lrc_cli.job.methods import methods_that
 from lrc_cli.job.plan import Plan
@@ -137,7 +138,7 @@ def count_calls(plan: Plan) -> Counter[str]:
     calls: Counter[str] = Counter()
     count = watched(plan.network, plan.layers, lambda x, *_: calls.update([x.name]))
     with torch.no_grad(), count:
-        plan.network(next(plan.sequences[CALIBRATION].batches(1)))
+        glance(plan.network, next(plan.sequences[CALIBRATION].batches(1)))
     return calls
 
 

@@ -10,8 +10,9 @@ from lrc_cli.checkpoint.source import Source, open_source
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import RunError
 from lrc_cli.execution.constancy import PASSES_OF_COUNTERS, check_again
-from lrc_cli.execution.losses import all_finite, floating_outputs
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.network import Network, NetworkError, make_network
+from lrc_cli.execution.outputs import all_finite, floating_outputs
 from lrc_cli.execution.walk import compressed_failure
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.output.certify import certify
@@ -123,7 +124,7 @@ def _check_forward(network: Network, plan: Plan, progress: Progress) -> None:
         )
     try:
         with torch.no_grad():
-            outputs = network(next(plan.sequences[CALIBRATION].batches(1)))
+            outputs = glance(network, next(plan.sequences[CALIBRATION].batches(1)))
     except NetworkError as error:
         raise compressed_failure(error) from error
     if not all_finite(floating_outputs(outputs)):

@@ -10,6 +10,7 @@ from lrc_cli.data.kinds import Batch
 from lrc_cli.data.padding import masks_of
 from lrc_cli.execution.chain import Chain
 from lrc_cli.execution.divergence import divergence
+from lrc_cli.execution.in_parts import InParts
 from lrc_cli.execution.losses import Loss, count_tokens, drawing, prepare
 from lrc_cli.execution.network import Network, reading_outputs
 from lrc_cli.execution.recomputing import recomputing
@@ -72,11 +73,7 @@ class OutputDivergence:
         scale = count if self.compressed.dtype == torch.float16 else 1
         value = torch.zeros((), dtype=torch.float64)
         for index in self.processes.share(len(batches)):
-            place, batch = batches[index]
-            with recomputing(self.compressed, self.chain):
-                mean = self._distance(place, batch, gradients=True) / count
-                (mean * scale).backward()
-            value += mean.detach().double().cpu()
+            value += self._distance(*batches[index], count, scale, gradients=True)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -92,8 +89,7 @@ class OutputDivergence:
         value = torch.zeros((), dtype=torch.float64)
         for index in self.processes.share(len(batches)):
             # The places before zero draw other masked tokens than any step.
-            distance = self._distance(-1 - index, batches[index], gradients=False)
-            value += distance.double().cpu()
+            value += self._distance(-1 - index, batches[index], gradients=False)
         self.processes.sum_to(None, value)
         return value.item() / sum(map(count_tokens, batches))
 
@@ -109,19 +105,36 @@ class OutputDivergence:
             rows = torch.tensor(chosen[start : start + self.size])
             yield places[start], {name: x[rows] for name, x in self.trained.inputs.items()}
 
-    def _distance(self, place: int, batch: Batch, *, gradients: bool) -> torch.Tensor:
+    def _distance(
+        self, place: int, batch: Batch, count: int = 1, scale: int = 1, *, gradients: bool
+    ) -> torch.Tensor:
+        """Returns the summed distance on a micro-batch divided by `count`, in float64.
+
+        With `gradients`, `scale` times the gradients by the trained parameters are added to them.
+        """
         inputs, labels = prepare(self.loss, batch, drawing(self.seed, place))
+        total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
-            wanted = self.dense(inputs)
-        with torch.set_grad_enabled(gradients):
-            outputs = self.compressed(inputs)
-            with reading_outputs(self.compressed):
-                found = divergence(self.loss, wanted, outputs, labels, masks_of(inputs))
-                if gradients and not found.requires_grad:
-                    raise ValueError("they have no gradient")
+            dense = InParts(self.dense, self.chain, inputs)
+        with torch.set_grad_enabled(gradients), recomputing(self.compressed, self.chain):
+            compressed = InParts(self.compressed, self.chain, inputs)
+            for part in compressed.parts:
+                with torch.no_grad():
+                    wanted = dense.outputs(part)
+                outputs, masks = compressed.outputs(part), masks_of(part.cut(inputs))
+                own = None if labels is None else part.of(labels)
+                with reading_outputs(self.compressed):
+                    found = divergence(self.loss, wanted, outputs, own, masks) / count
+                    if gradients and not found.requires_grad:
+                        raise ValueError("they have no gradient")
+                total += found.detach().double().cpu()
+                if gradients:
+                    (found * scale).backward()
+                    compressed.collect()
+            compressed.backward()
         cost = 1.0 if gradients else JUDGING
         self.advance(cost * count_tokens(batch) * self.processes.size)
-        return found
+        return total
 
 
 def split(sequences: Sequences) -> tuple[Sequences, Sequences]:

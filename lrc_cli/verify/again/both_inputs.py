@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.padding import Masks, masks_of
+from lrc_cli.execution.chain import Chain
 from lrc_cli.execution.hooks import hooked
+from lrc_cli.execution.in_parts import InParts
 from lrc_cli.execution.network import Network
 from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.magnitudes import product
@@ -58,6 +60,7 @@ class Pair:
 def measure_pairs(
     before: Network,
     after: Network,
+    chain: Chain,
     sequences: Sequences,
     layers: Sequence[Checked],
     *,
@@ -68,6 +71,7 @@ def measure_pairs(
     """Runs both networks over calibration data.
 
     Args:
+        chain: the blocks of both networks.
         layers: the layers that were fitted to the compressed network's inputs; each runs once in a
             pass.
         groups: the leader of each layer, which is the first layer that reads the same input.
@@ -100,12 +104,13 @@ def measure_pairs(
             pairs.setdefault(layer.name, PairMoments()).add(drift + compressed, compressed)
 
     own = [checked.layer for checked in layers]
-    with torch.no_grad():
+    with torch.no_grad(), hooked(before, own, in_dense), hooked(after, own, in_compressed):
         for batch in sequences.batches(batch_size(sequences, PAIR_TOKENS)):
             masks = masks_of(batch)
-            with hooked(before, own, in_dense):
-                before(batch)
-            with hooked(after, own, in_compressed):
-                after(batch)
+            runs = [InParts(network, chain, batch) for network in (before, after)]
+            for part in runs[0].parts:
+                masks = masks_of(part.cut(batch))
+                for run in runs:
+                    run.outputs(part)
             advance(len(next(iter(batch.values()))))
     return by_name, pairs

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrc_cli.data.padding import Masks, masks_of
+from lrc_cli.data.padding import Masks
 from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.execution.hooks import hooked
 from lrc_cli.execution.losses import Loss, drawing
@@ -50,6 +50,10 @@ def _reached(
     moved: set[str] = set()
     masks: Masks = ()
 
+    def begin(given: Masks) -> None:
+        nonlocal masks
+        masks = given
+
     def after_layer(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
         if len(real_rows(x.detach(), masks)):
             reached.add(layer.name)
@@ -65,13 +69,12 @@ def _reached(
         y.register_hook(look)
         return y
 
-    sequences = run.sequences[CALIBRATION]
+    sequences, chain = run.sequences[CALIBRATION], run.chain
     masking = torch.Generator().manual_seed(run.seed)
     wanted = {layer.name for layer in layers}
     with hooked(run.before, layers, after_layer):
         for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
-            masks = masks_of(batch)
-            run_batch(run.before, batch, loss, masking, drawing(run.seed, index))
+            run_batch(run.before, chain, batch, loss, masking, drawing(run.seed, index), begin)
             if reached == wanted and moved == graded:
                 break
     return reached, moved

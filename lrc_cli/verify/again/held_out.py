@@ -11,9 +11,13 @@ from torch.nn import functional
 
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import masks_of
+from lrc_cli.execution.chain import Chain, find_chain
 from lrc_cli.execution.hooks import watched
-from lrc_cli.execution.losses import UNSCORED, Loss, floating_outputs, prepare
+from lrc_cli.execution.in_parts import InParts
+from lrc_cli.execution.losses import UNSCORED, Loss, prepare
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.outputs import floating_outputs
+from lrc_cli.execution.tail import EVERYTHING
 from lrc_cli.network.experts import is_expert
 from lrc_cli.network.layer import Layer
 from lrc_cli.verify.again.moments import batch_size
@@ -39,13 +43,16 @@ def measure_quality(
     """Returns a row of report["quality"], measured over all scored positions together."""
     totals: dict[str, float] = {}
     generator = torch.Generator().manual_seed(seed)
+    chain = find_chain(before, next(sequences.batches(1)))
     for batch in sequences.batches(batch_size(sequences, QUALITY_TOKENS)):
         inputs, labels = prepare(loss, batch, generator)
         with torch.no_grad():
-            old, new = before(inputs), after(inputs)
-        for part in _scores(old, new, labels, batch):
-            for name, value in part.items():
-                totals[name] = totals.get(name, 0.0) + value
+            runs = [InParts(network, chain, inputs) for network in (before, after)]
+            for part in runs[0].parts:
+                wanted = None if labels is None else part.of(labels)
+                old, new = (run.outputs(part) for run in runs)
+                for found in _scores(old, new, wanted, part.cut(batch)):
+                    _add(totals, found)
         advance(len(next(iter(batch.values()))))
     count = totals.get("count", 0.0)
     row = {"num_scored": totals.get("count", totals.get("positions", 0.0))}
@@ -56,6 +63,11 @@ def measure_quality(
     if "before" in totals:
         row |= {f"loss_{side}": totals[side] / count for side in ("before", "after")}
     return row
+
+
+def _add(totals: dict[str, float], found: Mapping[str, float]) -> None:
+    for name, value in found.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def _root(error: float, energy: float) -> float:
@@ -170,17 +182,17 @@ def measure_held_out(
     layers = [x for x in layers if not is_expert(before.module, x.name)]
     inputs, labels = prepare(loss, sequences.inputs, torch.Generator().manual_seed(seed))
     found = HeldOut()
-    size = batch_size(sequences, HELD_TOKENS)
+    size, chain = batch_size(sequences, HELD_TOKENS), find_chain(before, next(sequences.batches(1)))
     for start in range(0, len(sequences), size):
         batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
         scored = None if labels is None else labels[start : start + size]
+        count = len(next(iter(batch.values())))
         with torch.no_grad():
-            old, new = _followed(before, after, batch, layers, found, parts)
-        scores = _scores(old, new, scored, batch)
-        if len(scores) == len(next(iter(batch.values()))):
-            for part in scores:
-                _append(found.values, part)
-        advance(len(next(iter(batch.values()))))
+            scores = _followed(before, after, chain, batch, scored, layers, found, parts)
+        if len(scores) == count:
+            for sums in scores:
+                _append(found.values, sums)
+        advance(count)
     kinds = KINDS if parts else ("deployed", "same_input")
     whole = [x for x, sums in found.squares.items() if _is_whole(sums, kinds, len(sequences))]
     found.squares = {name: found.squares[name] for name in whole}
@@ -208,18 +220,24 @@ def _append(values: Values, part: Mapping[str, float]) -> None:
 def _followed(
     before: Network,
     after: Network,
+    chain: Chain,
     batch: Batch,
+    labels: Tensor | None,
     layers: Sequence[Layer],
     found: HeldOut,
     parts: bool,
-) -> tuple[Any, Any]:
-    """Returns the outputs of both networks; every layer's squares are added to `found`."""
+) -> list[dict[str, float]]:
+    """Returns sums of the outputs for every sequence; every layer's squares go to `found`."""
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, dict[str, list[float]]] = {}
+    part, own = EVERYTHING, batch
 
     def add(name: str, kind: str, rows: Tensor) -> None:
-        parts = _by_sequence(_unflattened(rows, batch), batch)
-        squares = [part.double().square().sum().item() for part in parts]
+        pieces = _by_sequence(_unflattened(rows, own), own)
+        squares = [piece.double().square().sum().item() for piece in pieces]
+        if part != EVERYTHING and len(squares) == len(next(iter(own.values()))):
+            behind = len(next(iter(batch.values()))) - part.start - len(squares)
+            squares = [0.0] * part.start + squares + [0.0] * behind
         earlier = sums.setdefault(name, {}).get(kind, [0.0] * len(squares))
         # A call on some of the sequences, such as a recurrence's last steps, tells of none of them.
         same = len(earlier) == len(squares)
@@ -246,14 +264,26 @@ def _followed(
             add(layer.name, "inherited", difference(layer, wanted, between))
             add(layer.name, "new", difference(layer, between, y))
 
+    scores: list[dict[str, float]] = []
+    # The networks' layers are called on each other's inputs, and such a call is not looked at.
     with watched(before, layers, in_dense):
-        old = before(batch)
+        dense = InParts(before, chain, batch)
     with watched(after, layers, in_compressed):
-        new = after(batch)
+        compressed = InParts(after, chain, batch)
+    for part in dense.parts:
+        own = part.cut(batch)
+        with watched(before, layers, in_dense):
+            old = dense.outputs(part)
+        with watched(after, layers, in_compressed):
+            new = compressed.outputs(part)
+        wanted = None if labels is None else part.of(labels)
+        for index, one in enumerate(_scores(old, new, wanted, own), part.start):
+            scores += [{} for _ in range(index + 1 - len(scores))]
+            _add(scores[index], one)
     for name, kinds in sums.items():
         for kind, squares in kinds.items():
             found.squares.setdefault(name, {}).setdefault(kind, []).extend(squares)
-    return old, new
+    return scores
 
 
 def _called(network: Network, layer: Layer, x: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def _passed(
     with run.progress.phase("statistics", len(sequences)) as phase:
         sums, inputs, fishers = measure_inputs(
             run.before,
+            run.chain,
             sequences,
             plain,
             graded,
@@ -176,7 +177,7 @@ def _measure_both(
     stated = run.written.report["sequential"]["held_back"]
     run.findings.equal("c1.held_back", what, stated, held_back)
     first, last = sequences.split(len(sequences) - held_back)
-    measure = partial(measure_pairs, run.before, run.after, layers=paired, groups=groups)
+    measure = partial(measure_pairs, run.before, run.after, run.chain, layers=paired, groups=groups)
     with run.progress.phase("both networks", len(sequences)) as phase:
         sums, fitted = measure(first, errors=True, advance=phase.advance)
         _, held = measure(last, errors=False, advance=phase.advance) if held_back else ({}, {})

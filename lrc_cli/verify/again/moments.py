@@ -13,7 +13,10 @@ from torch import Tensor
 
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import Masks, masks_of, unpadded
+from lrc_cli.execution.chain import Chain
+from lrc_cli.execution.glance import glance
 from lrc_cli.execution.hooks import hooked, watched
+from lrc_cli.execution.in_parts import InParts
 from lrc_cli.execution.losses import Loss, backward_scalars, drawing, num_scalars, prepare
 from lrc_cli.execution.network import Network
 from lrc_cli.execution.precision import recast_in_backward
@@ -158,7 +161,7 @@ def shared_inputs(network: Network, layers: Sequence[Layer], batch: Batch) -> di
         versions.setdefault(layer.name, []).append(x._version)
 
     with torch.no_grad(), watched(network, layers, look):
-        network(batch)
+        glance(network, batch)
     groups: dict[str, str] = {}
     for name in seen:
         same = (
@@ -178,6 +181,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def measure_inputs(
     network: Network,
+    chain: Chain,
     sequences: Sequences,
     layers: Sequence[Checked],
     graded: Sequence[Checked],
@@ -191,6 +195,7 @@ def measure_inputs(
     """Runs the dense network once over the calibration data.
 
     Args:
+        chain: the blocks of the network in the run.
         layers: the layers that were fitted to the dense network's inputs.
         graded: the layers whose output gradients are wanted; needs `loss`.
         groups: the leader of each layer, which is the first layer that reads the same input.
@@ -206,6 +211,10 @@ def measure_inputs(
     by_name = {checked.layer.name: Sums(checked=checked) for checked in layers}
     wanted = {checked.layer.name for checked in graded}
     masks: Masks = ()
+
+    def begin(given: Masks) -> None:
+        nonlocal masks
+        masks = given
 
     def after_layer(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
         if layer.name in by_name:
@@ -229,8 +238,7 @@ def measure_inputs(
     hooks = {checked.layer.name: checked.layer for checked in (*layers, *graded)}
     with hooked(network, list(hooks.values()), after_layer):
         for index, batch in enumerate(sequences.batches(batch_size(sequences, STATISTICS_TOKENS))):
-            masks = masks_of(batch)
-            run_batch(network, batch, loss, masking, drawing(seed, index))
+            run_batch(network, chain, batch, loss, masking, drawing(seed, index), begin)
             num_tokens += _num_tokens(batch) * (1 if loss is None else num_scalars(loss))
             advance(len(next(iter(batch.values()))))
     reached = {name: sums for name, sums in gradients.items() if sums.count}
@@ -261,20 +269,35 @@ def real_rows(tensor: Tensor, masks: Masks) -> Tensor:
 
 def run_batch(
     network: Network,
+    chain: Chain,
     batch: Batch,
     loss: Loss | None,
     masking: torch.Generator,
     generator: torch.Generator,
+    begin: Callable[[Masks], None],
 ) -> None:
-    if loss is None:
-        with torch.no_grad():
-            network(batch)
-        return
-    inputs, labels = prepare(loss, batch, masking)
-    with torch.enable_grad(), recast_in_backward(network.casts):
-        outputs, left = network(inputs), num_scalars(loss)
-        masks = masks_of(batch)
-        for scalar in backward_scalars(loss, outputs, labels, generator, masks):
-            left -= 1
-            if scalar.requires_grad:
-                scalar.backward(retain_graph=left > 0)
+    """Runs a micro-batch forwards and, given a loss, backwards.
+
+    Args:
+        chain: the blocks of the network in the run.
+        masking: draws which tokens are masked.
+        generator: draws labels or probes.
+        begin: called with the masks of the positions that run next.
+    """
+    inputs, labels = (batch, None) if loss is None else prepare(loss, batch, masking)
+    with torch.set_grad_enabled(loss is not None), recast_in_backward(network.casts):
+        begin(masks_of(batch))
+        run = InParts(network, chain, inputs)
+        for part in run.parts:
+            masks = masks_of(part.cut(batch))
+            begin(masks)
+            outputs = run.outputs(part)
+            if loss is not None:
+                scored = None if labels is None else part.of(labels)
+                scalars = backward_scalars(loss, outputs, scored, generator, masks)
+                for probe, scalar in enumerate(scalars):
+                    if scalar.requires_grad:
+                        scalar.backward(retain_graph=probe + 1 < num_scalars(loss))
+                    run.collect(probe)
+        begin(masks_of(batch))
+        run.backward()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from lrc_cli.checkpoint.source import Source
 from lrc_cli.data.draw import Sequences
 from lrc_cli.data.processors import open_processors
+from lrc_cli.data.purposes import CALIBRATION
 from lrc_cli.errors import InputError
+from lrc_cli.execution.chain import Chain
 from lrc_cli.execution.network import Network, make_network
 from lrc_cli.execution.precision import DTYPES
+from lrc_cli.execution.segments import find_segments
 from lrc_cli.network.layer import Layer
 from lrc_cli.runtime.devices import resolve_device
 from lrc_cli.runtime.progress import Progress
@@ -45,6 +48,14 @@ class OpenedRun:
     """The layers that stay dense."""
     findings: Findings
     progress: Progress
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The blocks of the dense network, as the run has cut it for its statistics."""
+        graded = {row["name"] for row in self.written.layers if row["method"] == "curvature"}
+        layers = [*(checked.layer for checked in self.checked), *self.dense]
+        batch = next(self.sequences[CALIBRATION].batches(1))
+        return find_segments(self.before, layers, graded, batch).chain
 
     @property
     def seed(self) -> int:

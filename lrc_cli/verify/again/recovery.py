@@ -15,19 +15,19 @@ from lrc_cli.config import Recover
 from lrc_cli.data.draw import Batch, Sequences
 from lrc_cli.data.padding import Masks, masks_of, unpadded
 from lrc_cli.data.purposes import CALIBRATION, RECOVER
-from lrc_cli.execution.chain import hidden_output
 from lrc_cli.execution.divergence import OBJECTIVES
-from lrc_cli.execution.hooks import around_calls
+from lrc_cli.execution.hooks import around_calls, hidden_output
+from lrc_cli.execution.in_parts import InParts
 from lrc_cli.execution.losses import (
     UNSCORED,
     Loss,
     choose_loss,
     count_tokens,
     drawing,
-    floating_outputs,
     prepare,
 )
 from lrc_cli.execution.network import Network
+from lrc_cli.execution.outputs import floating_outputs
 from lrc_cli.runtime.files import tensor_bytes
 from lrc_cli.verify.again.moments import batch_size
 from lrc_cli.verify.again.networks import OpenedRun
@@ -169,9 +169,18 @@ def _distance(run: OpenedRun, loss: Loss, batch: Batch, index: int) -> float:
         index: the batch's place, from which masked tokens are drawn.
     """
     inputs, labels = prepare(loss, batch, drawing(run.seed, -1 - index))
+    total = 0.0
     with torch.no_grad():
-        old, new = run.before(inputs), run.after(inputs)
-    masks = masks_of(inputs)
+        runs = [InParts(network, run.chain, inputs) for network in (run.before, run.after)]
+        for part in runs[0].parts:
+            old, new = (one.outputs(part) for one in runs)
+            wanted = None if labels is None else part.of(labels)
+            total += _difference(loss, old, new, wanted, masks_of(part.cut(inputs)))
+    return total
+
+
+def _difference(loss: Loss, old: Any, new: Any, labels: Tensor | None, masks: Masks) -> float:
+    """Returns the summed distance of both networks' outputs."""
     if loss.kind == "output":
         pairs = zip(floating_outputs(new), floating_outputs(old), strict=True)
         return sum(0.5 * _square(unpadded(a.double() - b.double(), masks)) for a, b in pairs)
