@@ -23,6 +23,7 @@ KINDS = {
     "changed": "its whole numbers are others in the copy",
     "far": "it is farther from the original than others of its kind",
     "scale": "it is scaled unlike others of its kind",
+    "grid": "more of it than of others of its kind lies beyond one step of its grid",
 }
 """The kinds of flags, each with its meaning."""
 NEARER = 0.25
@@ -35,6 +36,8 @@ TIMES = 2.0
 """The number of times its kind's median that an error may be."""
 LEAST_ERROR, LEAST_SCALE = 1e-6, 0.005
 """The least error, and the least difference of scales, that are looked at."""
+LEAST_SHARE = 0.01
+"""The least share of numbers beyond one step that is looked at."""
 MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 
@@ -53,12 +56,15 @@ def find_flags(
     explained = {flag.tensor for flag in misplaced}
     explained |= {x.name for x in compared if x.reordered or x.constant_rows or x.num_not_finite}
     usual = [x for x in compared if x.name not in explained]
+    unusual = list(_unusual(usual))
+    explained |= {flag.tensor for flag in unusual}
     found = [
         *_names(original, copy),
         *_single(compared),
         *_repeated(compared),
         *misplaced,
-        *_unusual(usual),
+        *unusual,
+        *_off_grid(x for x in usual if x.name not in explained),
     ]
     order = list(KINDS)
     return tuple(sorted(found, key=lambda flag: order.index(flag.kind)))
@@ -158,6 +164,19 @@ def _unusual(compared: Iterable[Compared]) -> Iterator[Flag]:
             elif abs(own_scale - scale) > max(scale_limit, LEAST_SCALE):
                 text = f"scaled by {own_scale:.4f}; the median of {kind} is {scale:.4f}"
                 yield Flag(tensor=x.name, kind="scale", text=text)
+
+
+def _off_grid(compared: Iterable[Compared]) -> Iterator[Flag]:
+    """Yields tensors of which more lies beyond one step of their grids than of their kind's."""
+    for kind, group in _by_kind(compared).items():
+        known = [(x, x.grid.beyond_one) for x in group if x.grid is not None]
+        if len(known) < LEAST_OF_A_KIND:
+            continue
+        middle, limit = _usual([share for _, share in known])
+        for x, share in known:
+            if share > max(middle + limit, TIMES * middle, LEAST_SHARE):
+                text = f"{share:.1%} lie beyond one step; the median of {kind} is {middle:.1%}"
+                yield Flag(tensor=x.name, kind="grid", text=text)
 
 
 def _usual(values: Sequence[float]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from lrc_cli.report.page import bullets, html_page, html_table, remark, section
 from lrc_cli.report.record import Gate
 from lrc_cli.report.tables import Column, Table, make_table
 from lrc_cli.runtime.files import write_json, write_text
-from lrc_cli.text import EMPTY, byte_size, count, small, visible
+from lrc_cli.text import EMPTY, byte_size, count, percent, small, visible
 
 MOST_FLAGS = 20
 """The number of flags that the section of a model card lists."""
@@ -208,6 +208,8 @@ def kinds_table(record: CopyRecord) -> Table:
         ("median relative error", "r", lambda row: small(_middle([x.error for x in row[1]]))),
         ("largest", "r", lambda row: small(max(x.error for x in row[1]))),
         ("median on inputs", "r", lambda row: small(_middle([x.input_error for x in row[1]]))),
+        ("levels", "r", lambda row: count(_levels(row[1]))),
+        ("beyond half a step", "r", lambda row: percent(_beyond(row[1]))),
     ]
     return make_table(columns, groups.items())
 
@@ -215,6 +217,14 @@ def kinds_table(record: CopyRecord) -> Table:
 def _middle(values: list[float | None]) -> float | None:
     known = sorted(value for value in values if value is not None)
     return known[len(known) // 2] if known else None
+
+
+def _levels(tensors: list[TensorFacts]) -> int | None:
+    return max((x.grid.levels for x in tensors if x.grid is not None), default=None)
+
+
+def _beyond(tensors: list[TensorFacts]) -> float | None:
+    return _middle([x.grid.beyond_half for x in tensors if x.grid is not None])
 
 
 def tensors_table(record: CopyRecord) -> Table:
@@ -228,6 +238,9 @@ def tensors_table(record: CopyRecord) -> Table:
         ("relative error", "r", lambda x: small(x.error)),
         ("on inputs", "r", lambda x: small(x.input_error)),
         ("scale", "r", lambda x: EMPTY if x.scale is None else f"{x.scale:.5f}"),
+        ("levels", "r", lambda x: count(x.grid.levels if x.grid else None)),
+        ("beyond half a step", "r", lambda x: percent(x.grid.beyond_half if x.grid else None)),
+        ("largest, steps", "r", lambda x: small(x.grid.largest if x.grid else None)),
         ("flags", "l", lambda x: ", ".join(f.kind for f in flags.get(x.name, ())) or EMPTY),
     ]
     return make_table(columns, record.weights.tensors)

@@ -75,6 +75,22 @@ class WorstSequence(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridFacts(JsonRecord):
+    """Holds the distribution of (weight - grid), in steps, of a tensor that lies on grids."""
+
+    group: int
+    """The numbers of neighbours in a row that have one step."""
+    levels: int
+    """The most levels of a group among the groups that were sampled."""
+    beyond_half: float
+    """The share of numbers farther than half a step from the original's."""
+    beyond_one: float
+    """The share of numbers farther than one step."""
+    largest: float
+    """The largest distance, in steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorFacts(JsonRecord):
     """Holds how far one tensor of the copy is from the original's."""
 
@@ -88,6 +104,8 @@ class TensorFacts(JsonRecord):
     """<W', W> / <W, W>, the factor by which W explains W' best; null likewise."""
     input_error: float | None = field(default=None, metadata=ABSENT)
     """||(W' - W) x|| / ||W x|| over the selection data; absent where it was not measured."""
+    grid: GridFacts | None = field(default=None, metadata=ABSENT)
+    """The distance in steps; absent where the copy's numbers lie on no grid."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,7 +200,8 @@ def _compare_weights(
         compared = compare_all(old, new, phase.advance)
         flags = find_flags(old, new, compared)
     tensors = (
-        TensorFacts(name=x.name, shape=x.shape, error=x.error, scale=x.scale) for x in compared
+        TensorFacts(name=x.name, shape=x.shape, error=x.error, scale=x.scale, grid=x.grid)
+        for x in compared
     )
     return Weights(tensors=tuple(tensors), flags=flags)
 

@@ -11,6 +11,10 @@ NO_PROOF = (
     "A flag is no proof that a copy is bad, and its absence is no proof that a copy is good: it"
     " says where to look."
 )
+ON_PURPOSE = (
+    "Rounding to the nearest level moves a weight by half a step at most; rounding as GPTQ does it"
+    " moves weights farther on purpose, so that the outputs move less."
+)
 MAIN = ("kl", "relative_output_error")
 """The quantities whose mean the badge shows, the first that there is."""
 
@@ -76,7 +80,8 @@ def limits(record: CopyRecord) -> list[str]:
         first = ["No figure is a guarantee."]
     else:
         first = not_promised(certificate)
-    return [*first, *record.arithmetic.sentences, NO_PROOF]
+    on_grid = any(tensor.grid is not None for tensor in record.weights.tensors)
+    return [*first, *record.arithmetic.sentences, NO_PROOF, *([ON_PURPOSE] if on_grid else [])]
 
 
 def main_statement(record: CopyRecord) -> Statement | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lrc_cli.certify.grid import grid_facts
+from lrc_cli.certify.record import GridFacts
 from lrc_cli.quality.compare import LARGEST_RATIO
 
 CHUNK = 1 << 22
@@ -43,6 +45,8 @@ class Compared:
     """The rows that were looked at for it; 0 for tensors without rows of several entries."""
     reordered: str | None = None
     """"rows", "columns" or "entries" if the copy has the original's in another order."""
+    grid: GridFacts | None = None
+    """The distance in steps, if the copy's numbers lie on grids and the original's differ."""
     is_changed: bool = False
     """Whether whole numbers, for which there is no error, are others."""
     sketch: Tensor | None = None
@@ -77,6 +81,7 @@ def compare_tensors(name: str, original: Tensor, copy: Tensor) -> Compared:
         constant_rows=constant,
         num_rows=num_rows,
         reordered=_reordered(original, copy) if error is not None and error > FAR else None,
+        grid=grid_facts(original, copy) if error else None,
         sketch=sketch(copy),
         original_sketch=sketch(original),
         sha256=_hash(copy),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc_cli.certify.flags import KINDS, find_flags
+from lrc_cli.certify.grid import grid_facts
 from lrc_cli.certify.weights import compare_all
 
 Tensors = dict[str, Tensor]
@@ -141,3 +142,31 @@ def test_whole_numbers_are_compared() -> None:
     copy = {"ids": torch.tensor([0, 1, 3, 2]), "mask": torch.tensor([True, False])}
     found = find_flags(original, copy, compare_all(original, copy))
     assert [(flag.tensor, flag.kind) for flag in found] == [("ids", "changed")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "levels"), [(8, 48, 255), (4, 48, 15), (4, 16, 15), (2, 48, 3)]
+)
+def test_a_grid_is_found_and_rounding_stays_within_half_a_step(
+    bits: int, group: int, levels: int
+) -> None:
+    chance = torch.Generator().manual_seed(4)
+    original = torch.randn(40, 48 * 8, generator=chance)
+    parts = original.reshape(-1, group * 8)
+    step = parts.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    copy = ((parts / step).round() * step).reshape(original.shape)
+    found = grid_facts(original, copy)
+    assert found is not None and found.group == group * 8
+    assert levels - 1 <= found.levels <= levels
+    assert found.beyond_half == 0 and found.largest <= 0.5 + 1e-3
+    moved = copy.clone()
+    moved.view(-1)[::10] += step.repeat_interleave(group * 8, 1).view(-1)[::10] * 2
+    found = grid_facts(original, moved)
+    assert found is not None and found.beyond_one > 0.05 and 1.4 < found.largest < 2.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_numbers_lie_on_no_grid(dtype: torch.dtype) -> None:
+    original = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
+    assert grid_facts(original, original.to(dtype)) is None
+    assert grid_facts(original, torch.zeros(64, 256)) is None

@@ -32,6 +32,9 @@ def test_a_converted_file_is_as_far_as_its_rounding(
     assert record.other.form.startswith("GGUF (") and f"{kind}: " in record.other.form
     assert not record.weights.flags and record.other.num_bytes < file.stat().st_size
     assert len(record.weights.tensors) == 20
+    grids = [x.grid for x in record.weights.tensors if x.grid is not None]
+    assert bool(grids) == kind.startswith("Q")
+    assert all(grid.group == 32 and grid.levels <= 256 for grid in grids)
     assert any("Pairs of rows of model.layers.*.self_attn.q_proj" in x for x in record.differences)
     assert any("multiplied out before the run" in x for x in record.arithmetic.sentences)
     if kind == "Q8_0":

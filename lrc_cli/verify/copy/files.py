@@ -19,7 +19,7 @@ from lrc_cli.verify.statements import Findings
 SELECTION = "selection"
 FLAG_KINDS = frozenset(
     {"missing", "extra", "renamed", "shape", "not finite", "constant", "repeated", "permuted",
-     "another layer", "changed", "far", "scale"}
+     "another layer", "changed", "far", "scale", "grid"}
 )  # fmt: skip
 """The kinds of flags that a certificate may have."""
 

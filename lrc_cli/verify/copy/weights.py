@@ -76,6 +76,9 @@ def check_weights(weights: Weights, original: Tensors, copy: Tensors, findings: 
         with findings.guard("weights.error", what):
             one, other = original[name], _shaped(copy[name], original[name])
             findings.judge("weights.error", what, _figures_problem(rows[name], one, other))
+            if rows[name].grid is not None:
+                what = f"the distance of {name} in steps is what both checkpoints give"
+                findings.judge("weights.grid", what, _grid_problem(rows[name], one, other))
             what = f"{name} is flagged for what its numbers show"
             stated = flags.get(name, set()) & {"shape", "not finite", "constant", "changed"}
             findings.equal("weights.flags", what, sorted(stated), sorted(_plain_flags(one, other)))
@@ -107,6 +110,28 @@ def _figures_problem(row: TensorFacts, original: Tensor, copy: Tensor) -> str | 
         if not abs(one - other) <= slack * abs(other) + LEAST:
             return f"error and scale are {found}, not {stated}"
     return None
+
+
+def _grid_problem(row: TensorFacts, original: Tensor, copy: Tensor) -> str | None:
+    """Returns what is wrong with a distance in steps, which are counted group by group again."""
+    assert row.grid is not None
+    size = row.grid.group
+    if size < 2 or copy.shape[-1] % size:
+        return f"rows of {copy.shape[-1]} have no groups of {size}"
+    half = one = total = 0
+    for old, new in zip(original.reshape(-1, size), copy.reshape(-1, size), strict=True):
+        levels = new.double().unique()
+        gaps = levels.diff()
+        gaps = gaps[gaps > 1e-6 * levels.abs().max()]
+        if not len(gaps):
+            continue
+        away = (new.double() - old.double()).abs() / gaps.min()
+        total += size
+        half, one = half + int((away > 0.55).sum()), one + int((away > 1.05).sum())
+    found = (half / max(total, 1), one / max(total, 1))
+    stated = (row.grid.beyond_half, row.grid.beyond_one)
+    same = all(abs(a - b) <= 0.01 for a, b in zip(stated, found, strict=True))
+    return None if same else f"the shares beyond half a step and one are {found}, not {stated}"
 
 
 def _figures(original: Tensor, copy: Tensor) -> tuple[float, float] | None:
@@ -162,7 +187,7 @@ def _check_unusual(weights: Weights, findings: Findings) -> None:
         if row.name not in explained and row.error is not None and row.scale is not None:
             kind = re.sub(r"[0-9]+", "*", row.name)
             groups.setdefault(kind, []).append((row.name, row.error, row.scale))
-    found = set()
+    found: set[tuple[str, str]] = set()
     for group in groups.values():
         if len(group) < 4:
             continue
@@ -173,9 +198,26 @@ def _check_unusual(weights: Weights, findings: Findings) -> None:
                 found.add((name, "far"))
             elif abs(own_scale - scale) > max(scale_width, 0.005):
                 found.add((name, "scale"))
-    stated = {(x.tensor, x.kind) for x in weights.flags if x.kind in ("far", "scale")}
+    stated = {(x.tensor, x.kind) for x in weights.flags if x.kind in ("far", "scale", "grid")}
+    found |= _off_grid(weights, explained | {name for name, _ in found})
     what = "every tensor that is unlike the others of its kind is flagged"
     findings.equal("weights.flags", what, sorted(stated), sorted(found))
+
+
+def _off_grid(weights: Weights, explained: set[str]) -> set[tuple[str, str]]:
+    """Returns the tensors of which too much lies beyond one step, by the listed shares."""
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for row in weights.tensors:
+        if row.grid is not None and row.name not in explained:
+            kind = re.sub(r"[0-9]+", "*", row.name)
+            groups.setdefault(kind, []).append((row.name, row.grid.beyond_one))
+    found = set()
+    for group in groups.values():
+        if len(group) >= 4:
+            middle, width = _middle_and_width([share for _, share in group])
+            limit = max(middle + width, 2 * middle, 0.01)
+            found |= {(name, "grid") for name, share in group if share > limit}
+    return found
 
 
 def _middle_and_width(values: Sequence[float]) -> tuple[float, float]:
