@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hostile import checkpoints, configs, data, networks, outputs
+from hostile import checkpoints, configs, data, networks, outputs, strangers
 
 CASES = [
     *configs.CASES,
@@ -11,6 +11,7 @@ CASES = [
     *networks.CASES,
     *outputs.CASES,
     *outputs.WORK,
+    *strangers.CASES,
 ]
 
 
