@@ -115,8 +115,9 @@ class EvaluationText:
 class Recover:
     """Optional training of the factors."""
 
-    scope: Literal["none", "block", "model"] = "none"
-    """The part of the network that is trained at a time; none: nothing is trained."""
+    scope: Literal["none", "block", "model", "auto"] = "none"
+    """The part of the network that is trained at a time; none: nothing is trained. auto: model
+    where its memory fits runtime.memory_limit, or the device without one, else block."""
     tokens: Literal["auto"] | Count = "auto"
     """Number of training tokens, repeated ones included; auto: four times the data."""
     minutes: Positive | None = None

@@ -71,16 +71,24 @@ def _job(job: dict[str, Any]) -> list[str]:
         f" {byte_size(job['checkpoint_bytes'])}, {_duration(seconds)} of its own"
     ]
     if job["recover"] is not None:
-        training = {name: count(number) for name, number in job["recover"].items()}
-        lines.append(
-            f"  training: {training['steps']} steps, {training['tokens']} tokens,"
-            f" {training['num_sequences']} sequences, {training['num_held_out']} held out"
-        )
+        lines += _training(job["recover"])
     if "ranks" in job:
         ranks = [*job["ranks"].values()]
         kept, dense = [rank for rank in ranks if rank], ranks.count(0)
         span = f"ranks {min(kept)} to {max(kept)}" if kept else "no layer is factorised"
         lines.append(f"  {span}, {dense} layers stay dense; {_errors(job)}")
+    return lines
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    numbers = {name: count(x) for name, x in found.items() if isinstance(x, int)}
+    each = " a block" if found["scope"] == "block" else ""
+    lines = [
+        f"  training: {numbers['steps']} steps{each}, {numbers['tokens']} tokens,"
+        f" {numbers['num_sequences']} sequences, {numbers['num_held_out']} held out"
+    ]
+    if "reason" in found:
+        lines.append(f"  recover.scope: auto takes {found['scope']}: {found['reason']}")
     return lines
 
 

@@ -184,7 +184,7 @@ def _write(
     seconds = shared | run_stage(factors, progress)
     processes, folder, recovery = plan.processes, factors.folder, None
     if plan.config.recover.is_used and has_factors(work, folder, plan.units):
-        stage = RecoverStage(plan, work, folder)
+        stage = RecoverStage.decided(plan, work, folder, granted, progress.note)
         seconds |= run_stage(stage, progress)
         folder, recovery = stage.folder, read_recovery(work, stage.folder)
     plan.inputs.check(processes)

@@ -8,7 +8,7 @@ from lrc_cli.config import plain_values
 from lrc_cli.quality.certificate_record import NoCertificate
 from lrc_cli.quality.records import QualityRow
 from lrc_cli.quality.sentences import not_promised
-from lrc_cli.report.record import Gate, LayerRecord, Record
+from lrc_cli.report.record import Gate, LayerRecord, Record, Recovery
 from lrc_cli.text import byte_size, count, percent
 
 
@@ -99,10 +99,16 @@ def _trained(record: Record) -> str:
     """Returns why a trained layer's own error may be large, in a sentence."""
     if not any(layer.facts.trained for layer in record.factorised):
         return ""
+    windows = record.recovery.windows if record.recovery is not None else None
+    what = (
+        "all these layers were trained together, to lower the error of the whole network"
+        if windows is None
+        else "layers in one block were trained together, to lower the error of the block's output"
+    )
     return (
-        " The factors of all these layers were trained together, to lower the error of the whole"
-        " network. A layer's own error may lie far above the best of its rank, which is no fault:"
-        " the layers make up for one another. Changes of biases are no part of these errors."
+        f" The factors of {what}. A layer's own error may lie far above the best of its rank, which"
+        " is no fault: the layers make up for one another. Changes of biases are no part of these"
+        " errors."
     )
 
 
@@ -118,6 +124,12 @@ def recovery_note(record: Record) -> str:
         data += f"; {count(found.num_left_out)} more equal one that is held out, certified or"
         data += " evaluated on, and were left out"
     norms = " and all norms" if found.norms else ""
+    if found.windows is not None:
+        return f"{_windows_note(found)} {_outcome(found, norms, data, judged)}"
+    return _outcome(found, norms, data, judged)
+
+
+def _outcome(found: Recovery, norms: str, data: str, judged: str) -> str:
     if not found.gained:
         return (
             f"Training the factors on {data} did not lower the {found.objective}, on {judged}:"
@@ -127,6 +139,23 @@ def recovery_note(record: Record) -> str:
         f"The factors{norms} were trained on {data}. The {found.objective}, fell from"
         f" {found.before:.4g} to {found.after:.4g} on {judged}."
     )
+
+
+def _windows_note(found: Recovery) -> str:
+    """Returns how many windows came closer to the original, in a sentence."""
+    windows = found.windows or ()
+    gained = [x for x in windows if x.gained]
+    note = (
+        f"One window of blocks after the other was trained for the original's outputs, of which"
+        f" {count(len(gained))} of {count(len(windows))} gained."
+    )
+    if gained:
+        best = max(gained, key=lambda window: window.before - window.after)
+        note += (
+            f" The squared error of {best.blocks[-1]}, relative to its square, fell most, from"
+            f" {best.before:.3g} to {best.after:.3g}."
+        )
+    return note
 
 
 def _thresholds(record: Record) -> str:

@@ -94,6 +94,8 @@ class Recovery(JsonRecord):
 
     scope: str
     """The part of the network that was trained at a time: model or block."""
+    reason: str | None = field(default=None, metadata=ABSENT)
+    """Why this scope was taken, in words; absent where the config names it."""
     objective: str
     """What was lowered, in words."""
     before: float

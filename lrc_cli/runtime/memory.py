@@ -92,6 +92,19 @@ def available_bytes() -> int:
     return min([private_bytes() + found["MemAvailable"], *group_limits(groups, CGROUPS)])
 
 
+def total_memory(device: torch.device) -> int:
+    """The bytes of a device's memory, whatever else runs there: a GPU's, or the machine's.
+
+    The limits of the process's control groups count as the machine's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    own = Path("/proc/self/cgroup")
+    groups = own.read_text().splitlines() if own.exists() else []
+    return min([whole, *group_limits(groups, CGROUPS)])
+
+
 def group_limits(groups: Sequence[str], root: Path) -> Iterator[int]:
     """The limits in bytes of a process's control groups and of the groups above them.
 

@@ -19,6 +19,7 @@ from lrc_cli.execution.network import make_network
 from lrc_cli.job.recover import scope as scope_module
 from lrc_cli.job.recover.windows import find_windows
 from lrc_cli.job.run import compress
+from lrc_cli.verify.files.training import training_problem
 
 TRAINED = {"recover.scope": "block", "recover.tokens": 8000}
 
@@ -182,6 +183,61 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     assert not list((tmp_path / "w").rglob("unfinished"))
     again = json.loads((tmp_path / "again" / "report.json").read_text())
     assert again["recovery"] == report["recovery"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "scope"), [("1GB", "model"), ("200KB", "block"), (None, "model")]
+)
+def test_auto_takes_what_fits_and_says_why(
+    limit: str | None, scope: str, tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    changes = {
+        "model.path": str(checkpoint("llama")),
+        "calibration.path": str(text),
+        "runtime.memory_limit": limit,
+        **TRAINED,
+        "recover.scope": "auto",
+    }
+    (tmp_path / "plan").mkdir()
+    planned = pico.call("plan", pico.job(tmp_path / "plan", changes), "--json")
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)["jobs"][0]["recover"]
+    assert found["scope"] == scope
+    output, report = pico.compressed(tmp_path, changes)
+    assert report["recovery"]["scope"] == scope
+    where = "the memory of cpu" if limit is None else "runtime.memory_limit"
+    for reason in (found["reason"], report["recovery"]["reason"]):
+        assert where in reason and "training all layers together takes about" in reason
+    ended = pico.call("verify", output)
+    assert ended.code == 0, ended.out
+    other = "block" if scope == "model" else "model"
+    for change in ({"scope": other}, {"reason": None}, {"reason": "as it should"}):
+        config = load_config(output / "lrc.yaml")
+        assert training_problem(report | {"recovery": report["recovery"] | change}, config)
+
+
+def test_auto_without_a_chain_is_model(
+    tmp_path: Path, plain_folder: PlainFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain_folder.path)
+    changes = plain_folder.model("mlp") | TRAINED | {"recover.scope": "auto"}
+    changes |= {"runtime.memory_limit": 1, "compression.method": "svd"}
+    _, report = pico.compressed(tmp_path, changes)
+    assert report["recovery"]["scope"] == "model"
+    assert "its blocks are no chain" in report["recovery"]["reason"]
+
+
+def test_plan_measures_what_training_in_turn_takes(
+    tmp_path: Path, checkpoint: Models, text: Path
+) -> None:
+    changes = {"model.path": str(checkpoint("llama")), "calibration.path": str(text), **TRAINED}
+    ended = pico.call("plan", pico.job(tmp_path, changes))
+    assert ended.code == 0, ended.err
+    assert "steps a block" in ended.out
+    ended = pico.call("plan", pico.job(tmp_path, changes), "--json")
+    found = json.loads(ended.out)
+    assert found["seconds"]["recover"] > 0 and found["memory"]["phases"]["recover"] > 0
+    assert found["jobs"][0]["recover"]["steps"] > 1
 
 
 class Blocks(nn.Module):

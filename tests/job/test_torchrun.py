@@ -272,6 +272,19 @@ def test_factors_are_trained_by_several_processes(tmp_path: Path, job: Changes) 
     assert second["steps"] == first["steps"]
 
 
+def test_windows_are_trained_by_several_processes(tmp_path: Path, job: Changes) -> None:
+    """Every process runs some micro-batches of every window, and all come to the same numbers."""
+    changes = job | {"recover.scope": "block", "recover.tokens": 20_000, "compression.size": 0.5}
+    changes["calibration.num_sequences"] = 100
+    alone, both = (compressed(tmp_path / str(size), changes, size) for size in (1, 2))
+    first, second = (json.loads((x / "report.json").read_text())["recovery"] for x in (alone, both))
+    assert first["after"] < first["before"] and second["after"] < second["before"]
+    assert second["after"] == pytest.approx(first["after"], rel=1e-2)
+    for one, other in zip(first["windows"], second["windows"], strict=True):
+        assert other["after"] <= other["before"]
+        assert other["after"] == pytest.approx(one["after"], rel=1e-2)
+
+
 def test_several_sizes_are_written_by_several_processes(tmp_path: Path, job: Changes) -> None:
     command = ["compress", pico.job(tmp_path, job), "--sizes", "0.8,0.6"]
     assert ended(start_many(command, tmp_path, 2)) == [0, 0]

@@ -145,14 +145,18 @@ class InTurn(Scope):
         for number in self.trained_windows:
             if number not in self.left:
                 self._put(number, self._trainees(number), self._outcome(number))
+        self.train_windows()
+        after = self.whole.held_out()
+        self.gained = after < before
+        return self._summary(before, after if self.gained else before)
+
+    def train_windows(self) -> None:
+        """Trains all windows that are left, chain after chain."""
         chains = groupby(self.windows, key=lambda number: self.windows[number].chain.names)
         for _, numbers in chains:
             passed = [number for number in numbers if self._is_passed(number)]
             if passed:
                 self._train_chain(passed)
-        after = self.whole.held_out()
-        self.gained = after < before
-        return self._summary(before, after if self.gained else before)
 
     def _train_chain(self, numbers: Sequence[int]) -> None:
         """Trains what is left of the windows of a chain, through which both networks walk."""
@@ -178,17 +182,36 @@ class InTurn(Scope):
 
         The original has come to the window's output.
         """
+        plan, start = self.start.plan, replace(self.start, folder=self._at(number))
+        left = sum(self._training_cost(x) for x in self.left if x >= number)
         advanced = 0.0
 
-        def advance(sequences: float, gradients: bool) -> None:
+        def advance(cost: float) -> None:
             nonlocal advanced
-            cost = sequences * per_sequence * (TRAINING_COST if gradients else 1.0)
             advanced += cost
             self._advance(cost)
 
-        plan, start = self.start.plan, replace(self.start, folder=self._at(number))
-        per_sequence = self._size(number) * self.whole.trained.num_tokens / len(self.whole.trained)
-        trainees = self._trainees(number)
+        training = self.prepare(number, pair, advance)
+        load_training(training, start, self.began, self._training_cost(number) / left)
+        run_training(training, start, lambda _: None)
+        # Training may end early, or the search may be longer than a usual one.
+        self._advance(self._training_cost(number) - advanced)
+        if plan.processes.is_first:
+            best, record = training.best if training.gained else {}, self._record(number, training)
+            start.work.put(start.folder, OUTCOME, best, record.to_json())
+            start.work.remove(start.folder, STATE)
+        plan.processes.wait()
+        self._put(number, training.trainees, training.best)
+
+    def prepare(self, number: int, pair: Pair, advance: Advance) -> Training:
+        """Returns the training of a window, which begins at the fitted factors."""
+        plan, whole, trainees = self.start.plan, self.whole, self._trainees(number)
+        tokens = whole.trained.num_tokens / len(whole.trained)
+
+        def ran(sequences: int, gradients: bool) -> None:
+            passes = TRAINING_COST if gradients else 1.0
+            advance(passes * self._size(number) * tokens * sequences * plan.processes.size)
+
         objective = WindowDistance(
             pair.compressed,
             self.windows[number],
@@ -198,21 +221,9 @@ class InTurn(Scope):
             in_step=self.in_step,
             seed=plan.config.runtime.seed,
             processes=plan.processes,
-            advance=lambda count, gradients: advance(count * plan.processes.size, gradients),
+            advance=ran,
         )
-        training = Training(objective, trainees, num_steps=self.num_steps)
-        left = sum(self._training_cost(x) for x in self.left if x >= number)
-        load_training(training, start, self.began, self._training_cost(number) / left)
-        run_training(training, start, lambda _: None)
-        # Training may end early, or the search may be longer than a usual one.
-        self._advance(self._training_cost(number) - advanced)
-        record = self._record(number, training)
-        if plan.processes.is_first:
-            best = training.best if training.gained else {}
-            start.work.put(start.folder, OUTCOME, best, record.to_json())
-            start.work.remove(start.folder, STATE)
-        plan.processes.wait()
-        self._put(number, trainees, training.best)
+        return Training(objective, trainees, num_steps=self.num_steps)
 
     def _trainees(self, number: int) -> list[Trainee]:
         """Returns the tensors of a window that are trained, with numbers in memory."""
@@ -280,8 +291,9 @@ class InTurn(Scope):
             RecoveredWindow.from_json(work.facts(self._at(number), OUTCOME), OUTCOME)
             for number in self.trained_windows
         ]
-        steps = max(window.steps for window in windows)
-        planned, tokens = max(x.planned_steps for x in windows), step_tokens(self.whole.trained)
+        steps = max((window.steps for window in windows), default=0)
+        planned = max((window.planned_steps for window in windows), default=self.num_steps)
+        tokens = step_tokens(self.whole.trained)
         trained, held_out = len(self.whole.trained), len(self.whole.kept_out)
         written = {key for unit in plan.units for key in self.others(unit)}
         norms = tuple(x.name for x in self.norms if x.name in written)

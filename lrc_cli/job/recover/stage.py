@@ -1,18 +1,19 @@
 """The stage `recover` trains the factors of all layers and measures them again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from lrc_cli.config import to_dict
 from lrc_cli.data.purposes import RECOVER
-from lrc_cli.engine import STORAGES, problems_of
+from lrc_cli.engine import STORAGES, Choice, problems_of
 from lrc_cli.errors import InputError, RunError, is_out_of_memory
 from lrc_cli.job.factors.fit import read_facts
 from lrc_cli.job.factors.plain import GivenLayer
 from lrc_cli.job.fingerprints import digest
 from lrc_cli.job.plan import Plan
+from lrc_cli.job.recover.decide_scope import ScopeDecision, decide_scope
 from lrc_cli.job.recover.in_turn import InTurn
 from lrc_cli.job.recover.measured import measured_again
 from lrc_cli.job.recover.model import split
@@ -49,13 +50,31 @@ class RecoverStage(Stage[Recovered]):
 
     Args:
         factors: the stage that holds the fitted factors.
+        decision: what is trained at a time.
     """
 
     name = "recover"
 
-    def __init__(self, plan: Plan, work: WorkDirectory, factors: str) -> None:
-        super().__init__(work, _recovered_folder(plan), [*plan.units, SUMMARY])
-        self.plan, self.factors = plan, factors
+    def __init__(
+        self, plan: Plan, work: WorkDirectory, factors: str, decision: ScopeDecision
+    ) -> None:
+        super().__init__(work, recovered_folder(plan, decision.scope), [*plan.units, SUMMARY])
+        self.plan, self.factors, self.decision = plan, factors, decision
+
+    @classmethod
+    def decided(
+        cls,
+        plan: Plan,
+        work: WorkDirectory,
+        factors: str,
+        granted: Mapping[str, Choice],
+        say: Callable[[str], None],
+    ) -> Self:
+        """Returns the stage with the scope that fits, and says why `auto` takes the scope."""
+        decision = decide_scope(plan, granted)
+        if decision.reason is not None:
+            say(f"recover.scope: auto takes {decision.scope}: {decision.reason}")
+        return cls(plan, work, factors, decision)
 
     @property
     def unfinished(self) -> str:
@@ -75,24 +94,25 @@ class RecoverStage(Stage[Recovered]):
 
     def task(self, units: Sequence[str]) -> Task[Recovered]:
         """See Stage. Where some units are missing, the training is done again."""
-        with _naming_memory():
+        with self._naming_memory():
             scope = self.scope()
 
         def solve(advance: Advance) -> Solved[Recovered]:
-            with _naming_memory():
+            with self._naming_memory():
                 summary = scope.train(advance)
             for unit in self.plan.units:
                 if self.plan.owns(unit):
                     yield unit, self._recovered(unit, scope, gained=summary.gained)
             if self.plan.processes.is_first:
-                yield SUMMARY, Recovered({}, summary.to_json())
+                reason = self.decision.reason
+                yield SUMMARY, Recovered({}, replace(summary, reason=reason).to_json())
 
         return Task(cost=scope.cost, solve=solve)
 
     def scope(self) -> Scope:
         """Returns the training that the config asks for, where an earlier run has left it."""
-        kind = InTurn if self.plan.config.recover.scope == "block" else WholeNetwork
-        return kind(self.start)
+        is_block = self.decision.scope == "block"
+        return InTurn(self.start) if is_block else WholeNetwork(self.start)
 
     @property
     def start(self) -> Start:
@@ -145,25 +165,25 @@ class RecoverStage(Stage[Recovered]):
             found[layer.name] = fact.to_json()
         return Recovered(tensors, found)
 
+    @contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """A context in which memory that does not suffice is said to be the training's.
 
-@contextmanager
-def _naming_memory() -> Iterator[None]:
-    """A context in which memory that does not suffice is said to be the training's.
-
-    Raises:
-        RunError: memory ran out. What was stored of the training stays.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        first = (told(error).splitlines() or ["no more can be had"])[0]
-        raise RunError(
-            f"recover.scope: out of memory in the training ({first})",
-            "set recover.scope: block or none, lower calibration.sequence_length, or exclude the"
-            " widest layers with compression.exclude",
-        ) from error
+        Raises:
+            RunError: memory ran out. What was stored of the training stays.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            first = (told(error).splitlines() or ["no more can be had"])[0]
+            less = "block or none" if self.decision.scope == "model" else "none"
+            raise RunError(
+                f"recover.scope: out of memory in the training ({first})",
+                f"set recover.scope: {less}, lower calibration.sequence_length, or exclude the"
+                " widest layers with compression.exclude",
+            ) from error
 
 
 def check_recover(plans: Sequence[Plan]) -> None:
@@ -238,14 +258,14 @@ def read_recovery(work: WorkDirectory, folder: str) -> Recovery:
         raise work.damaged(folder, SUMMARY, error.message) from error
 
 
-def own_stages(plan: Plan) -> tuple[str, str]:
-    """Returns the stages that belong to one size: the factors, and the trained factors."""
-    return plan.factors_stage, _recovered_folder(plan)
+def own_stages(plan: Plan) -> tuple[str, ...]:
+    """Returns the stages that belong to one size: the factors, and trained ones of every scope."""
+    return plan.factors_stage, *(recovered_folder(plan, scope) for scope in ("model", "block"))
 
 
-def _recovered_folder(plan: Plan) -> str:
+def recovered_folder(plan: Plan, scope: str) -> str:
     """Returns the stage of the work directory for all that a training depends on."""
-    asked = to_dict(plan.config)["recover"]
+    asked = to_dict(plan.config)["recover"] | {"scope": scope}
     how = {key: value for key, value in asked.items() if key not in WHERE}
     sha256 = training_data(plan).sha256
     return f"{RECOVERED}/{digest([plan.factors_fingerprint, how, sha256])[:16]}"

@@ -114,6 +114,7 @@ WORDS: dict[str, Words] = {
     "target.of": None,
     "sequential.reason": None,
     "recovery.scope": _one_of("model", "block"),
+    "recovery.reason": None,
     "recovery.objective": _one_of(*OBJECTIVES.values()),
     "recovery.norms[]": NAME,
     "recovery.windows[].blocks[]": NAME,

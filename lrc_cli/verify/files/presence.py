@@ -139,6 +139,7 @@ PRESENT: dict[str, Condition] = {
     "architecture": lambda c: c.architecture is not None,
     "loss": _graded,
     "recovery": _elsewhere,  # compared with the config
+    "recovery.reason": _elsewhere,
     "recovery.rate": _elsewhere,
     "recovery.trials.*": _elsewhere,
     "recovery.norms": _elsewhere,

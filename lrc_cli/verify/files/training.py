@@ -1,11 +1,21 @@
 """What a report says of training the factors must be what the config asks for, and fit together."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrc_cli.config import Config
 from lrc_cli.data.purposes import CALIBRATION, RECOVER
+from lrc_cli.text import BYTE_UNITS, byte_size
 from lrc_cli.verify.files.reasons import TRAINED_BEFORE
+
+SIZE = rf"\d+(?:\.\d+)? (?:{'|'.join(BYTE_UNITS)})"
+CHOSEN = re.compile(
+    rf"training all layers together takes about (?P<needed>{SIZE}), and"
+    r" (?P<where>runtime\.memory_limit|the memory of (?:cpu|mps|cuda(?::\d{1,3})?)) is"
+    rf" (?P<limit>{SIZE})(?P<whole>, but its blocks are no chain)?"
+)
+"""Why `auto` takes a scope."""
 
 
 def training_problem(report: Mapping[str, Any], config: Config) -> str | None:
@@ -19,8 +29,9 @@ def training_problem(report: Mapping[str, Any], config: Config) -> str | None:
     drawn = report["provenance"]["sequences"]
     data = drawn[RECOVER if asked.has_own_data and RECOVER in drawn else CALIBRATION]
     number = found["num_sequences"] + found["num_held_out"]
-    if asked.scope not in (found["scope"], "auto"):
-        return f"stated for {found['scope']}, asked for was {asked.scope}"
+    problem = _scope_problem(found, config)
+    if problem is not None:
+        return problem
     if number + found["num_left_out"] != data["num_sequences"]:
         return f"{number} sequences, drawn were {data['num_sequences']}"
     if not found["num_left_out"] and found["num_held_out"] != max(1, min(number // 8, 16)):
@@ -35,14 +46,41 @@ def training_problem(report: Mapping[str, Any], config: Config) -> str | None:
     return _course_problem(found) if windows is None else _windows_problem(report, windows)
 
 
+def _scope_problem(found: Mapping[str, Any], config: Config) -> str | None:
+    """Returns what is wrong with what was trained at a time, or with the reason for that."""
+    asked, reason = config.recover.scope, found.get("reason")
+    if asked != "auto":
+        same = found["scope"] == asked and reason is None
+        return None if same else f"stated for {found['scope']}, asked for was {asked}"
+    sizes = CHOSEN.fullmatch(reason or "")
+    if sizes is None:
+        return f"{reason!r} is no reason of lrc"
+    limit = config.runtime.memory_bytes
+    by_config = sizes["where"] == "runtime.memory_limit"
+    if by_config is not (limit is not None) or (by_config and byte_size(limit) != sizes["limit"]):
+        return f"{reason!r} does not state the config's limit"
+    needed, most = (_bytes_of(sizes[name]) for name in ("needed", "limit"))
+    fits = needed < most or (needed == most and found["scope"] == "model")
+    wanted = "model" if fits or sizes["whole"] else "block"
+    if found["scope"] != wanted or (needed < most and sizes["whole"]):
+        return f"{reason!r} is not why {found['scope']} was taken"
+    return None
+
+
+def _bytes_of(size: str) -> float:
+    """Returns the number that `byte_size` has put into words."""
+    number, unit = size.split()
+    return float(number) * 1000.0 ** BYTE_UNITS.index(unit)
+
+
 def _windows_problem(report: Mapping[str, Any], windows: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns what is wrong with the windows that were trained one after the other."""
     found = report["recovery"]
-    if not windows or not found["after"] <= found["before"]:
-        return "no window was trained, or it ends higher than it began"
+    if not found["after"] <= found["before"] or (not windows and found["steps"]):
+        return "it ends higher than it began, or takes steps without a window"
     if found["rate"] is not None or found["trials"]:
         return "windows have rates and trials of their own"
-    for key in ("steps", "planned_steps"):
+    for key in ("steps", "planned_steps") if windows else ():
         if found[key] != max(window[key] for window in windows):
             return f"its {key} are no window's"
     blocks = [block for window in windows for block in window["blocks"]]
