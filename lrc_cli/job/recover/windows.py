@@ -23,7 +23,7 @@ from lrc_cli.network.layer import Layer
 
 SCALES = (0.01, 1.0, 100.0)
 """The root mean squares of the inputs on which blocks are tried."""
-ROUNDING, LEAST = 8.0, 1e-4
+ROUNDING, LEAST = 2.0, 1e-4
 """The relative error that rounding may leave in a linear block: in units of the dtype's, at least
 so much."""
 
