@@ -124,6 +124,43 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     )
 
 
+ENDS = {
+    (signal.SIGHUP, "spectra"): 129,
+    (signal.SIGTERM, "factors"): 143,
+    (signal.SIGINT, "out.partial"): 130,
+    (signal.SIGQUIT, "factors"): 131,
+    (signal.SIGUSR1, "out.partial"): 138,
+    (signal.SIGALRM, "spectra"): 142,
+    (signal.SIGABRT, "out.partial"): 134,
+    (signal.SIGPIPE, "factors"): 0,
+    (signal.SIGWINCH, "spectra"): 0,
+    (signal.SIGCONT, "out.partial"): 0,
+}
+"""The exit code for a signal at a moment, as a shell gives it."""
+
+
+@pytest.mark.parametrize(("number", "moment", "code"), [(*key, code) for key, code in ENDS.items()])
+def test_any_signal_ends_a_run_whole_or_not_at_all(
+    number: signal.Signals,
+    moment: str,
+    code: int,
+    tmp_path: Path,
+    long_job: Changes,
+    undisturbed: dict[str, bytes],
+) -> None:
+    command, written = ["compress", pico.job(tmp_path, long_job)], moment == "out.partial"
+    pattern = "out.partial/*" if written else f".lrc-work/*/{moment}/**/*.safetensors"
+    running = start(command, tmp_path / "log")
+    ended = running.stop_when(lambda: any(tmp_path.glob(pattern)), number)
+    # Files that were written are published as they are, or the run ends in time.
+    assert ended in ((code, 0) if written else (code,))
+    assert "Traceback" not in running.err
+    assert (tmp_path / "out").exists() == (ended == 0)
+    again = start(command, tmp_path / "again")
+    assert again.wait() == 0, again.err
+    assert contents(tmp_path / "out") == undisturbed
+
+
 @pytest.mark.parametrize("method", ["curvature", "frobenius"])
 def test_kills_at_random_moments_of_the_statistics_change_nothing(
     method: str, tmp_path: Path, long_job: Changes
