@@ -5,8 +5,11 @@ for nothing, and the footer may claim any number of rows. The footer is compared
 size before anything is read, and what comes out is counted while it is read.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,15 @@ claim."""
 SPARE_VALUES, VALUES_A_BYTE = 10_000_000, 100
 """The same for the numbers or texts in lists."""
 WRITE_AGAIN = "write it again"
+READ_FOOTER = """
+import sys
+from pyarrow import parquet
+footer = parquet.read_metadata(sys.argv[1])
+for group in map(footer.row_group, range(footer.num_row_groups)):
+    for i in range(group.num_columns):
+        group.column(i)
+"""
+"""The program that asks pyarrow for all that is in a footer."""
 
 
 @contextmanager
@@ -43,6 +55,8 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
             f"{path}: pyarrow is needed to read .parquet", "pip install 'lrc-cli[parquet]'"
         ) from error
     check_regular(path)
+    state = path.stat()
+    _check_footer(path, (state.st_size, state.st_mtime_ns, state.st_ino))
     try:
         # Without a buffer of its own size, pyarrow reads a row group of the column at once.
         with parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, **options) as file:
@@ -53,6 +67,19 @@ def opened(path: Path, **options: Any) -> Iterator[Any]:
     except Exception as error:
         cause = f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})"
         raise InputError(cause, WRITE_AGAIN) from error
+
+
+@lru_cache
+def _check_footer(path: Path, state: tuple[int, ...]) -> None:
+    """Raises InputError for a footer on which pyarrow ends the process, which no Python can catch.
+
+    Args:
+        state: what tells whether the file is still the same.
+    """
+    ended = subprocess.run([sys.executable, "-c", READ_FOOTER, path], capture_output=True)
+    if ended.returncode < 0:
+        cause = f"{path}: cannot be read as parquet (pyarrow ends on its footer)"
+        raise InputError(cause, WRITE_AGAIN)
 
 
 def column_names(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The readers of bytes take good files and refuse spoiled ones; `make fuzz` spoils many more."""
 
+import base64
 import json
 import random
 from pathlib import Path
@@ -30,6 +31,14 @@ def torch_end(start: int, *spoiled: int) -> bytes:
     return bytes(raw)
 
 
+ABORTS = base64.b64decode(
+    "UEFSMRUEFRwVHEwVBBUAEgAAAwAAAG9uZQMAAAB0d28VABUSFRIsFQYVEBUGFQYcNgAoA3R3bxgDb25lEREAAAACAAAA"
+    "BgEBAwIVBBksNQAYBnNjaGVtYRUCABUMJT0YBHRleHQlAEwcAAAAFgYZHBkcJgAcFQwZNQAGEBkYBHRleHQVABYGFowB"
+    "FowBJkAmCBw2ACgDdHdvGANvbmUREQAZLBUEFQAVAgAVABUQFQIAPBYSGQYZJgAGAAAAFowBFgYmCBaMAQAoIHBhcnF1"
+    "ZXQtY3BwLZ6NjW93IHZlcnNpb24gMjYuMC4xGRwcAAAApgAAAFBBUjE="
+)
+"""A .parquet on whose footer pyarrow 26.0.1 ends the process."""
+
 FOUND = {
     "torch: an archive on two disks": ("torch", torch_end(16, 2)),
     "torch: an archive on another disk": ("torch", torch_end(4, 1)),
@@ -38,6 +47,7 @@ FOUND = {
     "parquet: a value that is no text": ("parquet", PARQUET.replace(b"two", b"tw\x91")),
     "parquet: a column's name that is no text": ("parquet", PARQUET.replace(b"text", b"te\x91t")),
     "parquet: every text of the file is none": ("parquet", PARQUET.replace(b"e", b"\xff")),
+    "parquet: a footer on which pyarrow ends the process": ("parquet", ABORTS),
     "manifest: a file elsewhere": ("manifest", manifest(__file__)),
     "manifest: a file above": ("manifest", manifest("../manifest.json/lrc.yaml")),
     "manifest: a file by two names": ("manifest", manifest("./lrc.yaml")),
