@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny checkpoints, written once per session; long tests first."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 
 # A failed assertion of these helpers shows its values, as one in a test does.
 pytest.register_assert_rewrite("command_helpers", "sequential_helpers")
+
+# A shell ignores these signals for jobs in the background, and what tests start would, too.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 # Threads cost more than they give at these sizes.
 torch.set_num_threads(1)

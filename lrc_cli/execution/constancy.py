@@ -91,9 +91,11 @@ class Sketch:
             return torch.tensor([torch.inf])
         if not self.rows.numel():
             return torch.zeros(1)
-        same = (self.rows == other.rows) | (self.rows.isnan() & other.rows.isnan())
-        off = (self.rows - other.rows).masked_fill(same, 0.0).norm(dim=-1)
-        size = self.rows.nan_to_num().norm(dim=-1)
+        # Squares of large outputs do not fit float32.
+        one, two = self.rows.double(), other.rows.double()
+        same = (one == two) | (one.isnan() & two.isnan())
+        off = (one - two).masked_fill(same, 0.0).norm(dim=-1)
+        size = one.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
         usual = size.square().mean().sqrt()
         # A difference from nothing but zeros is infinite, and no difference is 0.
         return (off / size.maximum(usual)).masked_fill(off == 0, 0.0)

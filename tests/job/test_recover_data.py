@@ -143,7 +143,7 @@ def test_the_keys_that_say_how_to_train_and_the_data_count_and_nothing_before_th
 ) -> None:
     """Keys that say where data lies count by the data, which is the same here."""
     changed = replace(plan, config=replace(plan.config, recover=Recover(scope="model", **changes)))
-    (factors, before), (same, after) = own_stages(plan), own_stages(changed)
+    (factors, before, _), (same, after, _) = own_stages(plan), own_stages(changed)
     assert factors == same and (before != after) is counts
     identity = plan.statistics_fingerprint
     own = factors_fingerprint(changed.config, str(identity))

@@ -237,7 +237,7 @@ class Recurrent(nn.Module):
         y, (h, c) = self.first(x * attention_mask[..., None])
         z, last = self.second(y.transpose(0, 1))
         z, _ = self.projected(z.transpose(0, 1))
-        return self.head(torch.cat([z[:, -1], last[-1]], dim=-1)) + c.mean()
+        return self.head(torch.cat([z[:, -1], last[-1]], dim=-1)) + c.mean((0, 2))[:, None]
 
 
 class Packed(nn.Module):

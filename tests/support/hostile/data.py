@@ -85,7 +85,7 @@ TEXTS: Table = {
     "that is a link to nothing": (instead("text.txt", link("nowhere.txt")), ("text.txt",)),
     "of another kind": (file("data.pdf", "%PDF-1.7"), ("data.pdf",)),
     "without a suffix": (file("data", "w1 w2"), ("data",)),
-    "in capital letters": (file("data.TXT", " ".join(WORDS)), ("data.TXT",)),
+    "in capital letters": (file("data.DOC", " ".join(WORDS)), ("data.DOC",)),
     "that is compressed": (file("data.txt.gz", b"\x1f\x8b\x08\x00"), ("data.txt.gz",)),
     "with an escape as name": (job(calibration__path="\x1b[2J.txt"), ("no such file",)),
     "with a long name": (job(calibration__path="d" * 5000 + ".txt"), ("calibration",)),
