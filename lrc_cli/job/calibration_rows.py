@@ -50,11 +50,6 @@ class Reach:
     short: float
     """The fraction of the weights in layers with fewer rows than inputs."""
 
-    @property
-    def rows_per_input(self) -> float:
-        """The rows for each input of the layer."""
-        return self.rows / self.num_inputs
-
     def to_json(self) -> dict[str, Any]:
         """Returns what `lrc plan` says of it."""
         return {

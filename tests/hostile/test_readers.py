@@ -13,6 +13,8 @@ from hostile.readers import READERS
 
 from lrc_cli.checkpoint import side_files
 from lrc_cli.checkpoint.source import open_source
+from lrc_cli.data import parquet
+from lrc_cli.errors import InputError
 
 NUM_SPOILED = 40
 PARQUET = READERS["parquet"].good()[1]
@@ -88,6 +90,18 @@ def test_a_spoiled_file_is_taken_or_refused(name: str) -> None:
 def test_what_was_found_once_stays_mended(case: str) -> None:
     name, raw = FOUND[case]
     READERS[name].holds(raw)
+
+
+def test_a_footer_that_ends_the_process_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that ends by a signal stands for any pyarrow that aborts."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(PARQUET)
+    ends = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
+    monkeypatch.setattr(parquet, "READ_FOOTER", ends)
+    with pytest.raises(InputError, match=r"a\.parquet: .*ends on its footer"):
+        parquet.column_names(file)
 
 
 def test_a_file_elsewhere_is_none_of_an_output(tmp_path: Path) -> None:

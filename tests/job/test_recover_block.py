@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES
 from pico import Models, PlainFolder
+from recover_helpers import plain_and_trained
 from safetensors.torch import save_file
 from torch import nn
 
@@ -44,16 +45,9 @@ def pair(
 ) -> tuple[Path, Any, Path, Any]:
     """The outputs and reports of a job without and with training."""
     name, changes = CASES[request.param]
-    changes = {
-        "model.path": str(checkpoint(name)),
-        "calibration.path": str(text),
-        "calibration.num_sequences": 80,
-        "certification": {"num_sequences": 12, "part": [0.6, 1.0]},
-        **changes,
-    }
-    plain = {k: x for k, x in changes.items() if not k.startswith("recover")}
-    first = pico.compressed(tmp_path_factory.mktemp("plain"), plain)
-    return (*first, *pico.compressed(tmp_path_factory.mktemp("trained"), changes | TRAINED))
+    return plain_and_trained(
+        tmp_path_factory, checkpoint(name), text, changes=changes, trained=TRAINED
+    )
 
 
 def test_no_window_ends_worse_and_the_whole_is_better(pair: tuple[Path, Any, Path, Any]) -> None:
